@@ -1,16 +1,35 @@
 """What can go wrong, and whose fault it is.
 
 * LatentforgeError
+  - CheckpointError    the checkpoint is missing, damaged, or of a kind we refuse
   - ManifestError      the engine directory is not what its manifest says
   - BackendError       the backend is missing, or refuses the engine
-  - ShapeError         the request does not fit the engine's input shapes
+  - SettingsError      a request no engine could fulfil: unknown sampler, steps below 1, ...
+    + ShapeError       the request does not fit the shapes this engine takes
+  - TargetError        the output cannot be written where it was asked for
+  - GateError          the work was done, and what came out is not good enough
+
+A message says what is wrong, what was expected, and what to do next, in one line.
 """
 
-__all__ = ["BackendError", "LatentforgeError", "ManifestError", "ShapeError"]
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "GateError",
+    "LatentforgeError",
+    "ManifestError",
+    "SettingsError",
+    "ShapeError",
+    "TargetError",
+]
 
 
 class LatentforgeError(Exception):
     """Base of every error this package raises on purpose."""
+
+
+class CheckpointError(LatentforgeError):
+    """The checkpoint is missing, damaged, or of a kind we refuse."""
 
 
 class ManifestError(LatentforgeError):
@@ -21,5 +40,17 @@ class BackendError(LatentforgeError):
     """The backend is missing, or refuses the engine."""
 
 
-class ShapeError(LatentforgeError):
-    """The request does not fit the engine's input shapes."""
+class SettingsError(LatentforgeError):
+    """A request no engine could fulfil."""
+
+
+class ShapeError(SettingsError):
+    """The request does not fit the shapes this engine takes."""
+
+
+class TargetError(LatentforgeError):
+    """The output cannot be written where it was asked for."""
+
+
+class GateError(LatentforgeError):
+    """The work was done, and what came out is not good enough."""

@@ -1,0 +1,199 @@
+"""Read a diffusers checkpoint: a directory, a model hub id, or the embedded demo.
+
+Only safetensors weights and JSON or text files are read. Nothing in a checkpoint is run.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from latentforge.export.demo import CHECKPOINT as DEMO
+from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.manifest import hash_file
+
+__all__ = ["SIDECAR", "Checkpoint", "open_checkpoint"]
+
+SIDECAR = "latentforge.json"
+"""A file that a checkpoint may carry for us: {"name", "license", "defaults": {...}}."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_WEIGHTS = ("diffusion_pytorch_model", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint directory whose files have been looked at.
+
+    Attributes:
+        name: what the user called it.
+        path: the directory.
+        index: the parsed model_index.json.
+    """
+
+    name: str
+    path: Path
+    index: dict[str, Any]
+
+    @property
+    def pipeline_class(self) -> str:
+        """The diffusers pipeline that the checkpoint names."""
+        return str(self.index.get("_class_name"))
+
+    @property
+    def sidecar(self) -> dict[str, Any]:
+        """What the checkpoint says to us in latentforge.json, if it is there."""
+        return read_json(self.path / SIDECAR) if (self.path / SIDECAR).exists() else {}
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the sidecar or the model card's header names."""
+        card = self.path / "README.md"
+        if "license" in self.sidecar or not card.exists():
+            return self.sidecar.get("license")
+        header = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+        found = re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE) if header else None
+        return found[1] if found else None
+
+    def config(self, folder: str, file: str = "config.json") -> dict[str, Any]:
+        """A component's configuration.
+
+        Raises:
+            CheckpointError: the component or its configuration is missing or malformed.
+        """
+        if not (self.path / folder).is_dir():
+            raise CheckpointError(f"{self.name} has no {folder}/: the checkpoint is incomplete")
+        return read_json(self.path / folder / file)
+
+    def weights(self, folder: str) -> tuple[list[Path], str | None]:
+        """The weight files of a component, and the variant they are of ("fp16") or None.
+
+        Raises:
+            CheckpointError: there are none, they are pickles, or one is damaged.
+        """
+        directory = self.path / folder
+        for variant in (None, "fp16"):
+            if files := _safetensors(directory, variant):
+                for file in files:
+                    _check_safetensors(file)
+                return files, variant
+        raise CheckpointError(_no_weights(directory))
+
+    def sha256(self, folder: str) -> str:
+        """The sha256 of a component's weights; of its shards' hashes where there are many."""
+        digests = [hash_file(file) for file in self.weights(folder)[0]]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Find a checkpoint, downloading it when ``name`` is a hub id such as ``org/model``.
+
+    Raises:
+        CheckpointError: there is none, or it is no diffusers directory.
+    """
+    path = _find(name)
+    if not (path / "model_index.json").is_file():
+        raise CheckpointError(f"{name} is no diffusers checkpoint: it has no model_index.json")
+    return Checkpoint(name=name, path=path, index=read_json(path / "model_index.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _find(name: str) -> Path:
+    if name == "demo":
+        return DEMO
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(
+            f"{name} is a file: convert it to a directory first, with diffusers' "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+        )
+    if _HUB_ID.fullmatch(name):
+        return _download(name)
+    raise CheckpointError(f"no checkpoint {name}: name a directory, a hub id org/model, or demo")
+
+
+def _download(name: str) -> Path:
+    """Fetch what we read and nothing else: pickles never reach the disk."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        path = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.txt", "README.md", "*/*.safetensors"],
+            ignore_patterns=["*non_ema*", "safety_checker/*", "openvino*", "onnx*", "flax*"],
+        )
+    except Exception as error:  # a dozen kinds, from the hub, the network and the disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"no directory {name}, and it could not be fetched from the hub: {reason}"
+        ) from error
+    return Path(path)
+
+
+def _safetensors(directory: Path, variant: str | None) -> list[Path]:
+    """The weight files of one variant: a single file, or the shards that its index names."""
+    middle = f".{variant}" if variant else ""
+    for stem in _WEIGHTS:
+        single = directory / f"{stem}{middle}.safetensors"
+        if single.is_file():
+            return [single]
+        index = directory / f"{stem}.safetensors.index{middle}.json"
+        if index.is_file():
+            shards = set(read_json(index).get("weight_map", {}).values())
+            return [_shard(directory, name) for name in sorted(shards)]
+    return []
+
+
+def _shard(directory: Path, name: object) -> Path:
+    path = directory / str(name)
+    if Path(str(name)).name != name or not path.is_file():
+        raise CheckpointError(f"{directory}: the index names a shard {name!r} that is not there")
+    return path
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}): fetch it again"
+        ) from error
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = [f.name for f in sorted(directory.glob("*")) if f.suffix in _PICKLES]
+    if not pickles:
+        return f"{directory} holds no weights: expected a .safetensors file"
+    return (
+        f"{directory / pickles[0]} is a pickle, which can run code when it is loaded: convert it "
+        "first, on a machine you can spare, by loading the model with diffusers and calling "
+        "save_pretrained(..., safe_serialization=True)"
+    )

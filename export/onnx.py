@@ -1,0 +1,193 @@
+"""One torch module to one ONNX file, through torch.onnx's torch.export based exporter."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from latentforge.export.families.types import ComponentPlan
+from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.manifest import Component, FileEntry, hash_file
+from latentforge.runtime.tensor import Feeds, TensorSpec, bind
+
+__all__ = ["OPSET", "Dimensions", "component_entry", "export_onnx", "fix_dimensions"]
+
+OPSET = 20
+"""Has Gelu as one operator, and every target reads it."""
+
+_INLINE_LIMIT = 1_900_000_000
+"""Bytes of weights up to which they stay inside the file; protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimensions:
+    """Sizes that the engines are fixed to; None leaves a dimension free.
+
+    ``batch`` is the rows of one run of an engine, guidance's two halves counted apart, and
+    ``height`` and ``width`` are those of the image, in pixels.
+    """
+
+    batch: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise SettingsError(f"{name} is a whole number from 1 up, not {value!r}")
+
+    def sizes(self, downscale: int) -> dict[str, int]:
+        """The fixed ones by the names that tensor specs use."""
+        given = {
+            "batch": self.batch,
+            "height": self.height,
+            "width": self.width,
+            "latent_height": self.height and self.height // downscale,
+            "latent_width": self.width and self.width // downscale,
+        }
+        return {name: size for name, size in given.items() if size is not None}
+
+
+def fix_dimensions(
+    specs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
+) -> dict[str, TensorSpec]:
+    """The same specs with some free dimensions turned into numbers."""
+
+    def fixed(size: int | str) -> int | str:
+        free = isinstance(size, str) and size.split("*")[0].split("//")[0] not in sizes
+        return size if free else TensorSpec("int8", (size,)).resolve(sizes)[0]
+
+    return {
+        name: TensorSpec(spec.dtype, tuple(map(fixed, spec.shape))) for name, spec in specs.items()
+    }
+
+
+def export_onnx(
+    module: nn.Module, plan: ComponentPlan, feeds: Feeds, target: Path, sizes: Mapping[str, int]
+) -> None:
+    """Write the module as ``target``, with its weights beside it where they exceed 2 GB.
+
+    Args:
+        module: what plan.load gave.
+        plan: names, dtypes and free dimensions of its inputs and outputs.
+        feeds: real inputs to trace it with.
+        target: the ONNX file to write.
+        sizes: dimensions to fix, by name.
+
+    Raises:
+        ShapeError: the feeds do not fit the plan.
+    """
+    inputs, outputs = fix_dimensions(plan.inputs, sizes), fix_dimensions(plan.outputs, sizes)
+    bind(plan.inputs, feeds)
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            kwargs={
+                name: torch.from_numpy(array) for name, array in _traced(inputs, feeds).items()
+            },
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=_dynamic_shapes(inputs, plan.multiples),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert program is not None  # only the old exporter gives None
+    model = _tidied(program.model, plan.name, {**inputs, **outputs})
+    size = sum(_bytes(value) for value in model.graph.initializers.values())
+    ir.save(model, target, external_data=f"{target.name}.data" if size > _INLINE_LIMIT else None)
+
+
+def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -> Component:
+    """Describe an exported file, and the weights beside it, for the manifest."""
+    data = path.with_name(f"{path.name}.data")
+    weights = (_entry(data),) if data.exists() else ()
+    main = _entry(path)
+    return Component(
+        file=main.file,
+        sha256=main.sha256,
+        bytes=main.bytes,
+        data=weights,
+        backend="onnxruntime",
+        precision="fp32",
+        inputs=fix_dimensions(plan.inputs, sizes),
+        outputs=fix_dimensions(plan.outputs, sizes),
+    )
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(file=path.name, sha256=hash_file(path), bytes=path.stat().st_size)
+
+
+def _bytes(weight: ir.Value) -> int:
+    return int(weight.const_value.nbytes) if weight.const_value is not None else 0
+
+
+def _traced(specs: Mapping[str, TensorSpec], feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
+    """Feeds with two rows where the batch is free: torch.export takes one row for a constant."""
+    arrays = {}
+    for name, spec in specs.items():
+        rows = 2 if spec.shape[0] == "batch" else int(spec.shape[0])
+        repeats = -(-rows // len(feeds[name]))
+        arrays[name] = np.concatenate([feeds[name]] * repeats)[:rows]
+        for size, got in zip(spec.shape, arrays[name].shape, strict=True):
+            if isinstance(size, int) and size != got:
+                raise ShapeError(f"{name}: traced with {arrays[name].shape}, and fixed to {spec}")
+    return arrays
+
+
+def _dynamic_shapes(
+    specs: Mapping[str, TensorSpec], multiples: Mapping[str, int]
+) -> dict[str, dict[int, Any]]:
+    """torch.export's description of the free dimensions, one Dim a name."""
+    dims: dict[str, Any] = {}
+    for name in {size for spec in specs.values() for size in spec.shape if isinstance(size, str)}:
+        factor = multiples.get(name, 1)
+        dims[name] = (
+            factor * torch.export.Dim(f"{name}_units") if factor > 1 else torch.export.Dim(name)
+        )
+    return {
+        name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for name, spec in specs.items()
+    }
+
+
+def _tidied(model: ir.Model, name: str, specs: Mapping[str, TensorSpec]) -> ir.Model:
+    """Name what users see, and drop what the exporter noted about this machine."""
+    model.graph.name = name
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(specs[str(value.name)].shape)
+    model.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()  # stack traces, with paths of this machine
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.producer_name = "latentforge"
+    model.doc_string = None
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks on its own inner workings; errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

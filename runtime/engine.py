@@ -1,0 +1,88 @@
+"""One component, loaded: a session that takes any batch, and refuses to pass NaN on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentforge.runtime import backends
+from latentforge.runtime.errors import BackendError, ShapeError
+from latentforge.runtime.manifest import Component
+from latentforge.runtime.tensor import Feeds
+
+__all__ = ["Engine"]
+
+_NOTHING: Feeds = MappingProxyType({})
+
+
+class Engine:
+    """A component and its session.
+
+    An engine of a fixed batch serves every request: a larger one in several runs, a smaller
+    one padded by repeating its last row.
+    """
+
+    def __init__(self, name: str, component: Component, session: backends.Session) -> None:
+        self.name = name
+        self.component = component
+        self.session = session
+
+    @classmethod
+    def load(
+        cls, name: str, component: Component, directory: Path, options: backends.Options
+    ) -> "Engine":
+        """Load a component of an engine directory on its backend."""
+        backend = backends.get(component.backend)
+        return cls(name, component, backend.load(directory / component.file, component, options))
+
+    def run(
+        self, rows: Feeds, shared: Feeds = _NOTHING, *, at_once: int | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Run on all rows and return every output with as many rows, in float32.
+
+        Args:
+            rows: inputs with one row a sample, all of the same length.
+            shared: inputs that hold for every row, such as the timestep.
+            at_once: run at most this many rows at a time, to save memory.
+
+        Raises:
+            ShapeError: the feeds do not fit the engine.
+            BackendError: the engine failed, or an output holds NaN or infinity.
+        """
+        batch = len(next(iter(rows.values())))
+        size = self._batch(next(iter(rows))) or min(batch, at_once or batch)
+        parts = [
+            self.session.run({**_part(rows, start, size), **shared})
+            for start in range(0, batch, size)
+        ]
+        return {key: self._joined(key, [part[key] for part in parts])[:batch] for key in parts[0]}
+
+    def _batch(self, name: str) -> int | None:
+        """The number of rows that the engine is fixed to, or None."""
+        if name not in self.component.inputs:
+            raise ShapeError(f"{self.name}: engine has no input {name!r}")
+        size = self.component.inputs[name].shape[0]
+        return size if isinstance(size, int) else None
+
+    def _joined(self, key: str, parts: list[NDArray[np.generic]]) -> NDArray[np.float32]:
+        value = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(
+            np.float32, copy=False
+        )
+        if not np.isfinite(value).all():
+            raise BackendError(
+                f"{self.name}: output {key} holds NaN or infinity: its precision does not suit "
+                "this model, or the weights are damaged; build again with --precision fp32"
+            )
+        return value
+
+
+def _part(rows: Feeds, start: int, size: int) -> Mapping[str, NDArray[np.generic]]:
+    """Rows start to start + size of every input, the last one repeated where they run out."""
+    return {key: _padded(array[start : start + size], size) for key, array in rows.items()}
+
+
+def _padded(array: NDArray[np.generic], size: int) -> NDArray[np.generic]:
+    missing = size - len(array)
+    return np.concatenate([array, array[-1:].repeat(missing, axis=0)]) if missing else array

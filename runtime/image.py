@@ -1,0 +1,79 @@
+"""Arrays to pictures and back, and how far two of them are apart."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from latentforge.runtime.errors import TargetError
+from latentforge.runtime.staging import staged_file
+
+__all__ = ["MAX_PSNR", "from_array", "psnr", "save", "sheet", "to_array"]
+
+MAX_PSNR = 200.0
+"""What psnr gives for equal arrays: a number JSON can hold, beyond any float32 difference."""
+
+
+def from_array(array: NDArray[np.float32]) -> list[Image.Image]:
+    """Pictures from (batch, 3, height, width) in -1..1; values beyond are clipped."""
+    pixels = (np.clip(array / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture) for picture in pixels.transpose(0, 2, 3, 1)]
+
+
+def to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    """The inverse of from_array: (batch, 3, height, width) in -1..1."""
+    pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
+    return (pixels / 127.5 - 1).transpose(0, 3, 1, 2)
+
+
+def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, at most MAX_PSNR.
+
+    Args:
+        a: the reference.
+        b: what is compared with it, of the same shape.
+        peak: the largest possible value; the spread (max - min) of the reference if None.
+    """
+    reference, other = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = float(np.mean((reference - other) ** 2))
+    top = float(np.ptp(reference)) if peak is None else peak
+    if error == 0 or top == 0:
+        return MAX_PSNR if error == 0 else 0.0
+    return min(MAX_PSNR, 10 * float(np.log10(top**2 / error)))
+
+
+def save(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a picture whole or not at all; a PNG carries metadata as its ``latentforge`` text.
+
+    Raises:
+        TargetError: no such picture format, or the file cannot be written.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("latentforge", json.dumps(metadata, ensure_ascii=False))
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise TargetError(f"cannot write {path}: name a .png, .jpg or .webp file")
+    with staged_file(path) as partial:
+        image.save(partial, format=kind, **({"pnginfo": info} if kind == "PNG" else {}))
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, scale: int = 1) -> Image.Image:
+    """Pictures of one size in rows, with a gap between; enlarged by whole pixels."""
+    width, height = (side * scale for side in rows[0][0].size)
+    columns = max(map(len, rows))
+    size = (columns * (width + gap) - gap, len(rows) * (height + gap) - gap)
+    canvas = Image.new("RGB", size, "white")
+    for x, y, picture in _placed(rows):
+        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (x * (width + gap), y * (height + gap)))
+    return canvas
+
+
+def _placed(rows: Sequence[Sequence[Image.Image]]) -> Iterable[tuple[int, int, Image.Image]]:
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            yield x, y, picture

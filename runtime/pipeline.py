@@ -1,0 +1,295 @@
+"""Engine directory and prompt in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from latentforge.runtime import samplers
+from latentforge.runtime.bench import Benchmark
+from latentforge.runtime.denoiser import EngineDenoiser
+from latentforge.runtime.engine import Engine
+from latentforge.runtime.errors import ManifestError, ShapeError
+from latentforge.runtime.image import from_array
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.profile import Profile, Stopwatch, Timings
+from latentforge.runtime.rng import Generator
+from latentforge.runtime.settings import Request, Settings, resolve
+from latentforge.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+__all__ = ["NEEDED", "Pipeline", "Result", "Step", "load"]
+
+Array = NDArray[np.float32]
+
+NEEDED = ("text_encoder", "unet", "vae_decoder")
+"""The components that text to image runs on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one request gave.
+
+    Attributes:
+        images: one picture a prompt, or images_per_prompt of them in a row for each.
+        latents: what they were decoded from, (count, channels, height, width).
+        timings: seconds by stage.
+        settings: the request with every default filled in; running it again gives the same.
+    """
+
+    images: list[Image.Image]
+    latents: Array
+    timings: Timings
+    settings: Settings
+
+    @property
+    def seed(self) -> int:
+        """The seed used, also where none was given."""
+        return self.settings.seed
+
+
+class Pipeline:
+    """A loaded engine directory. Threads may share it; leaving a ``with`` block frees it.
+
+    Attributes:
+        manifest: what the directory says about itself.
+        engines: the loaded components by name.
+        tokenizers: the loaded tokenizers by name.
+        directory: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        tokenizers: Mapping[str, Tokenizer],
+        directory: Path,
+    ) -> None:
+        self.manifest = manifest
+        self.engines = engines
+        self.tokenizers = tokenizers
+        self.directory = directory
+        self._closed = False
+
+    @classmethod
+    def load(cls, directory: str | Path, *, hashes: bool = True, **options: Any) -> Pipeline:
+        """Check an engine directory and load its engines.
+
+        Args:
+            directory: what latentforge build, export, optimize or compile wrote.
+            hashes: compare each file with its sha256 in the manifest, not only its size.
+            options: of the backend, such as threads=2.
+
+        Raises:
+            ManifestError: the directory is not what its manifest says.
+            BackendError: a backend is not installed, or refuses an engine.
+            SettingsError: the backend has no such option.
+        """
+        path = Path(directory)
+        manifest = Manifest.read(path, hashes=hashes)
+        if missing := [name for name in NEEDED if name not in manifest.components]:
+            raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
+        tokenizers = {
+            name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
+        }
+        engines = {
+            name: Engine.load(name, manifest.components[name], path, options) for name in NEEDED
+        }
+        return cls(manifest, engines, tokenizers, path)
+
+    def __call__(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Result:
+        """Make pictures of a prompt, or of several.
+
+        Args:
+            prompt: what to paint.
+            settings: negative_prompt, images_per_prompt, sampler, steps, guidance_scale,
+                guidance_rescale, height, width, seed; what is left out comes from the
+                manifest's defaults, and the seed from the system.
+
+        Raises:
+            SettingsError: a setting is out of range or unknown.
+            ShapeError: the engines cannot make pictures of this size.
+            BackendError: an engine failed, or gave NaN.
+        """
+        *_, last = self.stream(prompt, **settings)
+        return last.result()
+
+    def stream(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Iterator[Step]:
+        """Do the same step by step; stop asking for more, and nothing more is computed.
+
+        The settings are checked at once, the work begins with the first step.
+        """
+        return self._steps(self.settings(prompt, **settings))
+
+    def settings(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Settings:
+        """Fill in the manifest's defaults and check the request, without running it."""
+        resolved = resolve(self.manifest.defaults, prompt, settings)
+        self._check_size(resolved)
+        return resolved
+
+    def benchmark(
+        self, *, batch_size: int = 1, repetitions: int = 5, **settings: Unpack[Request]
+    ) -> Benchmark:
+        """Time whole images and each stage, as Infery's ``benchmark()`` did for one network.
+
+        One run more is made first and not counted.
+        """
+        prompts = ["a photo of a cat"] * batch_size
+        runs = [self(prompts, **settings).timings for _ in range(repetitions + 1)]
+        return Benchmark.of(self.manifest, batch_size, runs[1:])
+
+    def profile(self, prompt: str = "a photo of a cat", **settings: Unpack[Request]) -> Profile:
+        """Time every layer over one image, on a second copy of the engines that records it."""
+        with Pipeline.load(self.directory, hashes=False, profile=True) as recording:
+            recording(prompt, **settings)
+            return Profile.of(
+                layer._replace(name=f"{name}/{layer.name}")
+                for name, engine in recording.engines.items()
+                for layer in engine.session.layers()
+            )
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Pictures of latents (batch, channels, h, w), decoded one at a time to save memory."""
+        scaled = latents / np.float32(self.manifest.latent.scaling_factor)
+        decoder = self.engines["vae_decoder"]
+        return from_array(decoder.run({"latent_sample": scaled}, at_once=1)["sample"])
+
+    def close(self) -> None:
+        """Free the engines. Using the pipeline afterwards raises BackendError."""
+        for engine in self.engines.values():
+            engine.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        parts = [f"{n}={e.component.backend}/{e.component.precision}" for n, e in self._sorted()]
+        return f"<Pipeline {self.manifest.name} ({self.manifest.family}) {' '.join(parts)}>"
+
+    def _sorted(self) -> list[tuple[str, Engine]]:
+        return sorted(self.engines.items())
+
+    def _check_size(self, settings: Settings) -> None:
+        """Refuse a size before any work is done for it."""
+        latent = self.manifest.latent
+        unit = latent.downscale * latent.multiple
+        fixed = self.engines["unet"].component.inputs["sample"].shape[2:]
+        for name, side, size in zip(
+            ("height", "width"), (settings.height, settings.width), fixed, strict=True
+        ):
+            if side % unit:
+                raise ShapeError(f"{name} is a multiple of {unit} for this model, not {side}")
+            if isinstance(size, int) and side != size * latent.downscale:
+                made = size * latent.downscale
+                raise ShapeError(f"{name} is {made} for these engines, not {side}: export again")
+
+    def _steps(self, settings: Settings) -> Iterator[Step]:
+        """The denoising loop. Pauses between steps are the caller's and not counted."""
+        watch = Stopwatch()
+        with watch.running():
+            steps = self._sampling(settings, watch)
+        while True:
+            with watch.running():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield Step(step, self, settings, watch)
+
+    def _sampling(self, settings: Settings, watch: Stopwatch) -> Iterator[samplers.Step]:
+        """Encode the prompts, draw the noise and start the sampler."""
+        sampler = samplers.get(settings.sampler)
+        plan = sampler.plan(self.manifest.schedule, settings.steps)
+        generator = Generator(settings.seed)
+        shape = self._latent_shape(settings)
+        denoiser = self._denoiser(settings, watch)
+        return sampler.run(
+            denoiser,
+            plan,
+            lambda: generator.randn(shape),
+            prediction=self.manifest.prediction,
+        )
+
+    def _latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
+        latent = self.manifest.latent
+        height, width = settings.height // latent.downscale, settings.width // latent.downscale
+        return settings.count, latent.channels, height, width
+
+    def _denoiser(self, settings: Settings, watch: Stopwatch) -> EngineDenoiser:
+        with watch.stage("text_encoder"):
+            positive = self._encode(settings.prompts, settings)
+            negative = (
+                self._encode(settings.negative_prompts, settings) if settings.guided else None
+            )
+        return EngineDenoiser(
+            unet=self.engines["unet"],
+            watch=watch,
+            positive=positive,
+            negative=negative,
+            prediction=self.manifest.prediction,
+            scale=settings.guidance_scale,
+            rescale=settings.guidance_rescale,
+        )
+
+    def _encode(self, prompts: Sequence[str], settings: Settings) -> Array:
+        """Embeddings (count, tokens, width): each prompt's, once for each of its images."""
+        ids = self.tokenizers["tokenizer"](prompts)
+        hidden = self.engines["text_encoder"].run({"input_ids": ids})["last_hidden_state"]
+        return hidden.repeat(settings.images_per_prompt, axis=0)
+
+
+class Step:
+    """One step of the denoising loop, done.
+
+    Attributes:
+        index: 0 for the first of ``count`` steps.
+        sigma: the share of noise left in the latents after it, in 0..1.
+        latents: the noisy latents after it, (images, channels, h, w).
+        denoised: the clean latents as the model saw them.
+    """
+
+    def __init__(
+        self, step: samplers.Step, pipeline: Pipeline, settings: Settings, watch: Stopwatch
+    ) -> None:
+        self.index = step.index
+        self.count = step.count
+        self.sigma = step.level.sigma
+        self.latents = step.latents
+        self.denoised = step.denoised
+        self._pipeline = pipeline
+        self._settings = settings
+        self._watch = watch
+
+    def preview(self) -> list[Image.Image]:
+        """Pictures of what the model sees so far. Costs a run of the VAE decoder."""
+        return self._pipeline.decode(self.denoised)
+
+    def result(self) -> Result:
+        """Decode the latents as they stand: after the last step, the finished pictures."""
+        with self._watch.running(), self._watch.stage("vae_decoder"):
+            images = self._pipeline.decode(self.latents)
+        return Result(
+            images=images,
+            latents=self.latents,
+            timings=self._watch.timings(),
+            settings=self._settings,
+        )
+
+
+load = Pipeline.load

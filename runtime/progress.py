@@ -1,0 +1,55 @@
+"""Progress for people who wait: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Counts the parts of a long job on standard error.
+
+    With ``quiet`` nothing is shown, which is what library calls want.
+    """
+
+    def __init__(self, total: int, *, quiet: bool = True) -> None:
+        self._total = total
+        self._done = 0
+        terminal = sys.stderr.isatty()
+        self._lines = not quiet and not terminal
+        self._bar = tqdm(total=total, disable=quiet or not terminal, bar_format=_FORMAT)
+
+    @contextmanager
+    def part(self, description: str) -> Iterator[None]:
+        """Show what is being done, and count it when the block ends well."""
+        start = time.perf_counter()
+        self._bar.set_description(description)
+        yield
+        self._done += 1
+        self._bar.update()
+        if self._lines:
+            seconds = time.perf_counter() - start
+            line = f"[{self._done}/{self._total}] {description} ({seconds:.1f} s)"
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the bar."""
+        if self._lines or not self._bar.disable:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_FORMAT = "{desc:<28} {bar:24} {n_fmt}/{total_fmt} [{elapsed}]"

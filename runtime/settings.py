@@ -1,0 +1,121 @@
+"""What one request asks for, complete and checked."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from latentforge.runtime import samplers
+from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.manifest import Defaults
+
+__all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
+
+MAX_PROMPT = 16_384
+"""Characters of a prompt. Text encoders see some 75 tokens: more is a mistake or an attack."""
+
+_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One request. Raises SettingsError, or ShapeError, for what no engine could fulfil."""
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    images_per_prompt: int = 1
+    sampler: str
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    height: int
+    width: int
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
+
+    def __post_init__(self) -> None:
+        samplers.get(self.sampler)
+        _check_prompts(self.prompts, self.negative_prompts)
+        _check_count("steps", self.steps, _MAX_STEPS)
+        _check_count("images_per_prompt", self.images_per_prompt, 1024)
+        _check_number("guidance_scale", self.guidance_scale, 0, 1000)
+        _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise SettingsError(f"seed is a whole number of 64 bits, not {self.seed!r}")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if type(side) is not int or side < 1:
+                raise ShapeError(f"{name} is a number of pixels from 1 up, not {side!r}")
+
+    @property
+    def count(self) -> int:
+        """How many images this makes."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompts are looked at: as in diffusers, above scale 1."""
+        return self.guidance_scale > 1
+
+
+class Request(TypedDict, total=False):
+    """The settings that a caller may give; the manifest's defaults fill in the rest."""
+
+    negative_prompt: str | Sequence[str]
+    images_per_prompt: int
+    sampler: str
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    height: int
+    width: int
+    seed: int
+
+
+def resolve(defaults: Defaults, prompt: str | Sequence[str], request: Request) -> Settings:
+    """Fill in what a request leaves out, or gives as None, and check it all.
+
+    Raises:
+        SettingsError: a setting is unknown or out of range.
+    """
+    if unknown := request.keys() - Request.__annotations__.keys():
+        known = ", ".join(Request.__annotations__)
+        raise SettingsError(f"no setting {min(unknown)!r}; there are {known}")
+    given: dict[str, Any] = {key: value for key, value in request.items() if value is not None}
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    negative = given.pop("negative_prompt", "")
+    every = (negative,) * len(prompts) if isinstance(negative, str) else tuple(negative)
+    return Settings(
+        prompts=prompts, negative_prompts=every, **{**_from_defaults(defaults), **given}
+    )
+
+
+def _from_defaults(defaults: Defaults) -> dict[str, Any]:
+    return {key: getattr(defaults, key) for key in defaults.__struct_fields__}
+
+
+def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
+    if not prompts:
+        raise SettingsError("no prompt was given: name at least one")
+    if len(negative) != len(prompts):
+        raise SettingsError(
+            f"{len(negative)} negative prompts for {len(prompts)} prompts: give one, or as many"
+        )
+    for prompt in (*prompts, *negative):
+        if not isinstance(prompt, str):
+            raise SettingsError(f"a prompt is text, not {type(prompt).__name__}")
+        if len(prompt) > MAX_PROMPT:
+            raise SettingsError(
+                f"a prompt has {len(prompt):,} characters, and {MAX_PROMPT:,} are allowed: "
+                "the text encoder reads only the first few dozen words"
+            )
+
+
+def _check_count(name: str, value: int, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise SettingsError(f"{name} is a whole number from 1 to {most}, not {value!r}")
+
+
+def _check_number(name: str, value: float, least: float, most: float) -> None:
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or not least <= value <= most:
+        raise SettingsError(f"{name} is a number from {least} to {most}, not {value!r}")
