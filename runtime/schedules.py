@@ -167,7 +167,7 @@ def _linspace(first: float, last: float, count: int) -> NDArray[np.float32]:
     step = float((stop - start) / np.float32(max(count - 1, 1)))
     index = np.arange(count)
     rising, falling = start + step * index, float(stop) - step * (count - 1 - index)
-    return np.where(index < count // 2, rising, falling).astype(np.float32)
+    return np.where(index < max(count // 2, 1), rising, falling).astype(np.float32)
 
 
 def _cosine_betas(count: int) -> NDArray[np.float32]:
