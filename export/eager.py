@@ -1,6 +1,12 @@
-"""The diffusers pipeline itself, on the same settings: the reference for all we claim."""
+"""The diffusers pipeline itself, on the same settings: the reference for all we claim.
+
+``python -m latentforge.export.eager CHECKPOINT SETTINGS THREADS PICTURE`` serves it to a
+benchmark, see runtime/worker.py.
+"""
 
 import importlib.metadata
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -8,13 +14,14 @@ import numpy as np
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.modules import load_module
 from latentforge.export.scheduler import SCHEDULERS
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profile import Stopwatch
 from latentforge.runtime.settings import Settings
+from latentforge.runtime.worker import serve
 
 __all__ = ["EagerPipeline"]
 
@@ -100,3 +107,12 @@ class _Timed:
                 return forward(*args, **kwargs)
 
         return timed
+
+
+def _load(threads: int) -> tuple[Callable[[Settings], Result], dict[str, str]]:
+    torch.set_num_threads(threads)
+    return EagerPipeline(open_checkpoint(sys.argv[1])), EagerPipeline.versions()
+
+
+if __name__ == "__main__":
+    serve(_load)

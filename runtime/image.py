@@ -1,6 +1,7 @@
 """Arrays to pictures and back, and how far two of them are apart."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from latentforge.runtime.errors import TargetError
 from latentforge.runtime.staging import staged_file
 
-__all__ = ["MAX_PSNR", "from_array", "psnr", "save", "sheet", "to_array"]
+__all__ = ["MAX_PSNR", "check_output", "from_array", "psnr", "save", "sheet", "to_array"]
 
 MAX_PSNR = 200.0
 """What psnr gives for equal arrays: a number JSON can hold, beyond any float32 difference."""
@@ -46,17 +47,32 @@ def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> floa
     return min(MAX_PSNR, 10 * float(np.log10(top**2 / error)))
 
 
+def check_output(path: Path) -> str:
+    """The format that a picture of this name has.
+
+    Asked before the work starts, so that a typo does not cost it.
+
+    Raises:
+        TargetError: no such picture format, or the directory is missing or not writable.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise TargetError(f"cannot write {path}: name a .png, .jpg or .webp file")
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise TargetError(f"cannot write {path}: {parent} is not a writable directory")
+    return kind
+
+
 def save(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write a picture whole or not at all; a PNG carries metadata as its ``latentforge`` text.
 
     Raises:
         TargetError: no such picture format, or the file cannot be written.
     """
+    kind = check_output(path)
     info = PngImagePlugin.PngInfo()
     info.add_itxt("latentforge", json.dumps(metadata, ensure_ascii=False))
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
-        raise TargetError(f"cannot write {path}: name a .png, .jpg or .webp file")
     with staged_file(path) as partial:
         image.save(partial, format=kind, **({"pnginfo": info} if kind == "PNG" else {}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,12 @@ class Pipeline:
         """
         return self._steps(self.settings(prompt, **settings))
 
+    def run(self, settings: Settings) -> Result:
+        """Make the pictures of a request that is complete, such as an earlier result's."""
+        self._check_size(settings)
+        *_, last = self._steps(settings)
+        return last.result()
+
     def settings(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Settings:
         """Fill in the manifest's defaults and check the request, without running it."""
         resolved = resolve(self.manifest.defaults, prompt, settings)
@@ -162,6 +169,11 @@ class Pipeline:
         scaled = latents / np.float32(self.manifest.latent.scaling_factor)
         decoder = self.engines["vae_decoder"]
         return from_array(decoder.run({"latent_sample": scaled}, at_once=1)["sample"])
+
+    def versions(self) -> dict[str, str]:
+        """The libraries that run the engines, and their versions."""
+        names = {engine.component.backend for engine in self.engines.values()} - {"null"}
+        return {name: importlib.metadata.version(name) for name in sorted(names)}
 
     def close(self) -> None:
         """Free the engines. Using the pipeline afterwards raises BackendError."""

@@ -44,7 +44,7 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (batch, channels, h, w), already divided by the scaling factor, to pixels in -1..1."""
+    """Latents (batch, channels, h, w), divided by the scaling factor, to pixels in -1..1."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
