@@ -1,0 +1,30 @@
+# Two commands: `make demo` shows what latentforge does, `make test` shows that it works.
+# Each sets up .venv first. PYTHON=python3.12 picks another interpreter (3.10 or newer).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check slow clean
+
+demo: $(VENV)/ready  ## build the embedded checkpoint, run it, time it, leave a page
+	$(BIN)/latentforge demo demo-output
+
+test: $(VENV)/ready check  ## lint, types and the test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output dist
