@@ -70,7 +70,7 @@ _CLEAN = NoiseLevel(1.0, 0.0, 0.0)
 
 
 class Interval(NamedTuple):
-    """One step of a sampler: from one noise level to a lower one."""
+    """One step of a sampler: from one noise level to a lower one (or, at the end, the same)."""
 
     start: NoiseLevel
     end: NoiseLevel
@@ -256,7 +256,7 @@ def plan_dpm_karras(schedule: Schedule, steps: int) -> Plan:
 
 
 def plan_lcm(schedule: Schedule, steps: int) -> Plan:
-    """An even choice of the 50 levels of distillation, highest first: Luo et al. (2023), 4.3."""
+    """An even choice of the 50 levels of distillation, highest first (Luo et al. 2023, 4.3)."""
     limit = min(_LCM_STEPS, schedule.train_steps)
     if _checked(schedule, steps) > limit:
         raise SettingsError(f"{steps} steps: a latent consistency model takes at most {limit}")

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.rng import Generator, _fma
+from latentforge.runtime.rng import Generator, _box_muller, _fma
 
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32 + 42, 2**63, 2**64 - 1, -1, -123456789, -(2**63)]
 
@@ -89,3 +89,10 @@ def test_fma_rounds_once() -> None:
     c = floats(tiny, -tiny, -tiny, 1, 1, -0.25)
     below, above = 1 + 2**-11, 1 + 2**-11 + 2**-23
     assert _fma(a, b, c).tolist() == [above, below, -above, 1 + 2**-23, 1, 2]
+
+
+def test_no_negative_zeros() -> None:
+    """A uniform of 0 makes a radius of -0; torch adds a mean of 0 to what comes of it."""
+    normals = _box_muller(np.zeros(16, np.float32))
+    assert not normals.any()
+    assert not np.signbit(normals).any()
