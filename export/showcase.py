@@ -1,7 +1,6 @@
 """The main job on the embedded checkpoint: build it, run it beside diffusers, time both."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.demo import prompts
 from latentforge.export.eager import EagerPipeline
 from latentforge.export.stage import export
-from latentforge.runtime.bench import Comparison, compare, contenders
+from latentforge.runtime.bench import Comparison, available_cores, compare, contenders
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.image import psnr, save, sheet, to_array
 from latentforge.runtime.manifest import Manifest
@@ -85,7 +84,7 @@ def _bench(engines: Path, repeats: int, quiet: bool) -> Comparison:
     return compare(
         contenders([engines], against=["eager"], checkpoint="demo"),
         settings_to_json(settings),
-        threads=len(os.sched_getaffinity(0)),
+        threads=available_cores(),
         repeats=repeats,
         quiet=quiet,
     )

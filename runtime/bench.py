@@ -32,6 +32,7 @@ __all__ = [
     "Contender",
     "PEERS",
     "Measurement",
+    "available_cores",
     "compare",
     "contenders",
     "cpu_name",
@@ -140,8 +141,10 @@ class Measurement:
     @property
     def medians(self) -> dict[str, float]:
         """Median seconds by stage, and of one UNet call."""
-        calls = [seconds for run in self.runs for seconds in run.stages["unet"]]
-        return {"unet step": statistics.median(calls), **summarize(self.runs)}
+        return {**summarize(self.runs), "unet step": self._step()}
+
+    def _step(self) -> float:
+        return statistics.median(seconds for run in self.runs for seconds in run.stages["unet"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +341,13 @@ def summarize(runs: Sequence[Timings]) -> dict[str, float]:
     """The median seconds of every stage over runs, and of their total."""
     seconds = [{**run.seconds, "total": run.total} for run in runs]
     return {name: statistics.median(run[name] for run in seconds) for name in seconds[0]}
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:

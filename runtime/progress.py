@@ -17,24 +17,32 @@ class Progress:
     """
 
     def __init__(self, total: int, *, quiet: bool = True) -> None:
-        self._total = total
-        self._done = 0
         terminal = sys.stderr.isatty()
         self._lines = not quiet and not terminal
         self._bar = tqdm(total=total, disable=quiet or not terminal, bar_format=_FORMAT)
+        self._total = total
+        self._done = 0
+        self._since = time.perf_counter()
 
     @contextmanager
     def part(self, description: str) -> Iterator[None]:
         """Show what is being done, and count it when the block ends well."""
-        start = time.perf_counter()
         self._bar.set_description(description)
+        self._since = time.perf_counter()
         yield
+        self.advance(description)
+
+    def advance(self, description: str, total: int | None = None) -> None:
+        """Count one part as done; a total that only shows on the way may be given here."""
+        self._total = self._bar.total = total or self._total
         self._done += 1
+        self._bar.set_description(description)
         self._bar.update()
         if self._lines:
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - self._since
             line = f"[{self._done}/{self._total}] {description} ({seconds:.1f} s)"
             print(line, file=sys.stderr, flush=True)
+        self._since = time.perf_counter()
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the bar."""

@@ -11,6 +11,7 @@ from string import Template
 from PIL import Image
 
 from latentforge.runtime.bench import Comparison, Measurement
+from latentforge.runtime.image import MAX_PSNR
 
 __all__ = ["Pair", "render"]
 
@@ -54,7 +55,7 @@ def _bars(comparison: Comparison) -> Iterator[str]:
 
 def _table(comparison: Comparison) -> Iterator[str]:
     others = comparison.measurements[1:]
-    names = [m.name for m in comparison.measurements] + [f"{m.name} faster by" for m in others]
+    names = [m.name for m in comparison.measurements] + [f"{m.name} better by" for m in others]
     yield '<h2>By stage</h2><div class="scroll"><table><tr><th>median</th>'
     yield "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>"
     for stage in comparison.reference.medians:
@@ -99,11 +100,12 @@ def _pictures(comparison: Comparison, pairs: Sequence[Pair]) -> Iterator[str]:
     for pair in pairs:
         label = html.escape(pair.prompt)
         images = "".join(
-            f'<img alt="{label}, {side}" src="{_data_url(image)}"> '
+            f'<img alt="{label}, {side}" src="{_data_url(image)}">'
             for side, image in ((reference, pair.reference), ("engines", pair.ours))
         )
-        caption = f"{label} <br>{pair.psnr:.1f} dB"
-        yield f"<figure>{images}<figcaption>{caption}</figcaption></figure>"
+        close = "identical" if pair.psnr >= MAX_PSNR else f"{pair.psnr:.1f} dB"
+        caption = f"<figcaption>{label}<br>{close}</figcaption>"
+        yield f"<figure><div>{images}</div>{caption}</figure>"
     yield "</div>"
 
 

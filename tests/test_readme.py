@@ -1,0 +1,80 @@
+"""The README's commands and Python run as they stand, and its promises name real things."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentforge.runtime.samplers import SAMPLERS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("latentforge ")]
+
+
+@pytest.fixture
+def workplace(demo_engines: Path, tmp_path: Path) -> Path:
+    """A directory as the README's reader has it after the build."""
+    (tmp_path / "demo-engines").symlink_to(demo_engines)
+    return tmp_path
+
+
+def test_commands_run(workplace: Path) -> None:
+    """All that need neither a hub nor another build of the engines."""
+    ready = [c for c in commands() if "demo-engines" in c and " build " not in c]
+    assert len(ready) == 4
+    for command in ready:
+        result = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)],
+            cwd=workplace, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+    assert (workplace / "owl.png").stat().st_size > 1000
+
+
+def test_every_command_parses() -> None:
+    """The ones that need a hub or minutes too: their options exist."""
+    from latentforge.__main__ import _parser
+
+    for command in commands():
+        _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_python_runs(workplace: Path) -> None:
+    (program,) = blocks("python")
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=workplace, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "apple.png").exists()
+
+
+def test_every_sampler_is_listed() -> None:
+    listed = re.search(r"^Samplers: (.*?);", README, re.DOTALL | re.MULTILINE)
+    assert listed and set(re.findall(r"`(\w+)`", listed[1])) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        if target != "them":
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
