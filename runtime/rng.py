@@ -13,8 +13,8 @@ binaries contracts each product that is only added to something into a fused mul
 
 The float32 way is the one torch takes on x86-64 processors with AVX2, those with AVX-512
 included: it has one kernel for both. On older processors, on Arm, and under
-ATEN_CPU_CAPABILITY=default, torch asks the C library instead, and some of its values differ from
-these in the last bits (about 1e-6); so do those of a torch that another compiler built.
+ATEN_CPU_CAPABILITY=default, torch asks the C library instead, and four values in ten differ from
+these in the last bits (by 2e-6 at most); so may those of a torch that another compiler built.
 """
 
 import math

@@ -182,7 +182,11 @@ def _cosine_betas(count: int) -> NDArray[np.float32]:
 
 
 def _rescaled(betas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Shift and scale alpha to end at 0: Lin et al. (2023), algorithm 1."""
+    """Shift and scale alpha to end at 0: Lin et al. (2023), algorithm 1.
+
+    The square root is rounded to nearest. The one torch takes from MKL is not always, so its
+    tables may differ from this in the last bit.
+    """
     alpha = np.sqrt(_cumprod(np.float32(1) - betas))
     first, last = alpha[0], alpha[-1]
     squared = np.square((alpha - last) * (first / (first - last)))
