@@ -1,6 +1,5 @@
 """One component, loaded: a session that takes any batch, and refuses to pass NaN on."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -51,25 +50,34 @@ class Engine:
             ShapeError: the feeds do not fit the engine.
             BackendError: the engine failed, or an output holds NaN or infinity.
         """
-        batch = len(next(iter(rows.values())))
-        size = self._batch(next(iter(rows))) or min(batch, at_once or batch)
+        batch = self._count(rows)
+        fixed = self._fixed(next(iter(rows)))
+        size = fixed or at_once or batch
         parts = [
-            self.session.run({**_part(rows, start, size), **shared})
+            self.session.run({**_part(rows, start, size, pad=fixed is not None), **shared})
             for start in range(0, batch, size)
         ]
         return {key: self._joined(key, [part[key] for part in parts])[:batch] for key in parts[0]}
 
-    def _batch(self, name: str) -> int | None:
+    def _count(self, rows: Feeds) -> int:
+        counts = {name: len(array) for name, array in rows.items()}
+        if len(set(counts.values())) != 1 or 0 in counts.values():
+            got = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ShapeError(f"{self.name}: inputs need the same number of rows; got {got or 0}")
+        return next(iter(counts.values()))
+
+    def _fixed(self, name: str) -> int | None:
         """The number of rows that the engine is fixed to, or None."""
-        if name not in self.component.inputs:
-            raise ShapeError(f"{self.name}: engine has no input {name!r}")
-        size = self.component.inputs[name].shape[0]
-        return size if isinstance(size, int) else None
+        spec = self.component.inputs.get(name)
+        if spec is None or not spec.shape:
+            raise ShapeError(f"{self.name}: engine has no input {name!r} with rows")
+        return spec.shape[0] if isinstance(spec.shape[0], int) else None
 
     def _joined(self, key: str, parts: list[NDArray[np.generic]]) -> NDArray[np.float32]:
-        value = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(
-            np.float32, copy=False
-        )
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+            value = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(
+                np.float32, copy=False
+            )
         if not np.isfinite(value).all():
             raise BackendError(
                 f"{self.name}: output {key} holds NaN or infinity: its precision does not suit "
@@ -78,9 +86,10 @@ class Engine:
         return value
 
 
-def _part(rows: Feeds, start: int, size: int) -> Mapping[str, NDArray[np.generic]]:
-    """Rows start to start + size of every input, the last one repeated where they run out."""
-    return {key: _padded(array[start : start + size], size) for key, array in rows.items()}
+def _part(rows: Feeds, start: int, size: int, *, pad: bool) -> dict[str, NDArray[np.generic]]:
+    """Rows start to start + size of every input; with pad, the last one fills up what lacks."""
+    parts = {key: array[start : start + size] for key, array in rows.items()}
+    return {key: _padded(array, size) for key, array in parts.items()} if pad else parts
 
 
 def _padded(array: NDArray[np.generic], size: int) -> NDArray[np.generic]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from latentforge.runtime.errors import TargetError
+from latentforge.runtime.errors import ShapeError, TargetError
 from latentforge.runtime.staging import staged_file
 
 __all__ = ["MAX_PSNR", "check_output", "from_array", "psnr", "save", "sheet", "to_array"]
@@ -32,14 +32,21 @@ def to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, at most MAX_PSNR.
+    """Peak signal-to-noise ratio in dB, from -MAX_PSNR, where one holds NaN, to MAX_PSNR.
 
     Args:
         a: the reference.
         b: what is compared with it, of the same shape.
         peak: the largest possible value; the spread (max - min) of the reference if None.
+
+    Raises:
+        ShapeError: a and b are of different shapes.
     """
     reference, other = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if reference.shape != other.shape:
+        raise ShapeError(f"cannot compare shape {reference.shape} with {other.shape}")
+    if not (np.isfinite(reference).all() and np.isfinite(other).all()):
+        return -MAX_PSNR
     error = float(np.mean((reference - other) ** 2))
     top = float(np.ptp(reference)) if peak is None else peak
     if error == 0 or top == 0:

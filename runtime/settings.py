@@ -1,6 +1,6 @@
 """What one request asks for, complete and checked."""
 
-import math
+import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ MAX_PROMPT = 16_384
 """Characters of a prompt. Text encoders see some 75 tokens: more is a mistake or an attack."""
 
 _MAX_STEPS = 1000
+_MAX_SIDE = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +35,17 @@ class Settings:
     seed: int = field(default_factory=lambda: secrets.randbits(32))
 
     def __post_init__(self) -> None:
-        samplers.get(self.sampler)
+        samplers.get(str(self.sampler))
         _check_prompts(self.prompts, self.negative_prompts)
         _check_count("steps", self.steps, _MAX_STEPS)
         _check_count("images_per_prompt", self.images_per_prompt, 1024)
         _check_number("guidance_scale", self.guidance_scale, 0, 1000)
         _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
-            raise SettingsError(f"seed is a whole number of 64 bits, not {self.seed!r}")
+            raise SettingsError(f"seed is a whole number of 64 bits, not {_shown(self.seed)}")
         for name, side in (("height", self.height), ("width", self.width)):
-            if type(side) is not int or side < 1:
-                raise ShapeError(f"{name} is a number of pixels from 1 up, not {side!r}")
+            if type(side) is not int or not 1 <= side <= _MAX_SIDE:
+                raise ShapeError(f"{name} is 1 to {_MAX_SIDE} pixels, not {_shown(side)}")
 
     @property
     def count(self) -> int:
@@ -79,14 +80,22 @@ def resolve(defaults: Defaults, prompt: str | Sequence[str], request: Request) -
     """
     if unknown := request.keys() - Request.__annotations__.keys():
         known = ", ".join(Request.__annotations__)
-        raise SettingsError(f"no setting {min(unknown)!r}; there are {known}")
+        raise SettingsError(f"no setting {_shown(min(unknown))}; there are {known}")
     given: dict[str, Any] = {key: value for key, value in request.items() if value is not None}
-    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-    negative = given.pop("negative_prompt", "")
-    every = (negative,) * len(prompts) if isinstance(negative, str) else tuple(negative)
+    prompts = _texts(prompt, 1)
+    negative = _texts(given.pop("negative_prompt", ""), len(prompts))
     return Settings(
-        prompts=prompts, negative_prompts=every, **{**_from_defaults(defaults), **given}
+        prompts=prompts, negative_prompts=negative, **{**_from_defaults(defaults), **given}
     )
+
+
+def _texts(given: str | Sequence[str], count: int) -> tuple[str, ...]:
+    """One text count times over, or several as they are."""
+    if isinstance(given, str):
+        return (given,) * count
+    if not isinstance(given, Sequence):
+        raise SettingsError(f"a prompt is text, or a list of texts, not {type(given).__name__}")
+    return tuple(given)
 
 
 def _from_defaults(defaults: Defaults) -> dict[str, Any]:
@@ -103,6 +112,8 @@ def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
     for prompt in (*prompts, *negative):
         if not isinstance(prompt, str):
             raise SettingsError(f"a prompt is text, not {type(prompt).__name__}")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise SettingsError(f"a prompt is not valid UTF-8: {_shown(prompt)}")
         if len(prompt) > MAX_PROMPT:
             raise SettingsError(
                 f"a prompt has {len(prompt):,} characters, and {MAX_PROMPT:,} are allowed: "
@@ -112,10 +123,18 @@ def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
 
 def _check_count(name: str, value: int, most: int) -> None:
     if type(value) is not int or not 1 <= value <= most:
-        raise SettingsError(f"{name} is a whole number from 1 to {most}, not {value!r}")
+        raise SettingsError(f"{name} is a whole number from 1 to {most}, not {_shown(value)}")
 
 
 def _check_number(name: str, value: float, least: float, most: float) -> None:
-    number = isinstance(value, int | float) and math.isfinite(value)
-    if not number or not least <= value <= most:
-        raise SettingsError(f"{name} is a number from {least} to {most}, not {value!r}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most:  # which NaN is not
+        raise SettingsError(f"{name} is a number from {least} to {most}, not {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message: its repr, cut to one line, also of a number of 10,000 digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "that"

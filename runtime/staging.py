@@ -1,8 +1,10 @@
 """Write a directory or a file completely or not at all."""
 
+import errno
+import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,18 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
 
     A stage asks before it starts, so that a typo does not cost the work.
     """
+    try:
+        _check_old(target, overwrite)
+        parent = target.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+    except OSError as error:
+        raise TargetError(f"cannot write {target}: {error.strerror}") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise TargetError(f"cannot write {target}: {parent} is not a writable directory")
+
+
+def _check_old(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target} exists and is not a directory: name another")
     if target.exists() and any(target.iterdir()):
@@ -30,11 +44,6 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
             raise TargetError(f"{target} exists: name another, or pass --overwrite to replace it")
         if not (target / FILENAME).is_file():
             raise TargetError(f"{target} is not an engine directory, so it is not overwritten")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise TargetError(f"cannot write {target}: {parent} is not a writable directory")
 
 
 @contextmanager
@@ -47,29 +56,33 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     check_target(target, overwrite=overwrite)
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    partial = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    partial.chmod(0o755)
-    lock = _lock(partial)
+    partial = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
+    made = [parent for parent in target.parents if not parent.exists()]
+    lock: int | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        partial.mkdir()
+        lock = _lock(partial)
         yield partial
-        _replace(partial, target)
-    except GateError:
-        _replace(partial, target.with_name(f"{target.name}.rejected"))
-        raise
+        _publish(partial, target, overwrite)
+    except GateError as error:
+        raise GateError(f"{error}; {_reject(partial, target)}") from error
     except OSError as error:
         raise TargetError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+        for parent in made:
+            with suppress(OSError):  # where target is now, or somebody else's file
+                parent.rmdir()
 
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of target that becomes target when the block succeeds."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         partial.replace(target)
@@ -85,37 +98,65 @@ def _prefix(target: Path) -> str:
 
 
 def _lock(directory: Path) -> int | None:
-    """Hold directory until the file descriptor is closed, by us or by our death."""
+    """Hold directory until the file descriptor is closed, by us or by our death.
+
+    Returns None where the file system has no locks, and raises BlockingIOError where another
+    process holds this one.
+    """
     if fcntl is None:
         return None
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        raise
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
     return descriptor
 
 
 def _remove_leftovers(target: Path) -> None:
     """Delete the partial directories of processes that no longer live."""
-    for leftover in target.parent.glob(f"{_prefix(target)}*"):
+    for leftover in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
         with suppress(OSError):  # held by a process at work, or not ours to touch
             if (lock := _lock(leftover)) is not None:
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
 
 
-def _replace(partial: Path, target: Path) -> None:
-    """Put partial in target's place; an old target is moved aside first and then deleted."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
+    """Put partial in target's place."""
+    try:
+        partial.rename(target)  # which an empty directory does not hinder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        check_target(target, overwrite=overwrite)  # it may have come while we worked
+        _swap(partial, target)
+
+
+def _reject(partial: Path, target: Path) -> str:
+    """Keep partial as target.rejected, in place of an earlier one, and say so."""
+    rejected = target.with_name(f"{target.name}.rejected")
+    ours = (rejected / FILENAME).exists() or any(rejected.glob("*.onnx"))
+    try:
+        if ours and not rejected.is_symlink():
+            _swap(partial, rejected)
+        else:
+            partial.rename(rejected)
+    except OSError:
+        return f"not kept, since {rejected} is in the way"
+    return f"kept as {rejected}"
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Move the old target aside, put partial in its place, and delete the old one."""
+    old = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
     target.rename(old)
     try:
         partial.rename(target)
-    except OSError:
+    except BaseException:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)

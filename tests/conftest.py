@@ -1,0 +1,235 @@
+"""Engine directories to test with: handmade ones, and those of a tiny checkpoint and the demo."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
+
+from latentforge.runtime.manifest import (
+    Component,
+    Defaults,
+    FileEntry,
+    Latent,
+    Manifest,
+    Source,
+    TokenizerEntry,
+    hash_file,
+)
+from latentforge.runtime.schedules import Schedule
+from latentforge.runtime.tensor import TensorSpec
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
+
+Copy = Callable[[Path], Path]
+Handmade = Callable[..., Path]
+
+TOKENS, WIDTH = 8, 2
+LATENT = TensorSpec("float32", ("batch", 4, "latent_height", "latent_width"))
+PIXELS = TensorSpec("float32", ("batch", 3, "latent_height*8", "latent_width*8"))
+TEXT = TensorSpec("float32", ("batch", TOKENS, WIDTH))
+SIGNATURES = {
+    "text_encoder": (
+        {"input_ids": TensorSpec("int64", ("batch", TOKENS))},
+        {"last_hidden_state": TEXT},
+    ),
+    "unet": (
+        {
+            "sample": LATENT,
+            "timestep": TensorSpec("float32", (1,)),
+            "encoder_hidden_states": TEXT,
+        },
+        {"out_sample": LATENT},
+    ),
+    "vae_decoder": ({"latent_sample": LATENT}, {"sample": PIXELS}),
+}
+
+
+@pytest.fixture
+def handmade(tmp_path: Path) -> Handmade:
+    """A function that writes a sound engine directory, without torch and in milliseconds.
+
+    Components compute nothing, but those given as ONNX text by their names.
+    """
+
+    def made(name: str = "handmade", *, onnx: dict[str, str] | None = None, **changes: Any) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        components = {
+            part: _component(directory, part, (onnx or {}).get(part)) for part in SIGNATURES
+        }
+        manifest = {
+            "name": name,
+            "family": "stable_diffusion",
+            "source": Source(checkpoint="none", sha256={}),
+            "prediction": "epsilon",
+            "latent": Latent(channels=4, scaling_factor=0.5, downscale=8, multiple=2),
+            "schedule": Schedule(
+                beta_kind="scaled_linear",
+                beta_start=0.00085,
+                beta_end=0.012,
+                spacing="leading",
+                offset=1,
+                zero_terminal_snr=False,
+                final_alpha_one=False,
+            ),
+            "defaults": Defaults(
+                sampler="ddim",
+                steps=4,
+                guidance_scale=7.5,
+                guidance_rescale=0.0,
+                height=32,
+                width=48,
+            ),
+            "tokenizers": {"tokenizer": _tokenizer(directory)},
+            "components": components,
+        }
+        Manifest(**{**manifest, **changes}).write(directory)
+        return directory
+
+    return made
+
+
+def _component(directory: Path, name: str, onnx: str | None) -> Component:
+    path = directory / f"{name}.onnx"
+    if onnx is None:
+        path.write_bytes(name.encode())
+    else:
+        import onnx_ir as ir
+
+        ir.save(ir.from_onnx_text(onnx), path)
+    inputs, outputs = SIGNATURES[name]
+    return Component(
+        **_entry(directory, path),
+        backend="null" if onnx is None else "onnxruntime",
+        precision="fp32",
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def _tokenizer(directory: Path) -> TokenizerEntry:
+    words = {word: index for index, word in enumerate(["?", "<s>", "</s>", "a", "red", "apple"])}
+    tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = BertProcessing(("</s>", 2), ("<s>", 1))
+    tokenizer.enable_padding(length=TOKENS, pad_id=2, pad_token="</s>")
+    path = directory / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    tokenizer.save(str(path))
+    return TokenizerEntry(**_entry(directory, path), max_length=TOKENS)
+
+
+def _entry(directory: Path, path: Path) -> dict[str, Any]:
+    file = path.relative_to(directory).as_posix()
+    entry = FileEntry(file=file, sha256=hash_file(path), bytes=path.stat().st_size)
+    return {key: getattr(entry, key) for key in entry.__struct_fields__}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of random weights: images of 32 x 32 pixels from latents of 16 x 16."""
+    pytest.importorskip("diffusers", exc_type=ImportError)
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _save_tiny(path)
+    return path
+
+
+def _save_tiny(path: Path) -> None:
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from latentforge.export.demo import CHECKPOINT
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    vae = diffusers.AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+    scheduler = diffusers.PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        skip_prk_steps=True,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path, safe_serialization=True)
+    shutil.rmtree(path / "tokenizer")
+    shutil.copytree(CHECKPOINT / "tokenizer", path / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engines of the tiny checkpoint, all dimensions free. Copy them before changing them."""
+    from latentforge.export.stage import export
+
+    target = tmp_path_factory.mktemp("engines") / "tiny"
+    export(str(tiny_checkpoint), target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engines of the embedded demo. Costs a minute: for what only real pictures show."""
+    pytest.importorskip("diffusers", exc_type=ImportError)
+    from latentforge.export.stage import export
+
+    target = tmp_path_factory.mktemp("engines") / "demo"
+    export("demo", target)
+    return target
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    """A function that copies a directory to a fresh place, where it may be damaged."""
+
+    def copied(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / f"copy-{directory.name}"))
+
+    return copied
