@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.modules import load_module
-from latentforge.export.scheduler import SCHEDULERS
+from latentforge.export.scheduler import SCHEDULERS, corrected
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profile import Stopwatch
@@ -31,7 +31,7 @@ class EagerPipeline:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         scheduler = checkpoint.config("scheduler", "scheduler_config.json")
-        self._config = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+        self._config = {k: v for k, v in corrected(scheduler).items() if not k.startswith("_")}
         self._pipe: Any = diffusers.StableDiffusionPipeline(
             vae=load_module(checkpoint, "vae", diffusers.AutoencoderKL),
             text_encoder=load_module(checkpoint, "text_encoder", CLIPTextModel),

@@ -4,11 +4,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from latentforge.runtime.errors import CheckpointError
-from latentforge.runtime.manifest import Prediction
-from latentforge.runtime.schedules import Schedule
+from latentforge.runtime.errors import CheckpointError, ManifestError
+from latentforge.runtime.schedules import Prediction, Schedule
 
-__all__ = ["SCHEDULERS", "default_sampler", "prediction_of", "schedule_of"]
+__all__ = ["SCHEDULERS", "corrected", "default_sampler", "prediction_of", "schedule_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -33,20 +32,38 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 _OPTIONS = {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}
 
 
+def corrected(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json as StableDiffusionPipeline reads it.
+
+    Some files are older than two options that latent diffusion needs at one value; diffusers
+    sets them when the pipeline is made, and says so.
+    """
+    return {**config, "steps_offset": 1, "clip_sample": False}
+
+
 def schedule_of(config: Mapping[str, Any]) -> Schedule:
-    """The noise schedule that a scheduler_config.json describes."""
+    """The noise schedule that a scheduler_config.json describes.
+
+    Raises:
+        CheckpointError: it is not a schedule of latent diffusion that we know.
+    """
     betas = config.get("trained_betas")
-    return Schedule(
-        train_steps=config.get("num_train_timesteps", 1000),
-        beta_kind="explicit" if betas else config.get("beta_schedule", "linear"),
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
-        betas=tuple(betas or ()),
-        spacing=config.get("timestep_spacing", _default_spacing(config)),
-        offset=config.get("steps_offset", 0),
-        zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
-        final_alpha_one=config.get("set_alpha_to_one", _ends_clean(config)),
-    )
+    if config.get("thresholding"):
+        raise CheckpointError("the scheduler's thresholding is for pixels, and we denoise latents")
+    try:
+        return Schedule(
+            train_steps=config.get("num_train_timesteps", 1000),
+            beta_kind="explicit" if betas else config.get("beta_schedule", "linear"),
+            beta_start=config.get("beta_start", 0.0001),
+            beta_end=config.get("beta_end", 0.02),
+            betas=tuple(betas or ()),
+            spacing=config.get("timestep_spacing"),
+            offset=corrected(config)["steps_offset"],
+            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+            final_alpha_one=config.get("set_alpha_to_one"),
+        )
+    except (ManifestError, TypeError) as error:
+        raise CheckpointError(f"scheduler_config.json: {error}") from error
 
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
@@ -74,13 +91,3 @@ def default_sampler(config: Mapping[str, Any]) -> str:
             return name
     _log.warning("no sampler follows %s; taking dpmpp_2m", config.get("_class_name"))
     return "dpmpp_2m"
-
-
-def _default_spacing(config: Mapping[str, Any]) -> str:
-    """What diffusers assumes where the file, often older than the option, is silent."""
-    linspace = ("Euler", "Heun", "DPMSolver", "UniPC")
-    return "linspace" if str(config.get("_class_name")).startswith(linspace) else "leading"
-
-
-def _ends_clean(config: Mapping[str, Any]) -> bool:
-    return config.get("_class_name") not in ("PNDMScheduler",)

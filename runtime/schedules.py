@@ -10,12 +10,14 @@ own way. A planner turns a schedule and a number of steps into a Plan; there is 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from latentforge.runtime.errors import ManifestError, SettingsError
@@ -40,6 +42,8 @@ __all__ = [
 
 BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "explicit"]
 Spacing = Literal["leading", "trailing", "linspace"]
+
+_SPACINGS = get_args(Spacing)
 Prediction = Literal["epsilon", "v_prediction"]
 
 _NEARLY_ZERO = 2.0**-24  # stands in for alpha**2 = 0 where a sampler works with sigma / alpha
@@ -91,24 +95,28 @@ class Plan:
 Planner = Callable[["Schedule", int], Plan]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A checkpoint's noise schedule: plain data, stored in the manifest under "schedule"."""
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """A checkpoint's noise schedule: plain data, stored in the manifest under "schedule".
+
+    Where spacing or final_alpha_one is None, each sampler takes what diffusers takes for it.
+    """
 
     train_steps: int = 1000
     beta_kind: BetaKind
     beta_start: float
     beta_end: float
     betas: tuple[float, ...] = ()  # one for each training step, when beta_kind is "explicit"
-    spacing: Spacing
+    spacing: Spacing | None
     offset: int  # added to "leading" timesteps
     zero_terminal_snr: bool  # rescale, so that the last training step is pure noise
-    final_alpha_one: bool  # DDIM and PNDM end on the clean latent, not on the first training step
+    final_alpha_one: (
+        bool | None
+    )  # DDIM and PNDM end on the clean latent, not on the first training step
 
     def __post_init__(self) -> None:
-        for name, known in (("beta_kind", BetaKind), ("spacing", Spacing)):
-            if getattr(self, name) not in get_args(known):
-                names = ", ".join(get_args(known))
+        for name, known in (("beta_kind", get_args(BetaKind)), ("spacing", (*_SPACINGS, None))):
+            if getattr(self, name) not in known:
+                names = ", ".join(filter(None, known))
                 raise ManifestError(
                     f"schedule: no {name} {getattr(self, name)!r}; there are {names}"
                 )
@@ -139,7 +147,7 @@ class Schedule:
             raise SettingsError(
                 f"timestep {index}: the schedule ends at {self.train_steps - 1}; take fewer steps"
             )
-        if index < 0 and self.final_alpha_one:
+        if index < 0 and self.final_alpha_one is not False:
             return _CLEAN
         square = self.alphas_cumprod[max(index, 0)]
         sigma = math.sqrt(np.float32(1) - square)
@@ -205,16 +213,18 @@ def _cumprod(values: NDArray[np.float32]) -> NDArray[np.float32]:
 def plan_ddim(schedule: Schedule, steps: int) -> Plan:
     """Whole timesteps, each left by one stride: a step need not end where the next one starts."""
     stride = schedule.train_steps // _checked(schedule, steps)
-    times = np.round(_spaced(schedule, steps)).tolist()
+    times = np.round(_spaced(schedule, steps, "leading")).tolist()
     return Plan(tuple(Interval(schedule.at(t), schedule.at(t - stride)) for t in times))
 
 
 def plan_pndm(schedule: Schedule, steps: int) -> Plan:
     """DDIM's steps with the first one taken again, since it is the only one with no history.
 
-    diffusers' PNDM knows no rescaling to zero terminal SNR.
+    diffusers' PNDM knows no rescaling to zero terminal SNR, and unlike its DDIM ends on the first
+    training step unless told otherwise.
     """
-    schedule = replace(schedule, zero_terminal_snr=False)
+    ends_clean = schedule.final_alpha_one is True
+    schedule = replace(schedule, zero_terminal_snr=False, final_alpha_one=ends_clean)
     intervals = list(plan_ddim(schedule, steps).intervals)
     if steps > 1:
         second = intervals[1].start
@@ -229,7 +239,7 @@ def plan_euler(schedule: Schedule, steps: int) -> Plan:
     The first latent is noise of standard deviation sigma unless the spacing is "leading", where
     it is 1: the two ways in which diffusers starts, told apart by the spacing.
     """
-    times = _spaced(schedule, _checked(schedule, steps)).astype(np.float32)
+    times = _spaced(schedule, _checked(schedule, steps), "linspace").astype(np.float32)
     levels = _levels(_ratios_at(schedule, times), times)
     scale = 1.0 if schedule.spacing == "leading" else levels[0].sigma
     return Plan(_chain(levels), scale)
@@ -243,7 +253,7 @@ def plan_heun(schedule: Schedule, steps: int) -> Plan:
 def plan_dpm(schedule: Schedule, steps: int) -> Plan:
     """Whole timesteps spaced as if the clean latent were one of them, for DPM-Solver and UniPC."""
     extra = schedule.spacing != "trailing"
-    times = np.round(_spaced(schedule, _checked(schedule, steps) + extra))[:steps]
+    times = np.round(_spaced(schedule, _checked(schedule, steps) + extra, "linspace"))[:steps]
     return Plan(_chain(_levels(_ratios_at(schedule, times), times)))
 
 
@@ -275,10 +285,13 @@ def _checked(schedule: Schedule, steps: int) -> int:
     return steps
 
 
-def _spaced(schedule: Schedule, count: int) -> NDArray[np.float64]:
-    """Falling timesteps in one of the three spacings of Lin et al. (2023), table 2."""
+def _spaced(schedule: Schedule, count: int, habit: Spacing) -> NDArray[np.float64]:
+    """Falling timesteps in one of the three spacings of Lin et al. (2023), table 2.
+
+    The habit of a sampler is the spacing that it takes where the schedule names none.
+    """
     total = schedule.train_steps
-    match schedule.spacing:
+    match schedule.spacing or habit:
         case "leading":
             return np.arange(float(count))[::-1] * (total // count) + schedule.offset
         case "trailing":

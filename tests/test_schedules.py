@@ -1,11 +1,11 @@
 """Schedules against diffusers' tables and timesteps, and against a table printed in a paper."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -42,7 +42,7 @@ BASE = Schedule(
 
 
 def but(**changes: Any) -> Schedule:
-    return dataclasses.replace(BASE, **changes)
+    return msgspec.structs.replace(BASE, **changes)
 
 
 def reference(kind: str, schedule: Schedule, **options: Any) -> Any:
