@@ -1,0 +1,134 @@
+"""A request is complete and possible, or refused in words that name what is wrong with it."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.manifest import Defaults
+from latentforge.runtime.samplers import SAMPLERS
+from latentforge.runtime.settings import MAX_PROMPT, Settings, resolve
+
+DEFAULTS = Defaults(
+    sampler="ddim", steps=20, guidance_scale=7.5, guidance_rescale=0.0, height=512, width=768
+)
+
+
+def request(prompt: Any = "a fox", **settings: Any) -> Settings:
+    return resolve(DEFAULTS, prompt, settings)  # type: ignore[arg-type]
+
+
+def test_defaults_fill_in_what_is_left_out() -> None:
+    settings = request()
+    assert settings.prompts == ("a fox",) and settings.negative_prompts == ("",)
+    assert (settings.sampler, settings.steps, settings.guidance_scale) == ("ddim", 20, 7.5)
+    assert (settings.height, settings.width, settings.images_per_prompt) == (512, 768, 1)
+    assert request(steps=None, height=None, seed=None).steps == 20
+
+
+def test_what_is_given_wins() -> None:
+    given = {
+        "images_per_prompt": 2,
+        "sampler": "euler",
+        "steps": 1,
+        "guidance_scale": 0,
+        "guidance_rescale": 1.0,
+        "height": 64,
+        "width": 72,
+        "seed": 0,
+    }
+    settings = request(**given)
+    assert {key: getattr(settings, key) for key in given} == given
+
+
+def test_prompts() -> None:
+    settings = request(["a", "b"], images_per_prompt=3, negative_prompt="c")
+    assert settings.prompts == ("a", "b") and settings.negative_prompts == ("c", "c")
+    assert settings.count == 6
+    assert request(["a", "b"], negative_prompt=["c", "d"]).negative_prompts == ("c", "d")
+    assert request("").prompts == ("",)
+
+
+def test_guidance_is_on_above_one() -> None:
+    assert [request(guidance_scale=scale).guided for scale in (0, 1, 1.01)] == [False, False, True]
+
+
+def test_seeds_differ_and_are_kept() -> None:
+    seeds = {request().seed for _ in range(8)}
+    assert len(seeds) > 1 and all(request(seed=seed).seed == seed for seed in seeds)
+    for edge in (-(2**63), 2**64 - 1):
+        assert request(seed=edge).seed == edge
+
+
+HUGE = 10**5000  # which Python refuses to print
+
+BAD = [
+    ("steps", (0, -1, 1.5, True, math.nan, "20", 1001, HUGE, [1])),
+    ("images_per_prompt", (0, -1, 1.0, True, 1025, HUGE)),
+    ("guidance_scale", (math.nan, math.inf, -math.inf, -0.1, 1001, HUGE, -HUGE, True, "7", 1j)),
+    ("guidance_rescale", (math.nan, -0.1, 1.1, HUGE, False, "0")),
+    ("seed", (-(2**63) - 1, 2**64, 1.0, True, "0", HUGE, np.int64(3))),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), BAD, ids=[name for name, _ in BAD])
+def test_refuses(name: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        with pytest.raises(SettingsError, match=f"^{name} is a") as caught:
+            request(**{name: value})
+        assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_refuses_a_size(name: str) -> None:
+    for value in (0, -64, 64.0, True, math.nan, "64", 2**40, HUGE):
+        with pytest.raises(ShapeError, match=f"^{name} is 1 to 16384 pixels, not "):
+            request(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["plms", "", "DDIM", "__class__", ["ddim"], 3, True])
+def test_an_unknown_sampler_lists_them_all(name: object) -> None:
+    with pytest.raises(SettingsError, match="no sampler") as caught:
+        request(sampler=name)
+    assert all(known in str(caught.value) for known in SAMPLERS)
+
+
+def test_an_unknown_setting_lists_them_all() -> None:
+    with pytest.raises(SettingsError, match="no setting 'stepz'; there are negative_prompt, ") as e:
+        request(stepz=20)
+    assert all(f" {known}" in str(e.value) for known in ("steps", "seed", "height", "sampler"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "message"),
+    [
+        ([], "", "no prompt was given"),
+        ((), [], "no prompt was given"),
+        (["a", "b"], ["c"], "1 negative prompts for 2 prompts"),
+        ("a", ["b", "c"], "2 negative prompts for 1 prompts"),
+        ("a", [], "0 negative prompts for 1 prompts"),
+        (None, "", "a prompt is text, or a list of texts, not NoneType"),
+        (3, "", "a prompt is text, or a list of texts, not int"),
+        ("a", 3, "a prompt is text, or a list of texts, not int"),
+        ({"a": 1}, "", "a prompt is text, or a list of texts, not dict"),
+        ([None], "", "a prompt is text, not NoneType"),
+        (b"abc", "", "a prompt is text, not int"),
+        ([["a"]], "", "a prompt is text, not list"),
+        ("a", [3], "a prompt is text, not int"),
+        ("\udcff", "", "not valid UTF-8"),
+        ("a", "\ud83d", "not valid UTF-8"),
+    ],
+)
+def test_refuses_prompts(prompt: object, negative: object, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        request(prompt, negative_prompt=negative)
+
+
+@pytest.mark.parametrize("which", ["prompt", "negative_prompt"])
+def test_refuses_a_prompt_of_a_hundred_kilobytes(which: str) -> None:
+    with pytest.raises(SettingsError, match="has 102,400 characters, and 16,384 are allowed") as e:
+        request(**{which: "x" * 102_400})
+    assert len(str(e.value)) < 200
+    assert request("x" * MAX_PROMPT).count == 1
