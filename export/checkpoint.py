@@ -16,7 +16,7 @@ from latentforge.export.demo import CHECKPOINT as DEMO
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import hash_file
 
-__all__ = ["SIDECAR", "Checkpoint", "open_checkpoint"]
+__all__ = ["SIDECAR", "Checkpoint", "brief", "open_checkpoint", "read_json"]
 
 SIDECAR = "latentforge.json"
 """A file that a checkpoint may carry for us: {"name", "license", "defaults": {...}}."""
@@ -24,6 +24,9 @@ SIDECAR = "latentforge.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
+_MAX_JSON = 64 << 20
+_MAX_CARD = 64 << 10
+_BRIEF = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +50,27 @@ class Checkpoint:
 
     @property
     def sidecar(self) -> dict[str, Any]:
-        """What the checkpoint says to us in latentforge.json, if it is there."""
-        return read_json(self.path / SIDECAR) if (self.path / SIDECAR).exists() else {}
+        """What the checkpoint says to us in latentforge.json, if it is there.
+
+        Raises:
+            CheckpointError: it is malformed.
+        """
+        path = self.path / SIDECAR
+        found = read_json(path) if path.exists() else {}
+        content = {key: value for key, value in found.items() if value is not None}
+        for key, kind in (("name", str), ("license", str), ("defaults", dict)):
+            if key in content and not isinstance(content[key], kind):
+                raise CheckpointError(f"{path}: {key} is not of type {kind.__name__}")
+        return content
 
     @property
     def license(self) -> str | None:
         """The licence that the sidecar or the model card's header names."""
         card = self.path / "README.md"
-        if "license" in self.sidecar or not card.exists():
+        if "license" in self.sidecar or not card.is_file():
             return self.sidecar.get("license")
-        header = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+        with card.open(encoding="utf-8", errors="replace") as file:
+            header = re.match(r"---\n(.*?)\n---", file.read(_MAX_CARD), re.DOTALL)
         found = re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE) if header else None
         return found[1] if found else None
 
@@ -111,30 +125,52 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or holds something else.
     """
     try:
+        if not path.is_file():
+            raise CheckpointError(f"no file {path}: the checkpoint is incomplete; fetch it again")
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MiB: fetch it again")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
+
+
+def brief(error: BaseException) -> str:
+    """What an error of another library says, in one line; what it is called if that is nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 3]}..."
 
 
 def _find(name: str) -> Path:
     if name == "demo":
         return DEMO
     path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise CheckpointError(
-            f"{name} is a file: convert it to a directory first, with diffusers' "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
-        )
+    try:
+        if path.is_dir():
+            return path
+        if path.is_file():
+            raise CheckpointError(_no_directory(path))
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise CheckpointError(f"no checkpoint {name[:60]!r}: {error}"[:200]) from error
     if _HUB_ID.fullmatch(name):
         return _download(name)
     raise CheckpointError(f"no checkpoint {name}: name a directory, a hub id org/model, or demo")
+
+
+def _no_directory(path: Path) -> str:
+    danger = (
+        ", on a machine you can spare, since this pickle can run code when it is loaded"
+        if path.suffix in _PICKLES
+        else ""
+    )
+    return (
+        f"{path} is a single file: convert it to a directory first, with diffusers' "
+        f"StableDiffusionPipeline.from_single_file(...).save_pretrained(...){danger}"
+    )
 
 
 def _download(name: str) -> Path:
@@ -150,9 +186,8 @@ def _download(name: str) -> Path:
             ignore_patterns=["*non_ema*", "safety_checker/*", "openvino*", "onnx*", "flax*"],
         )
     except Exception as error:  # a dozen kinds, from the hub, the network and the disk
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"no directory {name}, and it could not be fetched from the hub: {reason}"
+            f"no directory {name}, and it could not be fetched from the hub: {brief(error)}"
         ) from error
     return Path(path)
 
@@ -162,20 +197,28 @@ def _safetensors(directory: Path, variant: str | None) -> list[Path]:
     middle = f".{variant}" if variant else ""
     for stem in _WEIGHTS:
         single = directory / f"{stem}{middle}.safetensors"
+        index = directory / f"{stem}.safetensors.index{middle}.json"
+        if single.is_file() and index.is_file():
+            raise CheckpointError(
+                f"{directory} holds {single.name} and {index.name}, and the libraries differ in "
+                "which one counts: remove one of them"
+            )
         if single.is_file():
             return [single]
-        index = directory / f"{stem}.safetensors.index{middle}.json"
         if index.is_file():
-            shards = set(read_json(index).get("weight_map", {}).values())
-            return [_shard(directory, name) for name in sorted(shards)]
+            return _shards(index)
     return []
 
 
-def _shard(directory: Path, name: object) -> Path:
-    path = directory / str(name)
-    if Path(str(name)).name != name or not path.is_file():
-        raise CheckpointError(f"{directory}: the index names a shard {name!r} that is not there")
-    return path
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} has no weight_map: fetch it again")
+    for name in names.values():
+        inside = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        if not inside or not name.endswith(".safetensors") or not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names a shard {name!r} that is not there")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def _check_safetensors(path: Path) -> None:
@@ -184,7 +227,7 @@ def _check_safetensors(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or cut short ({error}): fetch it again"
+            f"{path} is damaged or cut short ({brief(error)}): fetch it again"
         ) from error
 
 

@@ -1,14 +1,22 @@
 """Load the torch modules of a checkpoint: strictly, in float32, from safetensors alone."""
 
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
-from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.checkpoint import Checkpoint, brief
 from latentforge.runtime.errors import CheckpointError
 
-__all__ = ["load_module"]
+__all__ = ["load_module", "quiet"]
+
+_MISMATCH = re.compile(r"^(\S+) *\| *MISMATCH", re.MULTILINE)
 
 
 def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Module:
@@ -25,18 +33,25 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
     """
     checkpoint.config(folder)
     _, variant = checkpoint.weights(folder)
-    try:
-        module, info = kind.from_pretrained(
-            checkpoint.path / folder,
-            use_safetensors=True,
-            variant=variant,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot load {checkpoint.path / folder}: {first}") from error
+    path = checkpoint.path / folder
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path} is an adapter to another model: merge it into that first")
+    with quiet() as said:
+        try:
+            module, info = kind.from_pretrained(
+                path,
+                use_safetensors=True,
+                variant=variant,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # each library has its own, and a bad config raises any of them
+            if keys := _MISMATCH.findall(said()):  # transformers only logs which
+                reason = f"{keys[0]} is of another shape than config.json says"
+            else:
+                reason = brief(error)
+            raise CheckpointError(f"cannot load {path}: {reason}") from error
     _check_keys(checkpoint, folder, info)
     _check_finite(checkpoint, folder, module)
     return module.eval().requires_grad_(False)
@@ -59,3 +74,39 @@ def _check_finite(checkpoint: Checkpoint, folder: str, module: nn.Module) -> Non
             raise CheckpointError(
                 f"{checkpoint.name}: {folder} holds NaN or infinity in {name}: fetch it again"
             )
+
+
+@contextmanager
+def quiet() -> Iterator[Callable[[], str]]:
+    """Hide what diffusers and transformers show on loading; what they log can be asked for."""
+    records = _Records()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    handlers = [logger.handlers for logger in loggers]
+    bars = [
+        library
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled()
+    ]
+    try:
+        for library in bars:
+            library.disable_progress_bar()
+        for logger in loggers:
+            logger.handlers = [records]
+        yield records.text
+    finally:
+        for logger, before in zip(loggers, handlers, strict=True):
+            logger.handlers = before
+        for library in bars:
+            library.enable_progress_bar()
+
+
+class _Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
+
+    def text(self) -> str:
+        return "\n".join(self._messages)

@@ -1,8 +1,11 @@
 """A checkpoint's scheduler_config.json, in our terms."""
 
 import logging
+import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from latentforge.runtime.errors import CheckpointError, ManifestError
 from latentforge.runtime.schedules import Prediction, Schedule
@@ -50,19 +53,20 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
     betas = config.get("trained_betas")
     if config.get("thresholding"):
         raise CheckpointError("the scheduler's thresholding is for pixels, and we denoise latents")
+    fields = {
+        "train_steps": config.get("num_train_timesteps", 1000),
+        "beta_kind": "explicit" if betas else config.get("beta_schedule", "linear"),
+        "beta_start": config.get("beta_start", 0.0001),
+        "beta_end": config.get("beta_end", 0.02),
+        "betas": betas or (),
+        "spacing": config.get("timestep_spacing"),
+        "offset": corrected(config)["steps_offset"],
+        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
+        "final_alpha_one": config.get("set_alpha_to_one"),
+    }
     try:
-        return Schedule(
-            train_steps=config.get("num_train_timesteps", 1000),
-            beta_kind="explicit" if betas else config.get("beta_schedule", "linear"),
-            beta_start=config.get("beta_start", 0.0001),
-            beta_end=config.get("beta_end", 0.02),
-            betas=tuple(betas or ()),
-            spacing=config.get("timestep_spacing"),
-            offset=corrected(config)["steps_offset"],
-            zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
-            final_alpha_one=config.get("set_alpha_to_one"),
-        )
-    except (ManifestError, TypeError) as error:
+        return msgspec.convert(fields, Schedule)
+    except (ManifestError, msgspec.ValidationError) as error:
         raise CheckpointError(f"scheduler_config.json: {error}") from error
 
 
@@ -78,7 +82,10 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
         case "v_prediction":
             return "v_prediction"
         case other:
-            raise CheckpointError(f"prediction_type {other!r} is not epsilon or v_prediction")
+            raise CheckpointError(
+                f"scheduler_config.json: prediction_type {reprlib.repr(other)} is not epsilon or "
+                "v_prediction"
+            )
 
 
 def default_sampler(config: Mapping[str, Any]) -> str:
