@@ -24,8 +24,11 @@ __all__ = ["OPSET", "Dimensions", "component_entry", "export_onnx", "fix_dimensi
 OPSET = 20
 """Has Gelu as one operator, and every target reads it."""
 
-_INLINE_LIMIT = 1_900_000_000
-"""Bytes of weights up to which they stay inside the file; protobuf ends at 2 GiB."""
+_INLINE_LIMIT = 256_000_000
+"""Bytes of weights up to which they stay inside the file.
+
+protobuf ends at 2 GiB, and long before that costs three copies of the weights in memory.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ def fix_dimensions(
 def export_onnx(
     module: nn.Module, plan: ComponentPlan, feeds: Feeds, target: Path, sizes: Mapping[str, int]
 ) -> None:
-    """Write the module as ``target``, with its weights beside it where they exceed 2 GB.
+    """Write the module as ``target``, with large weights beside it.
 
     Args:
         module: what plan.load gave.
@@ -106,6 +109,8 @@ def export_onnx(
     model = _tidied(program.model, plan.name, {**inputs, **outputs})
     size = sum(_bytes(value) for value in model.graph.initializers.values())
     ir.save(model, target, external_data=f"{target.name}.data" if size > _INLINE_LIMIT else None)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # the exporter keeps the graph alive; not the weights as well
 
 
 def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -> Component:

@@ -1,5 +1,6 @@
 """Does the engine compute what torch computes? Recorded inputs, both sides, one figure."""
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class LazyModules:
     def get(self, plan: ComponentPlan) -> nn.Module:
         """Load the module of a component, letting go of the one before."""
         if self._module is None or self._name != plan.name:
-            self._module = None
+            self.free()
             self._module = plan.load(self._checkpoint)
             self._name = plan.name
         return self._module
@@ -56,6 +57,7 @@ class LazyModules:
     def free(self) -> None:
         """Let go of the module in memory."""
         self._module = None
+        gc.collect()  # modules and exported programs refer to themselves
 
 
 class TorchSession:
