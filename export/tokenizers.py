@@ -1,5 +1,7 @@
 """A checkpoint's CLIP tokenizer, in the one file that the runtime reads."""
 
+import json
+import logging
 import reprlib
 from pathlib import Path
 
@@ -7,27 +9,26 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, brief
+from latentforge.export.modules import quiet
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry, hash_file
 
 __all__ = ["write_tokenizer"]
+
+_log = logging.getLogger(__name__)
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> TokenizerEntry:
     """Write directory/folder/tokenizer.json, padding and cutting included.
 
     Raises:
-        CheckpointError: the tokenizer's files are missing or malformed.
+        CheckpointError: the tokenizer's files are missing or malformed, or the text encoder of
+            the same number is not made for it.
     """
-    config = checkpoint.config(folder, "tokenizer_config.json")
-    length = config.get("model_max_length", 77)
-    if type(length) is not int or not 3 <= length <= MAX_TOKENS:
-        raise CheckpointError(
-            f"{checkpoint.path / folder}: model_max_length is 3 to {MAX_TOKENS} tokens, not "
-            f"{reprlib.repr(length)}"
-        )
+    length = _length(checkpoint, folder)
     try:
-        clip = CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
+        with quiet():
+            clip = CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
         tokenizer = Tokenizer.from_str(clip.backend_tokenizer.to_str())
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(
@@ -36,6 +37,8 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
     except Exception as error:  # missing vocab, bad merges: each library has its own
         reason = brief(error)
         raise CheckpointError(f"cannot load {checkpoint.path / folder}: {reason}") from error
+    _check_merges(checkpoint.path / folder, tokenizer)
+    _check_encoder(checkpoint, folder, tokenizer, length)
     path = directory / folder / "tokenizer.json"
     path.parent.mkdir()
     tokenizer.save(str(path))
@@ -45,3 +48,39 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
         bytes=path.stat().st_size,
         max_length=length,
     )
+
+
+def _length(checkpoint: Checkpoint, folder: str) -> int:
+    length = checkpoint.config(folder, "tokenizer_config.json").get("model_max_length", 77)
+    if type(length) is not int or not 3 <= length <= MAX_TOKENS:
+        raise CheckpointError(
+            f"{checkpoint.path / folder}: model_max_length is 3 to {MAX_TOKENS} tokens, not "
+            f"{reprlib.repr(length)}"
+        )
+    return length
+
+
+def _check_merges(path: Path, tokenizer: Tokenizer) -> None:
+    """Without its merges, a tokenizer spells every word, and none is what it was trained on."""
+    model = json.loads(tokenizer.to_str())["model"]
+    made = {"".join(pair) for pair in model["merges"]}
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    words = {token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1} - special
+    if words and not made:
+        raise CheckpointError(f"{path} has no merges: merges.txt is damaged; fetch it again")
+    if lost := words - made:
+        text = "%s: no merge makes %d tokens, such as %r: merges.txt may be cut short"
+        _log.warning(text, path, len(lost), min(lost))
+
+
+def _check_encoder(checkpoint: Checkpoint, folder: str, tokenizer: Tokenizer, length: int) -> None:
+    encoder = folder.replace("tokenizer", "text_encoder")
+    config = checkpoint.config(encoder)
+    most = max(tokenizer.get_vocab().values(), default=0)
+    for key, need in (("vocab_size", most + 1), ("max_position_embeddings", length)):
+        size = config.get(key, need)
+        if type(size) is not int or size < need:
+            raise CheckpointError(
+                f"{checkpoint.name}: {folder} needs a {key} of {need}, and that of {encoder} is "
+                f"{reprlib.repr(size)}"
+            )
