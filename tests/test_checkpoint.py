@@ -4,6 +4,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_refuses_what_is_no_directory(tmp_path: Path) -> None:
     refused(lambda: open_checkpoint(str(tmp_path / "empty")), "no model_index.json")
     refused(lambda: open_checkpoint(str(tmp_path / "missing")), "missing", "hub id org/model")
     for name in ("", "x" * 5000, "a/" * 3000, "a\0b", "-", "a b", "https://hub/org/model"):
-        refused(lambda name=name: open_checkpoint(name))
+        refused(partial(open_checkpoint, name))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt", "gguf"])
@@ -113,7 +114,7 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     start = time.monotonic()
     for name in ("nobody/nothing", "nobody/nothing@v1", "../nothing", "./nothing"):
-        refused(lambda name=name: open_checkpoint(name), f"no directory {name}", "hub")
+        refused(partial(open_checkpoint, name), f"no directory {name}", "hub")
     assert time.monotonic() - start < 10
 
 
@@ -121,7 +122,7 @@ def test_an_unknown_pipeline_lists_the_known(checkpoint: Path) -> None:
     for name in ("KandinskyPipeline", "__import__", None, ["a"], 3):
         edit_json(checkpoint / "model_index.json", _class_name=name)
         opened = open_checkpoint(str(checkpoint))
-        refused(lambda opened=opened: family_of(opened), str(name), "StableDiffusionPipeline")
+        refused(partial(family_of, opened), str(name), "StableDiffusionPipeline")
 
 
 @pytest.mark.parametrize(

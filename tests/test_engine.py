@@ -27,7 +27,9 @@ class Doubling:
         bind(self.component.inputs, feeds)
         self.seen.append(len(feeds["x"]))
         dtype = self.component.outputs["y"].dtype
-        return {"y": (2 * feeds["x"] + feeds["t"]).astype(dtype)}
+        x, t = (feeds[key].astype(np.float64) for key in ("x", "t"))
+        with np.errstate(over="ignore"):
+            return {"y": (2 * x + t).astype(dtype)}
 
     def layers(self) -> list[LayerTime]:
         return []
@@ -36,15 +38,16 @@ class Doubling:
         pass
 
 
-def component(batch: int | str, output: str = "float32", **changes: str) -> Component:
+def component(batch: int | str, output: str = "float32", backend: str = "null") -> Component:
     row = (batch, 2)
-    fields = {"file": "m.onnx", "backend": "null", "precision": "fp32"} | changes
     return Component(
         sha256="0" * 64,
         bytes=0,
         inputs={"x": TensorSpec("float32", row), "t": TensorSpec("float32", (1,))},
         outputs={"y": TensorSpec(output, row)},
-        **fields,
+        file="m.onnx",
+        backend=backend,
+        precision="fp32",
     )
 
 
