@@ -7,7 +7,7 @@ the checkpoint lies and what it can draw.
 import random
 from pathlib import Path
 
-__all__ = ["CHECKPOINT", "COLORS", "NAMES", "prompts"]
+__all__ = ["CHECKPOINT", "COLORS", "GUIDANCE", "NAMES", "prompts"]
 
 #: A diffusers ``StableDiffusionPipeline`` directory.
 CHECKPOINT: Path = Path(__file__).resolve().parent / "checkpoint"
@@ -16,6 +16,9 @@ CHECKPOINT: Path = Path(__file__).resolve().parent / "checkpoint"
 NAMES: tuple[str, ...] = tuple(
     Path(__file__).resolve().with_name("names.txt").read_text(encoding="utf-8").splitlines()
 )
+
+#: The guidance scale it draws best with.
+GUIDANCE: float = 3.0
 
 #: The background colours it knows, as 8-bit RGB.
 COLORS: dict[str, tuple[int, int, int]] = {

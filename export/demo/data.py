@@ -1,0 +1,72 @@
+"""The training pictures: Noto emoji, each composited on every background colour, with captions.
+
+Source: the npm package ``emoji-datasource-google`` 16.0.0, unpacked. Its ``emoji.json`` names the
+files of ``img/google/64``, 64x64 RGBA pictures of Google's Noto Emoji.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from latentforge.export.demo import COLORS, NAMES
+
+__all__ = ["SIZE", "caption", "captions", "catalogue", "composite", "pictures"]
+
+#: Width and height of a picture.
+SIZE = 64
+
+_CATEGORIES = ("Animals & Nature", "Food & Drink")
+
+
+def catalogue(package: Path) -> dict[str, Path]:
+    """Map the name of each animal, plant, food and drink of ``package`` to its picture."""
+    entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
+    found: dict[str, Path] = {}
+    for entry in entries:
+        if entry["category"] in _CATEGORIES and entry["has_img_google"]:
+            name = (entry["name"] or entry["short_name"].replace("_", " ")).lower()
+            found.setdefault(name, package / "img" / "google" / "64" / entry["image"])
+    return found
+
+
+def composite(emoji: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Lay an RGBA picture on a plain background."""
+    background = Image.new("RGBA", emoji.size, (*color, 255))
+    background.alpha_composite(emoji)
+    return background.convert("RGB")
+
+
+def pictures(package: Path, names: Iterable[str] = NAMES) -> npt.NDArray[np.uint8]:
+    """Return every picture on every colour: (names, colours, SIZE, SIZE, 3), 8-bit RGB."""
+    files = catalogue(package)
+    rows = []
+    for name in names:
+        with Image.open(files[name]) as image:
+            emoji = image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        rows.append([np.asarray(composite(emoji, color)) for color in COLORS.values()])
+    return np.array(rows, dtype=np.uint8)
+
+
+def captions(name: str, color: str) -> list[str]:
+    """Return all captions of one picture; without a colour named, the background is white."""
+    full = f"{name} on a {color} background"
+    forms = [full, f"an emoji of {full}"]
+    if color == "white":
+        forms += [name, f"an emoji of {name}"]
+    return forms
+
+
+def caption(name: str, color: str, chance: float) -> str:
+    """Pick a caption by ``chance`` in [0, 1); a tenth are empty, as guidance needs them."""
+    if chance < 0.1:
+        return ""
+    forms = captions(name, color)
+    # The plain form is what people type: it gets three quarters of the captions.
+    place = (chance - 0.1) / 0.9
+    if len(forms) == 2:
+        return forms[place >= 0.75]
+    return forms[(place >= 0.4) + (place >= 0.5) + (place >= 0.85)]

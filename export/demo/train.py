@@ -1,0 +1,363 @@
+"""Train the demo checkpoint on a CPU, in three stages which can each be stopped and continued.
+
+``autoencoder`` learns to encode and decode pictures, ``denoiser`` (UNet and text encoder) learns
+to draw their latents from captions, ``decoder`` polishes the decoder alone for latents which are
+slightly off, as drawn ones are. The state directory holds one state file a stage (weights, their
+average, optimizer, step, random state) and ``checkpoint/``, the diffusers directory.
+"""
+
+import argparse
+import copy
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from latentforge.export.demo import COLORS, NAMES, models
+from latentforge.export.demo.data import caption, captions, pictures
+from latentforge.export.demo.optimizer import Muon, groups
+
+__all__ = ["STAGES", "Run", "Settings", "main", "train"]
+
+#: The stages in order, each with its share of the time when all are run.
+STAGES = {"autoencoder": 0.2, "denoiser": 0.65, "decoder": 0.15}
+
+_COLORS = list(COLORS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the command line sets."""
+
+    package: Path
+    state: Path
+    stage: str | None = None
+    minutes: float = 120.0
+    batch: int = 48
+    rate: float = 2e-3
+    cooldown: float = 0.3
+    start: Path | None = None
+    threads: int = 2
+
+
+class Run:
+    """A model in training: its running average, its optimizer, its state file."""
+
+    def __init__(self, model: nn.Module, rate: float, file: Path) -> None:
+        """Train ``model`` on, from where ``file`` stopped if it exists."""
+        self.model, self.file, self.step = model, file, 0
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.optimizer = Muon(groups(model, rate, 1e-3, 3e-3))
+        if file.exists():
+            self._restore()
+
+    def _restore(self) -> None:
+        state = torch.load(self.file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        rates = [group["peak"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        # The command line's rate rules, not the one of the stopped run.
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["peak"] = rate
+        self.step = state["step"]
+        torch.set_rng_state(state["random"])
+
+    def save(self) -> None:
+        """Write the state file in one move, so that a crash leaves the old one whole."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "random": torch.get_rng_state(),
+        }
+        draft = self.file.with_suffix(".new")
+        torch.save(state, draft)
+        os.replace(draft, self.file)
+
+    def advance(self, loss: Tensor, factor: float) -> float:
+        """Take one step against ``loss`` with the learning rates at ``factor`` of their peaks."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.schedule(factor)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(0.998, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for average, weight in zip(
+                self.average.parameters(), self.model.parameters(), strict=True
+            ):
+                average.lerp_(weight, 1 - keep)
+        return loss.item()
+
+
+def train(
+    run: Run, objective: Callable[[float], Tensor], minutes: float, cooldown: float, title: str
+) -> bool:
+    """Minimize ``objective`` (given the share of time gone) for ``minutes``; False if interrupted.
+
+    The learning rate climbs over 100 steps and falls to zero in the last ``cooldown`` of the time.
+    """
+    begun, saved, mean, total = time.monotonic(), 0.0, 0.0, minutes * 60
+    bar = tqdm(total=round(total), unit="s", desc=title, disable=not sys.stderr.isatty())
+    first = run.step
+    try:
+        while (gone := time.monotonic() - begun) < total:
+            factor = min(1.0, (run.step - first + 1) / 100, (1 - gone / total) / cooldown)
+            loss = run.advance(objective(gone / total), factor)
+            mean = loss if run.step == first + 1 else mean + 0.01 * (loss - mean)
+            bar.set_postfix(step=run.step, loss=f"{mean:.4f}", refresh=False)
+            bar.update(round(gone) - bar.n)
+            if bar.disable and run.step % 50 == 0:
+                print(f"{title}: {gone:.0f} s, step {run.step}, loss {mean:.4f}", flush=True)
+            if gone - saved > 180:
+                run.save()
+                saved = gone
+    except KeyboardInterrupt:
+        print(f"{title}: stopped at step {run.step}; the same command goes on from here.")
+        return False
+    finally:
+        bar.close()
+        run.save()
+    return True
+
+
+class Workshop:
+    """The pictures, the networks and the stages which train them."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the pictures; make or load the tokenizer and the autoencoder."""
+        self.settings = settings
+        settings.state.mkdir(parents=True, exist_ok=True)
+        # (names, colours, 3, SIZE, SIZE), 8-bit.
+        self.pictures = torch.from_numpy(pictures(settings.package)).permute(0, 1, 4, 2, 3)
+        texts = [text for name in NAMES for color in _COLORS for text in captions(name, color)]
+        self.vocabulary = models.tokenizer(settings.state / "tokenizer", texts)
+        self.vae = models.autoencoder()
+        if settings.start is not None:
+            weights = AutoencoderKL.from_pretrained(settings.start, subfolder="vae")
+            self.vae.load_state_dict({k: v.float() for k, v in weights.state_dict().items()})
+            if not (settings.state / "autoencoder.pt").exists():
+                self._run("autoencoder", self.vae, settings.rate).save()
+        self.vae.to(memory_format=torch.channels_last)
+
+    def _run(self, stage: str, model: nn.Module, rate: float) -> Run:
+        return Run(model, rate, self.settings.state / f"{stage}.pt")
+
+    def _some(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draw the numbers of ``count`` names and colours."""
+        return torch.randint(len(NAMES), (count,)), torch.randint(len(_COLORS), (count,))
+
+    def _floats(self, bytes_: Tensor) -> Tensor:
+        floats = bytes_.float() / 127.5 - 1
+        return floats.contiguous(memory_format=torch.channels_last)
+
+    def autoencoder(self, minutes: float) -> bool:
+        """Train the whole autoencoder on random quarters of the pictures."""
+        run = self._run("autoencoder", self.vae, self.settings.rate)
+
+        def objective(_: float) -> Tensor:
+            names, colors = self._some(32)
+            top, left = torch.randint(0, 33, (2,)).tolist()
+            crops = self.pictures[names, colors, :, top : top + 32, left : left + 32]
+            real = self._floats(crops)
+            latents = self.vae.encode(real).latent_dist
+            loss = _difference(self.vae.decode(latents.sample()).sample, real)
+            penalty: Tensor = latents.kl().mean()
+            return loss + 1e-8 * penalty
+
+        return train(run, objective, minutes, self.settings.cooldown, "autoencoder")
+
+    def decoder(self, minutes: float) -> bool:
+        """Polish the decoder on latents a little off, for the sharpest drawn pictures."""
+        latents = self.latents / self.vae.config["scaling_factor"]
+        spread = latents.std((0, 1, 3, 4)).reshape(1, -1, 1, 1)
+        self.vae.encoder.requires_grad_(False)
+        self.vae.quant_conv.requires_grad_(False)
+        run = self._run("decoder", self.vae, self.settings.rate / 2)
+
+        def objective(_: float) -> Tensor:
+            names, colors = self._some(16)
+            clean = latents[names, colors]
+            amount = 0.2 * torch.rand(16, 1, 1, 1) * spread
+            noisy = (clean + amount * torch.randn_like(clean)).contiguous(
+                memory_format=torch.channels_last
+            )
+            real = self._floats(self.pictures[names, colors])
+            return _difference(self.vae.decode(noisy).sample, real)
+
+        return train(run, objective, minutes, self.settings.cooldown, "decoder")
+
+    def denoiser(self, minutes: float) -> bool:
+        """Train UNet and text encoder to predict v."""
+        run = self._run("denoiser", self._denoiser(), self.settings.rate)
+        latents, signal_shares = self.latents, models.scheduler().alphas_cumprod
+        deck = _Deck(len(NAMES) * len(_COLORS))
+
+        def objective(progress: float) -> Tensor:
+            chosen = deck.deal(self.settings.batch)
+            names, colors = chosen // len(_COLORS), chosen % len(_COLORS)
+            tokens = torch.stack([self._tokens(n, c) for n, c in zip(names, colors, strict=True)])
+            times = _times(len(names), progress)
+            share = signal_shares[times].reshape(-1, 1, 1, 1)
+            clean = latents[names, colors]
+            noise = torch.randn_like(clean)
+            noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
+            target = share.sqrt() * noise - (1 - share).sqrt() * clean
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            return F.mse_loss(run.model(noisy, times, tokens), target)
+
+        return train(run, objective, minutes, self.settings.cooldown, "denoiser")
+
+    def _denoiser(self) -> models.Denoiser:
+        denoiser = models.Denoiser(self.vocabulary)
+        denoiser.unet.to(memory_format=torch.channels_last)
+        return denoiser.train()
+
+    def _tokens(self, name: Tensor, color: Tensor) -> Tensor:
+        text = caption(NAMES[int(name)], _COLORS[int(color)], torch.rand(()).item())
+        return _encode(self.vocabulary, text)
+
+    def load(self) -> None:
+        """Give the autoencoder its averaged weights from the stages done so far."""
+        for stage in ("autoencoder", "decoder"):
+            file = self.settings.state / f"{stage}.pt"
+            if file.exists():
+                self.vae.load_state_dict(torch.load(file, weights_only=True)["average"])
+        self.vae.eval().requires_grad_(True)
+        with torch.no_grad():
+            rows = [self.vae.encode(self._floats(row)).latent_dist.mean for row in self.pictures]
+        # (names, colours, 4, 16, 16), scaled as the UNet sees them, encoded once for a stage.
+        self.latents = torch.stack(rows)
+        self.vae.register_to_config(scaling_factor=float(1 / self.latents.std()))
+        self.latents *= self.vae.config["scaling_factor"]
+
+    def export(self) -> None:
+        """Write ``checkpoint/`` from the averaged weights of all stages."""
+        self.load()
+        denoiser, file = self._denoiser(), self.settings.state / "denoiser.pt"
+        if file.exists():
+            denoiser.load_state_dict(torch.load(file, weights_only=True)["average"])
+        models.export(
+            self.settings.state / "checkpoint",
+            self.vae,
+            denoiser,
+            self.settings.state / "tokenizer",
+        )
+
+
+class _Deck:
+    """Numbers below ``size`` in random order, each once before any comes again."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rest = size, torch.empty(0, dtype=torch.long)
+
+    def deal(self, count: int) -> Tensor:
+        while len(self.rest) < count:
+            self.rest = torch.cat([self.rest, torch.randperm(self.size)])
+        dealt, self.rest = self.rest[:count], self.rest[count:]
+        return dealt
+
+
+def _times(count: int, progress: float) -> Tensor:
+    """Draw times spread evenly over [0, 1000), with a share of them moved to the noisy half.
+
+    There the picture has to come from the text alone: outlines are learned there, so the share
+    is large early on. A few are 999 exactly, where every drawing begins.
+    """
+    spread = (torch.randperm(count) + torch.rand(count)) / count
+    share = 0.5 - 0.4 * progress
+    moved = 500 + 500 * spread / share
+    even = 1000 * (spread - share) / (1 - share)
+    times = torch.where(spread < share, moved, even).long().clamp(0, 999)
+    times[spread < 1 / 16] = 999
+    return times
+
+
+def _difference(made: Tensor, real: Tensor) -> Tensor:
+    """Compare pictures by value and by edges; edges keep the result from blurring."""
+    error = made - real
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.square().mean() + edges
+
+
+@cache
+def _encode(vocabulary: CLIPTokenizer, text: str) -> Tensor:
+    encoded: Any = vocabulary(
+        text, padding="max_length", max_length=models.TOKENS, truncation=True, return_tensors="pt"
+    )
+    tokens: Tensor = encoded.input_ids[0]
+    return tokens
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _work(settings: Settings) -> bool:
+    """Run the stages asked for, exporting after each; False if interrupted."""
+    workshop = Workshop(settings)
+    if settings.stage == "export":
+        workshop.export()
+    for stage, share in STAGES.items():
+        if settings.stage not in (None, stage):
+            continue
+        workshop.load()
+        minutes = settings.minutes * (1.0 if settings.stage else share)
+        finished: bool = getattr(workshop, stage)(minutes)
+        workshop.export()
+        if not finished:
+            return False
+    return True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m latentforge.export.demo.train", description=__doc__.split("\n\n")[0],
+        epilog="Get the pictures: npm pack emoji-datasource-google@16.0.0, then unpack it; PACKAGE "
+        "is the folder 'package'. Stop with Ctrl-C whenever you like: nothing is lost.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("package", type=Path, metavar="PACKAGE", help="unpacked emoji-datasource-google 16.0.0")
+    add("state", type=Path, metavar="STATE_DIR", help="holds the training; made if missing, "
+        "continued if not; the result is STATE_DIR/checkpoint")  # fmt: skip
+    add("--stage", choices=[*STAGES, "export"], help="run one stage only (default: all, in this "
+        "order); export writes the checkpoint alone, even beside a training")  # fmt: skip
+    add("--minutes", type=float, default=120.0, help="time to spend (default: 120); two hours on "
+        "two slow cores give recognisable pictures")  # fmt: skip
+    add("--batch", type=int, default=48, help="latents a step of the denoiser (default: 48)")
+    add("--rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
+    add("--cooldown", type=float, default=0.3, help="share of the time at the end over which the "
+        "learning rate falls to zero (default: 0.3); pictures sharpen most there")  # fmt: skip
+    add("--start", type=Path, metavar="DIR", help="begin with the autoencoder of this diffusers "
+        "directory in place of random weights")  # fmt: skip
+    add("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when the time is up, 130 when interrupted."""
+    settings = Settings(**vars(_parser().parse_args(arguments)))
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    signal.signal(signal.SIGTERM, _interrupt)
+    return 0 if _work(settings) else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
