@@ -80,6 +80,8 @@ def export_onnx(
 ) -> None:
     """Write the module as ``target``, with large weights beside it.
 
+    The module is used up: its weights are freed.
+
     Args:
         module: what plan.load gave.
         plan: names, dtypes and free dimensions of its inputs and outputs.
@@ -109,8 +111,7 @@ def export_onnx(
     model = _tidied(program.model, plan.name, {**inputs, **outputs})
     size = sum(_bytes(value) for value in model.graph.initializers.values())
     ir.save(model, target, external_data=f"{target.name}.data" if size > _INLINE_LIMIT else None)
-    for value in model.graph.initializers.values():
-        value.const_value = None  # the exporter keeps the graph alive; not the weights as well
+    _drop_weights(program, module)
 
 
 def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -> Component:
@@ -132,6 +133,16 @@ def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(file=path.name, sha256=hash_file(path), bytes=path.stat().st_size)
+
+
+def _drop_weights(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
+    """Free the weights by hand, since torch keeps exported graphs until the process ends."""
+    exported = program.exported_program
+    kept = list(exported.state_dict.values()) if exported is not None else []
+    for weight in (*module.parameters(), *kept):
+        weight.data = torch.empty(0)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None
 
 
 def _bytes(weight: ir.Value) -> int:

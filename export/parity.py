@@ -57,7 +57,7 @@ class LazyModules:
     def free(self) -> None:
         """Let go of the module in memory."""
         self._module = None
-        gc.collect()  # modules and exported programs refer to themselves
+        gc.collect()  # modules refer to themselves
 
 
 class TorchSession:
