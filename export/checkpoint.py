@@ -215,7 +215,7 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index} has no weight_map: fetch it again")
     for name in names.values():
-        inside = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        inside = isinstance(name, str) and Path(name).name == name
         if not inside or not name.endswith(".safetensors") or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names a shard {name!r} that is not there")
     return [index.parent / name for name in sorted(set(names.values()))]

@@ -184,17 +184,20 @@ def test_leaves_a_live_process_alone(tmp_path: Path) -> None:
         end(process, signal.SIGKILL)
 
 
+@pytest.mark.timeout(20)  # a pipe that is opened waits for ever
 def test_leaves_alone_what_only_looks_like_a_leftover(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "diary").touch()
     (tmp_path / ".new.partial-link").symlink_to(mine)
     (tmp_path / ".new.partial-file").touch()
+    os.mkfifo(tmp_path / ".new.partial-pipe")
     before = len(os.listdir("/proc/self/fd"))
     with staged_directory(tmp_path / "new"):
         pass
     assert names(mine) == ["diary"]
-    assert names(tmp_path) == [".new.partial-file", ".new.partial-link", "mine", "new"]
+    left = [f".new.partial-{kind}" for kind in ("file", "link", "pipe")]
+    assert names(tmp_path) == [*left, "mine", "new"]
     assert len(os.listdir("/proc/self/fd")) == before
 
 

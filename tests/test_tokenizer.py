@@ -181,6 +181,7 @@ def no_vocabulary(content: dict[str, Any]) -> None:
     content["model"]["vocab"] = {}
 
 
+@pytest.mark.timeout(20)  # padding without end takes all memory, after minutes
 @pytest.mark.parametrize(
     "change",
     [no_padding, other_padding, endless_padding, padding_to_multiples, no_vocabulary],
