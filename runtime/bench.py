@@ -253,11 +253,12 @@ def compare(
     total = len(contenders) * (repeats + 2)
     with ExitStack() as stack, Progress(total, quiet=quiet) as progress:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = []
+        workers: list[_Worker] = []
         for contender in contenders:
+            picture = folder / f"{len(workers)}.npy"
             with progress.part(f"{contender.name}: load"):
-                worker = _worker(contender, settings, threads, folder / f"{len(workers)}.npy")
-                workers.append(stack.enter_context(worker))
+                process = _worker(contender, settings, threads, picture)
+                workers.append(stack.enter_context(process))
         for _ in range(repeats + 1):
             for worker in workers:
                 with progress.part(f"{worker.measured.name}: image"):

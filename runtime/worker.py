@@ -9,10 +9,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from latentforge.runtime.bench import peak_memory
@@ -45,13 +45,12 @@ def serve(load: Callable[[int], tuple[Callable[[Settings], Result], dict[str, st
 
 def settings_to_json(settings: Settings) -> str:
     """One request as text."""
-    return json.dumps(asdict(settings))
+    return msgspec.json.encode(settings).decode()
 
 
 def settings_from_json(text: str) -> Settings:
     """The inverse of settings_to_json."""
-    data = json.loads(text)
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    return msgspec.json.decode(text, type=Settings)
 
 
 def _tell(out: Any, message: dict[str, Any]) -> None:
