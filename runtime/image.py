@@ -1,7 +1,7 @@
 """Arrays to pictures and back, and how far two of them are apart."""
 
 import json
-import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,13 @@ def check_output(path: Path) -> str:
     if kind is None or kind not in Image.SAVE:
         raise TargetError(f"cannot write {path}: name a .png, .jpg or .webp file")
     parent = path.absolute().parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise TargetError(f"cannot write {path}: {parent} is not a writable directory")
+    if path.is_dir():
+        raise TargetError(f"cannot write {path}: it is a directory")
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # rights alone do not tell, least of all root's
+            pass
+    except OSError as error:
+        raise TargetError(f"cannot write {path}: {parent}: {error.strerror}") from error
     return kind
 
 

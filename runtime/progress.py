@@ -30,19 +30,24 @@ class Progress:
         self._bar.set_description(description)
         self._since = time.perf_counter()
         yield
-        self.advance(description)
+        self._count(description)
 
-    def advance(self, description: str, total: int | None = None) -> None:
-        """Count one part as done; a total that only shows on the way may be given here."""
-        self._total = self._bar.total = total or self._total
+    def advance(self, description: str, total: int) -> None:
+        """Count one of many small parts as done; a line is only printed every second."""
+        self._total = self._bar.total = total
+        last = self._done + 1 == total
+        self._count(description, quiet=not last and time.perf_counter() - self._since < 1)
+
+    def _count(self, description: str, *, quiet: bool = False) -> None:
         self._done += 1
         self._bar.set_description(description)
         self._bar.update()
-        if self._lines:
+        if not quiet:
             seconds = time.perf_counter() - self._since
-            line = f"[{self._done}/{self._total}] {description} ({seconds:.1f} s)"
-            print(line, file=sys.stderr, flush=True)
-        self._since = time.perf_counter()
+            self._since = time.perf_counter()
+            if self._lines:
+                line = f"[{self._done}/{self._total}] {description} ({seconds:.1f} s)"
+                print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the bar."""
