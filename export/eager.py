@@ -4,6 +4,7 @@
 benchmark, see runtime/worker.py.
 """
 
+import functools
 import importlib.metadata
 import sys
 from collections.abc import Callable
@@ -46,8 +47,7 @@ class EagerPipeline:
 
     def __call__(self, settings: Settings) -> Result:
         """Make the pictures of one request; same seed, same noise, same steps as ours."""
-        name, options = SCHEDULERS[settings.sampler]
-        self._pipe.scheduler = getattr(diffusers, name).from_config(self._config, **options)
+        self._pipe.scheduler = self._scheduler(settings.sampler)
         watch = Stopwatch()
         with watch.running(), torch.inference_mode(), _Timed(self._pipe, watch):
             latents = self._latents(settings)
@@ -59,6 +59,24 @@ class EagerPipeline:
             timings=watch.timings(),
             settings=settings,
         )
+
+    def _scheduler(self, sampler: str) -> Any:
+        """The diffusers scheduler of our sampler's name.
+
+        It is told to start at its first step. Left alone it looks the step up by its timestep,
+        and misses it where Karras levels of a cosine schedule have the same one twice.
+        """
+        name, options = SCHEDULERS[sampler]
+        scheduler = getattr(diffusers, name).from_config(self._config, **options)
+        plan = scheduler.set_timesteps
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
+            plan(*args, **kwargs)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)
+
+        scheduler.set_timesteps = functools.wraps(plan)(set_timesteps)
+        return scheduler
 
     def _latents(self, settings: Settings) -> torch.Tensor:
         latents: torch.Tensor = self._pipe(
