@@ -370,14 +370,15 @@ import sys
 from pathlib import Path
 from latentforge.export.stage import export
 print("ready", flush=True)
-export(sys.argv[1], Path(sys.argv[2]), components=["text_encoder"])
+quiet = len(sys.argv) == 3
+export(sys.argv[1], Path(sys.argv[2]), components=["text_encoder"], quiet=quiet)
 """
 
 
-def begin(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
+def begin(checkpoint: Path, target: Path, *options: str) -> subprocess.Popen[str]:
     """A process that exports one component, and has imported what it needs."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target)],
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -399,15 +400,13 @@ def duration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return time.monotonic() - start
 
 
-def kill_at(moment: float, checkpoint: Path, target: Path, number: signal.Signals) -> int:
+def kill_after(seconds: float, checkpoint: Path, target: Path) -> None:
     process = begin(checkpoint, target)
     try:
-        process.communicate(timeout=moment)
+        process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(number)
+        process.kill()
         process.communicate(timeout=100)
-    assert process.returncode is not None
-    return int(process.returncode)
 
 
 def check_killed_anywhere(
@@ -416,10 +415,10 @@ def check_killed_anywhere(
     target = parent / "new"
     for moment in moments:
         shutil.rmtree(target, ignore_errors=True)
-        kill_at(moment * duration, checkpoint, target, signal.SIGKILL)
+        kill_after(moment * duration, checkpoint, target)
         if target.exists():
             assert list(Manifest.read(target).components) == ["text_encoder"]
-    assert len(names(parent)) > 1 or target.exists()  # leftovers, for the next one to remove
+    assert names(parent)  # leftovers, for the next one to remove
     export(str(checkpoint), target, components=["text_encoder"], overwrite=True)
     Manifest.read(target)
     assert names(parent) == ["new"]
@@ -440,11 +439,20 @@ def test_twenty_kills(tiny_checkpoint: Path, tmp_path: Path, duration: float) ->
     check_killed_anywhere(moments, tiny_checkpoint, tmp_path, duration)
 
 
-@pytest.mark.parametrize("moment", [0.3, 0.7])
-def test_ctrl_c_leaves_nothing(
-    tiny_checkpoint: Path, tmp_path: Path, duration: float, moment: float
-) -> None:
+@pytest.mark.parametrize("part", ["recording", "exporting"])
+def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, part: str) -> None:
     target = tmp_path / "deep" / "new"
-    code = kill_at(moment * duration, tiny_checkpoint, target, signal.SIGINT)
-    assert code == -signal.SIGINT
+    process = begin(tiny_checkpoint, target, "show progress")
+    assert process.stderr is not None
+    if part == "exporting":
+        assert "recording a run in torch" in process.stderr.readline()
+    else:
+        while not list(tmp_path.glob("deep/.new.partial-*/tokenizer/*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGINT
+    assert said.rstrip().endswith("KeyboardInterrupt")
     assert names(tmp_path) == []
