@@ -133,9 +133,13 @@ def _check_space(job: _Job, directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise TargetError(
-            f"{directory.parent} has {free / 1e9:.1f} GB free and the engines take about "
-            f"{needed / 1e9:.1f} GB: make room, or name another disk"
+            f"{directory.parent} has {_size(free)} free and the engines take about "
+            f"{_size(needed)}: make room, or name another disk"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _draft(job: _Job, directory: Path) -> Manifest:
