@@ -69,7 +69,9 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     except GateError as error:
         raise GateError(f"{error}; {_reject(partial, target)}") from error
     except OSError as error:
-        raise TargetError(f"cannot write {target}: {error.strerror or error}") from error
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or error
+        raise TargetError(f"cannot write {target}: {where}{reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.types import ComponentPlan, Family, Plan
 from latentforge.export.modules import load_module
-from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.errors import CheckpointError, ManifestError
 from latentforge.runtime.manifest import Latent
 from latentforge.runtime.tensor import TensorSpec
 
@@ -144,9 +144,13 @@ def _plan(checkpoint: Checkpoint) -> Plan:
             _vae_decoder(latent),
             _vae_encoder(latent),
         )
-        size = checkpoint.config("unet")["sample_size"] * latent.downscale
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.name}: a config.json lacks {error}") from error
+        size = int(checkpoint.config("unet")["sample_size"]) * latent.downscale
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.name}: a config.json has no key {error}") from error
+    except (TypeError, ValueError, ManifestError) as error:
+        raise CheckpointError(
+            f"{checkpoint.name}: a config.json makes no sense: {error}"
+        ) from error
     return Plan(
         components=components,
         tokenizers={"tokenizer": "tokenizer"},
