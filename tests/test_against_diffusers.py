@@ -29,6 +29,14 @@ def eager() -> Any:
     return EagerPipeline(open_checkpoint("demo"))
 
 
+@pytest.fixture(scope="module")
+def tiny_eager(tiny_checkpoint: Path) -> Any:
+    from latentforge.export.checkpoint import open_checkpoint
+    from latentforge.export.eager import EagerPipeline
+
+    return EagerPipeline(open_checkpoint(str(tiny_checkpoint)))
+
+
 def distance(pipe: latentforge.Pipeline, eager: Any, **request: Any) -> float:
     """PSNR of the worst picture of a request, in dB."""
     prompts = request.pop("prompts", ["red apple on a blue background", "owl"])
@@ -42,6 +50,16 @@ def distance(pipe: latentforge.Pipeline, eager: Any, **request: Any) -> float:
 def test_same_image(pipe: latentforge.Pipeline, eager: Any, sampler: str) -> None:
     steps = STEPS.get(sampler, 8)
     assert distance(pipe, eager, sampler=sampler, steps=steps, seed=3) >= 40
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_image_where_noise_is_predicted(
+    tiny_engines: Path, tiny_eager: Any, sampler: str
+) -> None:
+    """The tiny checkpoint predicts epsilon and has Stable Diffusion 1.5's scheduler file."""
+    with latentforge.load(tiny_engines) as pipeline:
+        steps = STEPS.get(sampler, 6)
+        assert distance(pipeline, tiny_eager, sampler=sampler, steps=steps, seed=3) >= 40
 
 
 @pytest.mark.parametrize(
