@@ -253,7 +253,7 @@ def _check_image(manifest: Manifest, directory: Path, reference: Result) -> Mani
     if any(name not in manifest.components for name in NEEDED):
         return manifest
     manifest.write(directory)
-    with Pipeline.load(directory, hashes=False) as pipeline:
+    with Pipeline.load(directory, hashes=False, at_once=1) as pipeline:
         result = _short_run(pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
     measured = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}

@@ -20,31 +20,44 @@ class Engine:
     """A component and its session.
 
     An engine of a fixed batch serves every request: a larger one in several runs, a smaller
-    one padded by repeating its last row.
+    one padded by repeating its last row. Where the batch is free, ``at_once`` limits the rows
+    of one run, which saves memory.
     """
 
-    def __init__(self, name: str, component: Component, session: backends.Session) -> None:
+    def __init__(
+        self,
+        name: str,
+        component: Component,
+        session: backends.Session,
+        *,
+        at_once: int | None = None,
+    ) -> None:
         self.name = name
         self.component = component
         self.session = session
+        self.at_once = at_once
 
     @classmethod
     def load(
-        cls, name: str, component: Component, directory: Path, options: backends.Options
+        cls,
+        name: str,
+        component: Component,
+        directory: Path,
+        options: backends.Options,
+        *,
+        at_once: int | None = None,
     ) -> "Engine":
         """Load a component of an engine directory on its backend."""
         backend = backends.get(component.backend)
-        return cls(name, component, backend.load(directory / component.file, component, options))
+        session = backend.load(directory / component.file, component, options)
+        return cls(name, component, session, at_once=at_once)
 
-    def run(
-        self, rows: Feeds, shared: Feeds = _NOTHING, *, at_once: int | None = None
-    ) -> dict[str, NDArray[np.float32]]:
+    def run(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[np.float32]]:
         """Run on all rows and return every output with as many rows, in float32.
 
         Args:
             rows: inputs with one row a sample, all of the same length.
             shared: inputs that hold for every row, such as the timestep.
-            at_once: run at most this many rows at a time, to save memory.
 
         Raises:
             ShapeError: the feeds do not fit the engine.
@@ -52,7 +65,7 @@ class Engine:
         """
         batch = self._count(rows)
         fixed = self._fixed(next(iter(rows)))
-        size = fixed or at_once or batch
+        size = fixed or self.at_once or batch
         parts = [
             self.session.run({**_part(rows, start, size, pad=fixed is not None), **shared})
             for start in range(0, batch, size)

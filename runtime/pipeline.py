@@ -17,7 +17,7 @@ from latentforge.runtime import samplers
 from latentforge.runtime.bench import Benchmark
 from latentforge.runtime.denoiser import EngineDenoiser
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.errors import ManifestError, ShapeError
+from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Profile, Stopwatch, Timings
@@ -82,12 +82,21 @@ class Pipeline:
         self._closed = False
 
     @classmethod
-    def load(cls, directory: str | Path, *, hashes: bool = True, **options: Any) -> Pipeline:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        hashes: bool = True,
+        at_once: int | None = None,
+        **options: Any,
+    ) -> Pipeline:
         """Check an engine directory and load its engines.
 
         Args:
             directory: what latentforge build, export, optimize or compile wrote.
             hashes: compare each file with its sha256 in the manifest, not only its size.
+            at_once: the most rows of one UNet run, of which guidance takes two an image; 1 needs
+                the least memory, and None runs all together.
             options: of the backend, such as threads=2.
 
         Raises:
@@ -95,6 +104,8 @@ class Pipeline:
             BackendError: a backend is not installed, or refuses an engine.
             SettingsError: the backend has no such option.
         """
+        if at_once is not None and at_once < 1:
+            raise SettingsError(f"at_once is a number of rows from 1 up, not {at_once}")
         path = Path(directory)
         manifest = Manifest.read(path, hashes=hashes)
         if missing := [name for name in NEEDED if name not in manifest.components]:
@@ -102,8 +113,12 @@ class Pipeline:
         tokenizers = {
             name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
         }
+        limits = {"unet": at_once, "vae_decoder": 1}  # pixels take far more memory than latents
         engines = {
-            name: Engine.load(name, manifest.components[name], path, options) for name in NEEDED
+            name: Engine.load(
+                name, manifest.components[name], path, options, at_once=limits.get(name)
+            )
+            for name in NEEDED
         }
         return cls(manifest, engines, tokenizers, path)
 
@@ -165,10 +180,10 @@ class Pipeline:
             )
 
     def decode(self, latents: Array) -> list[Image.Image]:
-        """Pictures of latents (batch, channels, h, w), decoded one at a time to save memory."""
+        """Pictures of latents (batch, channels, h, w)."""
         scaled = latents / np.float32(self.manifest.latent.scaling_factor)
         decoder = self.engines["vae_decoder"]
-        return from_array(decoder.run({"latent_sample": scaled}, at_once=1)["sample"])
+        return from_array(decoder.run({"latent_sample": scaled})["sample"])
 
     def versions(self) -> dict[str, str]:
         """The libraries that run the engines, and their versions."""

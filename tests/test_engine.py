@@ -51,10 +51,12 @@ def component(batch: int | str, output: str = "float32", backend: str = "null") 
     )
 
 
-def engine(batch: int | str, output: str = "float32") -> tuple[Engine, Doubling]:
+def engine(
+    batch: int | str, output: str = "float32", at_once: int | None = None
+) -> tuple[Engine, Doubling]:
     part = component(batch, output)
     session = Doubling(part)
-    return Engine("unet", part, session), session
+    return Engine("unet", part, session, at_once=at_once), session
 
 
 def rows(count: int) -> NDArray[np.float32]:
@@ -81,8 +83,8 @@ T = {"t": np.ones(1, np.float32)}
 def test_any_number_of_rows(
     batch: int | str, count: int, at_once: int | None, seen: list[int]
 ) -> None:
-    ours, session = engine(batch)
-    output = ours.run({"x": rows(count)}, T, at_once=at_once)["y"]
+    ours, session = engine(batch, at_once=at_once)
+    output = ours.run({"x": rows(count)}, T)["y"]
     np.testing.assert_array_equal(output, 2 * rows(count) + 1)
     assert session.seen == seen
 

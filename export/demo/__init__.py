@@ -18,7 +18,7 @@ NAMES: tuple[str, ...] = tuple(
 )
 
 #: The guidance scale it draws best with.
-GUIDANCE: float = 3.0
+GUIDANCE: float = 1.5
 
 #: The background colours it knows, as 8-bit RGB.
 COLORS: dict[str, tuple[int, int, int]] = {

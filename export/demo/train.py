@@ -1,8 +1,8 @@
 """Train the demo checkpoint on a CPU, in three stages which can each be stopped and continued.
 
 ``autoencoder`` learns to encode and decode pictures, ``denoiser`` (UNet and text encoder) learns
-to draw their latents from captions, ``decoder`` polishes the decoder alone for latents which are
-slightly off, as drawn ones are. The state directory holds one state file a stage (weights, their
+to draw their latents from captions, ``decoder`` polishes the decoder alone for latents as they are
+drawn. The state directory holds one state file a stage (weights, their
 average, optimizer, step, random state) and ``checkpoint/``, the diffusers directory.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from latentforge.export.demo import COLORS, NAMES, models
+from latentforge.export.demo import COLORS, GUIDANCE, NAMES, models
 from latentforge.export.demo.data import caption, captions, pictures
 from latentforge.export.demo.optimizer import Muon, groups
 
@@ -47,7 +47,7 @@ class Settings:
     stage: str | None = None
     minutes: float = 120.0
     batch: int = 48
-    rate: float = 2e-3
+    rate: float = 5e-3
     cooldown: float = 0.3
     start: Path | None = None
     threads: int = 2
@@ -144,6 +144,7 @@ class Workshop:
         """Read the pictures; make or load the tokenizer and the autoencoder."""
         self.settings = settings
         settings.state.mkdir(parents=True, exist_ok=True)
+        self.drawn = settings.state / "drawn.pt"
         # (names, colours, 3, SIZE, SIZE), 8-bit.
         self.pictures = torch.from_numpy(pictures(settings.package)).permute(0, 1, 4, 2, 3)
         texts = [text for name in NAMES for color in _COLORS for text in captions(name, color)]
@@ -184,27 +185,49 @@ class Workshop:
         return train(run, objective, minutes, self.settings.cooldown, "autoencoder")
 
     def decoder(self, minutes: float) -> bool:
-        """Polish the decoder on latents a little off, for the sharpest drawn pictures."""
-        latents = self.latents / self.vae.config["scaling_factor"]
-        spread = latents.std((0, 1, 3, 4)).reshape(1, -1, 1, 1)
+        """Polish the decoder on latents between the encoded and the drawn ones of each picture.
+
+        So it learns to sharpen what the denoiser leaves vague. The encoder stays as it is, or the
+        denoiser would no longer fit it.
+        """
+        scale = self.vae.config["scaling_factor"]
+        clean, drawn = self.latents / scale, self._drawn() / scale
+        spread = 0.1 * clean.std((0, 1, 3, 4)).reshape(1, -1, 1, 1)
         self.vae.encoder.requires_grad_(False)
         self.vae.quant_conv.requires_grad_(False)
         run = self._run("decoder", self.vae, self.settings.rate / 2)
 
         def objective(_: float) -> Tensor:
             names, colors = self._some(16)
-            clean = latents[names, colors]
-            amount = 0.2 * torch.rand(16, 1, 1, 1) * spread
-            noisy = (clean + amount * torch.randn_like(clean)).contiguous(
-                memory_format=torch.channels_last
-            )
+            vague, noise = torch.rand(2, 16, 1, 1, 1)
+            latents = clean[names, colors].lerp(drawn[names, colors], vague)
+            latents += noise * spread * torch.randn_like(latents)
+            latents = latents.contiguous(memory_format=torch.channels_last)
             real = self._floats(self.pictures[names, colors])
-            return _difference(self.vae.decode(noisy).sample, real)
+            return _difference(self.vae.decode(latents).sample, real)
 
         return train(run, objective, minutes, self.settings.cooldown, "decoder")
 
+    @torch.no_grad()
+    def _drawn(self) -> Tensor:
+        """Draw the latents of every picture, or load them: (names, colours, 4, 16, 16)."""
+        if not self.drawn.exists():
+            denoiser = self._denoiser().eval()
+            state = torch.load(self.settings.state / "denoiser.pt", weights_only=True)
+            denoiser.load_state_dict(state["average"])
+            empty = _encode(self.vocabulary, "")
+            rows = []
+            for name in tqdm(NAMES, desc="drawing", disable=not sys.stderr.isatty()):
+                texts = [f"{name} on a {color} background" for color in _COLORS]
+                tokens = [_encode(self.vocabulary, text) for text in texts]
+                rows.append(_draw(denoiser, torch.stack(tokens + [empty] * len(tokens))))
+            torch.save(torch.stack(rows), self.drawn)
+        drawn: Tensor = torch.load(self.drawn, weights_only=True)
+        return drawn
+
     def denoiser(self, minutes: float) -> bool:
         """Train UNet and text encoder to predict v."""
+        self.drawn.unlink(missing_ok=True)
         run = self._run("denoiser", self._denoiser(), self.settings.rate)
         latents, signal_shares = self.latents, models.scheduler().alphas_cumprod
         deck = _Deck(len(NAMES) * len(_COLORS))
@@ -274,6 +297,18 @@ class _Deck:
         return dealt
 
 
+def _draw(denoiser: models.Denoiser, tokens: Tensor) -> Tensor:
+    """Draw latents (batch, 4, 16, 16) in 8 guided steps; ``tokens`` has texts, then empty ones."""
+    scheduler = models.scheduler()
+    scheduler.set_timesteps(8)
+    latents = torch.randn(len(tokens) // 2, 4, 16, 16)
+    for time_ in scheduler.timesteps:
+        both = denoiser(torch.cat([latents, latents]), time_.expand(len(tokens)), tokens)
+        text, free = both.chunk(2)
+        latents = scheduler.step(free + GUIDANCE * (text - free), time_, latents).prev_sample
+    return latents
+
+
 def _times(count: int, progress: float) -> Tensor:
     """Draw times spread evenly over [0, 1000), with a share of them moved to the noisy half.
 
@@ -341,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=120.0, help="time to spend (default: 120); two hours on "
         "two slow cores give recognisable pictures")  # fmt: skip
     add("--batch", type=int, default=48, help="latents a step of the denoiser (default: 48)")
-    add("--rate", type=float, default=2e-3, help="peak learning rate (default: 0.002)")
+    add("--rate", type=float, default=5e-3, help="peak learning rate (default: 0.005)")
     add("--cooldown", type=float, default=0.3, help="share of the time at the end over which the "
         "learning rate falls to zero (default: 0.3); pictures sharpen most there")  # fmt: skip
     add("--start", type=Path, metavar="DIR", help="begin with the autoencoder of this diffusers "
