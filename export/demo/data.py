@@ -53,11 +53,10 @@ def pictures(package: Path, names: Iterable[str] = NAMES) -> npt.NDArray[np.uint
 
 def captions(name: str, color: str) -> list[str]:
     """Return all captions of one picture; without a colour named, the background is white."""
-    full = f"{name} on a {color} background"
-    forms = [full, f"an emoji of {full}"]
-    if color == "white":
-        forms += [name, f"an emoji of {name}"]
-    return forms
+    article = "an" if name[0] in "aeiou" else "a"
+    named = [name, f"{article} {name}", f"an emoji of {name}"]
+    full = [f"{text} on a {color} background" for text in named]
+    return full + named if color == "white" else full
 
 
 def caption(name: str, color: str, chance: float) -> str:
@@ -65,8 +64,4 @@ def caption(name: str, color: str, chance: float) -> str:
     if chance < 0.1:
         return ""
     forms = captions(name, color)
-    # The plain form is what people type: it gets three quarters of the captions.
-    place = (chance - 0.1) / 0.9
-    if len(forms) == 2:
-        return forms[place >= 0.75]
-    return forms[(place >= 0.4) + (place >= 0.5) + (place >= 0.85)]
+    return forms[int((chance - 0.1) / 0.9 * len(forms))]
