@@ -207,11 +207,11 @@ class Comparison:
 
     def _lines(self) -> Iterator[str]:
         others = self.measurements[1:]
-        names = [m.name for m in self.measurements] + [f"{m.name} is" for m in others]
+        names = [m.name for m in self.measurements] + [f"{m.name} better by" for m in others]
         yield " " * 14 + "".join(f"{name[:20]:>21}" for name in names)
         for stage in self.reference.medians:
             cells = [f"{m.medians[stage] * 1e3:.1f} ms" for m in self.measurements]
-            cells += [f"{self.ratio(m, stage):.2f}x faster" for m in others]
+            cells += [f"{self.ratio(m, stage):.2f}x" for m in others]
             yield f"{stage:<14}" + "".join(f"{cell:>21}" for cell in cells)
         yield self._row("start to ready", lambda m: m.ready, "{:.2f} s")
         yield self._row("first image", lambda m: m.first.total if m.first else 0.0, "{:.2f} s")
@@ -226,7 +226,7 @@ class Comparison:
     def _row(self, name: str, value: Any, form: str) -> str:
         values = [value(m) for m in self.measurements]
         cells = [form.format(v) for v in values]
-        cells += [f"{values[0] / v:.2f}x less" for v in values[1:]]
+        cells += [f"{values[0] / v:.2f}x" for v in values[1:]]
         return f"{name:<14}" + "".join(f"{cell:>21}" for cell in cells)
 
 

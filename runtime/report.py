@@ -47,15 +47,16 @@ def _bars(comparison: Comparison) -> Iterator[str]:
     for other in comparison.measurements[1:]:
         low, high = comparison.spread(other)
         yield (
-            f"<p>{html.escape(other.name)} takes {1 / comparison.ratio(other, 'total'):.0%} of the "
-            f"time ({low:.2f} to {high:.2f} times faster over {len(other.runs)} pairs of runs) and "
-            f"its image is within {comparison.psnr(other):.1f} dB PSNR at equal seed.</p>"
+            f"<p>{html.escape(other.name)}: {1 / comparison.ratio(other, 'total'):.0%} of the "
+            f"time ({low:.2f} to {high:.2f} times faster over {len(other.runs)} pairs), with "
+            f"an image within {comparison.psnr(other):.1f} dB PSNR at equal seed.</p>"
         )
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
     others = comparison.measurements[1:]
-    names = [m.name for m in comparison.measurements] + [f"{m.name} better by" for m in others]
+    names = [m.name for m in comparison.measurements]
+    names += ["ratio"] if len(others) == 1 else [f"{m.name} ratio" for m in others]
     yield '<h2>By stage</h2><div class="scroll"><table><tr><th>median</th>'
     yield "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>"
     for stage in comparison.reference.medians:
