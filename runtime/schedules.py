@@ -8,10 +8,11 @@ diffusers schedulers, whose choices are followed here to the last rounding, read
 own way. A planner turns a schedule and a number of steps into a Plan; there is one for each way.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from latentforge.runtime.errors import ManifestError, SettingsError
 
 __all__ = [
+    "CLEAN",
     "BetaKind",
     "Interval",
     "NoiseLevel",
@@ -38,6 +40,8 @@ __all__ = [
     "plan_heun",
     "plan_lcm",
     "plan_pndm",
+    "plan_squeezed_10",
+    "plan_squeezed_11",
 ]
 
 BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "explicit"]
@@ -49,6 +53,8 @@ Prediction = Literal["epsilon", "v_prediction"]
 _NEARLY_ZERO = 2.0**-24  # stands in for alpha**2 = 0 where a sampler works with sigma / alpha
 _LCM_STEPS = 50  # how many levels a latent consistency model was distilled on
 _KARRAS_RHO = 7.0
+_SQUEEZED_FROM = 16  # the number of steps that Deci's squeezing is made for
+_SQUEEZED_LOG_SNR = -7.5  # training steps below it are left out
 
 
 class NoiseLevel(NamedTuple):
@@ -70,7 +76,8 @@ class NoiseLevel(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.sigma else math.inf
 
 
-_CLEAN = NoiseLevel(1.0, 0.0, 0.0)
+CLEAN = NoiseLevel(1.0, 0.0, 0.0)
+"""No noise at all: where most samplers end."""
 
 
 class Interval(NamedTuple):
@@ -84,12 +91,82 @@ class Interval(NamedTuple):
 class Plan:
     """The steps of one run. Usually an interval starts where the last one ended, but not always.
 
-    Sampling starts from `scale` times standard normal noise. Dropping intervals from the front
-    starts later; sampling then starts from a latent noised to the first start that is left.
+    Sampling starts from `scale` times standard normal noise, or from a latent noised to where
+    the first interval starts, as it must once intervals were dropped from the front.
+
+    Attributes:
+        intervals: one for each evaluation of the network, or for each two of Heun's.
+        scale: the standard deviation of the first latents.
+        again: PNDM's second evaluation takes the first step again and leaves its own interval
+            out. For every interval but the first, this is the one to take if it comes second.
     """
 
     intervals: tuple[Interval, ...]
     scale: float = 1.0
+    again: tuple[Interval, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """How many steps a whole plan has, of which PNDM's repetition is none."""
+        return len(self.intervals) - bool(self.again)
+
+    def after(self, count: int) -> "Plan":
+        """The plan without its first intervals, to start late: no step knows of those dropped.
+
+        For PNDM this is what diffusers does and hardly what it means: the new second step is the
+        one that becomes a repetition, so the part it was to cover is never covered.
+        """
+        intervals, again = self.intervals[count:], self.again[count:]
+        return dataclasses.replace(self, intervals=intervals, again=again)
+
+    def until(self, count: int) -> "Plan":
+        """The first intervals alone, to end early; none of them becomes a last step by that."""
+        return dataclasses.replace(self, intervals=self.intervals[:count])
+
+    def of_strength(self, strength: float) -> "Plan":
+        """The last part of a whole plan, which repaints a picture as much as strength says.
+
+        That is SDEdit (Meng et al. 2022), its steps rounded down as diffusers rounds them.
+
+        Raises:
+            SettingsError: no step is left.
+        """
+        if not 0 <= strength <= 1:
+            raise SettingsError(f"strength lies between 0 and 1; {strength:g} does not")
+        kept = int(self.steps * strength)
+        if not kept:
+            raise SettingsError(
+                f"strength {strength:g} of {self.steps} steps leaves none; take more of either"
+            )
+        return self.after(self.steps - kept)
+
+    def between(self, schedule: "Schedule", *, start: float = 0.0, end: float = 1.0) -> "Plan":
+        """The steps of a whole plan that lie between two fractions of the way to the picture.
+
+        These are diffusers' denoising_start and denoising_end, with which one model hands over
+        to another (Podell et al. 2023, arXiv 2307.01952, section 2.5). Parts that share a
+        boundary share no step and leave none out, also of Heun's, where diffusers does half of
+        one in the first part and all of it again in the second.
+
+        Raises:
+            SettingsError: no step is left.
+        """
+        if not 0 <= start < end <= 1:
+            raise SettingsError(
+                f"denoising_start {start:g} and denoising_end {end:g}: take two numbers between "
+                "0 and 1, the start the lower"
+            )
+        total = schedule.train_steps
+        skipped, kept = (
+            sum(level.timestep >= round(total - part * total) for level, _ in self.intervals)
+            for part in (start, end)
+        )
+        if skipped >= kept:
+            raise SettingsError(
+                f"{self.steps} steps: none lies between denoising_start {start:g} and "
+                f"denoising_end {end:g}; take more"
+            )
+        return self.until(kept).after(skipped)
 
 
 Planner = Callable[["Schedule", int], Plan]
@@ -148,7 +225,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"timestep {index}: the schedule ends at {self.train_steps - 1}; take fewer steps"
             )
         if index < 0 and self.final_alpha_one is not False:
-            return _CLEAN
+            return CLEAN
         square = self.alphas_cumprod[max(index, 0)]
         sigma = math.sqrt(np.float32(1) - square)
         return NoiseLevel(math.sqrt(square), sigma, float(timestep))
@@ -225,12 +302,12 @@ def plan_pndm(schedule: Schedule, steps: int) -> Plan:
     """
     ends_clean = schedule.final_alpha_one is True
     schedule = replace(schedule, zero_terminal_snr=False, final_alpha_one=ends_clean)
-    intervals = list(plan_ddim(schedule, steps).intervals)
-    if steps > 1:
-        second = intervals[1].start
-        before = schedule.at(second.timestep + schedule.train_steps // steps)
-        intervals.insert(1, Interval(before, second))
-    return Plan(tuple(intervals))
+    first, *rest = plan_ddim(schedule, steps).intervals
+    if not rest:
+        return Plan((first,))
+    intervals, stride = (first, rest[0], *rest), schedule.train_steps // steps
+    again = [Interval(schedule.at(t.timestep + stride), t) for t, _ in intervals[1:]]
+    return Plan(intervals, again=tuple(again))
 
 
 def plan_euler(schedule: Schedule, steps: int) -> Plan:
@@ -277,6 +354,33 @@ def plan_lcm(schedule: Schedule, steps: int) -> Plan:
     skip = schedule.train_steps // limit
     index = np.linspace(0, limit, steps, endpoint=False).astype(np.int64)
     return Plan(_chain([schedule.at((limit - i) * skip - 1) for i in index.tolist()]))
+
+
+def _plan_squeezed(schedule: Schedule, steps: int, *, count: int, kept: int) -> Plan:
+    """DeciDiffusion 2.0's: the first few of the planned steps, then fewer and longer ones.
+
+    `steps` are those before squeezing; there are always `count` after it, evenly spaced below
+    the last that is kept. Timesteps are plan_dpm's in "linspace", without the noisiest training
+    steps. There is no rescaling to zero terminal SNR, and the last step ends on the first
+    training step.
+    """
+    schedule = replace(schedule, zero_terminal_snr=False)
+    total = np.searchsorted(_ratios(schedule), math.exp(-_SQUEEZED_LOG_SNR), side="right")
+    planned = np.round(np.linspace(0, total - 1, _checked(schedule, steps) + 1)[:0:-1])
+    stride = planned[kept - 1] // (count - kept + 1) if steps >= kept else 0
+    if not stride:
+        raise SettingsError(
+            f"{steps} steps cannot be squeezed into {count}; take {_SQUEEZED_FROM}, as is usual"
+        )
+    times = np.append(planned[:kept], stride * np.arange(count - kept, -1, -1))
+    return Plan(_chain(_levels(_ratios_at(schedule, times), times))[:-1])
+
+
+plan_squeezed_10: Planner = partial(_plan_squeezed, count=10, kept=6)
+"""Deci's squeeze mode "10,6"."""
+
+plan_squeezed_11: Planner = partial(_plan_squeezed, count=11, kept=7)
+"""Deci's squeeze mode "11,7"."""
 
 
 def _checked(schedule: Schedule, steps: int) -> int:
@@ -333,7 +437,7 @@ def _levels(ratios: NDArray[np.float64], times: NDArray[np.floating]) -> list[No
 
 def _chain(levels: Sequence[NoiseLevel]) -> tuple[Interval, ...]:
     """Each level to the next, and the last to the clean latent."""
-    intervals = tuple(Interval(*pair) for pair in pairwise([*levels, _CLEAN]))
+    intervals = tuple(Interval(*pair) for pair in pairwise([*levels, CLEAN]))
     for start, end in intervals:
         if start.log_snr >= end.log_snr:
             raise SettingsError(

@@ -33,9 +33,9 @@ SILENT = {key: SD15[key] for key in ("_class_name", "beta_schedule", "beta_start
 
 
 def reference(name: str, config: dict[str, Any]) -> Any:
-    kind, options = SCHEDULERS[name]
+    row = SCHEDULERS[name]
     public = {key: value for key, value in corrected(config).items() if key[0] != "_"}
-    return getattr(diffusers, kind).from_config(public, **options)
+    return getattr(diffusers, row.scheduler).from_config(public, **row.options)
 
 
 def test_tables_name_the_same_samplers() -> None:
@@ -46,15 +46,38 @@ def test_tables_name_the_same_samplers() -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_timesteps_are_those_of_diffusers(name: str, config: dict[str, Any]) -> None:
     theirs = reference(name, config)
-    theirs.set_timesteps(10)
-    plan = SAMPLERS[name].plan(schedule_of(config), 10)
+    schedule, timesteps = schedule_of(corrected(config)), SCHEDULERS[name].timesteps
+    if timesteps:
+        theirs.set_timesteps(timesteps=timesteps(schedule, 10))
+    else:
+        theirs.set_timesteps(10)
+    plan = SAMPLERS[name].plan(schedule, 10)
     ours = [interval.start.timestep for interval in plan.intervals]
     expected = theirs.timesteps.numpy()
     if name == "heun":  # two evaluations a step, and every timestep but the first stands twice
         expected = np.concatenate([expected[:1], expected[1::2]])
-    if name == "pndm":  # the second entry is where the first step is taken again
-        ours[1] = plan.intervals[1].end.timestep
     np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["squeezed_10", "squeezed_11"])
+def test_squeezed_levels_are_those_of_diffusers(name: str) -> None:
+    """Told only the timesteps, also by the config of DeciDiffusion 2.0."""
+    config = {
+        **SD15,
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "trailing",
+    }
+    theirs, timesteps = reference(name, config), SCHEDULERS[name].timesteps
+    assert timesteps and default_sampler(config) == "ddim"
+    theirs.set_timesteps(timesteps=timesteps(schedule_of(config), 16))
+    intervals = SAMPLERS[name].plan(schedule_of(config), 16).intervals
+    levels = [*(start for start, _ in intervals), intervals[-1].end]
+    ratios = [level.sigma / level.alpha for level in levels]
+    np.testing.assert_allclose(ratios, theirs.sigmas.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,6 +25,8 @@ from latentforge.runtime.schedules import (
     plan_heun,
     plan_lcm,
     plan_pndm,
+    plan_squeezed_10,
+    plan_squeezed_11,
 )
 
 # torch tensors and numpy 2 disagree on a keyword of __array__, inside diffusers.
@@ -99,6 +103,7 @@ REFERENCES: dict[str, tuple[Planner, str, dict[str, Any]]] = {
     "karras": (plan_dpm_karras, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "lcm": (plan_lcm, "LCMScheduler", {}),
 }
+PLANNERS = [*(row[0] for row in REFERENCES.values()), plan_squeezed_10, plan_squeezed_11]
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -132,9 +137,8 @@ def test_levels_are_diffusers(name: str, beta_kind: BetaKind) -> None:
 def evaluated(name: str, plan: Plan) -> list[float]:
     """The timesteps at which the sampler of that plan asks the network."""
     levels: list[NoiseLevel] = []
-    for index, (start, end) in enumerate(plan.intervals):
-        again = name == "pndm" and index == 1
-        levels.append(end if again else start)
+    for start, end in plan.intervals:
+        levels.append(start)
         if name == "heun" and end.sigma > 0:
             levels.append(end)
     return [level.timestep for level in levels]
@@ -154,7 +158,7 @@ def test_spacings_of_the_paper(spacing: Spacing, expected: list[int]) -> None:
     assert [interval.start.timestep + 1 for interval in plan.intervals] == expected
 
 
-@pytest.mark.parametrize("planner", [row[0] for row in REFERENCES.values()])
+@pytest.mark.parametrize("planner", PLANNERS)
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_levels_are_finite_and_falling(
@@ -169,6 +173,111 @@ def test_levels_are_finite_and_falling(
     assert 0.5 < plan.scale <= 1
 
 
+DECI_16 = [998, 936, 873, 811, 748, 686, 624, 561, 499, 437, 374, 312, 250, 187, 125, 62]
+
+
+@pytest.mark.parametrize(
+    ("planner", "expected"),
+    [
+        (plan_squeezed_10, [*DECI_16[:6], 548, 411, 274, 137]),
+        (plan_squeezed_11, [*DECI_16[:7], 496, 372, 248, 124]),
+    ],
+)
+def test_squeezes_like_deci(planner: Planner, expected: list[int]) -> None:
+    """Both modes of DeciDiffusion 2.0 on its own schedule, down to the first training step."""
+    case = but(beta_kind="squaredcos_cap_v2", zero_terminal_snr=True, spacing="trailing")
+    plan = planner(case, 16)
+    assert evaluated("dpm", plan) == expected
+    assert plan.intervals[-1].end == pytest.approx(but(beta_kind="squaredcos_cap_v2").at(0))
+
+
+@pytest.mark.parametrize("beta_kind", BETA_KINDS)
+def test_squeezes_the_timesteps_of_diffusers(beta_kind: BetaKind) -> None:
+    """Those that it finds itself, with the noisiest clipped; 16 steps are Deci's own."""
+    case = but(beta_kind=beta_kind, spacing="linspace")
+    scheduler = reference("DPMSolverMultistepScheduler", case, lambda_min_clipped=-7.5)
+    for steps in range(7, 100):
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps.tolist()
+        assert steps != 16 or (times == DECI_16) == (beta_kind == "squaredcos_cap_v2")
+        tail = [times[6] // 5 * index for index in (4, 3, 2, 1)]
+        assert evaluated("dpm", plan_squeezed_11(case, steps)) == times[:7] + tail
+        tail = [times[5] // 5 * index for index in (4, 3, 2, 1)]
+        assert evaluated("dpm", plan_squeezed_10(case, steps)) == times[:6] + tail
+
+
+STRENGTHS = [0.05, 0.29, 0.5, 0.58, 0.999, 1]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_strength_counts_like_diffusers(name: str, spacing: Spacing) -> None:
+    """By the very method of its image to image pipeline."""
+    pipelines = pytest.importorskip("diffusers", exc_type=ImportError)
+    planner, kind, options = REFERENCES[name]
+    scheduler = reference(kind, but(spacing=spacing), **options)
+    pipe = SimpleNamespace(scheduler=scheduler)
+    for steps in (1, 2, 7, 50):
+        scheduler.set_timesteps(steps)
+        plan = planner(but(spacing=spacing), steps)
+        for strength in STRENGTHS:
+            counted = pipelines.StableDiffusionImg2ImgPipeline.get_timesteps
+            times, count = counted(pipe, steps, strength, None)
+            if count:
+                assert evaluated(name, plan.of_strength(strength)) == times.tolist()
+            else:
+                with pytest.raises(SettingsError, match=f"{strength:g} of {steps} steps leaves"):
+                    plan.of_strength(strength)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"heun"}))
+def test_fractions_count_like_diffusers(name: str, spacing: Spacing) -> None:
+    """By the method of its refiner, and by what its base pipeline says in the middle of a loop."""
+    pipelines = pytest.importorskip("diffusers", exc_type=ImportError)
+    planner, kind, options = REFERENCES[name]
+    case = but(spacing=spacing)
+    scheduler = reference(kind, case, **options)
+    counted = pipelines.StableDiffusionXLImg2ImgPipeline.get_timesteps
+    for steps in (2, 10, 25):
+        scheduler.set_timesteps(steps)
+        plan, whole = planner(case, steps), scheduler.timesteps.tolist()
+        for fraction in (0.2, 0.5005, 0.8):
+            times, _ = counted(SimpleNamespace(scheduler=scheduler), steps, 1, None, fraction)
+            if len(times):
+                assert evaluated(name, plan.between(case, start=fraction)) == times.tolist()
+            times = [t for t in whole if t >= round(1000 - fraction * 1000)]
+            if times:
+                assert evaluated(name, plan.between(case, end=fraction)) == times
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_parts_make_a_whole(planner: Planner) -> None:
+    plan = planner(BASE, 20)
+    bounds = [0.0, 0.3, 0.8, 1.0]
+    parts = [plan.between(BASE, start=start, end=end) for start, end in pairwise(bounds)]
+    assert sum((part.intervals for part in parts), start=()) == plan.intervals
+    assert plan.between(BASE) == plan.of_strength(1) == plan.after(0) == plan
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda plan: plan.of_strength(1.5), "strength lies between 0 and 1; 1.5 does not"),
+        (lambda plan: plan.of_strength(math.nan), "nan does not"),
+        (lambda plan: plan.of_strength(0.1), "strength 0.1 of 8 steps leaves none"),
+        (lambda plan: plan.between(BASE, start=0.6, end=0.6), "0.6 .* the start the lower"),
+        (lambda plan: plan.between(BASE, start=-0.1), "denoising_start -0.1"),
+        (lambda plan: plan.between(BASE, end=80), "denoising_end 80"),
+        (lambda plan: plan.between(BASE, end=0.1), "8 steps: none lies between denoising_start 0"),
+        (lambda plan: plan.between(BASE, start=0.5, end=0.51), "denoising_end 0.51; take more"),
+    ],
+)
+def test_refuses_parts_without_steps(part: Callable[[Plan], Plan], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        part(plan_pndm(BASE, 8))
+
+
 def test_zero_terminal_snr_starts_from_pure_noise() -> None:
     first = plan_ddim(but(zero_terminal_snr=True, spacing="trailing"), 10).intervals[0].start
     assert first == NoiseLevel(alpha=0.0, sigma=1.0, timestep=999.0)
@@ -181,7 +290,7 @@ def test_final_level() -> None:
     assert ends[1].sigma == pytest.approx(math.sqrt(0.00085), rel=1e-4)
 
 
-@pytest.mark.parametrize("planner", [row[0] for row in REFERENCES.values()])
+@pytest.mark.parametrize("planner", PLANNERS)
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_refuses_impossible_step_counts(planner: Planner, steps: int) -> None:
     with pytest.raises(SettingsError, match="take between 1 and 1000"):
@@ -192,12 +301,15 @@ def test_refuses_impossible_step_counts(planner: Planner, steps: int) -> None:
     ("plan", "message"),
     [
         (lambda: plan_lcm(BASE, 51), "takes at most 50"),
+        (lambda: plan_squeezed_10(BASE, 5), "5 steps cannot be squeezed into 10; take 16"),
+        (lambda: plan_squeezed_11(BASE, 6), "6 steps cannot be squeezed into 11; take 16"),
+        (lambda: plan_squeezed_11(but(train_steps=9), 8), "cannot be squeezed"),
         (lambda: plan_ddim(BASE, 1000), "the schedule ends at 999"),
         (lambda: plan_dpm(but(spacing="linspace"), 1000), "steps are too many"),
         (lambda: plan_dpm(BASE, 1000), "steps are too many"),
     ],
 )
-def test_refuses_more_steps_than_levels(plan: Callable[[], Plan], message: str) -> None:
+def test_refuses_steps_that_do_not_fit(plan: Callable[[], Plan], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         plan()
 
