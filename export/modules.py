@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from latentforge.export.checkpoint import Checkpoint, brief
 from latentforge.runtime.errors import CheckpointError
 
-__all__ = ["load_module", "quiet"]
+__all__ = ["check_finite", "load_module", "quiet"]
 
 _MISMATCH = re.compile(r"^(\S+) *\| *MISMATCH", re.MULTILINE)
 
@@ -53,7 +53,7 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
                 reason = brief(error)
             raise CheckpointError(f"cannot load {path}: {reason}") from error
     _check_keys(checkpoint, folder, info)
-    _check_finite(checkpoint, folder, module)
+    check_finite(checkpoint, folder, module)
     return module.eval().requires_grad_(False)
 
 
@@ -68,7 +68,12 @@ def _check_keys(checkpoint: Checkpoint, folder: str, info: dict[str, Any]) -> No
             )
 
 
-def _check_finite(checkpoint: Checkpoint, folder: str, module: nn.Module) -> None:
+def check_finite(checkpoint: Checkpoint, folder: str, module: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        CheckpointError: a weight does, with its name.
+    """
     for name, weight in module.named_parameters():
         if not torch.isfinite(weight).all():
             raise CheckpointError(

@@ -1,0 +1,1 @@
+"""Denoisers that diffusers has no class for."""

@@ -1,0 +1,371 @@
+"""DeciDiffusion's UNet, whose blocks hold any number of resnets and attentions in one list.
+
+A checkpoint has it in ``flexible_unet/``; the class that wrote it lies in the checkpoint's own
+pipeline.py, which we never run.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latentforge.export.checkpoint import Checkpoint, read_json
+from latentforge.export.models.flexible_structure import (
+    BlockStructure,
+    FlexibleStructure,
+    Shapes,
+    compare,
+    shown,
+)
+from latentforge.export.modules import check_finite
+from latentforge.runtime.errors import CheckpointError, SettingsError, ShapeError
+
+__all__ = ["FlexibleUNet2DConditionModel", "load_flexible_unet", "structure_of"]
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+class _Layers(nn.Module):
+    """Resnets and attentions in one list, and what they share."""
+
+    def __init__(self, structure: FlexibleStructure, block: BlockStructure) -> None:
+        super().__init__()
+        pairs = zip(block.hidden_widths(), block.skip_widths(), strict=True)
+        widths = (hidden + skip for hidden, skip in pairs)
+        self.modules_list = nn.ModuleList(
+            _resnet(structure, next(widths), block.out_channels)
+            if kind == "R"
+            else _attention(structure, block.out_channels)
+            for kind in block.layers
+        )
+
+    def _run(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        time: Tensor,
+        prompt: Tensor,
+        options: dict[str, Any] | None,
+    ) -> Tensor:
+        """Pass (batch, channels, h, w) through one layer."""
+        if isinstance(layer, ResnetBlock2D):
+            return layer(hidden, time)
+        return layer(
+            hidden,
+            encoder_hidden_states=prompt,
+            cross_attention_kwargs=options,
+            return_dict=False,
+        )[0]
+
+
+class _DownBlock(_Layers):
+    def __init__(self, structure: FlexibleStructure, index: int) -> None:
+        block = structure.down[index]
+        super().__init__(structure, block)
+        width = block.out_channels
+        # By any name but "conv" the convolution is there once; by that one, under two names.
+        sampler = [Downsample2D(width, use_conv=True, name="op")] if block.resample else []
+        self.downsamplers = nn.ModuleList(sampler)
+        self.last = index == len(structure.down) - 1
+
+    def forward(
+        self, hidden: Tensor, time: Tensor, prompt: Tensor, options: dict[str, Any] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states, and the skips that are left for the up blocks."""
+        skips = []
+        for layer in self.modules_list:
+            hidden = self._run(layer, hidden, time, prompt, options)
+            if isinstance(layer, ResnetBlock2D):  # an attention that follows is not in the skip
+                skips.append(hidden)
+        if self.downsamplers:
+            hidden = _resampled(self.downsamplers, hidden)
+            if not self.last:  # the last block halves for the mid block alone
+                skips.append(hidden)
+        return hidden, skips
+
+
+class _MidBlock(_Layers):
+    def __init__(self, structure: FlexibleStructure, block: BlockStructure) -> None:
+        super().__init__(structure, block)
+        self.upsamplers = _upsamplers(block)
+
+    def forward(
+        self, hidden: Tensor, time: Tensor, prompt: Tensor, options: dict[str, Any] | None
+    ) -> Tensor:
+        # The first resnet runs twice. In the original that was an oversight, of a loop over the
+        # whole list after a call of its first entry; but the weights were trained that way.
+        for layer in (self.modules_list[0], *self.modules_list):
+            hidden = self._run(layer, hidden, time, prompt, options)
+        return _resampled(self.upsamplers, hidden)
+
+
+class _UpBlock(_Layers):
+    def __init__(self, structure: FlexibleStructure, block: BlockStructure) -> None:
+        super().__init__(structure, block)
+        self.upsamplers = _upsamplers(block)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        skips: list[Tensor],
+        time: Tensor,
+        prompt: Tensor,
+        options: dict[str, Any] | None,
+    ) -> Tensor:
+        """Takes one skip a resnet off the end of the list."""
+        for layer in self.modules_list:
+            if isinstance(layer, ResnetBlock2D):
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = self._run(layer, hidden, time, prompt, options)
+        return _resampled(self.upsamplers, hidden)
+
+
+def _resnet(structure: FlexibleStructure, in_channels: int, out_channels: int) -> nn.Module:
+    return ResnetBlock2D(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        temb_channels=structure.time_width,
+        groups=structure.groups,
+        eps=structure.eps,
+        non_linearity="silu",
+    )
+
+
+def _attention(structure: FlexibleStructure, channels: int) -> nn.Module:
+    return Transformer2DModel(
+        num_attention_heads=structure.heads,
+        attention_head_dim=channels // structure.heads,
+        in_channels=channels,
+        norm_num_groups=structure.groups,
+        cross_attention_dim=structure.cross_attention_dim,
+    )
+
+
+class _Upsampler(nn.Module):
+    """diffusers' Upsample2D but for its branch on 64 rows, which would bind a traced batch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, channels, h, w) to (batch, channels, 2h, 2w)."""
+        return self.conv(functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+def _upsamplers(block: BlockStructure) -> nn.ModuleList:
+    return nn.ModuleList([_Upsampler(block.out_channels)] if block.resample else [])
+
+
+def _resampled(samplers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    for sampler in samplers:
+        hidden = sampler(hidden)
+    return hidden
+
+
+class FlexibleUNet2DConditionModel(ModelMixin, ConfigMixin):
+    """The UNet of a structure; diffusers' pipelines take it for their own.
+
+    Its weights have the names that DeciDiffusion's checkpoints give them, and its ``config``
+    is what ``FlexibleStructure.from_config`` reads, so that save_pretrained writes what
+    ``load_flexible_unet`` loads.
+
+    Raises:
+        CheckpointError: the structure's parts do not fit together.
+    """
+
+    def __init__(self, structure: FlexibleStructure) -> None:
+        super().__init__()
+        structure.check()
+        self.register_to_config(**structure.to_config(), time_cond_proj_dim=None)
+        self.structure = structure
+        first, last = structure.down[0].in_channels, structure.up[-1].out_channels
+        self.conv_in = nn.Conv2d(structure.in_channels, first, 3, padding=1)
+        self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(first, structure.time_width)
+        self.down_blocks = nn.ModuleList(
+            _DownBlock(structure, index) for index in range(len(structure.down))
+        )
+        self.mid_block = None if structure.mid is None else _MidBlock(structure, structure.mid)
+        self.up_blocks = nn.ModuleList(_UpBlock(structure, b) for b in structure.up)
+        self.conv_norm_out = nn.GroupNorm(structure.groups, last, eps=structure.eps)
+        self.conv_act = nn.SiLU()
+        self.conv_out = nn.Conv2d(last, structure.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Predict from noisy latents.
+
+        Args:
+            sample: latents (batch, in_channels, h, w), with sides of whole ``multiple``s.
+            timestep: one for all rows, as a number or of shape () or (1,), or (batch,).
+            encoder_hidden_states: the prompt (batch, tokens, cross_attention_dim).
+            timestep_cond, added_cond_kwargs: have to be None; the pipelines pass them.
+            cross_attention_kwargs: handed to the attention processors.
+            return_dict: an object with ``sample`` rather than a tuple.
+
+        Returns:
+            The prediction (batch, out_channels, h, w).
+
+        Raises:
+            ShapeError: a side of the latents is no such multiple.
+            SettingsError: a conditioning that this network does not have.
+        """
+        if timestep_cond is not None or added_cond_kwargs is not None:
+            raise SettingsError("a flexible UNet takes no timestep_cond and no added_cond_kwargs")
+        self._check_size(sample)
+        conditions = (self._embed(timestep, sample), encoder_hidden_states, cross_attention_kwargs)
+        hidden = self.conv_in(sample)
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden, saved = block(hidden, *conditions)
+            skips += saved
+        if self.mid_block is not None:
+            hidden = self.mid_block(hidden, *conditions)
+        for block in self.up_blocks:
+            hidden = block(hidden, skips, *conditions)
+        output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _embed(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """The time embedding (batch, time_width)."""
+        steps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
+        steps = steps.reshape(-1).expand(sample.shape[0])
+        return self.time_embedding(self.time_proj(steps).to(sample.dtype))
+
+    def _check_size(self, sample: Tensor) -> None:
+        unit = self.structure.multiple
+        height, width = sample.shape[-2:]
+        if height % unit != 0 or width % unit != 0:
+            raise ShapeError(
+                f"sides of the latents are multiples of {unit} here, not {height} x {width}"
+            )
+
+
+def load_flexible_unet(
+    checkpoint: Checkpoint, folder: str = "flexible_unet"
+) -> FlexibleUNet2DConditionModel:
+    """Load a flexible UNet from safetensors, strictly and in float32.
+
+    The structure comes from config.json's ``configurations`` and has to be that of the weights;
+    where there are none it comes from the weights alone, with 8 heads, which no shape tells.
+    No code of the checkpoint is run.
+
+    Returns:
+        The module in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: there are no weights, they are pickles, damaged, or hold NaN or infinity;
+            config.json is malformed, or says other than the weights; a weight is missing, left
+            over, or of another shape.
+    """
+    files, _ = checkpoint.weights(folder)
+    with _about(f"{checkpoint.name}: {folder}"):
+        shapes = _read_shapes(files)
+        structure = _structure(checkpoint.path / folder, shapes)
+        with torch.device("meta"):  # no memory until the weights are there
+            module = FlexibleUNet2DConditionModel(structure)
+        _check_shapes(module, shapes)
+    module.load_state_dict(_read_weights(files), strict=True, assign=True)
+    check_finite(checkpoint, folder, module)
+    return module.eval().requires_grad_(False)
+
+
+def structure_of(checkpoint: Checkpoint, folder: str = "flexible_unet") -> FlexibleStructure:
+    """The structure that load_flexible_unet would build, from config.json and the files' headers.
+
+    Raises:
+        CheckpointError: as load_flexible_unet does, of all that can be told without the weights.
+    """
+    files, _ = checkpoint.weights(folder)
+    with _about(f"{checkpoint.name}: {folder}"):
+        structure = _structure(checkpoint.path / folder, _read_shapes(files))
+        structure.check()
+    return structure
+
+
+def _structure(directory: Path, shapes: Shapes) -> FlexibleStructure:
+    file = directory / "config.json"
+    config = read_json(file) if file.exists() else {}
+    if "configurations" not in config:
+        return FlexibleStructure.from_weights(shapes)
+    with _about("config.json"):
+        told = FlexibleStructure.from_config(config, shapes)
+    held = FlexibleStructure.from_weights(
+        shapes, heads=told.heads, sample_size=told.sample_size, eps=told.eps
+    )
+    compare(told, held, f"{directory.name}/config.json")
+    return told
+
+
+def _check_shapes(module: nn.Module, shapes: Shapes) -> None:
+    """Compare all names and shapes, before anything is read."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    problems = {
+        "missing": [key for key in expected if key not in shapes],
+        "unknown": [key for key in shapes if key not in expected],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise CheckpointError(f"{len(keys)} weights are {problem}, such as {shown(keys[0])}")
+    wrong = [key for key, shape in expected.items() if tuple(shapes[key]) != shape]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} weights are of a wrong shape, such as {wrong[0]}: "
+            f"{tuple(shapes[wrong[0]])}, where {expected[wrong[0]]} is expected"
+        )
+
+
+def _read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():
+                weight = opened.get_slice(key)
+                if key in shapes:
+                    raise CheckpointError(f"two files hold {shown(key)}")
+                if weight.get_dtype() not in _FLOATS:
+                    raise CheckpointError(
+                        f"{shown(key)} is of type {weight.get_dtype()}: expected a float of "
+                        "16 bits or more"
+                    )
+                shapes[key] = tuple(weight.get_shape())
+    return shapes
+
+
+def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All weights in float32, converted one by one, so that there is no second copy of them."""
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():
+                weights[key] = opened.get_tensor(key).float()
+    return weights
+
+
+@contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Put what an error is about before what it says."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
