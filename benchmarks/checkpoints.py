@@ -2,100 +2,249 @@
 
     python benchmarks/checkpoints.py sd15 /tmp/sd15
 
-The architecture is the published one to the last number, so times, memory and file sizes are
+The architectures are the published ones to the last number, so times, memory and file sizes are
 real; the pictures are noise. The tokenizer is the embedded demo checkpoint's.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentforge.export.demo import CHECKPOINT as DEMO
+from latentforge.export.models.flexible_structure import (
+    DECIDIFFUSION_1,
+    DECIDIFFUSION_2,
+    FlexibleStructure,
+)
+from latentforge.export.models.flexible_unet import FlexibleUNet2DConditionModel
 
-__all__ = ["ARCHITECTURES", "main", "write_sd15"]
+__all__ = ["ARCHITECTURES", "Architecture", "main", "write"]
+
+Config = Mapping[str, Any]
 
 
-def write_sd15(target: Path, seed: int = 0) -> None:
-    """Stable Diffusion 1.5: 859,520,964 parameters in the UNet, 4.3 GB in all, in float32."""
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a checkpoint is made of.
+
+    Attributes:
+        pipeline: the class that its model_index.json names.
+        unet: the denoiser's configuration, or the structure of a flexible one.
+        vae: the autoencoder's.
+        texts: configurations of the text encoders by folder; that of text_encoder_2 has a
+            projection.
+        scheduler: its class and configuration.
+        index: further entries of model_index.json.
+        max_length: of a prompt, in tokens.
+    """
+
+    pipeline: str
+    unet: Config | FlexibleStructure
+    vae: Config
+    texts: Mapping[str, Config]
+    scheduler: tuple[str, Config]
+    index: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int = 77
+
+
+def write(
+    architecture: Architecture, target: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a diffusers directory with random weights of a type."""
     torch.manual_seed(seed)
-    _unet().save_pretrained(target / "unet")
-    _vae().save_pretrained(target / "vae")
-    _text_encoder().save_pretrained(target / "text_encoder")
-    _scheduler().save_pretrained(target / "scheduler")
-    _write_tokenizer(target / "tokenizer", max_length=77)
-    classes = {
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    index = {"_class_name": "StableDiffusionPipeline", **classes}
+    with _default_dtype(dtype):
+        _write_unet(architecture.unet, target)
+        diffusers.AutoencoderKL(**architecture.vae).save_pretrained(target / "vae")
+        for folder, config in architecture.texts.items():
+            _write_text(config, target, folder, architecture.max_length)
+    kind, options = architecture.scheduler
+    getattr(diffusers, kind)(**options).save_pretrained(target / "scheduler")
+    index = {"_class_name": architecture.pipeline, **_classes(architecture), **architecture.index}
     (target / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=64,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-    )
+def _write_unet(unet: Config | FlexibleStructure, target: Path) -> None:
+    """A flexible UNet has its own folder, beside a placeholder that nobody should read."""
+    if not isinstance(unet, FlexibleStructure):
+        diffusers.UNet2DConditionModel(**unet).save_pretrained(target / "unet")
+        return
+    FlexibleUNet2DConditionModel(unet).save_pretrained(target / "flexible_unet")
+    (target / "unet").mkdir()
+    (target / "unet" / "config.json").write_text("{}")
 
 
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        sample_size=512,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-
-
-def _text_encoder() -> CLIPTextModel:
-    """CLIP ViT-L/14's text tower; the start and end tokens are the demo tokenizer's."""
+def _write_text(config: Config, target: Path, folder: str, max_length: int) -> None:
+    """The start and end tokens are the demo tokenizer's."""
     demo = json.loads((DEMO / "text_encoder" / "config.json").read_text())
-    tokens = {key: demo[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=77,
-            projection_dim=768,
-            **tokens,
-        )
-    )
+    special = {key: demo[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kind = CLIPTextModelWithProjection if folder == "text_encoder_2" else CLIPTextModel
+    text = CLIPTextConfig(**{**config, **special, "max_position_embeddings": max_length})
+    kind(text).save_pretrained(target / folder)
+    tokenizer = target / folder.replace("text_encoder", "tokenizer")
+    shutil.copytree(DEMO / "tokenizer", tokenizer)
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": max_length}))
 
 
-def _scheduler() -> PNDMScheduler:
-    return PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+def _classes(architecture: Architecture) -> dict[str, list[str]]:
+    texts = {
+        folder: [
+            "transformers",
+            "CLIPTextModelWithProjection" if folder == "text_encoder_2" else "CLIPTextModel",
+        ]
+        for folder in architecture.texts
+    }
+    tokenizers = {
+        folder.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]
+        for folder in architecture.texts
+    }
+    return {
+        "scheduler": ["diffusers", architecture.scheduler[0]],
+        **texts,
+        **tokenizers,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
 
 
-def _write_tokenizer(target: Path, max_length: int) -> None:
-    shutil.copytree(DEMO / "tokenizer", target, dirs_exist_ok=True)
-    path = target / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "model_max_length": max_length}, indent=2))
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-ARCHITECTURES: Mapping[str, Callable[[Path, int], None]] = {"sd15": write_sd15}
+_VAE = {
+    "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+_VAE_XL = {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+
+_CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+_OPENCLIP_H = {  # without its last layer, as Stable Diffusion 2 takes it
+    **_CLIP_L,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "projection_dim": 512,
+    "hidden_act": "gelu",
+}
+_OPENCLIP_G = {
+    **_CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
+_UNET = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+}
+_UNET_2 = {
+    **_UNET,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+_UNET_XL = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_PNDM = ("PNDMScheduler", {**_BETAS, "skip_prk_steps": True, "steps_offset": 1})
+_DDIM_V = {**_BETAS, "steps_offset": 1, "clip_sample": False, "prediction_type": "v_prediction"}
+_DECI = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+_DECI_2 = {**_DECI, "beta_start": 0.00085, "beta_end": 0.012, "set_alpha_to_one": True}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "sd15": Architecture(
+        pipeline="StableDiffusionPipeline",
+        unet=_UNET,
+        vae=_VAE,
+        texts={"text_encoder": _CLIP_L},
+        scheduler=_PNDM,
+    ),
+    "sd21": Architecture(
+        pipeline="StableDiffusionPipeline",
+        unet=_UNET_2,
+        vae={**_VAE, "sample_size": 768},
+        texts={"text_encoder": _OPENCLIP_H},
+        scheduler=("DDIMScheduler", _DDIM_V),
+    ),
+    "sdxl": Architecture(
+        pipeline="StableDiffusionXLPipeline",
+        unet=_UNET_XL,
+        vae=_VAE_XL,
+        texts={"text_encoder": _CLIP_L, "text_encoder_2": _OPENCLIP_G},
+        scheduler=("EulerDiscreteScheduler", {**_BETAS, "steps_offset": 1}),
+        index={"force_zeros_for_empty_prompt": True},
+    ),
+    "deci1": Architecture(
+        pipeline="DeciDiffusionPipeline",
+        unet=DECIDIFFUSION_1,
+        vae=_VAE,
+        texts={"text_encoder": _CLIP_L},
+        scheduler=("DDIMScheduler", _DECI),
+    ),
+    "deci2": Architecture(
+        pipeline="DeciDiffusionPipeline",
+        unet=DECIDIFFUSION_2,
+        vae=_VAE,
+        texts={"text_encoder": _CLIP_L},
+        scheduler=("DDIMScheduler", _DECI_2),
+    ),
+}
 
 
 def main() -> None:
@@ -104,8 +253,10 @@ def main() -> None:
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("target", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--half", action="store_true", help="write float16 weights")
     options = parser.parse_args()
-    ARCHITECTURES[options.architecture](options.target, options.seed)
+    dtype = torch.float16 if options.half else torch.float32
+    write(ARCHITECTURES[options.architecture], options.target, seed=options.seed, dtype=dtype)
 
 
 if __name__ == "__main__":

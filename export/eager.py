@@ -6,18 +6,21 @@ benchmark, see runtime/worker.py.
 
 import functools
 import importlib.metadata
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from PIL import Image
+from transformers import CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
-from latentforge.export.modules import load_module
-from latentforge.export.scheduler import SCHEDULERS, corrected
+from latentforge.export.families import family_of
+from latentforge.export.scheduler import SCHEDULERS, schedule_of
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profile import Stopwatch
@@ -28,29 +31,33 @@ __all__ = ["EagerPipeline"]
 
 
 class EagerPipeline:
-    """diffusers' StableDiffusionPipeline in float32 on the CPU, with our settings and timings."""
+    """A family's diffusers pipelines in float32 on the CPU, with our settings and timings."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        scheduler = checkpoint.config("scheduler", "scheduler_config.json")
-        self._config = {k: v for k, v in corrected(scheduler).items() if not k.startswith("_")}
-        self._pipe: Any = diffusers.StableDiffusionPipeline(
-            vae=load_module(checkpoint, "vae", diffusers.AutoencoderKL),
-            text_encoder=load_module(checkpoint, "text_encoder", CLIPTextModel),
-            tokenizer=CLIPTokenizer.from_pretrained(checkpoint.path / "tokenizer"),
-            unet=load_module(checkpoint, "unet", diffusers.UNet2DConditionModel),
-            scheduler=diffusers.DDIMScheduler.from_config(self._config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        self._pipe.set_progress_bar_config(disable=True)
+        family = family_of(checkpoint)
+        plan = family.plan(checkpoint)
+        scheduler = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
+        self._config = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+        self._index = checkpoint.index
+        self._reference = family.reference
+        modules = {component.part: component.module for component in plan.components}
+        self._parts: dict[str, Any] = {part: load(checkpoint) for part, load in modules.items()}
+        for name in plan.tokenizers:
+            self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
+        self._texts = [encoder.component for encoder in plan.conditioning.encoders]
 
-    def __call__(self, settings: Settings) -> Result:
+    def __call__(
+        self,
+        settings: Settings,
+        *,
+        image: Image.Image | torch.Tensor | None = None,
+        mask: Image.Image | None = None,
+    ) -> Result:
         """Make the pictures of one request; same seed, same noise, same steps as ours."""
-        self._pipe.scheduler = self._scheduler(settings.sampler)
+        pipe = self._pipeline(settings, image, mask)
         watch = Stopwatch()
-        with watch.running(), torch.inference_mode(), _Timed(self._pipe, watch):
-            latents = self._latents(settings)
+        with watch.running(), torch.inference_mode(), self._timed(watch):
+            latents = pipe(**self._arguments(settings, pipe, image, mask)).images
             with watch.stage("vae_decoder"):
                 images = self._decode(latents)
         return Result(
@@ -60,14 +67,32 @@ class EagerPipeline:
             settings=settings,
         )
 
+    def _pipeline(self, settings: Settings, image: Any, mask: Any) -> Any:
+        """The pipeline for the task at hand, given what its signature asks for."""
+        kinds = self._reference
+        kind = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
+        parts = {**self._parts, "scheduler": self._scheduler(settings.sampler)}
+        given: dict[str, Any] = {}
+        for name, parameter in inspect.signature(kind.__init__).parameters.items():
+            if name in parts:
+                given[name] = parts[name]
+            elif isinstance(self._index.get(name), bool):
+                given[name] = self._index[name]
+            elif name != "self" and parameter.default is parameter.empty:
+                given[name] = None  # a safety checker, the refiner's first text encoder
+        given |= {"requires_safety_checker": False} if "safety_checker" in given else {}
+        pipe: Any = kind(**given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
     def _scheduler(self, sampler: str) -> Any:
         """The diffusers scheduler of our sampler's name.
 
         It is told to start at its first step. Left alone it looks the step up by its timestep,
         and misses it where Karras levels of a cosine schedule have the same one twice.
         """
-        name, options = SCHEDULERS[sampler]
-        scheduler = getattr(diffusers, name).from_config(self._config, **options)
+        row = SCHEDULERS[sampler]
+        scheduler = getattr(diffusers, row.scheduler).from_config(self._config, **row.options)
         plan = scheduler.set_timesteps
 
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
@@ -78,25 +103,50 @@ class EagerPipeline:
         scheduler.set_timesteps = functools.wraps(plan)(set_timesteps)
         return scheduler
 
-    def _latents(self, settings: Settings) -> torch.Tensor:
-        latents: torch.Tensor = self._pipe(
-            list(settings.prompts),
-            negative_prompt=list(settings.negative_prompts),
-            num_images_per_prompt=settings.images_per_prompt,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
-            height=settings.height,
-            width=settings.width,
-            generator=torch.Generator().manual_seed(settings.seed),
-            output_type="latent",
-        ).images
-        return latents
+    def _arguments(self, settings: Settings, pipe: Any, image: Any, mask: Any) -> Mapping[str, Any]:
+        """Our settings under diffusers' names, as far as the pipeline knows them."""
+        given = {
+            "prompt": list(settings.prompts),
+            "negative_prompt": list(settings.negative_prompts) or None,
+            "num_images_per_prompt": settings.images_per_prompt,
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "guidance_rescale": settings.guidance_rescale,
+            "height": settings.height,
+            "width": settings.width,
+            "generator": torch.Generator().manual_seed(settings.seed),
+            "output_type": "latent",
+            "image": image,
+            "mask_image": mask,
+            "strength": settings.strength,
+            "denoising_start": settings.denoising_start,
+            "denoising_end": settings.denoising_end,
+            "original_size": settings.original_size,
+            "crops_coords_top_left": settings.crop,
+            "target_size": settings.target_size,
+            "aesthetic_score": settings.aesthetic_score,
+            "negative_aesthetic_score": settings.negative_aesthetic_score,
+        }
+        if timesteps := SCHEDULERS[settings.sampler].timesteps:
+            given["timesteps"] = timesteps(schedule_of(self._config), settings.steps)
+        known = inspect.signature(pipe.__call__).parameters
+        return {name: value for name, value in given.items() if name in known}
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-        vae = self._pipe.vae
+        vae = self._parts["vae"]
         pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
         return pixels.numpy()
+
+    @contextmanager
+    def _timed(self, watch: Stopwatch) -> Iterator[None]:
+        """Time the text encoders and the UNet while in the block."""
+        stages = {**dict.fromkeys(self._texts, "text_encoder"), "unet": "unet"}
+        with ExitStack() as stack:
+            for part, stage in stages.items():
+                module = self._parts[part]
+                module.forward = _timed(module.forward, watch, stage)
+                stack.callback(delattr, module, "forward")
+            yield
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -104,27 +154,12 @@ class EagerPipeline:
         return {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
 
 
-class _Timed:
-    """Times the text encoder and the UNet of a diffusers pipeline while in the block."""
+def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with watch.stage(stage):
+            return forward(*args, **kwargs)
 
-    def __init__(self, pipe: Any, watch: Stopwatch) -> None:
-        self._modules = {"text_encoder": pipe.text_encoder, "unet": pipe.unet}
-        self._watch = watch
-
-    def __enter__(self) -> None:
-        for name, module in self._modules.items():
-            module.forward = self._wrapped(name, module.forward)
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._modules.values():
-            del module.forward
-
-    def _wrapped(self, name: str, forward: Any) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self._watch.stage(name):
-                return forward(*args, **kwargs)
-
-        return timed
+    return timed
 
 
 def _load(threads: int) -> tuple[Callable[[Settings], Result], dict[str, str]]:

@@ -128,6 +128,7 @@ def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -
         precision="fp32",
         inputs=fix_dimensions(plan.inputs, sizes),
         outputs=fix_dimensions(plan.outputs, sizes),
+        overflows=plan.overflows,
     )
 
 
@@ -166,16 +167,20 @@ def _dynamic_shapes(
     specs: Mapping[str, TensorSpec], multiples: Mapping[str, int]
 ) -> dict[str, dict[int, Any]]:
     """torch.export's description of the free dimensions, one Dim a name."""
-    dims: dict[str, Any] = {}
-    for name in {size for spec in specs.values() for size in spec.shape if isinstance(size, str)}:
-        factor = multiples.get(name, 1)
-        dims[name] = (
-            factor * torch.export.Dim(f"{name}_units") if factor > 1 else torch.export.Dim(name)
-        )
+    names = {size for spec in specs.values() for size in spec.shape if isinstance(size, str)}
+    dims = {name: _dim(name, multiples.get(name, 1)) for name in names}
     return {
         name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for name, spec in specs.items()
     }
+
+
+def _dim(name: str, factor: int) -> Any:
+    if factor > 1:
+        return factor * torch.export.Dim(f"{name}_units")
+    # From 64 rows on diffusers copies tensors at one place, which changes nothing in the graph;
+    # but torch, told of no limit, finds out by tracing twice.
+    return torch.export.Dim(name, max=63) if name == "batch" else torch.export.Dim(name)
 
 
 def _tidied(model: ir.Model, name: str, specs: Mapping[str, TensorSpec]) -> ir.Model:

@@ -32,7 +32,7 @@ from latentforge.runtime.manifest import (
     Source,
     Stage,
 )
-from latentforge.runtime.pipeline import NEEDED, Pipeline, Result
+from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.staging import check_target, staged_directory
 from latentforge.runtime.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ __all__ = ["export"]
 
 _PROMPTS = ("a photo of a cat",)
 _STEPS = 2  # a guided run of two steps sees high and low noise; more only costs time
+_PIXELS = 256
 _SPACE = 1.1  # engines are as large as the float32 weights, and graphs are small beside them
 
 
@@ -100,7 +101,7 @@ def export(
             sessions, reference = _record(job, manifest, directory)
         manifest = _export_components(job, manifest, directory, sessions, progress)
         with progress.part("comparing images"):
-            manifest = _check_image(manifest, directory, reference)
+            manifest = _check_image(job, manifest, directory, reference)
         manifest = msgspec.structs.replace(manifest, history=(_history(job, start),))
         manifest.write(directory)
     return manifest
@@ -145,7 +146,7 @@ def _size(count: int) -> str:
 def _draft(job: _Job, directory: Path) -> Manifest:
     """The manifest before there are engines, with the tokenizers written."""
     checkpoint, plan = job.checkpoint, job.plan
-    scheduler = checkpoint.config("scheduler", "scheduler_config.json")
+    scheduler = job.family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
     folders = sorted({component.folder for component in job.components})
     return Manifest(
         name=checkpoint.sidecar.get("name") or Path(checkpoint.name).name,
@@ -157,22 +158,21 @@ def _draft(job: _Job, directory: Path) -> Manifest:
         ),
         prediction=prediction_of(scheduler),
         latent=plan.latent,
+        conditioning=plan.conditioning,
         schedule=schedule_of(scheduler),
         defaults=_defaults(job, scheduler),
-        tokenizers={
-            name: write_tokenizer(checkpoint, folder, directory)
-            for name, folder in plan.tokenizers.items()
-        },
+        tokenizers={name: write_tokenizer(checkpoint, name, directory) for name in plan.tokenizers},
         components={},
     )
 
 
 def _defaults(job: _Job, scheduler: Mapping[str, Any]) -> Defaults:
+    usual = job.plan.defaults
     defaults = {
-        "sampler": default_sampler(scheduler),
-        "steps": job.plan.steps,
-        "guidance_scale": job.plan.guidance_scale,
-        "guidance_rescale": job.plan.guidance_rescale,
+        "sampler": usual.sampler or default_sampler(scheduler),
+        "steps": usual.steps,
+        "guidance_scale": usual.guidance_scale,
+        "guidance_rescale": usual.guidance_rescale,
         "height": job.dimensions.height or job.plan.sample_size,
         "width": job.dimensions.width or job.plan.sample_size,
     }
@@ -195,8 +195,9 @@ def _record(
         for name, entry in manifest.tokenizers.items()
     }
     pipeline = Pipeline(manifest, engines, tokenizers, directory)
-    result = _short_run(pipeline)
-    if any(plan.name == "vae_encoder" for plan in job.components):
+    result = _short_run(job, pipeline)
+    encoder = sessions["vae_encoder"]
+    if encoder.plan in job.components and not encoder.recording.runs:
         engines["vae_encoder"].run({"sample": to_array(result.images)})
     modules.free()
     return sessions, result
@@ -216,8 +217,19 @@ def _torch_engine(session: TorchSession) -> Engine:
     return Engine(plan.name, component, session)
 
 
-def _short_run(pipeline: Pipeline) -> Result:
-    return pipeline(_PROMPTS, steps=_STEPS, seed=0)
+def _short_run(job: _Job, pipeline: Pipeline) -> Result:
+    """An image that sees all of the graph: small, since a large one only takes longer."""
+    latent, sizes = job.plan.latent, job.dimensions
+    unit = latent.downscale * latent.multiple
+    side = min(job.plan.sample_size, max(_PIXELS, unit)) // unit * unit
+    return pipeline(
+        _PROMPTS,
+        sampler="euler",
+        steps=_STEPS,
+        seed=0,
+        height=sizes.height or side,
+        width=sizes.width or side,
+    )
 
 
 def _export_components(
@@ -248,13 +260,13 @@ def _export_components(
     return msgspec.structs.replace(manifest, components=components, quality=quality)
 
 
-def _check_image(manifest: Manifest, directory: Path, reference: Result) -> Manifest:
+def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Result) -> Manifest:
     """Make the recorded image again on the engines: PSNR of latents and of pixels, in dB."""
-    if any(name not in manifest.components for name in NEEDED):
+    if any(name not in manifest.components for name in manifest.needed):
         return manifest
     manifest.write(directory)
     with Pipeline.load(directory, hashes=False, at_once=1) as pipeline:
-        result = _short_run(pipeline)
+        result = _short_run(job, pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
     measured = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}
     return msgspec.structs.replace(manifest, quality={**manifest.quality, "image": measured})

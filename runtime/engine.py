@@ -56,7 +56,8 @@ class Engine:
         """Run on all rows and return every output with as many rows, in float32.
 
         Args:
-            rows: inputs with one row a sample, all of the same length.
+            rows: inputs with one row a sample, all of the same length; they become float16 or
+                int32 where the engine takes that.
             shared: inputs that hold for every row, such as the timestep.
 
         Raises:
@@ -64,10 +65,11 @@ class Engine:
             BackendError: the engine failed, or an output holds NaN or infinity.
         """
         batch = self._count(rows)
+        given = {name: self._cast(name, array) for name, array in rows.items()}
         fixed = self._fixed(next(iter(rows)))
         size = fixed or self.at_once or batch
         parts = [
-            self.session.run({**_part(rows, start, size, pad=fixed is not None), **shared})
+            self.session.run({**_part(given, start, size, pad=fixed is not None), **shared})
             for start in range(0, batch, size)
         ]
         return {key: self._joined(key, [part[key] for part in parts])[:batch] for key in parts[0]}
@@ -78,6 +80,12 @@ class Engine:
             got = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ShapeError(f"{self.name}: inputs need the same number of rows; got {got or 0}")
         return next(iter(counts.values()))
+
+    def _cast(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        spec = self.component.inputs.get(name)
+        if spec is None or not np.can_cast(array.dtype, spec.dtype, "same_kind"):
+            return array  # for the session to refuse
+        return array.astype(spec.dtype, copy=False)
 
     def _fixed(self, name: str) -> int | None:
         """The number of rows that the engine is fixed to, or None."""

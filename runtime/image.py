@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from latentforge.runtime.errors import ShapeError, TargetError
+from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
 from latentforge.runtime.staging import staged_file
 
-__all__ = ["MAX_PSNR", "check_output", "from_array", "psnr", "save", "sheet", "to_array"]
+__all__ = [
+    "MAX_PSNR",
+    "check_output",
+    "from_array",
+    "open_picture",
+    "psnr",
+    "save",
+    "sheet",
+    "to_array",
+    "to_mask",
+]
 
 MAX_PSNR = 200.0
 """What psnr gives for equal arrays: a number JSON can hold, beyond any float32 difference."""
@@ -29,6 +40,30 @@ def to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
     """The inverse of from_array: (batch, 3, height, width) in -1..1."""
     pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
     return (pixels / 127.5 - 1).transpose(0, 3, 1, 2)
+
+
+def to_mask(image: Image.Image) -> NDArray[np.float32]:
+    """A black and white picture as (1, 1, height, width): 1 where it is light, to be painted."""
+    light = np.asarray(image.convert("L"), np.float32) / 255 >= 0.5
+    return light.astype(np.float32)[None, None]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read a picture from a file.
+
+    Raises:
+        SettingsError: there is none, or it is damaged, or too large to be meant.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return image.copy()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = " ".join(str(said).split())
+        raise SettingsError(f"{path} is no picture that can be read: {reason}") from error
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,25 +16,27 @@ from PIL import Image
 
 from latentforge.runtime import samplers
 from latentforge.runtime.bench import Benchmark
+from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior, size_of
 from latentforge.runtime.denoiser import EngineDenoiser
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Profile, Stopwatch, Timings
+from latentforge.runtime.prompts import tell
 from latentforge.runtime.rng import Generator
+from latentforge.runtime.schedules import Plan
 from latentforge.runtime.settings import Request, Settings, resolve
 from latentforge.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["NEEDED", "Pipeline", "Result", "Step", "load"]
+__all__ = ["Pipeline", "Result", "Step", "load"]
 
 Array = NDArray[np.float32]
 
-NEEDED = ("text_encoder", "unet", "vae_decoder")
-"""The components that text to image runs on."""
+_STRENGTH = 0.8  # of a picture that is given without a mask, as in diffusers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +77,14 @@ class Pipeline:
         engines: Mapping[str, Engine],
         tokenizers: Mapping[str, Tokenizer],
         directory: Path,
+        load_engine: Callable[[str], Engine] | None = None,
     ) -> None:
         self.manifest = manifest
-        self.engines = engines
+        self.engines = dict(engines)
         self.tokenizers = tokenizers
         self.directory = directory
-        self._closed = False
+        self._load_engine = load_engine
+        self._loading = Lock()
 
     @classmethod
     def load(
@@ -108,53 +113,92 @@ class Pipeline:
             raise SettingsError(f"at_once is a number of rows from 1 up, not {at_once}")
         path = Path(directory)
         manifest = Manifest.read(path, hashes=hashes)
-        if missing := [name for name in NEEDED if name not in manifest.components]:
+        if missing := [name for name in manifest.needed if name not in manifest.components]:
             raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
         tokenizers = {
             name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
         }
-        limits = {"unet": at_once, "vae_decoder": 1}  # pixels take far more memory than latents
-        engines = {
-            name: Engine.load(
-                name, manifest.components[name], path, options, at_once=limits.get(name)
-            )
-            for name in NEEDED
-        }
-        return cls(manifest, engines, tokenizers, path)
 
-    def __call__(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Result:
+        def load_engine(name: str) -> Engine:
+            # Pixels take far more memory than latents, so the VAE sees one picture at a time.
+            limit = {"unet": at_once, "vae_decoder": 1, "vae_encoder": 1}.get(name)
+            component = manifest.components[name]
+            return Engine.load(name, component, path, options, at_once=limit)
+
+        engines = {name: load_engine(name) for name in manifest.needed}
+        return cls(manifest, engines, tokenizers, path, load_engine)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: Picture | None = None,
+        mask: Image.Image | None = None,
+        **settings: Unpack[Request],
+    ) -> Result:
         """Make pictures of a prompt, or of several.
 
         Args:
             prompt: what to paint.
+            image: a picture to start from, or one for each prompt; or latents, such as an earlier
+                result's, to go on with.
+            mask: a picture of the same size, light where to paint and dark what to keep.
             settings: negative_prompt, images_per_prompt, sampler, steps, guidance_scale,
-                guidance_rescale, height, width, seed; what is left out comes from the
-                manifest's defaults, and the seed from the system.
+                guidance_rescale, height, width, seed, strength (0.8 of a picture without a mask),
+                denoising_start, denoising_end, and for Stable Diffusion XL original_size, crop,
+                target_size, aesthetic_score, negative_aesthetic_score. What is left out comes
+                from the manifest's defaults, height and width from the picture if there is one,
+                and the seed from the system.
 
         Raises:
             SettingsError: a setting is out of range or unknown.
-            ShapeError: the engines cannot make pictures of this size.
+            ShapeError: the engines cannot make pictures of this size, or the mask is of another.
             BackendError: an engine failed, or gave NaN.
         """
-        *_, last = self.stream(prompt, **settings)
+        *_, last = self.stream(prompt, image=image, mask=mask, **settings)
         return last.result()
 
-    def stream(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Iterator[Step]:
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: Picture | None = None,
+        mask: Image.Image | None = None,
+        **settings: Unpack[Request],
+    ) -> Iterator[Step]:
         """Do the same step by step; stop asking for more, and nothing more is computed.
 
         The settings are checked at once, the work begins with the first step.
         """
-        return self._steps(self.settings(prompt, **settings))
+        complete = self.settings(prompt, image=image, mask=mask, **settings)
+        return self._steps(complete, self._source(complete, image, mask), self._plan(complete))
 
-    def run(self, settings: Settings) -> Result:
+    def run(
+        self, settings: Settings, *, image: Picture | None = None, mask: Image.Image | None = None
+    ) -> Result:
         """Make the pictures of a request that is complete, such as an earlier result's."""
         self._check_size(settings)
-        *_, last = self._steps(settings)
+        steps = self._steps(settings, self._source(settings, image, mask), self._plan(settings))
+        *_, last = steps
         return last.result()
 
-    def settings(self, prompt: str | Sequence[str], **settings: Unpack[Request]) -> Settings:
+    def settings(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: Picture | None = None,
+        mask: Image.Image | None = None,
+        **settings: Unpack[Request],
+    ) -> Settings:
         """Fill in the manifest's defaults and check the request, without running it."""
-        resolved = resolve(self.manifest.defaults, prompt, settings)
+        request: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+        if image is not None:
+            height, width = size_of(image, self.manifest.latent)
+            strength = _STRENGTH if mask is None else 1.0
+            request = {"height": height, "width": width, "strength": strength, **request}
+        elif "strength" in request:
+            raise SettingsError("strength is that of a picture to start from: give image too")
+        resolved = resolve(self.manifest.defaults, prompt, cast("Request", request))
         self._check_size(resolved)
         return resolved
 
@@ -227,11 +271,21 @@ class Pipeline:
                 made = size * latent.downscale
                 raise ShapeError(f"{name} is {made} for these engines, not {side}: export again")
 
-    def _steps(self, settings: Settings) -> Iterator[Step]:
+    def _source(
+        self, settings: Settings, image: Picture | None, mask: Image.Image | None
+    ) -> Source:
+        """Check what a run is to start from before any work is done for it."""
+        source = Source.of(image, mask, settings, self.manifest.latent)
+        encoder = "vae_encoder" in self.manifest.components
+        if source.pixels is not None and not (encoder or "vae_encoder" in self.engines):
+            raise ManifestError("these engines have no vae_encoder, which pictures need: export it")
+        return source
+
+    def _steps(self, settings: Settings, source: Source, plan: Plan) -> Iterator[Step]:
         """The denoising loop. Pauses between steps are the caller's and not counted."""
         watch = Stopwatch()
         with watch.running():
-            steps = self._sampling(settings, watch)
+            steps = self._sampling(settings, source, plan, watch)
         while True:
             with watch.running():
                 step = next(steps, None)
@@ -239,32 +293,27 @@ class Pipeline:
                 return
             yield Step(step, self, settings, watch)
 
-    def _sampling(self, settings: Settings, watch: Stopwatch) -> Iterator[samplers.Step]:
-        """Encode the prompts, draw the noise and start the sampler."""
-        sampler = samplers.get(settings.sampler)
-        plan = sampler.plan(self.manifest.schedule, settings.steps)
+    def _plan(self, settings: Settings) -> Plan:
+        schedule = self.manifest.schedule
+        plan = samplers.get(settings.sampler).plan(schedule, settings.steps)
+        if settings.denoising_start is None and settings.denoising_end is None:
+            return plan.of_strength(settings.strength)
+        start = 0.0 if settings.denoising_start is None else settings.denoising_start
+        end = 1.0 if settings.denoising_end is None else settings.denoising_end
+        return plan.between(schedule, start=start, end=end)
+
+    def _sampling(
+        self, settings: Settings, source: Source, plan: Plan, watch: Stopwatch
+    ) -> Iterator[samplers.Step]:
+        """Encode prompts and picture, draw the noise and start the sampler."""
         generator = Generator(settings.seed)
-        shape = self._latent_shape(settings)
-        denoiser = self._denoiser(settings, watch)
-        return sampler.run(
-            denoiser,
-            plan,
-            lambda: generator.randn(shape),
-            prediction=self.manifest.prediction,
-        )
-
-    def _latent_shape(self, settings: Settings) -> tuple[int, int, int, int]:
-        latent = self.manifest.latent
-        height, width = settings.height // latent.downscale, settings.width // latent.downscale
-        return settings.count, latent.channels, height, width
-
-    def _denoiser(self, settings: Settings, watch: Stopwatch) -> EngineDenoiser:
         with watch.stage("text_encoder"):
-            positive = self._encode(settings.prompts, settings)
-            negative = (
-                self._encode(settings.negative_prompts, settings) if settings.guided else None
+            positive, negative = tell(
+                settings, self.manifest.conditioning, self.engines, self.tokenizers
             )
-        return EngineDenoiser(
+        studio = self._studio(settings, plan, generator, watch)
+        canvas = studio.prepare(source)
+        denoiser = EngineDenoiser(
             unet=self.engines["unet"],
             watch=watch,
             positive=positive,
@@ -272,13 +321,44 @@ class Pipeline:
             prediction=self.manifest.prediction,
             scale=settings.guidance_scale,
             rescale=settings.guidance_rescale,
+            around=canvas.around,
+        )
+        return samplers.get(settings.sampler).run(
+            denoiser,
+            plan,
+            lambda: generator.randn(studio.shape),
+            prediction=self.manifest.prediction,
+            latents=canvas.latents,
+            keep=canvas.keep,
         )
 
-    def _encode(self, prompts: Sequence[str], settings: Settings) -> Array:
-        """Embeddings (count, tokens, width): each prompt's, once for each of its images."""
-        ids = self.tokenizers["tokenizer"](prompts)
-        hidden = self.engines["text_encoder"].run({"input_ids": ids})["last_hidden_state"]
-        return hidden.repeat(settings.images_per_prompt, axis=0)
+    def _studio(
+        self, settings: Settings, plan: Plan, generator: Generator, watch: Stopwatch
+    ) -> Studio:
+        latent = self.manifest.latent
+        height, width = settings.height // latent.downscale, settings.width // latent.downscale
+
+        def encode(pixels: Array) -> Array:
+            with watch.stage("vae_encoder"):
+                parameters = self._engine("vae_encoder").run({"sample": pixels})
+            return sample_posterior(parameters["latent_parameters"], latent, generator.randn)
+
+        return Studio(
+            settings=settings,
+            plan=plan,
+            shape=(settings.count, latent.channels, height, width),
+            paints_into=latent.leaves_room(self.engines["unet"].component),
+            draw=generator.randn,
+            encode=encode,
+        )
+
+    def _engine(self, name: str) -> Engine:
+        """An engine that is loaded when it is first needed."""
+        with self._loading:
+            if name not in self.engines:
+                assert self._load_engine is not None
+                self.engines[name] = self._load_engine(name)
+            return self.engines[name]
 
 
 class Step:
@@ -289,6 +369,7 @@ class Step:
         sigma: the share of noise left in the latents after it, in 0..1.
         latents: the noisy latents after it, (images, channels, h, w).
         denoised: the clean latents as the model saw them.
+        settings: the request with every default filled in.
     """
 
     def __init__(
@@ -300,7 +381,7 @@ class Step:
         self.latents = step.latents
         self.denoised = step.denoised
         self._pipeline = pipeline
-        self._settings = settings
+        self.settings = settings
         self._watch = watch
 
     def preview(self) -> list[Image.Image]:
@@ -315,7 +396,7 @@ class Step:
             images=images,
             latents=self.latents,
             timings=self._watch.timings(),
-            settings=self._settings,
+            settings=self.settings,
         )
 
 

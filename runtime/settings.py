@@ -21,10 +21,21 @@ _MAX_SIDE = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One request. Raises SettingsError, or ShapeError, for what no engine could fulfil."""
+    """One request. Raises SettingsError, or ShapeError, for what no engine could fulfil.
+
+    Attributes:
+        negative_prompts: one a prompt; none at all is not the same as empty ones for models that
+            were trained with zeros in their place.
+        strength: share of the steps that a given picture goes through, in (0, 1].
+        denoising_start: share of the schedule that another run has been through already.
+        denoising_end: share of it after which to stop, for another run to go on.
+        original_size, crop, target_size: (height, width) or (top, left) in pixels, which
+            Stable Diffusion XL is told of; sizes are those of the image where None.
+        aesthetic_score, negative_aesthetic_score: from 1 to 10, which its refiner is told of.
+    """
 
     prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...] = ()
     images_per_prompt: int = 1
     sampler: str
     steps: int
@@ -33,6 +44,14 @@ class Settings:
     height: int
     width: int
     seed: int = field(default_factory=lambda: secrets.randbits(32))
+    strength: float = 1.0
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
 
     def __post_init__(self) -> None:
         samplers.get(str(self.sampler))
@@ -46,6 +65,12 @@ class Settings:
         for name, side in (("height", self.height), ("width", self.width)):
             if type(side) is not int or not 1 <= side <= _MAX_SIDE:
                 raise ShapeError(f"{name} is 1 to {_MAX_SIDE} pixels, not {_shown(side)}")
+        _check_number("strength", self.strength, 0, 1)
+        _check_share(self.denoising_start, self.denoising_end)
+        for name in ("original_size", "crop", "target_size"):
+            _check_pair(name, getattr(self, name))
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            _check_number(name, getattr(self, name), 0, 10)
 
     @property
     def count(self) -> int:
@@ -70,6 +95,14 @@ class Request(TypedDict, total=False):
     height: int
     width: int
     seed: int
+    strength: float
+    denoising_start: float
+    denoising_end: float
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    target_size: tuple[int, int]
+    aesthetic_score: float
+    negative_aesthetic_score: float
 
 
 def resolve(defaults: Defaults, prompt: str | Sequence[str], request: Request) -> Settings:
@@ -83,7 +116,10 @@ def resolve(defaults: Defaults, prompt: str | Sequence[str], request: Request) -
         raise SettingsError(f"no setting {_shown(min(unknown))}; there are {known}")
     given: dict[str, Any] = {key: value for key, value in request.items() if value is not None}
     prompts = _texts(prompt, 1)
-    negative = _texts(given.pop("negative_prompt", ""), len(prompts))
+    negative = _texts(given.pop("negative_prompt", ()), len(prompts))
+    for name in ("original_size", "crop", "target_size"):
+        if isinstance(given.get(name), list):  # as JSON has it
+            given[name] = tuple(given[name])
     return Settings(
         prompts=prompts, negative_prompts=negative, **{**_from_defaults(defaults), **given}
     )
@@ -105,7 +141,7 @@ def _from_defaults(defaults: Defaults) -> dict[str, Any]:
 def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
     if not prompts:
         raise SettingsError("no prompt was given: name at least one")
-    if len(negative) != len(prompts):
+    if negative and len(negative) != len(prompts):
         raise SettingsError(
             f"{len(negative)} negative prompts for {len(prompts)} prompts: give one, or as many"
         )
@@ -130,6 +166,24 @@ def _check_number(name: str, value: float, least: float, most: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not least <= value <= most:  # which NaN is not
         raise SettingsError(f"{name} is a number from {least} to {most}, not {_shown(value)}")
+
+
+def _check_share(start: float | None, end: float | None) -> None:
+    for name, value in (("denoising_start", start), ("denoising_end", end)):
+        if value is not None:
+            _check_number(name, value, 0, 1)
+    if start is not None and end is not None and start >= end:
+        raise SettingsError(
+            f"denoising_start comes before denoising_end, and {start:g} does not before {end:g}"
+        )
+
+
+def _check_pair(name: str, pair: tuple[int, int] | None) -> None:
+    if pair is None:
+        return
+    whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(side) is int for side in pair)
+    if not whole or not all(0 <= side <= _MAX_SIDE for side in pair):
+        raise ShapeError(f"{name} is two whole numbers up to {_MAX_SIDE}, not {_shown(pair)}")
 
 
 def _shown(value: object) -> str:

@@ -9,7 +9,7 @@ from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import to_array
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import NEEDED, Pipeline
+from latentforge.runtime.pipeline import Pipeline
 
 __all__ = ["verify"]
 
@@ -31,13 +31,13 @@ def verify(directory: Path) -> Iterator[str]:
     for name, component in manifest.components.items():
         Engine.load(name, component, directory, {}).session.close()
         yield f"{name}: loads on {component.backend}, {component.precision}"
-    if all(name in manifest.components for name in NEEDED):
+    if all(name in manifest.components for name in manifest.needed):
         yield _one_step(directory)
 
 
 def _one_step(directory: Path) -> str:
     with Pipeline.load(directory, hashes=False) as pipeline:
-        result = pipeline("a photo of a cat", steps=1, seed=0)
+        result = pipeline("a photo of a cat", sampler="euler", steps=1, seed=0)
     picture = to_array(result.images)
     if np.ptp(picture) == 0:
         raise GateError(f"{directory}: one step gives an image of a single colour")

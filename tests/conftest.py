@@ -15,7 +15,9 @@ from tokenizers.processors import BertProcessing
 
 from latentforge.runtime.manifest import (
     Component,
+    Conditioning,
     Defaults,
+    Encoder,
     FileEntry,
     Latent,
     Manifest,
@@ -71,6 +73,9 @@ def handmade(tmp_path: Path) -> Handmade:
             "source": Source(checkpoint="none", sha256={}),
             "prediction": "epsilon",
             "latent": Latent(channels=4, scaling_factor=0.5, downscale=8, multiple=2),
+            "conditioning": Conditioning(
+                encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
+            ),
             "schedule": Schedule(
                 beta_kind="scaled_linear",
                 beta_start=0.00085,
@@ -136,72 +141,31 @@ def _entry(directory: Path, path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion of random weights: images of 32 x 32 pixels from latents of 16 x 16."""
+    return _written("sd", tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+def _written(name: str, path: Path) -> Path:
+    """A tiny checkpoint of a family, see tiny.py."""
     pytest.importorskip("diffusers", exc_type=ImportError)
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    from checkpoints import write
+    from tiny import TINY
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _save_tiny(path)
+        write(TINY[name], path)
     return path
 
 
-def _save_tiny(path: Path) -> None:
-    import diffusers
-    import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives the tiny checkpoint of a family, written once."""
+    folder = tmp_path_factory.mktemp("checkpoints")
 
-    from latentforge.export.demo import CHECKPOINT
+    def checkpoint(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else _written(name, path)
 
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
-    vae = diffusers.AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-    )
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        skip_prk_steps=True,
-    )
-    diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(path, safe_serialization=True)
-    shutil.rmtree(path / "tokenizer")
-    shutil.copytree(CHECKPOINT / "tokenizer", path / "tokenizer")
+    return checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from latentforge.runtime.samplers import SAMPLERS
 
 pytest.importorskip("diffusers")
 
-STEPS = {"lcm": 4}
+STEPS = {"lcm": 4, "squeezed_10": 16, "squeezed_11": 16}
 
 
 @pytest.fixture(scope="module")

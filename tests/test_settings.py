@@ -22,7 +22,7 @@ def request(prompt: Any = "a fox", **settings: Any) -> Settings:
 
 def test_defaults_fill_in_what_is_left_out() -> None:
     settings = request()
-    assert settings.prompts == ("a fox",) and settings.negative_prompts == ("",)
+    assert settings.prompts == ("a fox",) and settings.negative_prompts == ()
     assert (settings.sampler, settings.steps, settings.guidance_scale) == ("ddim", 20, 7.5)
     assert (settings.height, settings.width, settings.images_per_prompt) == (512, 768, 1)
     assert request(steps=None, height=None, seed=None).steps == 20
@@ -108,7 +108,6 @@ def test_an_unknown_setting_lists_them_all() -> None:
         ((), [], "no prompt was given"),
         (["a", "b"], ["c"], "1 negative prompts for 2 prompts"),
         ("a", ["b", "c"], "2 negative prompts for 1 prompts"),
-        ("a", [], "0 negative prompts for 1 prompts"),
         (None, "", "a prompt is text, or a list of texts, not NoneType"),
         (3, "", "a prompt is text, or a list of texts, not int"),
         ("a", 3, "a prompt is text, or a list of texts, not int"),

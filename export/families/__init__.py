@@ -1,13 +1,15 @@
 """Every model family, and how its checkpoints are cut into components."""
 
 from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.families.decidiffusion import DECIDIFFUSION
 from latentforge.export.families.stable_diffusion import STABLE_DIFFUSION
+from latentforge.export.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from latentforge.export.families.types import ComponentPlan, Family, Plan
 from latentforge.runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "ComponentPlan", "Family", "Plan", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, DECIDIFFUSION)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

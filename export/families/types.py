@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from latentforge.export.checkpoint import Checkpoint
-from latentforge.runtime.manifest import Latent
+from latentforge.runtime.manifest import Conditioning, Latent
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["ComponentPlan", "Family", "Plan"]
+__all__ = ["ComponentPlan", "Defaults", "Family", "Plan", "Reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,19 +20,39 @@ class ComponentPlan:
     Attributes:
         name: of the component in the manifest.
         folder: of the checkpoint that holds its weights.
-        load: gives the torch module, in float32, with one tensor for each input in order and
-            one for each output.
+        part: what diffusers calls the module in its pipelines.
+        module: gives the torch module of the checkpoint, in float32.
+        wrap: makes a module with one tensor for each input, by name, and one for each output in
+            order; it may take the module apart.
         inputs: the signature, all free dimensions named.
         outputs: likewise.
         multiples: free dimensions that only take multiples of a number, and that number.
+        overflows: whether the checkpoint says that it needs more than half precision.
     """
 
     name: str
     folder: str
-    load: Callable[[Checkpoint], nn.Module]
+    part: str
+    module: Callable[[Checkpoint], nn.Module]
+    wrap: Callable[[nn.Module], nn.Module]
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     multiples: Mapping[str, int] = field(default_factory=dict)
+    overflows: bool = False
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The module to trace."""
+        return self.wrap(self.module(checkpoint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a family's requests get; None for the sampler is that of the checkpoint's scheduler."""
+
+    sampler: str | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +61,51 @@ class Plan:
 
     Attributes:
         components: in the order in which an image run uses them.
-        tokenizers: folders of the checkpoint by the tokenizer's name.
+        conditioning: how prompts reach the UNet; names its tokenizers, which are folders too.
         latent: the latent space.
         sample_size: height and width that the model was trained for, in pixels.
-        steps: the default number.
-        guidance_scale: the default.
+        defaults: of a request.
     """
 
     components: tuple[ComponentPlan, ...]
-    tokenizers: Mapping[str, str]
+    conditioning: Conditioning
     latent: Latent
     sample_size: int
-    steps: int
-    guidance_scale: float
-    guidance_rescale: float = 0.0
+    defaults: Defaults
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folders of the checkpoint."""
+        return tuple(encoder.tokenizer for encoder in self.conditioning.encoders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The diffusers pipelines that a family's pictures have to be those of."""
+
+    text: type[Any]
+    image: type[Any]
+    inpaint: type[Any]
+
+
+def _as_it_is(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of checkpoint: its name, the pipeline classes it goes by, and its plan."""
+    """A kind of checkpoint.
+
+    Attributes:
+        name: in the manifest.
+        pipelines: the pipeline classes that its checkpoints name.
+        plan: cuts one up.
+        reference: diffusers' pipelines for it.
+        scheduler: a scheduler_config.json as those pipelines read it.
+    """
 
     name: str
     pipelines: tuple[str, ...]
     plan: Callable[[Checkpoint], Plan]
+    reference: Reference
+    scheduler: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_it_is

@@ -1,0 +1,67 @@
+"""DeciDiffusion 1.0 and 2.0: Stable Diffusion around a leaner UNet of Deci's own making.
+
+The denoiser is the folder flexible_unet/; unet/ is a placeholder in the size of Stable
+Diffusion 1.5's, and never read. https://huggingface.co/Deci/DeciDiffusion-v1-0 and -v2-0.
+"""
+
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from transformers import CLIPTextModel
+
+from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.families import parts
+from latentforge.export.families.types import Defaults, Family, Plan, Reference
+from latentforge.export.models.flexible_unet import load_flexible_unet, structure_of
+from latentforge.export.scheduler import corrected
+from latentforge.runtime.manifest import Conditioning, Encoder
+
+__all__ = ["DECIDIFFUSION"]
+
+_FOLDER = "flexible_unet"
+
+# Of the two releases' own pipelines, told apart by the mid block that only the first one has.
+# The second one's steps are counted before its solver squeezes them.
+_FIRST = Defaults(steps=30, guidance_rescale=0.7)
+_SECOND = Defaults(sampler="squeezed_10", steps=16, guidance_rescale=0.8)
+
+
+def _plan(checkpoint: Checkpoint) -> Plan:
+    with parts.reading(checkpoint):
+        structure = structure_of(checkpoint, _FOLDER)
+        latent = parts.latent_space(checkpoint, structure.multiple)
+        text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
+        unet = parts.unet(
+            {
+                "in_channels": structure.in_channels,
+                "cross_attention_dim": structure.cross_attention_dim,
+            },
+            latent,
+            tokens=parts.tokens(text),
+            folder=_FOLDER,
+            module=load_flexible_unet,
+        )
+        return Plan(
+            components=(text, unet, *parts.vae(checkpoint, latent)),
+            conditioning=Conditioning(
+                encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
+            ),
+            latent=latent,
+            sample_size=structure.sample_size * latent.downscale,
+            defaults=_SECOND if structure.mid is None else _FIRST,
+        )
+
+
+DECIDIFFUSION = Family(
+    name="decidiffusion",
+    pipelines=("DeciDiffusionPipeline",),
+    plan=_plan,
+    reference=Reference(
+        text=StableDiffusionPipeline,
+        image=StableDiffusionImg2ImgPipeline,
+        inpaint=StableDiffusionInpaintPipeline,
+    ),
+    scheduler=corrected,
+)

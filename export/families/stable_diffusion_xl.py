@@ -1,0 +1,99 @@
+"""Stable Diffusion XL, its refiner and its students: Podell et al. (2023), arXiv 2307.01952.
+
+Two text encoders, of which the UNet gets the hidden states before the last layer and the second
+one's pooled output, and sizes as numbers. The refiner has the second encoder alone, and an
+aesthetic score in place of the target size. SSD-1B and Vega are the same with fewer blocks.
+"""
+
+from typing import Any
+
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.families import parts
+from latentforge.export.families.types import ComponentPlan, Defaults, Family, Plan, Reference
+from latentforge.runtime.manifest import Conditioning, Encoder, TimeId
+
+__all__ = ["STABLE_DIFFUSION_XL"]
+
+_CROP: tuple[TimeId, ...] = ("original_height", "original_width", "crop_top", "crop_left")
+_BASE: tuple[TimeId, ...] = (*_CROP, "target_height", "target_width")
+_REFINER: tuple[TimeId, ...] = (*_CROP, "aesthetic_score")
+
+
+def _plan(checkpoint: Checkpoint) -> Plan:
+    with parts.reading(checkpoint):
+        config = checkpoint.config("unet")
+        parts.check_unet(checkpoint, config, text_time=True)
+        latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        texts = _text_encoders(checkpoint)
+        time_ids = _REFINER if checkpoint.index.get("requires_aesthetics_score") else _BASE
+        unet = parts.unet(
+            config,
+            latent,
+            tokens=parts.tokens(texts[-1]),
+            added={"text_embeds": _pooled_width(config, time_ids), "time_ids": len(time_ids)},
+        )
+        return Plan(
+            components=(*texts, unet, *parts.vae(checkpoint, latent)),
+            conditioning=Conditioning(
+                encoders=tuple(_encoder(text) for text in texts),
+                zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
+                time_ids=time_ids,
+            ),
+            latent=latent,
+            sample_size=int(config["sample_size"]) * latent.downscale,
+            defaults=parts.defaults(checkpoint, Defaults(guidance_scale=5.0)),
+        )
+
+
+def _text_encoders(checkpoint: Checkpoint) -> tuple[ComponentPlan, ...]:
+    """Each gives what enters its last layer; the refiner has no first one."""
+    kinds: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+        "text_encoder": (CLIPTextModel, ()),
+        "text_encoder_2": (CLIPTextModelWithProjection, ("text_embeds",)),
+    }
+    plans = []
+    for name, (kind, pooled) in kinds.items():
+        if name == "text_encoder_2" or checkpoint.index.get(name, [None])[0] is not None:
+            layers = checkpoint.config(name)["num_hidden_layers"]
+            outputs = (f"hidden_states.{layers - 1}", *pooled)
+            plans.append(parts.text_encoder(checkpoint, kind, outputs, name))
+    return tuple(plans)
+
+
+def _encoder(text: ComponentPlan) -> Encoder:
+    context, *pooled = text.outputs
+    return Encoder(
+        component=text.name,
+        tokenizer=text.name.replace("text_encoder", "tokenizer"),
+        context=context,
+        pooled=pooled[0] if pooled else None,
+    )
+
+
+def _pooled_width(config: dict[str, Any], time_ids: tuple[TimeId, ...]) -> int:
+    """What the embedding of numbers leaves of the UNet's added embedding."""
+    total = config["projection_class_embeddings_input_dim"]
+    return int(total - len(time_ids) * config["addition_time_embed_dim"])
+
+
+STABLE_DIFFUSION_XL = Family(
+    name="stable_diffusion_xl",
+    pipelines=(
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    ),
+    plan=_plan,
+    reference=Reference(
+        text=StableDiffusionXLPipeline,
+        image=StableDiffusionXLImg2ImgPipeline,
+        inpaint=StableDiffusionXLInpaintPipeline,
+    ),
+)

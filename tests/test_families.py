@@ -1,0 +1,238 @@
+"""Every family, every task: built, run, and the picture is the one that diffusers makes."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+pytest.importorskip("diffusers", exc_type=ImportError)
+
+import torch
+from tiny import INPAINTING, TINY
+
+from latentforge.export.checkpoint import open_checkpoint
+from latentforge.export.eager import EagerPipeline
+from latentforge.export.families import FAMILIES, family_of
+from latentforge.export.onnx import Dimensions
+from latentforge.export.stage import export
+from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.tensor import Feeds
+
+SIDE = 32
+REFINER = "sdxl-refiner"
+TEXT = [name for name in TINY if name not in (*INPAINTING, REFINER)]
+IMAGE = [name for name in TINY if name not in INPAINTING]
+
+Built = Callable[[str], tuple[Pipeline, EagerPipeline]]
+
+
+@pytest.fixture(scope="module")
+def built(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """A function that gives a family's engines, built once, and diffusers on its checkpoint."""
+    folder = tmp_path_factory.mktemp("families")
+    opened = []
+
+    @cache
+    def both(name: str) -> tuple[Pipeline, EagerPipeline]:
+        checkpoint = tiny(name)
+        export(str(checkpoint), folder / name, dimensions=Dimensions(height=SIDE, width=SIDE))
+        pipe = Pipeline.load(folder / name, threads=1)
+        opened.append(pipe)
+        return pipe, EagerPipeline(open_checkpoint(str(checkpoint)))
+
+    yield both
+    for pipe in opened:
+        pipe.close()
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """A disc on a slope of colours."""
+    ramp = np.linspace(0, 255, SIDE).astype(np.uint8)
+    rows, columns = np.meshgrid(ramp, ramp, indexing="ij")
+    image = Image.fromarray(np.stack([rows, columns, 255 - rows], axis=-1))
+    ImageDraw.Draw(image).ellipse((6, 8, 22, 26), fill=(230, 40, 90))
+    return image
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    """Light where to paint: an ellipse, off centre."""
+    image = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(image).ellipse((10, 3, 29, 21), fill=255)
+    return image
+
+
+def check(ours: Result, theirs: Result) -> None:
+    """The same picture, and one that is not of a single colour."""
+    assert len(ours.images) == len(theirs.images)
+    assert psnr(theirs.latents, ours.latents) >= 40
+    for mine, reference in zip(ours.images, theirs.images, strict=True):
+        assert np.ptp(to_array([reference])) > 0.1
+        assert psnr(to_array([reference]), to_array([mine]), peak=2.0) >= 40
+
+
+def request(pipe: Pipeline, **changes: Any) -> dict[str, Any]:
+    """Few steps, a negative prompt where it counts, and no rescale where diffusers has none."""
+    squeezed = pipe.manifest.defaults.sampler.startswith("squeezed")
+    return {"steps": 16 if squeezed else 4, "seed": 5, **changes}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_to_image(built: Built, name: str) -> None:
+    pipe, eager = built(name)
+    settings = pipe.settings("a red fox", **request(pipe, negative_prompt="moon"))
+    check(pipe.run(settings), eager(settings))
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_image_to_image(built: Built, name: str, picture: Image.Image) -> None:
+    pipe, eager = built(name)
+    given = request(pipe, strength=0.6, guidance_rescale=0.0)
+    settings = pipe.settings("a red fox", image=picture, **given)
+    check(pipe.run(settings, image=picture), eager(settings, image=picture))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", TINY)
+def test_inpainting(
+    built: Built, name: str, strength: float, picture: Image.Image, mask: Image.Image
+) -> None:
+    pipe, eager = built(name)
+    given = request(pipe, strength=strength, guidance_rescale=0.0)
+    settings = pipe.settings("a red fox", image=picture, mask=mask, **given)
+    ours = pipe.run(settings, image=picture, mask=mask)
+    check(ours, eager(settings, image=picture, mask=mask))
+
+
+def test_every_family_is_here() -> None:
+    """The tables above cover the table of families."""
+    classes = {architecture.pipeline for architecture in TINY.values()}
+    for family in FAMILIES:
+        assert classes & set(family.pipelines), family.name
+
+
+# What makes them differ
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "steps", "guidance", "rescale"),
+    [
+        ("sd", "pndm", 50, 7.5, 0.0),
+        ("sd-2", "ddim", 50, 7.5, 0.0),
+        ("sd-turbo", "euler", 1, 0.0, 0.0),
+        ("lcm", "lcm", 4, 8.5, 0.0),
+        ("sdxl", "euler", 50, 5.0, 0.0),
+        ("sdxl-turbo", "euler_ancestral", 1, 0.0, 0.0),
+        ("decidiffusion-1", "ddim", 30, 7.5, 0.7),
+        ("decidiffusion-2", "squeezed_10", 16, 7.5, 0.8),
+    ],
+)
+def test_defaults(
+    built: Built, name: str, sampler: str, steps: int, guidance: float, rescale: float
+) -> None:
+    defaults = built(name)[0].manifest.defaults
+    assert (defaults.sampler, defaults.steps) == (sampler, steps)
+    assert (defaults.guidance_scale, defaults.guidance_rescale) == (guidance, rescale)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("sd-2", 2), ("sd-turbo", 1), ("lcm", 1)])
+def test_students_run_one_row_an_image(
+    built: Built, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without guidance, or with guidance embedded, the unconditional half is not computed."""
+    pipe, _ = built(name)
+    unet = pipe.engines["unet"].session
+    run, seen = unet.run, []
+
+    def counted(feeds: Feeds) -> Any:
+        seen.append(len(feeds["sample"]))
+        return run(feeds)
+
+    monkeypatch.setattr(unet, "run", counted)
+    result = pipe("a fox", steps=2, seed=0)
+    assert seen == [rows] * 2 and len(result.timings.stages["unet"]) == 2
+
+
+def test_guidance_of_a_consistency_model_is_an_input(built: Built) -> None:
+    pipe, eager = built("lcm")
+    assert "timestep_cond" in pipe.manifest.components["unet"].inputs
+    pictures = []
+    for scale in (1.5, 8.5, 14.0):
+        settings = pipe.settings("a fox", **request(pipe, guidance_scale=scale))
+        ours = pipe.run(settings)
+        check(ours, eager(settings))
+        pictures.append(to_array(ours.images))
+    assert psnr(pictures[0], pictures[2], peak=2.0) < 60
+
+
+@pytest.mark.parametrize("negative", [None, "", "moon"])
+def test_a_negative_prompt_that_is_none_and_one_that_is_empty(
+    built: Built, negative: str | None
+) -> None:
+    """Stable Diffusion XL was trained with zeros for the first."""
+    pipe, eager = built("sdxl")
+    given = {} if negative is None else {"negative_prompt": negative}
+    settings = pipe.settings("a fox", **request(pipe, **given))
+    check(pipe.run(settings), eager(settings))
+
+
+def test_none_and_empty_differ(built: Built) -> None:
+    pipe, _ = built("sdxl")
+    none, empty = (
+        pipe("a fox", **request(pipe, **given)).latents for given in ({}, {"negative_prompt": ""})
+    )
+    assert psnr(none, empty) < 60
+
+
+def test_sizes_are_told(built: Built) -> None:
+    pipe, eager = built("sdxl")
+    sizes = {"original_size": (640, 480), "crop": (16, 8), "target_size": (512, 256)}
+    settings = pipe.settings("a fox", **request(pipe, **sizes))
+    ours = pipe.run(settings)
+    check(ours, eager(settings))
+    assert psnr(ours.latents, pipe("a fox", **request(pipe)).latents) < 80
+
+
+def test_refiner_goes_on_where_the_base_stopped(built: Built) -> None:
+    """An ensemble of two engine directories: Podell et al. (2023), section 2.5."""
+    (base, eager_base), (refiner, eager_refiner) = built("sdxl"), built(REFINER)
+    half = request(base, steps=8, denoising_end=0.6)
+    first = base.settings("a fox", **half)
+    ours, theirs = base.run(first), eager_base(first)
+    rest = request(base, steps=8, denoising_start=0.6)
+    second = refiner.settings("a fox", image=ours.latents, **rest)
+    check(
+        refiner.run(second, image=ours.latents),
+        eager_refiner(second, image=torch.from_numpy(theirs.latents)),
+    )
+
+
+def test_aesthetic_scores_are_told(built: Built, picture: Image.Image) -> None:
+    pipe, eager = built(REFINER)
+    scores = {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
+    settings = pipe.settings("a fox", image=picture, **request(pipe, strength=0.7, **scores))
+    ours = pipe.run(settings, image=picture)
+    check(ours, eager(settings, image=picture))
+    plain = pipe("a fox", image=picture, **request(pipe, strength=0.7))
+    assert psnr(ours.latents, plain.latents) < 80
+
+
+def test_what_overflows_in_half_is_marked(built: Built) -> None:
+    for name, overflows in (("sd", False), ("sdxl", True)):
+        components = built(name)[0].manifest.components
+        marked = {part for part, component in components.items() if component.overflows}
+        assert marked == ({"vae_decoder", "vae_encoder"} if overflows else set())
+
+
+def test_the_placeholder_is_never_read(tiny: Callable[[str], Path], built: Built) -> None:
+    checkpoint = open_checkpoint(str(tiny("decidiffusion-1")))
+    folders = {component.folder for component in family_of(checkpoint).plan(checkpoint).components}
+    assert "flexible_unet" in folders and "unet" not in folders
+    assert "flexible_unet" in Manifest.read(built("decidiffusion-1")[0].directory).source.sha256
