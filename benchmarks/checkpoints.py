@@ -62,8 +62,9 @@ def write(
     """Write a diffusers directory with random weights of a type."""
     torch.manual_seed(seed)
     with _default_dtype(dtype):
-        _write_unet(architecture.unet, target)
+        # First, so that the same autoencoder has the same weights beside any UNet.
         diffusers.AutoencoderKL(**architecture.vae).save_pretrained(target / "vae")
+        _write_unet(architecture.unet, target)
         for folder, config in architecture.texts.items():
             _write_text(config, target, folder, architecture.max_length)
     kind, options = architecture.scheduler

@@ -5,6 +5,7 @@ Only safetensors weights and JSON or text files are read. Nothing in a checkpoin
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,14 @@ class Checkpoint:
                     _check_safetensors(file)
                 return files, variant
         raise CheckpointError(_no_weights(directory))
+
+    def parameters(self, folder: str) -> int:
+        """How many numbers the weights of a component are, as their files' headers say."""
+        count = 0
+        for path in self.weights(folder)[0]:
+            with safe_open(path, framework="numpy") as file:
+                count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+        return count
 
     def sha256(self, folder: str) -> str:
         """The sha256 of a component's weights; of its shards' hashes where there are many."""

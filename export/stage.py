@@ -128,9 +128,8 @@ def _job(source: str, names: Sequence[str], dimensions: Dimensions) -> _Job:
 
 def _check_space(job: _Job, directory: Path) -> None:
     """Refuse to begin what the disk has no room for."""
-    files = {f for c in job.components for f in job.checkpoint.weights(c.folder)[0]}
-    half = any(job.checkpoint.weights(c.folder)[1] == "fp16" for c in job.components)
-    needed = int(sum(f.stat().st_size for f in files) * (2 if half else 1) * _SPACE)
+    folders = {component.folder for component in job.components}
+    needed = int(sum(job.checkpoint.parameters(folder) for folder in folders) * 4 * _SPACE)
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise TargetError(
@@ -265,7 +264,7 @@ def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Resu
     if any(name not in manifest.components for name in manifest.needed):
         return manifest
     manifest.write(directory)
-    with Pipeline.load(directory, hashes=False, at_once=1) as pipeline:
+    with Pipeline.load(directory, hashes=False, at_once=1, prepack=False) as pipeline:
         result = _short_run(job, pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
     measured = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}

@@ -103,7 +103,7 @@ def size_of(image: Picture, latent: Latent) -> tuple[int, int]:
     width, height = _listed(image)[0].size
     if min(height, width) < unit:
         raise ShapeError(
-            f"the picture is {width}x{height}, and this model's start at {unit}x{unit}"
+            f"the picture is {width}x{height} pixels, and {unit}x{unit} is the least for this model"
         )
     return height // unit * unit, width // unit * unit
 

@@ -29,6 +29,8 @@ __all__ = [
 MAX_PSNR = 200.0
 """What psnr gives for equal arrays: a number JSON can hold, beyond any float32 difference."""
 
+_BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+
 
 def from_array(array: NDArray[np.float32]) -> list[Image.Image]:
     """Pictures from (batch, 3, height, width) in -1..1; values beyond are clipped."""
@@ -60,7 +62,7 @@ def open_picture(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 image.load()
                 return image.copy()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
+    except (OSError, ValueError, SyntaxError, *_BOMBS) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         reason = " ".join(str(said).split())
         raise SettingsError(f"{path} is no picture that can be read: {reason}") from error

@@ -51,21 +51,29 @@ SIGNATURES = {
         {"out_sample": LATENT},
     ),
     "vae_decoder": ({"latent_sample": LATENT}, {"sample": PIXELS}),
+    "vae_encoder": (
+        {"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
+        {"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
+    ),
 }
+TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 
 
 @pytest.fixture
 def handmade(tmp_path: Path) -> Handmade:
     """A function that writes a sound engine directory, without torch and in milliseconds.
 
-    Components compute nothing, but those given as ONNX text by their names.
+    It has what text to image needs, and what is given as ONNX text by its name; what isn't
+    given computes nothing.
     """
 
     def made(name: str = "handmade", *, onnx: dict[str, str] | None = None, **changes: Any) -> Path:
         directory = tmp_path / name
         directory.mkdir()
         components = {
-            part: _component(directory, part, (onnx or {}).get(part)) for part in SIGNATURES
+            part: _component(directory, part, (onnx or {}).get(part))
+            for part in SIGNATURES
+            if part in TEXT_TO_IMAGE or part in (onnx or {})
         }
         manifest = {
             "name": name,
