@@ -3,22 +3,28 @@
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
+from diffusers import AutoencoderKL
 from tiny import INPAINTING, TINY
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.eager import EagerPipeline
 from latentforge.export.families import FAMILIES, family_of
+from latentforge.export.models.flexible_unet import load_flexible_unet
+from latentforge.export.modules import load_module
 from latentforge.export.onnx import Dimensions
 from latentforge.export.stage import export
 from latentforge.runtime.image import psnr, to_array
@@ -259,3 +265,93 @@ def test_the_placeholder_is_never_read(tiny: Callable[[str], Path], built: Built
     folders = {component.folder for component in family_of(checkpoint).plan(checkpoint).components}
     assert "flexible_unet" in folders and "unet" not in folders
     assert "flexible_unet" in Manifest.read(built("decidiffusion-1")[0].directory).source.sha256
+
+
+# DeciDiffusion in a loop of its own, from the papers' equations: no code of ours but the UNet
+
+SQUEEZED = [998, 936, 873, 811, 748, 686, 548, 411, 274, 137]
+
+
+def cosine(zero_terminal_snr: bool) -> NDArray[np.float64]:
+    """alpha**2 by timestep: Nichol & Dhariwal (2021), and Lin et al. (2023), algorithm 1."""
+    t = np.arange(1001) / 1000
+    level = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    root = np.sqrt(np.cumprod(1 - np.minimum(1 - level[1:] / level[:-1], 0.999)))
+    if zero_terminal_snr:
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return np.asarray(root**2, np.float64)
+
+
+class Loop:
+    """Guided, rescaled v prediction of an eager flexible UNet."""
+
+    def __init__(self, path: Path, prompt: str, *, scale: float, rescale: float) -> None:
+        checkpoint = open_checkpoint(str(path))
+        self.unet = load_flexible_unet(checkpoint)
+        self.vae = load_module(checkpoint, "vae", AutoencoderKL)
+        text = load_module(checkpoint, "text_encoder", CLIPTextModel)
+        tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
+        ids = tokenizer(["", prompt], padding="max_length", return_tensors="pt").input_ids
+        self.prompts = text(ids).last_hidden_state
+        self.scale, self.rescale = scale, rescale
+
+    def velocity(self, x: torch.Tensor, timestep: int) -> torch.Tensor:
+        rows = torch.cat([x, x]).float()
+        off, on = self.unet(rows, timestep, self.prompts, return_dict=False)[0].double().chunk(2)
+        guided = off + self.scale * (on - off)
+        ratio = on.std(dim=(1, 2, 3)) / guided.std(dim=(1, 2, 3))
+        return guided * (self.rescale * ratio + 1 - self.rescale)
+
+    def noise(self, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((1, 4, SIDE // 2, SIDE // 2), generator=generator).double()
+
+    def picture(self, x: torch.Tensor) -> NDArray[np.float32]:
+        pixels = self.vae.decode((x / self.vae.config.scaling_factor).float()).sample
+        return np.asarray(pixels.numpy(), np.float32)
+
+
+def ddim(loop: Loop, steps: int, seed: int) -> torch.Tensor:
+    """DeciDiffusion 1.0: trailing timesteps, zero terminal SNR, ending on the first timestep."""
+    square, x = cosine(zero_terminal_snr=True), loop.noise(seed)
+    for t in (np.arange(1000, 0, -1000 / steps).round() - 1).astype(int).tolist():
+        after = square[max(t - 1000 // steps, 0)]
+        alpha, sigma = np.sqrt(square[t]), np.sqrt(1 - square[t])
+        v = loop.velocity(x, t)
+        x = np.sqrt(after) * (alpha * x - sigma * v) + np.sqrt(1 - after) * (alpha * v + sigma * x)
+    return x
+
+
+def squeezed(loop: Loop, seed: int) -> torch.Tensor:
+    """DeciDiffusion 2.0: DPM-Solver++ of order two, type "heun", in ten uneven steps."""
+    square, x = cosine(zero_terminal_snr=False), loop.noise(seed)
+    alpha, sigma = np.sqrt(square), np.sqrt(1 - square)
+    log_snr = np.log(alpha / sigma)
+    before: tuple[int, torch.Tensor] | None = None
+    for s, t in pairwise([*SQUEEZED, 0]):
+        clean = alpha[s] * x - sigma[s] * loop.velocity(x, s)
+        h = log_snr[t] - log_snr[s]
+        shrink = np.expm1(-h)
+        after = sigma[t] / sigma[s] * x - alpha[t] * shrink * clean
+        if before is not None and t > 0:
+            slope = (clean - before[1]) * h / (log_snr[s] - log_snr[before[0]])
+            after = after + alpha[t] * (shrink / h + 1) * slope
+        before, x = (s, clean), after
+    return x
+
+
+@pytest.mark.parametrize("name", ["decidiffusion-1", "decidiffusion-2"])
+def test_decidiffusion_against_a_loop_of_its_own(
+    built: Built, tiny: Callable[[str], Path], name: str
+) -> None:
+    pipe, _ = built(name)
+    defaults = pipe.manifest.defaults
+    scales = {"scale": defaults.guidance_scale, "rescale": defaults.guidance_rescale}
+    with torch.inference_mode():
+        loop = Loop(tiny(name), "a red fox", **scales)
+        x = squeezed(loop, 7) if name.endswith("2") else ddim(loop, defaults.steps, 7)
+        expected = loop.picture(x)
+    ours = pipe("a red fox", seed=7)
+    assert np.ptp(expected) > 0.1
+    assert psnr(x.numpy(), ours.latents) >= 40
+    assert psnr(np.clip(expected, -1, 1), to_array(ours.images), peak=2.0) >= 40

@@ -33,7 +33,7 @@ def workplace(demo_engines: Path, tmp_path: Path) -> Path:
 def test_commands_run(workplace: Path) -> None:
     """All that need neither a hub nor another build of the engines."""
     ready = [c for c in commands() if "demo-engines" in c and " build " not in c]
-    assert len(ready) == 4
+    assert len(ready) == 5
     for command in ready:
         result = subprocess.run(
             [sys.executable, "-m", *shlex.split(command)],
@@ -59,6 +59,26 @@ def test_python_runs(workplace: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (workplace / "apple.png").exists()
+
+
+def test_every_cell_of_the_table_is_a_test() -> None:
+    """And every test of a family and a task is a cell."""
+    pytest.importorskip("diffusers", exc_type=ImportError)
+    import test_families as families
+
+    marks = {
+        test.__name__: [m for m in test.pytestmark if m.args[0] == "name"][0].args[1]
+        for test in (
+            families.test_text_to_image,
+            families.test_image_to_image,
+            families.test_inpainting,
+        )
+    }
+    expected = {f"{test}[{name}]" for test, names in marks.items() for name in names}
+    table = README.split("## Models and tasks")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(test_\w+\[[\w-]+\])`", table)) == expected
+    for name in re.findall(r"`(test_\w+)`", table):
+        assert hasattr(families, name)
 
 
 def test_every_sampler_is_listed() -> None:
