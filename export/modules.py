@@ -16,7 +16,15 @@ from latentforge.runtime.errors import CheckpointError
 
 __all__ = ["check_finite", "load_module", "quiet"]
 
-_MISMATCH = re.compile(r"^(\S+) *\| *MISMATCH", re.MULTILINE)
+# How the two libraries say that a weight has another shape than the configuration makes it.
+_MISMATCHES = (
+    re.compile(
+        r"(?P<key>\S+) expected shape \S*?(?P<told>\[.*?\])\S* but got \S*?(?P<held>\[.*?\])"
+    ),
+    re.compile(
+        r"^(?P<key>\S+) *\| *MISMATCH.*?(?P<held>\[.*?\]).*?(?P<told>\[.*?\])", re.MULTILINE
+    ),
+)
 
 
 def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Module:
@@ -47,14 +55,21 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
                 output_loading_info=True,
             )
         except Exception as error:  # each library has its own, and a bad config raises any of them
-            if keys := _MISMATCH.findall(said()):  # transformers only logs which
-                reason = f"{keys[0]} is of another shape than config.json says"
-            else:
-                reason = brief(error)
+            reason = _mismatch(f"{error}\n{said()}") or brief(error)
             raise CheckpointError(f"cannot load {path}: {reason}") from error
     _check_keys(checkpoint, folder, info)
     check_finite(checkpoint, folder, module)
     return module.eval().requires_grad_(False)
+
+
+def _mismatch(text: str) -> str | None:
+    """What a library says of a weight's shape, with both numbers; None if it is not about that."""
+    for pattern in _MISMATCHES:
+        if found := pattern.search(text):
+            return "config.json makes {key} {told}, and in the weights it is {held}".format(
+                **found.groupdict()
+            )
+    return None
 
 
 def _check_keys(checkpoint: Checkpoint, folder: str, info: dict[str, Any]) -> None:

@@ -296,6 +296,45 @@ def test_old_names_of_attention_in_the_vae(checkpoint: Path) -> None:
     load(checkpoint, "vae")()
 
 
+CONTRADICTIONS: list[tuple[str, str, dict[str, object], tuple[str, ...]]] = [
+    ("sd", "unet", {"cross_attention_dim": 48}, ("48", "32", "text_encoder")),
+    ("sd", "unet", {"in_channels": 9}, ("conv_in.weight", "[32, 9, 3, 3]", "[32, 4, 3, 3]")),
+    ("sd", "unet", {"in_channels": 5}, ("5 channels", "4", "9")),
+    ("sd", "unet", {"block_out_channels": [32, 96]}, ("[96]", "[64]")),
+    ("sd", "unet", {"mid_block_type": None}, ("46 unexpected keys", "mid_block.")),
+    ("sd", "text_encoder", {"intermediate_size": 128}, ("128", "64", "mlp")),
+    ("sd", "text_encoder", {"num_hidden_layers": 2}, ("16 missing keys", "layers.1.")),
+    ("sd", "vae", {"latent_channels": 8}, ("4 channels", "8")),
+    ("sd", "vae", {"latents_mean": [0.0] * 4}, ("latents_mean",)),
+    ("lcm", "unet", {"time_cond_proj_dim": None}, ("unexpected", "cond_proj")),
+    ("sdxl", "unet", {"addition_embed_type": None}, ("text_time", "None")),
+    ("sdxl", "unet", {"addition_time_embed_dim": 4}, ("48", "72")),
+    ("sdxl", "unet", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
+    ("sdxl", "text_encoder", {"hidden_size": 48}, ("64", "80")),
+    ("decidiffusion-1", "text_encoder", {"hidden_size": 48}, ("32", "48")),
+]
+
+
+@pytest.mark.parametrize(("family", "folder", "changes", "words"), CONTRADICTIONS)
+def test_a_configuration_that_contradicts_the_weights(
+    tiny: Callable[[str], Path],
+    copy: Copy,
+    family: str,
+    folder: str,
+    changes: dict[str, object],
+    words: tuple[str, ...],
+) -> None:
+    path = copy(tiny(family))
+    edit_json(path / folder / "config.json", **changes)
+    opened = open_checkpoint(str(path))
+
+    def load_all() -> None:
+        for component in family_of(opened).plan(opened).components:
+            component.load(opened)
+
+    refused(load_all, *words)
+
+
 # Variants and shards
 
 

@@ -33,6 +33,7 @@ def _plan(checkpoint: Checkpoint) -> Plan:
         structure = structure_of(checkpoint, _FOLDER)
         latent = parts.latent_space(checkpoint, structure.multiple)
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
+        parts.check_context(checkpoint, [text], structure.cross_attention_dim)
         unet = parts.unet(
             {
                 "in_channels": structure.in_channels,

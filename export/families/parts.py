@@ -4,7 +4,7 @@ Inputs and outputs have the names that optimum's ONNX exports gave them.
 """
 
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from latentforge.runtime.manifest import Latent
 from latentforge.runtime.tensor import TensorSpec
 
 __all__ = [
+    "check_context",
     "check_unet",
     "defaults",
     "latent_space",
@@ -278,6 +279,23 @@ def check_unet(checkpoint: Checkpoint, config: Mapping[str, Any], *, text_time: 
                 f"{checkpoint.name}: a {checkpoint.pipeline_class} has a unet with {key} {value}, "
                 f"and this one's is {reprlib.repr(config.get(key))}"
             )
+
+
+def check_context(checkpoint: Checkpoint, texts: Sequence[ComponentPlan], width: object) -> None:
+    """Refuse text encoders whose states, side by side, are not as wide as the UNet takes them.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    given = sum(
+        int(next(s for s in t.outputs.values() if len(s.shape) == 3).shape[2]) for t in texts
+    )
+    if given != width:
+        names = " and ".join(text.name for text in texts)
+        raise CheckpointError(
+            f"{checkpoint.name}: the UNet's cross_attention_dim is {reprlib.repr(width)}, and "
+            f"from {names} come {given}"
+        )
 
 
 def _check_channels(channels: object, latent: Latent) -> None:

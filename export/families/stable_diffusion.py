@@ -28,6 +28,7 @@ def plan(checkpoint: Checkpoint) -> Plan:
         parts.check_unet(checkpoint, config, text_time=False)
         latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
+        parts.check_context(checkpoint, [text], config["cross_attention_dim"])
         unet = parts.unet(config, latent, tokens=parts.tokens(text))
         return Plan(
             components=(text, unet, *parts.vae(checkpoint, latent)),

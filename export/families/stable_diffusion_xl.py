@@ -5,6 +5,7 @@ one's pooled output, and sizes as numbers. The refiner has the second encoder al
 aesthetic score in place of the target size. SSD-1B and Vega are the same with fewer blocks.
 """
 
+import reprlib
 from typing import Any
 
 from diffusers import (
@@ -17,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families import parts
 from latentforge.export.families.types import ComponentPlan, Defaults, Family, Plan, Reference
+from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import Conditioning, Encoder, TimeId
 
 __all__ = ["STABLE_DIFFUSION_XL"]
@@ -32,12 +34,13 @@ def _plan(checkpoint: Checkpoint) -> Plan:
         parts.check_unet(checkpoint, config, text_time=True)
         latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
         texts = _text_encoders(checkpoint)
+        parts.check_context(checkpoint, texts, config["cross_attention_dim"])
         time_ids = _REFINER if checkpoint.index.get("requires_aesthetics_score") else _BASE
         unet = parts.unet(
             config,
             latent,
             tokens=parts.tokens(texts[-1]),
-            added={"text_embeds": _pooled_width(config, time_ids), "time_ids": len(time_ids)},
+            added={"text_embeds": _pooled(checkpoint, config, time_ids), "time_ids": len(time_ids)},
         )
         return Plan(
             components=(*texts, unet, *parts.vae(checkpoint, latent)),
@@ -77,10 +80,17 @@ def _encoder(text: ComponentPlan) -> Encoder:
     )
 
 
-def _pooled_width(config: dict[str, Any], time_ids: tuple[TimeId, ...]) -> int:
-    """What the embedding of numbers leaves of the UNet's added embedding."""
+def _pooled(checkpoint: Checkpoint, config: dict[str, Any], time_ids: tuple[TimeId, ...]) -> int:
+    """Width of the pooled prompt: what the numbers leave of the UNet's added embedding."""
     total = config["projection_class_embeddings_input_dim"]
-    return int(total - len(time_ids) * config["addition_time_embed_dim"])
+    width = int(total - len(time_ids) * config["addition_time_embed_dim"])
+    given = checkpoint.config("text_encoder_2").get("projection_dim", 512)
+    if width != given:
+        raise CheckpointError(
+            f"{checkpoint.name}: text_encoder_2 gives {reprlib.repr(given)} numbers, and beside "
+            f"{len(time_ids)} sizes the UNet's added embedding has room for {width}"
+        )
+    return width
 
 
 STABLE_DIFFUSION_XL = Family(
