@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow optimum clean
 
 demo: $(VENV)/ready  ## build the embedded checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
@@ -21,10 +21,13 @@ check: $(VENV)/ready
 slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 	$(BIN)/python -m pytest -m slow
 
+optimum: $(VENV)/ready  ## beside optimum-onnx, in a second environment that this makes: minutes
+	$(BIN)/python -m pytest -m optimum
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output dist
+	rm -rf $(VENV) .venv-optimum demo-output dist

@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from latentforge.export.demo import CHECKPOINT as DEMO
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import hash_file
 
-__all__ = ["SIDECAR", "Checkpoint", "brief", "open_checkpoint", "read_json"]
+__all__ = ["SIDECAR", "Checkpoint", "brief", "open_checkpoint", "read_json", "sha256_of"]
 
 SIDECAR = "latentforge.json"
 """A file that a checkpoint may carry for us: {"name", "license", "defaults": {...}}."""
@@ -46,8 +48,8 @@ class Checkpoint:
 
     @property
     def pipeline_class(self) -> str:
-        """The diffusers pipeline that the checkpoint names."""
-        return str(self.index.get("_class_name"))
+        """The diffusers pipeline that the checkpoint names, less what optimum puts before it."""
+        return str(self.index.get("_class_name")).removeprefix("ORT")
 
     @property
     def sidecar(self) -> dict[str, Any]:
@@ -78,9 +80,13 @@ class Checkpoint:
     def config(self, folder: str, file: str = "config.json") -> dict[str, Any]:
         """A component's configuration.
 
+        What optimum exported has no vae/: the halves of one have its configuration each.
+
         Raises:
             CheckpointError: the component or its configuration is missing or malformed.
         """
+        if folder == "vae" and not (self.path / folder).is_dir():
+            folder = "vae_decoder" if (self.path / "vae_decoder").is_dir() else folder
         if not (self.path / folder).is_dir():
             raise CheckpointError(f"{self.name} has no {folder}/: the checkpoint is incomplete")
         return read_json(self.path / folder / file)
@@ -109,10 +115,7 @@ class Checkpoint:
 
     def sha256(self, folder: str) -> str:
         """The sha256 of a component's weights; of its shards' hashes where there are many."""
-        digests = [hash_file(file) for file in self.weights(folder)[0]]
-        if len(digests) == 1:
-            return digests[0]
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        return sha256_of([hash_file(file) for file in self.weights(folder)[0]])
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -146,6 +149,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
+
+
+def sha256_of(digests: Sequence[str]) -> str:
+    """The one of a single file, or the sha256 of many files' digests in a row."""
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
 
 
 def brief(error: BaseException) -> str:
@@ -187,18 +197,17 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
+    fetch = partial(snapshot_download, repository, revision=revision or None)
+    ignored = ["*non_ema*", "safety_checker/*", "openvino*", "onnx*", "flax*"]
     try:
-        path = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=["*.json", "*.txt", "README.md", "*/*.safetensors"],
-            ignore_patterns=["*non_ema*", "safety_checker/*", "openvino*", "onnx*", "flax*"],
-        )
+        path = Path(fetch(allow_patterns=["*.json", "*.txt", "README.md"], ignore_patterns=ignored))
+        if (path / "flexible_unet").is_dir():
+            ignored.append("unet/*")  # gigabytes that only hold the place: see families
+        return Path(fetch(allow_patterns=["*/*.safetensors"], ignore_patterns=ignored))
     except Exception as error:  # a dozen kinds, from the hub, the network and the disk
         raise CheckpointError(
             f"no directory {name}, and it could not be fetched from the hub: {brief(error)}"
         ) from error
-    return Path(path)
 
 
 def _safetensors(directory: Path, variant: str | None) -> list[Path]:

@@ -44,6 +44,8 @@ class EagerPipeline:
         self._parts: dict[str, Any] = {part: load(checkpoint) for part, load in modules.items()}
         for name in plan.tokenizers:
             self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
+        channels = plan.latent.channels
+        self._paints_into = self._parts["unet"].config.in_channels != channels
         self._texts = [encoder.component for encoder in plan.conditioning.encoders]
 
     def __call__(
@@ -51,9 +53,12 @@ class EagerPipeline:
         settings: Settings,
         *,
         image: Image.Image | torch.Tensor | None = None,
-        mask: Image.Image | None = None,
+        mask: Image.Image | torch.Tensor | None = None,
     ) -> Result:
         """Make the pictures of one request; same seed, same noise, same steps as ours."""
+        if image is None and self._paints_into:
+            size = settings.height, settings.width
+            image, mask = torch.full((1, 3, *size), 0.5), torch.ones((1, 1, *size))
         pipe = self._pipeline(settings, image, mask)
         watch = Stopwatch()
         with watch.running(), torch.inference_mode(), self._timed(watch):

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.manifest import Component, FileEntry, hash_file
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 
-__all__ = ["OPSET", "Dimensions", "component_entry", "export_onnx", "fix_dimensions"]
+__all__ = [
+    "OPSET",
+    "Dimensions",
+    "as_it_is",
+    "component_entry",
+    "export_onnx",
+    "file_entry",
+    "fix_dimensions",
+]
 
 OPSET = 20
 """Has Gelu as one operator, and every target reads it."""
@@ -75,8 +83,19 @@ def fix_dimensions(
     }
 
 
+def as_it_is(size: int | str) -> int | str:
+    """Dimensions in the file as they are in the manifest."""
+    return size
+
+
 def export_onnx(
-    module: nn.Module, plan: ComponentPlan, feeds: Feeds, target: Path, sizes: Mapping[str, int]
+    module: nn.Module,
+    plan: ComponentPlan,
+    feeds: Feeds,
+    target: Path,
+    sizes: Mapping[str, int],
+    *,
+    spelled: Callable[[int | str], int | str] = as_it_is,
 ) -> None:
     """Write the module as ``target``, with large weights beside it.
 
@@ -88,6 +107,7 @@ def export_onnx(
         feeds: real inputs to trace it with.
         target: the ONNX file to write.
         sizes: dimensions to fix, by name.
+        spelled: how dimensions are written into the file.
 
     Raises:
         ShapeError: the feeds do not fit the plan.
@@ -108,17 +128,23 @@ def export_onnx(
             verbose=False,
         )
     assert program is not None  # only the old exporter gives None
-    model = _tidied(program.model, plan.name, {**inputs, **outputs})
+    shapes = {
+        name: ir.Shape([spelled(size) for size in spec.shape])
+        for name, spec in {**inputs, **outputs}.items()
+    }
+    model = _tidied(program.model, plan.name, shapes)
     size = sum(_bytes(value) for value in model.graph.initializers.values())
     ir.save(model, target, external_data=f"{target.name}.data" if size > _INLINE_LIMIT else None)
     _drop_weights(program, module)
 
 
-def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -> Component:
-    """Describe an exported file, and the weights beside it, for the manifest."""
+def component_entry(
+    plan: ComponentPlan, path: Path, directory: Path, sizes: Mapping[str, int]
+) -> Component:
+    """Describe an exported file of directory, and the weights beside it, for the manifest."""
     data = path.with_name(f"{path.name}.data")
-    weights = (_entry(data),) if data.exists() else ()
-    main = _entry(path)
+    weights = (file_entry(data, directory),) if data.exists() else ()
+    main = file_entry(path, directory)
     return Component(
         file=main.file,
         sha256=main.sha256,
@@ -132,8 +158,10 @@ def component_entry(plan: ComponentPlan, path: Path, sizes: Mapping[str, int]) -
     )
 
 
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(file=path.name, sha256=hash_file(path), bytes=path.stat().st_size)
+def file_entry(path: Path, directory: Path) -> FileEntry:
+    """A file anywhere in directory, for the manifest."""
+    file = path.relative_to(directory).as_posix()
+    return FileEntry(file=file, sha256=hash_file(path), bytes=path.stat().st_size)
 
 
 def _drop_weights(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
@@ -183,11 +211,11 @@ def _dim(name: str, factor: int) -> Any:
     return torch.export.Dim(name, max=63) if name == "batch" else torch.export.Dim(name)
 
 
-def _tidied(model: ir.Model, name: str, specs: Mapping[str, TensorSpec]) -> ir.Model:
+def _tidied(model: ir.Model, name: str, shapes: Mapping[str, ir.Shape]) -> ir.Model:
     """Name what users see, and drop what the exporter noted about this machine."""
     model.graph.name = name
     for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = ir.Shape(specs[str(value.name)].shape)
+        value.shape = shapes[str(value.name)]
     model.metadata_props.clear()
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # stack traces, with paths of this machine

@@ -13,7 +13,7 @@ from latentforge.export.modules import quiet
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry, hash_file
 
-__all__ = ["write_tokenizer"]
+__all__ = ["special_tokens", "write_tokenizer"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,14 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
         bytes=path.stat().st_size,
         max_length=length,
     )
+
+
+def special_tokens(checkpoint: Checkpoint, folder: str) -> dict[str, str]:
+    """The tokens at a prompt's start and end, for what is unknown and for what is missing."""
+    with quiet():
+        clip = CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return {name: str(getattr(clip, name)) for name in names}
 
 
 def _length(checkpoint: Checkpoint, folder: str) -> int:

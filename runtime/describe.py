@@ -21,6 +21,14 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         f"latents     {latent.channels} channels, 1/{latent.downscale} of the image's side; "
         f"sides are multiples of {latent.downscale * latent.multiple} pixels"
     )
+    encoders = " + ".join(encoder.component for encoder in manifest.conditioning.encoders)
+    tasks = "text to image, image to image, inpainting"
+    if "vae_encoder" not in manifest.components:
+        tasks = "text to image"
+    elif "vae_encoder" in manifest.needed:
+        tasks = "inpainting"
+    yield f"prompts     {encoders}"
+    yield f"tasks       {tasks}"
     yield f"schedule    {manifest.prediction}, {schedule.beta_kind}, {schedule.train_steps} steps"
     yield (
         f"defaults    {defaults.sampler}, {defaults.steps} steps, guidance "
@@ -28,7 +36,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         f"{defaults.width}x{defaults.height}"
     )
     yield ""
-    yield f"{'component':<14}{'backend':<14}{'precision':<11}{'size':>11}  {'against torch':<14}"
+    yield f"{'component':<16}{'backend':<14}{'precision':<11}{'size':>11}  {'against torch':<14}"
     for name, component in manifest.components.items():
         yield _row(name, component, manifest)
     yield ""
@@ -49,5 +57,5 @@ def _row(name: str, component: Component, manifest: Manifest) -> str:
     size = sum(entry.bytes for entry in component.files) / 1e6
     error = manifest.quality.get(name, {}).get("max_relative_error")
     parity = "" if error is None else f"within {error:.0e}"
-    row = f"{name:<14}{component.backend:<14}{component.precision:<11}{size:8.1f} MB  {parity}"
+    row = f"{name:<16}{component.backend:<14}{component.precision:<11}{size:8.1f} MB  {parity}"
     return row.rstrip()

@@ -141,7 +141,8 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
 def _reject(partial: Path, target: Path) -> str:
     """Keep partial as target.rejected, in place of an earlier one, and say so."""
     rejected = target.with_name(f"{target.name}.rejected")
-    ours = (rejected / FILENAME).exists() or any(rejected.glob("*.onnx"))
+    graphs = (*rejected.glob("*.onnx"), *rejected.glob("*/model.onnx"))
+    ours = (rejected / FILENAME).exists() or bool(graphs)
     try:
         if ours and not rejected.is_symlink():
             _swap(partial, rejected)

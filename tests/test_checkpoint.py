@@ -1,6 +1,7 @@
 """A checkpoint is read for its numbers alone: damage is named, and nothing of it is run."""
 
 import json
+import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -8,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from numpy.typing import NDArray
 
 pytest.importorskip("diffusers", exc_type=ImportError)
@@ -116,6 +119,42 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("nobody/nothing", "nobody/nothing@v1", "../nothing", "./nothing"):
         refused(partial(open_checkpoint, name), f"no directory {name}", "hub")
     assert time.monotonic() - start < 10
+
+
+def hub(source: Path, target: Path, fetched: list[str]) -> Callable[..., str]:
+    """A stand-in for the network alone: copies what the patterns let through."""
+
+    def snapshot_download(
+        repository: str, *, revision: str | None, allow_patterns: Any, ignore_patterns: Any
+    ) -> str:
+        files = [path.relative_to(source).as_posix() for path in source.rglob("*.*")]
+        for file in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / file, target / file)
+            fetched.append(file)
+        return str(target)
+
+    return snapshot_download
+
+
+@pytest.mark.parametrize("family", ["sd", "decidiffusion-1"])
+def test_what_is_fetched(
+    tiny: Callable[[str], Path], copy: Copy, tmp_path: Path, monkeypatch: Any, family: str
+) -> None:
+    """No pickles, no code, and not DeciDiffusion's placeholder of three gigabytes."""
+    source, fetched = copy(tiny(family)), list[str]()
+    for name in ("unet/model.bin", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
+        (source / name).touch()
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", hub(source, tmp_path / "cache", fetched)
+    )
+    opened = open_checkpoint("Deci/model")
+    assert family_of(opened).plan(opened)
+    assert not any(file.endswith((".bin", ".py")) for file in fetched)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (weights in fetched) == (family == "sd")
 
 
 def test_an_unknown_pipeline_lists_the_known(checkpoint: Path) -> None:
