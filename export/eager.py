@@ -75,16 +75,17 @@ class EagerPipeline:
     def _pipeline(self, settings: Settings, image: Any, mask: Any) -> Any:
         """The pipeline for the task at hand, given what its signature asks for."""
         kinds = self._reference
-        kind = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
+        name = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
+        kind = getattr(diffusers, name)
         parts = {**self._parts, "scheduler": self._scheduler(settings.sampler)}
         given: dict[str, Any] = {}
-        for name, parameter in inspect.signature(kind.__init__).parameters.items():
-            if name in parts:
-                given[name] = parts[name]
-            elif isinstance(self._index.get(name), bool):
-                given[name] = self._index[name]
-            elif name != "self" and parameter.default is parameter.empty:
-                given[name] = None  # a safety checker, the refiner's first text encoder
+        for key, parameter in inspect.signature(kind.__init__).parameters.items():
+            if key in parts:
+                given[key] = parts[key]
+            elif isinstance(self._index.get(key), bool):
+                given[key] = self._index[key]
+            elif key != "self" and parameter.default is parameter.empty:
+                given[key] = None  # a safety checker, the refiner's first text encoder
         given |= {"requires_safety_checker": False} if "safety_checker" in given else {}
         pipe: Any = kind(**given)
         pipe.set_progress_bar_config(disable=True)

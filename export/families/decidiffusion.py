@@ -4,11 +4,6 @@ The denoiser is the folder flexible_unet/; unet/ is a placeholder in the size of
 Diffusion 1.5's, and never read. https://huggingface.co/Deci/DeciDiffusion-v1-0 and -v2-0.
 """
 
-from diffusers import (
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
 from transformers import CLIPTextModel
 
 from latentforge.export.checkpoint import Checkpoint
@@ -60,9 +55,9 @@ DECIDIFFUSION = Family(
     pipelines=("DeciDiffusionPipeline",),
     plan=_plan,
     reference=Reference(
-        text=StableDiffusionPipeline,
-        image=StableDiffusionImg2ImgPipeline,
-        inpaint=StableDiffusionInpaintPipeline,
+        text="StableDiffusionPipeline",
+        image="StableDiffusionImg2ImgPipeline",
+        inpaint="StableDiffusionInpaintPipeline",
     ),
     scheduler=corrected,
 )

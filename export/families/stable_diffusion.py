@@ -5,11 +5,6 @@ consistency models are the same with another configuration, and so are inpaintin
 UNet takes nine channels.
 """
 
-from diffusers import (
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
 from transformers import CLIPTextModel
 
 from latentforge.export.checkpoint import Checkpoint
@@ -18,10 +13,10 @@ from latentforge.export.families.types import Defaults, Family, Plan, Reference
 from latentforge.export.scheduler import corrected
 from latentforge.runtime.manifest import Conditioning, Encoder
 
-__all__ = ["STABLE_DIFFUSION", "plan"]
+__all__ = ["STABLE_DIFFUSION"]
 
 
-def plan(checkpoint: Checkpoint) -> Plan:
+def _plan(checkpoint: Checkpoint) -> Plan:
     """One text encoder, whose last hidden states are all that the UNet is told of a prompt."""
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
@@ -50,11 +45,11 @@ STABLE_DIFFUSION = Family(
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
     ),
-    plan=plan,
+    plan=_plan,
     reference=Reference(
-        text=StableDiffusionPipeline,
-        image=StableDiffusionImg2ImgPipeline,
-        inpaint=StableDiffusionInpaintPipeline,
+        text="StableDiffusionPipeline",
+        image="StableDiffusionImg2ImgPipeline",
+        inpaint="StableDiffusionInpaintPipeline",
     ),
     scheduler=corrected,
 )

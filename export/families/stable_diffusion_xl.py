@@ -8,11 +8,6 @@ aesthetic score in place of the target size. SSD-1B and Vega are the same with f
 import reprlib
 from typing import Any
 
-from diffusers import (
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
-    StableDiffusionXLPipeline,
-)
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentforge.export.checkpoint import Checkpoint
@@ -102,8 +97,8 @@ STABLE_DIFFUSION_XL = Family(
     ),
     plan=_plan,
     reference=Reference(
-        text=StableDiffusionXLPipeline,
-        image=StableDiffusionXLImg2ImgPipeline,
-        inpaint=StableDiffusionXLInpaintPipeline,
+        text="StableDiffusionXLPipeline",
+        image="StableDiffusionXLImg2ImgPipeline",
+        inpaint="StableDiffusionXLInpaintPipeline",
     ),
 )
