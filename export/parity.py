@@ -99,7 +99,7 @@ def check_parity(
         GateError: the error is above MAX_RELATIVE_ERROR.
     """
     # One row at a time and weights as they lie: less memory, and the same operators.
-    engine = Engine.load(name, component, directory, {"prepack": False}, at_once=1)
+    engine = Engine.load(name, component, directory, {}, at_once=1, low_memory=True)
     worst, lowest = 0.0, np.inf
     for feeds, expected in recording.runs:
         shared = {key: value for key, value in feeds.items() if key == "timestep"}

@@ -47,12 +47,11 @@ from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.staging import check_target, staged_directory
 from latentforge.runtime.tokenizer import Tokenizer
+from latentforge.runtime.verify import trial
 
 __all__ = ["export"]
 
-_PROMPTS = ("a photo of a cat",)
 _STEPS = 2  # a guided run of two steps sees high and low noise; more only costs time
-_PIXELS = 256
 _SPACE = 1.1  # engines are as large as the float32 weights, and graphs are small beside them
 
 
@@ -268,11 +267,11 @@ def _try(job: _Job, manifest: Manifest, directory: Path) -> None:
     left = set(manifest.components)
     pictures: NDArray[np.float32] | None = None
     if whole:
-        with Pipeline.load(directory, hashes=False, at_once=1, prepack=False) as pipeline:
+        with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
             pictures = to_array(_short_run(job, pipeline).images)
         left -= set(manifest.needed)
     for name in sorted(left):
-        engine = Engine.load(name, manifest.components[name], directory, {"prepack": False})
+        engine = Engine.load(name, manifest.components[name], directory, {}, low_memory=True)
         if pictures is not None and name == "vae_encoder":
             engine.run({"sample": pictures})
         engine.session.close()
@@ -322,18 +321,8 @@ def _torch_engine(session: TorchSession) -> Engine:
 
 
 def _short_run(job: _Job, pipeline: Pipeline) -> Result:
-    """An image that sees all of the graph: small, since a large one only takes longer."""
-    latent, sizes = job.plan.latent, job.dimensions
-    unit = latent.downscale * latent.multiple
-    side = min(job.plan.sample_size, max(_PIXELS, unit)) // unit * unit
-    return pipeline(
-        _PROMPTS,
-        sampler="euler",
-        steps=_STEPS,
-        seed=0,
-        height=sizes.height or side,
-        width=sizes.width or side,
-    )
+    sides = {"height": job.dimensions.height or 0, "width": job.dimensions.width or 0}
+    return trial(pipeline, steps=_STEPS, **sides)
 
 
 def _export_components(
@@ -371,7 +360,7 @@ def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Resu
     if any(name not in manifest.components for name in manifest.needed):
         return manifest
     manifest.write(directory)
-    with Pipeline.load(directory, hashes=False, at_once=1, prepack=False) as pipeline:
+    with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
         result = _short_run(job, pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
     measured = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}

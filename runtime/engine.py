@@ -46,9 +46,15 @@ class Engine:
         options: backends.Options,
         *,
         at_once: int | None = None,
+        low_memory: bool = False,
     ) -> "Engine":
-        """Load a component of an engine directory on its backend."""
+        """Load a component of an engine directory on its backend.
+
+        With low_memory, weights stay as they lie in the file where the backend can do that.
+        """
         backend = backends.get(component.backend)
+        if low_memory and "prepack" in backend.OPTIONS:
+            options = {"prepack": False, **options}
         session = backend.load(directory / component.file, component, options)
         return cls(name, component, session, at_once=at_once)
 

@@ -93,6 +93,7 @@ class Pipeline:
         *,
         hashes: bool = True,
         at_once: int | None = None,
+        low_memory: bool = False,
         **options: Any,
     ) -> Pipeline:
         """Check an engine directory and load its engines.
@@ -100,8 +101,10 @@ class Pipeline:
         Args:
             directory: what latentforge build, export, optimize or compile wrote.
             hashes: compare each file with its sha256 in the manifest, not only its size.
-            at_once: the most rows of one UNet run, of which guidance takes two an image; 1 needs
-                the least memory, and None runs all together.
+            at_once: the most rows of one UNet run, of which guidance takes two an image; None
+                runs all together.
+            low_memory: one row at once, and weights left as they lie in the file, which takes
+                about half the memory and more time.
             options: of the backend, such as threads=2.
 
         Raises:
@@ -121,9 +124,10 @@ class Pipeline:
 
         def load_engine(name: str) -> Engine:
             # Pixels take far more memory than latents, so the VAE sees one picture at a time.
-            limit = {"unet": at_once, "vae_decoder": 1, "vae_encoder": 1}.get(name)
+            rows = 1 if low_memory else at_once
+            limit = {"unet": rows, "vae_decoder": 1, "vae_encoder": 1}.get(name)
             component = manifest.components[name]
-            return Engine.load(name, component, path, options, at_once=limit)
+            return Engine.load(name, component, path, options, at_once=limit, low_memory=low_memory)
 
         engines = {name: load_engine(name) for name in manifest.needed}
         return cls(manifest, engines, tokenizers, path, load_engine)

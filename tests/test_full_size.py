@@ -125,7 +125,7 @@ def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
 
         result = EagerPipeline(open_checkpoint(source))(settings)
     else:
-        result = latentforge.load(source, at_once=1, prepack=False).run(settings)
+        result = latentforge.load(source, low_memory=True).run(settings)
         assert importlib.util.find_spec("torch") is None or "torch" not in sys.modules
     np.save(output, result.latents)
     print(f"{side}: {result.timings}, peak memory {peak_memory() / 1e9:.2f} GB")
