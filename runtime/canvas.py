@@ -30,6 +30,7 @@ Picture: TypeAlias = "Image.Image | Sequence[Image.Image] | Array"
 
 Draw = Callable[[tuple[int, ...]], Array]
 
+_LANCZOS = Image.Resampling.LANCZOS
 _LOG_VARIANCE = -30.0, 20.0  # what diffusers clips the encoder's log variance to
 
 
@@ -64,13 +65,8 @@ class Source:
         if mask is not None:
             _check_mask(mask, image)
         size = (settings.width, settings.height)
-        pictures = None if image is None else [p.resize(size, _LANCZOS) for p in _listed(image)]
-        if pictures is not None and len(pictures) not in (1, len(settings.prompts)):
-            raise SettingsError(
-                f"{len(pictures)} pictures for {len(settings.prompts)} prompts: give one or as many"
-            )
         return cls(
-            pixels=None if pictures is None else to_array(pictures),
+            pixels=None if image is None else _pixels(_listed(image), settings),
             mask=None if mask is None else to_mask(mask.resize(size, _LANCZOS)),
         )
 
@@ -88,9 +84,6 @@ class Canvas:
     latents: Array | None = None
     around: Array | None = None
     keep: Keep | None = None
-
-
-_LANCZOS = Image.Resampling.LANCZOS
 
 
 def size_of(image: Picture, latent: Latent) -> tuple[int, int]:
@@ -202,6 +195,15 @@ def _listed(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
         if not isinstance(picture, Image.Image):
             raise SettingsError(f"image is a picture of Pillow's, not {type(picture).__name__}")
     return list(pictures)
+
+
+def _pixels(pictures: list[Image.Image], settings: Settings) -> Array:
+    if len(pictures) not in (1, len(settings.prompts)):
+        raise SettingsError(
+            f"{len(pictures)} pictures for {len(settings.prompts)} prompts: give one or as many"
+        )
+    size = (settings.width, settings.height)  # palettes can't be mixed, so colours come first
+    return to_array([picture.convert("RGB").resize(size, _LANCZOS) for picture in pictures])
 
 
 def _check_mask(mask: Image.Image, image: Image.Image | Sequence[Image.Image] | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
 from latentforge.runtime.staging import staged_file
@@ -51,7 +51,7 @@ def to_mask(image: Image.Image) -> NDArray[np.float32]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Read a picture from a file.
+    """Read a picture from a file, turned as its camera says.
 
     Raises:
         SettingsError: there is none, or it is damaged, or too large to be meant.
@@ -60,8 +60,7 @@ def open_picture(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
-                return image.copy()
+                return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, *_BOMBS) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         reason = " ".join(str(said).split())

@@ -127,9 +127,15 @@ def test_a_run_in_two_parts_is_the_run(pipe: Pipeline) -> None:
 
 def test_modes_of_a_picture(pipe: Pipeline) -> None:
     """Grey, transparent and paletted pictures are what they look like."""
-    grey = picture().convert("L")
-    for mode in ("RGBA", "P", "LA", "1"):
-        pipe("a fox", image=grey.convert(mode), steps=1, strength=1.0)
+    mask = Image.new("L", (64, 64))
+    for mode in ("RGBA", "P", "LA", "L"):
+        given = picture(64, 64).convert("L").convert(mode)
+        request: dict[str, Any] = {"steps": 1, "height": 32, "width": 32}
+        result = pipe("a fox", image=given, mask=mask, **request)
+        small = (
+            picture(64, 64).convert("L").convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+        )
+        np.testing.assert_allclose(result.latents, clean(small), atol=1e-2)
     assert to_mask(half_mask().convert("RGBA")).tolist() == to_mask(half_mask()).tolist()
 
 
@@ -197,6 +203,13 @@ def test_a_file_that_is_no_picture(tmp_path: Path, content: bytes | str | None) 
     with pytest.raises(SettingsError, match=r"image\.png is no picture that can be read") as caught:
         open_picture(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_was_taken_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture(48, 32).save(tmp_path / "image.jpg", exif=exif)
+    assert open_picture(tmp_path / "image.jpg").size == (32, 48)
 
 
 def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
