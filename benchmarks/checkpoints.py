@@ -60,12 +60,13 @@ def write(
     architecture: Architecture, target: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a diffusers directory with random weights of a type."""
-    torch.manual_seed(seed)
     with _default_dtype(dtype):
-        # First, so that the same autoencoder has the same weights beside any UNet.
+        torch.manual_seed(seed)  # before each, so that equal parts are equal in any company
         diffusers.AutoencoderKL(**architecture.vae).save_pretrained(target / "vae")
+        torch.manual_seed(seed)
         _write_unet(architecture.unet, target)
         for folder, config in architecture.texts.items():
+            torch.manual_seed(seed)
             _write_text(config, target, folder, architecture.max_length)
     kind, options = architecture.scheduler
     getattr(diffusers, kind)(**options).save_pretrained(target / "scheduler")

@@ -30,6 +30,9 @@ from latentforge.runtime.tensor import TensorSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 
+EXPORTS = ("test_demo", "test_readme", "test_against_diffusers", "test_export", "test_cli")
+"""Files that use the demo's or the tiny checkpoint's engines, made once for a whole process."""
+
 Copy = Callable[[Path], Path]
 Handmade = Callable[..., Path]
 
@@ -57,6 +60,13 @@ SIGNATURES = {
     ),
 }
 TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, and all of EXPORTS in the same."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("exports" if name in EXPORTS else name))
 
 
 @pytest.fixture

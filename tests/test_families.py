@@ -135,9 +135,20 @@ def test_image_to_image(built: Built, name: str, picture: Image.Image) -> None:
     check(pipe.run(settings, image=picture), eager(settings, image=picture))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("name", TINY)
-def test_inpainting(
+def test_inpainting(built: Built, name: str, picture: Image.Image, mask: Image.Image) -> None:
+    inpaint(built, name, 0.6, picture, mask)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", *INPAINTING])
+def test_inpainting_from_noise(
+    built: Built, name: str, picture: Image.Image, mask: Image.Image
+) -> None:
+    """At full strength random numbers are drawn in another order."""
+    inpaint(built, name, 1.0, picture, mask)
+
+
+def inpaint(
     built: Built, name: str, strength: float, picture: Image.Image, mask: Image.Image
 ) -> None:
     pipe, eager = built(name)

@@ -66,6 +66,12 @@ _UNET_XL = {
     "projection_class_embeddings_input_dim": 48 + 6 * 8,
 }
 
+_FLAT = {  # of one level, for what the others show already
+    "block_out_channels": (32,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+
 SD = Architecture(
     pipeline="StableDiffusionPipeline",
     unet=_UNET,
@@ -97,6 +103,9 @@ REFINER = replace(
     pipeline="StableDiffusionXLImg2ImgPipeline",
     unet={
         **_UNET_XL,
+        **_FLAT,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 4,
         "cross_attention_dim": WIDTH,
         "projection_class_embeddings_input_dim": 48 + 5 * 8,
     },
@@ -121,7 +130,8 @@ SSD_1B = replace(
 
 def _inpainting(architecture: Architecture, pipeline: str) -> Architecture:
     assert isinstance(architecture.unet, Mapping)
-    unet = {**architecture.unet, "in_channels": 9}
+    flat = {**_FLAT, "attention_head_dim": 4, "transformer_layers_per_block": 1}
+    unet = {**architecture.unet, **flat, "in_channels": 9}
     return replace(architecture, pipeline=pipeline, unet=unet)
 
 
@@ -166,11 +176,11 @@ TINY: Mapping[str, Architecture] = {
     "sd": SD,
     "sd-2": SD_2,
     "sd-turbo": replace(SD_2, scheduler=("EulerDiscreteScheduler", _TRAILING)),
-    "bk-sdm": replace(SD, unet={**_UNET, "mid_block_type": None}),
+    "bk-sdm": replace(SD, unet={**_UNET, **_FLAT, "mid_block_type": None}),
     "lcm": replace(
         SD,
         pipeline="LatentConsistencyModelPipeline",
-        unet={**_UNET, "time_cond_proj_dim": 16},
+        unet={**_UNET, **_FLAT, "time_cond_proj_dim": 16},
         scheduler=("LCMScheduler", _BETAS),
     ),
     "sd-inpainting": _inpainting(SD, "StableDiffusionInpaintPipeline"),

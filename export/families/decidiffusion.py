@@ -40,7 +40,7 @@ def _plan(checkpoint: Checkpoint) -> Plan:
             module=load_flexible_unet,
         )
         return Plan(
-            components=(text, unet, *parts.vae(checkpoint, latent)),
+            components=(text, unet, *parts.vae(latent)),
             conditioning=Conditioning(
                 encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
             ),

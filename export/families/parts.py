@@ -179,8 +179,13 @@ def unet(
     )
 
 
-def vae(checkpoint: Checkpoint, latent: Latent) -> tuple[ComponentPlan, ComponentPlan]:
-    """The two halves of the autoencoder, decoder first."""
+def vae(latent: Latent, *, overflows: bool = False) -> tuple[ComponentPlan, ComponentPlan]:
+    """The two halves of the autoencoder, decoder first.
+
+    Args:
+        latent: the latent space.
+        overflows: whether its values leave the range of half precision.
+    """
     scale = latent.downscale
     shape = ("batch", latent.channels, "latent_height", "latent_width")
     pixels = ("batch", 3, f"latent_height*{scale}", f"latent_width*{scale}")
@@ -189,7 +194,7 @@ def vae(checkpoint: Checkpoint, latent: Latent) -> tuple[ComponentPlan, Componen
         "folder": "vae",
         "part": "vae",
         "module": partial(load_module, folder="vae", kind=AutoencoderKL),
-        "overflows": bool(checkpoint.config("vae").get("force_upcast", False)),
+        "overflows": overflows,
     }
     decoder = ComponentPlan(
         name="vae_decoder",

@@ -26,7 +26,7 @@ def _plan(checkpoint: Checkpoint) -> Plan:
         parts.check_context(checkpoint, [text], config["cross_attention_dim"])
         unet = parts.unet(config, latent, tokens=parts.tokens(text))
         return Plan(
-            components=(text, unet, *parts.vae(checkpoint, latent)),
+            components=(text, unet, *parts.vae(latent)),
             conditioning=Conditioning(
                 encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
             ),

@@ -37,8 +37,10 @@ def _plan(checkpoint: Checkpoint) -> Plan:
             tokens=parts.tokens(texts[-1]),
             added={"text_embeds": _pooled(checkpoint, config, time_ids), "time_ids": len(time_ids)},
         )
+        # Its pipelines take a VAE to overflow in half unless the configuration says no.
+        upcast = bool(checkpoint.config("vae").get("force_upcast", True))
         return Plan(
-            components=(*texts, unet, *parts.vae(checkpoint, latent)),
+            components=(*texts, unet, *parts.vae(latent, overflows=upcast)),
             conditioning=Conditioning(
                 encoders=tuple(_encoder(text) for text in texts),
                 zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
