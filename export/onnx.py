@@ -1,9 +1,11 @@
 """One torch module to one ONNX file, through torch.onnx's torch.export based exporter."""
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ __all__ = [
 
 OPSET = 20
 """Has Gelu as one operator, and every target reads it."""
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch notes the modules that a node lies in, the innermost and its own name last."""
 
 _INLINE_LIMIT = 256_000_000
 """Bytes of weights up to which they stay inside the file.
@@ -217,6 +222,7 @@ def _tidied(model: ir.Model, name: str, shapes: Mapping[str, ir.Shape]) -> ir.Mo
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes[str(value.name)]
     model.metadata_props.clear()
+    _name_nodes(model.graph)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # stack traces, with paths of this machine
         for output in node.outputs:
@@ -226,6 +232,19 @@ def _tidied(model: ir.Model, name: str, shapes: Mapping[str, ir.Shape]) -> ir.Mo
     model.producer_name = "latentforge"
     model.doc_string = None
     return model
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Call each node by the module that it comes from: ``mid_block.attentions.0.proj_in/Conv``.
+
+    Profiles, recipes and reports name layers by these.
+    """
+    taken: Counter[str] = Counter()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
+        name = f"{scopes[-2].removeprefix('model.')}/{node.op_type}".lstrip("/")
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
 
 
 @contextlib.contextmanager
