@@ -1,0 +1,169 @@
+"""Fuse what torch's exporter makes of GroupNorm into com.microsoft's GroupNorm, in NHWC.
+
+onnxscript ships a rule, which takes constant shapes only; our graphs leave batch, height and width
+free. It knows no activation and no input of rank 3 (the VAE's attention) either.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from latentforge.optimize.graph import constant
+from latentforge.optimize.passes.rewriting import (
+    MICROSOFT,
+    Editor,
+    made_by,
+    only_user,
+    scope_of,
+    size,
+    sizes,
+    sweep,
+    vector,
+)
+
+__all__ = ["fuse_group_norm"]
+
+CHANNELS_PER_THREAD = 2
+"""ONNX Runtime's CUDA kernel reads channels in pairs, which must not belong to two groups."""
+
+_TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GroupNorm:
+    """One group normalization, found.
+
+    Attributes:
+        x: (batch, channels, height, width) or (batch, channels, length).
+        weight: gamma, one number a channel.
+        bias: beta.
+        groups: of channels.
+        epsilon: added to variances.
+        scope: the module that it is named by.
+        last: the node whose output is to be replaced.
+        swish: whether SiLU follows and is part of it.
+    """
+
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value
+    groups: int
+    epsilon: float
+    scope: str
+    last: ir.Node
+    swish: bool
+
+
+def fuse_group_norm(model: ir.Model) -> int:
+    """Replace Reshape, InstanceNormalization, Reshape, Mul, Add [, SiLU] with one GroupNorm."""
+    editor, count = Editor(model.graph), 0
+    for node in model.graph:
+        if node.op_type == "InstanceNormalization" and (found := _match(node)) is not None:
+            _fuse(editor, found)
+            count += 1
+    sweep(model)
+    return count
+
+
+def _match(norm: ir.Node) -> _GroupNorm | None:
+    grouped, whole = made_by(norm.inputs[0], "Reshape"), only_user(norm.outputs[0])
+    scaled = only_user(whole.outputs[0]) if whole is not None else None
+    shifted = only_user(scaled.outputs[0]) if scaled is not None else None
+    if grouped is None or whole is None or scaled is None or shifted is None:
+        return None
+    x = grouped.inputs[0]
+    kinds = (whole.op_type, scaled.op_type, shifted.op_type)
+    if kinds != ("Reshape", "Mul", "Add") or x is None or not _groups(norm, grouped, whole):
+        return None
+    weight, bias = _other(scaled, whole.outputs[0]), _other(shifted, scaled.outputs[0])
+    channels, trailing = size(x, 1), len(x.shape or ()) - 2
+    if not isinstance(channels, int) or weight is None or bias is None:
+        return None
+    if not (vector(weight, channels, trailing) and vector(bias, channels, trailing)):
+        return None
+    last = _silu(shifted)
+    return _GroupNorm(
+        x=x,
+        weight=weight,
+        bias=bias,
+        groups=int(size(norm.inputs[1], 0)),  # type: ignore[arg-type]
+        epsilon=norm.attributes.get_float("epsilon", 1e-5),
+        scope=scope_of(norm),
+        last=last or shifted,
+        swish=last is not None,
+    )
+
+
+def _groups(norm: ir.Node, grouped: ir.Node, whole: ir.Node) -> bool:
+    """Whether a plain normalization stands between a cut into groups and its undoing."""
+    x, scale, shift = grouped.inputs[0], constant(norm.inputs[1]), constant(norm.inputs[2])
+    if x is None or x.shape is None or len(x.shape) not in (3, 4) or scale is None or shift is None:
+        return False
+    target, back = sizes(grouped.inputs[1]), sizes(whole.inputs[1])
+    channels, count = size(x, 1), len(scale)
+    if target not in ([0, count, -1], [size(x, 0), count, -1]) or back is None:
+        return False
+    rows = {size(x, 0), 0} if not whole.attributes.get_int("allowzero", 0) else {size(x, 0)}
+    wrong = [item for item, axis in zip(back[1:], (1, 2, 3), strict=False) if item != size(x, axis)]
+    wrong += [] if back[:1] and back[0] in rows else back[:1]
+    undone = len(back) == len(x.shape) and len(wrong) <= 1 and 0 not in wrong
+    plain = bool((scale == 1).all() and (shift == 0).all())
+    paired = isinstance(channels, int) and channels % (count * CHANNELS_PER_THREAD) == 0
+    return undone and plain and paired
+
+
+def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def _silu(node: ir.Node) -> ir.Node | None:
+    """The node that ends x * sigmoid(x), where x is this node's and nothing else uses it."""
+    value = node.outputs[0]
+    user = only_user(value)
+    if user is not None and user.op_type == "QuickGelu":
+        return user if abs(user.attributes.get_float("alpha", 1.702) - 1) < 1e-6 else None
+    users = {user.op_type: user for user in value.consumers()}
+    if set(users) != {"Sigmoid", "Mul"} or len(value.uses()) != 2 or value.is_graph_output():
+        return None
+    sigmoid, mul = users["Sigmoid"], users["Mul"]
+    ends = only_user(sigmoid.outputs[0]) is mul and value in mul.inputs
+    return mul if ends else None
+
+
+def _fuse(editor: Editor, found: _GroupNorm) -> None:
+    """GroupNorm wants rank 4; a single spatial axis gets a second one of size 1."""
+    x, before, scope = found.x, found.last, found.scope
+    flat = len(x.shape or ()) == 3
+    axes = None
+    if flat:
+        axes = editor.initializer(f"{scope}/axes", np.array([3], np.int64))
+        shape = [*(x.shape or ()), 1]
+        x = editor.add("Unsqueeze", [x, axes], before=before, scope=scope, shape=shape)
+    rows = editor.transpose(x, _TO_NHWC, before=before, scope=scope)
+    weights = [_flat(editor, value) for value in (found.weight, found.bias)]
+    normed = editor.add(
+        "GroupNorm",
+        [rows, *weights],
+        before=before,
+        scope=scope,
+        domain=MICROSOFT,
+        shape=rows.shape,
+        attributes={
+            "activation": int(found.swish),
+            "channels_last": 1,
+            "epsilon": found.epsilon,
+            "groups": found.groups,
+        },
+    )
+    result = editor.transpose(normed, _TO_NCHW, before=before, scope=scope)
+    if axes is not None:
+        result = editor.add("Squeeze", [result, axes], before=before, scope=scope)
+    editor.replace(found.last.outputs[0], result)
+
+
+def _flat(editor: Editor, value: ir.Value) -> ir.Value:
+    """A weight as one axis of float32, which the kernel wants whatever the input is."""
+    array = constant(value)
+    assert array is not None
+    return editor.initializer(f"{value.name}/channels", array.reshape(-1).astype(np.float32))

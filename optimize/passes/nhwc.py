@@ -1,0 +1,197 @@
+"""Convolve with channels last, com.microsoft's NhwcConv, and keep tensors in that layout.
+
+Tensor cores want channels last. Neither onnxscript nor onnx_ir ships rules; ONNX Runtime's own
+script makes NhwcConv too, and leaves two transposes around each.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from latentforge.optimize.graph import constant
+from latentforge.optimize.passes.rewriting import (
+    MICROSOFT,
+    Editor,
+    lazily,
+    made_by,
+    scalar,
+    size,
+    sweep,
+    vector,
+)
+
+__all__ = ["merge_transposes", "nhwc_conv"]
+
+TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Gelu", "QuickGelu", "Cast"})
+
+
+def nhwc_conv(model: ir.Model) -> int:
+    """Replace each Conv over images by Transpose, NhwcConv and Transpose."""
+    editor, count = Editor(model.graph), 0
+    for node in model.graph:
+        if node.op_type == "Conv" and not node.domain and _convertible(node):
+            _convert(editor, node)
+            count += 1
+    sweep(model)
+    return count
+
+
+def _convertible(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    fixed = weight is not None and weight.is_initializer() and not weight.is_graph_input()
+    plain = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+    return fixed and plain and weight is not None and len(weight.shape or ()) == 4
+
+
+def _convert(editor: Editor, node: ir.Node) -> None:
+    x, weight = node.inputs[:2]
+    assert x is not None and weight is not None and weight.shape is not None
+    shape = [weight.shape.numpy()[axis] for axis in TO_NHWC]
+    rows = editor.initializer(f"{weight.name}/nhwc", lazily(_to_nhwc, [weight], shape))
+    output = node.outputs[0]
+    result = editor.add(
+        "NhwcConv",
+        [editor.transpose(x, TO_NHWC, before=node), rows, *node.inputs[2:]],
+        before=node,
+        domain=MICROSOFT,
+        shape=None if output.shape is None else [output.shape[axis] for axis in TO_NHWC],
+        attributes={name: attribute.value for name, attribute in node.attributes.items()},
+    )
+    editor.replace(output, editor.transpose(result, TO_NCHW, before=node))
+
+
+def _to_nhwc(weight: NDArray[np.generic]) -> NDArray[np.generic]:
+    return weight.transpose(TO_NHWC)
+
+
+def merge_transposes(model: ir.Model) -> int:
+    """Let transposes to NCHW sink below what works in any layout, until they meet their inverse.
+
+    Returns:
+        How many nodes sank and pairs vanished.
+    """
+    editor, count = Editor(model.graph), 0
+    for node in model.graph:
+        if node.op_type == "Transpose":
+            count += _cancel(node)
+        elif (inputs := _inputs(editor, node)) is not None:
+            _sink(editor, node, inputs)
+            count += 1
+    sweep(model)
+    return count
+
+
+def _permuted(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
+    """What a Transpose by this permutation made the value of."""
+    node = made_by(value, "Transpose")
+    return node.inputs[0] if node and tuple(node.attributes.get_ints("perm", ())) == perm else None
+
+
+def _cancel(node: ir.Node) -> bool:
+    perm = tuple(node.attributes.get_ints("perm", ()))
+    inverse = tuple(int(axis) for axis in np.argsort(perm))
+    value = _permuted(node.inputs[0], inverse)
+    if value is None or not perm or node.outputs[0].is_graph_output():
+        return False
+    ir.convenience.replace_all_uses_with(node.outputs[0], value)
+    return True
+
+
+def _inputs(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
+    """Inputs in NHWC of a node that may work on these instead, or None."""
+    if not any(_permuted(value, TO_NCHW) for value in node.inputs):
+        return None
+    if node.op_type == "Resize" and not node.domain:
+        return _resized(editor, node)
+    if node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (1, -3):
+        found = [_permuted(value, TO_NCHW) for value in node.inputs]
+        return None if None in found else found
+    if node.op_type not in _ELEMENTWISE or not _can_move(node):
+        return None
+    return [_moved(editor, node, value) for value in node.inputs]
+
+
+def _can_move(node: ir.Node) -> bool:
+    return all(
+        _permuted(value, TO_NCHW) is not None
+        or scalar(value) is not None
+        or _channels(value) is not None
+        or _spread(value) is not None
+        or _residual(node, value)
+        for value in node.inputs
+    )
+
+
+def _residual(node: ir.Node, value: ir.Value | None) -> bool:
+    """Whether a value in NCHW is worth turning: as large as a sum that stays NHWC thereby."""
+    output = node.outputs[0]
+    if node.op_type != "Add" or value is None or value.shape is None or output.shape is None:
+        return False
+    whole = len(value.shape) == len(output.shape) == 4
+    return whole and all(size(value, axis) == size(output, axis) for axis in range(4))
+
+
+def _channels(value: ir.Value | None) -> int | None:
+    """The channels of a constant of one number each, (channels, 1, 1)."""
+    if value is None or value.shape is None or len(value.shape) not in (3, 4):
+        return None
+    channels = size(value, -3)
+    return channels if isinstance(channels, int) and vector(value, channels, 2) else None
+
+
+def _spread(value: ir.Value | None) -> ir.Value | None:
+    """The (batch, channels) of which an Unsqueeze makes (batch, channels, 1, 1)."""
+    node = made_by(value, "Unsqueeze")
+    axes = constant(node.inputs[1]) if node is not None else None
+    fits = axes is not None and axes.tolist() == [2, 3]
+    return node.inputs[0] if node is not None and fits else None
+
+
+def _moved(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
+    if (rows := _permuted(value, TO_NCHW)) is not None or value is None:
+        return rows
+    if (flat := _spread(value)) is not None:
+        axes = editor.initializer(f"{value.name}/axes", np.array([1, 2], np.int64))
+        shape = [size(flat, 0), 1, 1, size(flat, 1)] if flat.shape is not None else None
+        return editor.add("Unsqueeze", [flat, axes], before=node, shape=shape)
+    if _channels(value) is not None:
+        array = constant(value)
+        assert array is not None
+        return editor.initializer(f"{value.name}/nhwc", array.reshape(-1))
+    return editor.transpose(value, TO_NHWC, before=node) if _residual(node, value) else value
+
+
+def _resized(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
+    """Inputs of a Resize by constant scales; other modes than nearest need the layout."""
+    inputs = [*node.inputs, None, None, None][:4]
+    scales = constant(inputs[2])
+    plain = node.attributes.get_string("mode", "nearest") == "nearest"
+    if scales is None or scales.size != 4 or inputs[3] is not None or not plain:
+        return None
+    if "axes" in node.attributes:
+        return None
+    name = f"{inputs[2].name}/nhwc" if inputs[2] is not None else "scales"
+    turned = editor.initializer(name, scales[list(TO_NHWC)])
+    return [_permuted(inputs[0], TO_NCHW), inputs[1], turned]
+
+
+def _sink(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> None:
+    output = node.outputs[0]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    if node.op_type == "Concat":
+        attributes["axis"] = 3
+    result = editor.add(
+        node.op_type,
+        inputs,
+        before=node,
+        domain=node.domain,
+        shape=None if output.shape is None else [output.shape[axis] for axis in TO_NHWC],
+        attributes=attributes,
+    )
+    result.type = output.type
+    rows = result.producer()
+    assert rows is not None
+    node.name, rows.name = rows.name, node.name
+    editor.replace(output, editor.transpose(result, TO_NCHW, before=node))

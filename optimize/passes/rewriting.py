@@ -1,0 +1,294 @@
+"""What several passes need: reading sizes off a graph, and putting named nodes into it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from latentforge.optimize.graph import constant
+
+__all__ = [
+    "MICROSOFT",
+    "Array",
+    "Editor",
+    "Size",
+    "apply_named",
+    "lazily",
+    "made_by",
+    "only_user",
+    "scalar",
+    "size",
+    "sizes",
+    "split_scalar",
+    "sweep",
+    "vector",
+]
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+Array = NDArray[Any]
+
+Size = int | str | tuple[ir.Value, int]
+"""One dimension: a number, a name, or a place in a tensor (of whose shape nothing is known)."""
+
+_FEW = 8
+"""A tensor of sizes has at most so many elements; larger constants are not looked into."""
+
+
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that computes a value, if it is one of these operators of ONNX."""
+    node = value.producer() if value is not None else None
+    if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in op_types:
+        return None
+    return node
+
+
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node that uses a value, or None if there are more or the graph returns it."""
+    users = value.consumers()
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number in a constant of one element."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if value is None or tensor is None or tensor.size != 1:
+        return None
+    array = constant(value)
+    return None if array is None else float(array.reshape(-1)[0])
+
+
+def split_scalar(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """Of Mul(x, number) in any order or Div(x, number): x, and what it is multiplied by."""
+    first, second = node.inputs[0], node.inputs[1]
+    if first is None or second is None:
+        return None
+    if (number := scalar(second)) is not None:
+        return first, (1 / number if node.op_type == "Div" else number)
+    if node.op_type == "Mul" and (number := scalar(first)) is not None:
+        return second, number
+    return None
+
+
+def vector(value: ir.Value | None, channels: int, trailing: int) -> bool:
+    """Whether a value is a constant of one number a channel, with so many axes behind it."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if value is None or tensor is None or value.is_graph_input():
+        return False
+    shape = list(tensor.shape.numpy())
+    wanted = [channels] + [1] * trailing
+    return shape == wanted or shape == [1, *wanted]
+
+
+def size(value: ir.Value, axis: int) -> Size:
+    """One dimension of a value. A name stands for the same number all over a graph."""
+    if value.shape is not None:
+        axis %= len(value.shape)
+        dim = value.shape[axis]
+        if isinstance(dim, int):
+            return dim
+        if dim.value is not None:
+            return str(dim.value)
+    return (value, axis)
+
+
+def sizes(value: ir.Value | None) -> list[Size] | None:
+    """What is known of the elements of a tensor that holds sizes, or None if it isn't a list."""
+    if value is None:
+        return None
+    if (tensor := ir.convenience.get_const_tensor(value)) is not None:
+        array = constant(value) if tensor.size <= _FEW and len(tensor.shape) <= 1 else None
+        whole = array is not None and array.dtype.kind == "i"
+        return list(array.reshape(-1).tolist()) if whole and array is not None else None
+    node = value.producer()
+    computed = _COMPUTED.get(node.op_type) if node is not None and node.domain == "" else None
+    found = computed(node) if computed is not None and node is not None else None
+    return found if found is not None else _opaque(value)
+
+
+def _opaque(value: ir.Value) -> list[Size] | None:
+    if value.shape is None or len(value.shape) > 1:
+        return None
+    length = value.shape[0] if len(value.shape) else 1
+    return [(value, place) for place in range(length)] if isinstance(length, int) else None
+
+
+def _shape(node: ir.Node) -> list[Size] | None:
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return None
+    axes = range(len(value.shape))
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(axes))
+    return [size(value, axis) for axis in axes[start:end]]
+
+
+def _concat(node: ir.Node) -> list[Size] | None:
+    parts = [sizes(value) for value in node.inputs]
+    return None if None in parts else [item for part in parts if part for item in part]
+
+
+def _slice(node: ir.Node) -> list[Size] | None:
+    given = sizes(node.inputs[0])
+    numbers = [scalar(value) for value in node.inputs[1:]]
+    if given is None or None in numbers or numbers[2:] not in ([], [0], [0, 1]):
+        return None
+    start, end = (int(number or 0) for number in numbers[:2])
+    return given[start:end]
+
+
+def _gather(node: ir.Node) -> list[Size] | None:
+    given, places = sizes(node.inputs[0]), sizes(node.inputs[1])
+    if given is None or places is None or node.attributes.get_int("axis", 0) != 0:
+        return None
+    numbers = [place for place in places if isinstance(place, int)]
+    known = len(numbers) == len(places)
+    return [given[number] for number in numbers] if known else None
+
+
+def _same(node: ir.Node) -> list[Size] | None:
+    value = node.inputs[0]
+    if node.op_type == "Cast" and node.attributes.get_int("to", 0) != ir.DataType.INT64:
+        return None
+    return sizes(value)
+
+
+_COMPUTED: Mapping[str, Callable[[ir.Node], list[Size] | None]] = {
+    "Shape": _shape,
+    "Concat": _concat,
+    "Slice": _slice,
+    "Gather": _gather,
+    "Identity": _same,
+    "Cast": _same,
+    "Squeeze": _same,
+    "Unsqueeze": _same,
+    "Reshape": _same,
+}
+
+
+class Editor:
+    """Puts nodes into a graph, called and typed after those that they replace."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._names = {node.name for node in graph} | {
+            output.name for node in graph for output in node.outputs
+        }
+        self._names |= set(graph.initializers) | {value.name for value in graph.inputs}
+
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        *,
+        before: ir.Node,
+        scope: str | None = None,
+        domain: str = "",
+        shape: Iterable[Any] | None = None,
+        outputs: int = 1,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> ir.Value:
+        """Insert a node before another, in that one's module unless told a scope.
+
+        Returns:
+            Its first output: of that shape, and of the first input's dtype.
+        """
+        module = scope_of(before) if scope is None else scope
+        name = self.free(f"{module}/{op_type}".lstrip("/"))
+        known = [
+            ir.convenience.convert_attribute(key, item) for key, item in (attributes or {}).items()
+        ]
+        node = ir.Node(domain, op_type, inputs, known, num_outputs=outputs, name=name)
+        output = node.outputs[0]
+        output.name = self.free(f"{name}_output")
+        output.type = next((value.type for value in inputs if value is not None), None)
+        output.shape = None if shape is None else ir.Shape(shape)
+        if domain:
+            self._graph.opset_imports.setdefault(domain, 1)
+        self._graph.insert_before(before, node)
+        return output
+
+    def transpose(
+        self, value: ir.Value, perm: Sequence[int], *, before: ir.Node, scope: str | None = None
+    ) -> ir.Value:
+        """Insert a Transpose, named like any node that is added."""
+        shape = None if value.shape is None else [value.shape[axis] for axis in perm]
+        attributes = {"perm": list(perm)}
+        return self.add(
+            "Transpose", [value], before=before, scope=scope, shape=shape, attributes=attributes
+        )
+
+    def initializer(self, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:
+        """Add a constant under this name, or this name with a number."""
+        tensor = ir.tensor(tensor) if isinstance(tensor, np.ndarray) else tensor
+        value = ir.Value(name=self.free(name), const_value=tensor)
+        value.dtype = tensor.dtype
+        value.shape = ir.Shape(tensor.shape.numpy())
+        self._graph.register_initializer(value)
+        return value
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let a value take over the name, type, shape and users of another."""
+        new.name, new.type = old.name, old.type
+        new.shape = old.shape if old.shape is not None else new.shape
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+    def free(self, name: str) -> str:
+        """This name, numbered if it is taken."""
+        number, found = 1, name
+        while found in self._names:
+            number += 1
+            found = f"{name}_{number}"
+        self._names.add(found)
+        return found
+
+
+def scope_of(node: ir.Node) -> str:
+    """The module that a node is named by."""
+    return str(node.name or "").rpartition("/")[0]
+
+
+def lazily(
+    compute: Callable[..., Array], values: Sequence[ir.Value], shape: Sequence[int]
+) -> ir.LazyTensor:
+    """What is computed from some constants, each time anew: gigabytes of weights stay on disk."""
+    tensors = [ir.convenience.get_const_tensor(value) for value in values]
+
+    def tensor() -> ir.TensorProtocol:
+        arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
+        return ir.Tensor(np.ascontiguousarray(compute(*arrays).reshape(shape)))
+
+    dtype = values[0].dtype
+    assert dtype is not None
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape))
+
+
+def apply_named(apply: Callable[[ir.Model], Any], model: ir.Model) -> int:
+    """Apply rules of a library that don't name what they make, and name it.
+
+    A node is called after the module of the one that made the same value before.
+
+    Returns:
+        What applying gave.
+    """
+    known = set(model.graph)
+    makers = {output.name: node for node in model.graph for output in node.outputs}
+    count = apply(model)
+    editor = Editor(model.graph)
+    for node in model.graph:
+        if node not in known:
+            maker = next((makers[out.name] for out in node.outputs if out.name in makers), node)
+            module = "" if maker is node else scope_of(maker)
+            alike = maker is not node and maker.op_type == node.op_type
+            name = f"{module}/{node.op_type}".lstrip("/")
+            node.name = maker.name if alike else editor.free(name)
+            node.metadata_props.clear()
+    return int(count)
+
+
+def sweep(model: ir.Model) -> None:
+    """Remove what nothing uses any more."""
+    common.RemoveUnusedNodesPass()(model)

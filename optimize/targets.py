@@ -1,0 +1,74 @@
+"""Which passes make the graph that each target runs best.
+
+What a pass makes has to load: ONNX Runtime's own operators (com.microsoft) exist for its CPU and
+CUDA providers, some of them for CUDA alone, and for no other engine.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import onnx_ir as ir
+
+from latentforge.optimize.passes import PASSES
+from latentforge.optimize.pipeline import optimize
+from latentforge.optimize.quantize import Form
+
+__all__ = ["CUDA_ONLY", "TARGETS", "Target", "fuse"]
+
+CUDA_ONLY = frozenset({"fuse-geglu", "fuse-group-norm", "pack-attention", "nhwc-conv"})
+"""Passes that make operators which ONNX Runtime's CPU provider lacks, measured with 1.32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What runs a graph.
+
+    Attributes:
+        passes: names in PASSES, in the order in which they run.
+        half: whether it computes in half precision.
+        form: how it takes quantized layers.
+    """
+
+    passes: tuple[str, ...]
+    half: bool
+    form: Form
+
+    @property
+    def portable(self) -> tuple[str, ...]:
+        """The passes whose graph ONNX Runtime's CPU provider runs too, for gates without a GPU."""
+        return tuple(name for name in self.passes if name not in CUDA_ONLY)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether ONNX Runtime's CPU provider runs its graphs as they are."""
+        return self.portable == self.passes
+
+
+_STANDARD = ("fold-constants", "fuse-layer-norm", "fuse-gelu")
+"""What leaves nothing but ONNX's own operators: these engines fuse by themselves."""
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "cpu": Target(
+            passes=(*_STANDARD, "fuse-quick-gelu", "fuse-attention"),
+            half=False,
+            form="onnxruntime",
+        ),
+        "cuda": Target(passes=tuple(PASSES), half=True, form="onnxruntime"),
+        "tensorrt": Target(passes=_STANDARD, half=True, form="qdq"),
+        "tensorrt-rtx": Target(passes=_STANDARD, half=True, form="qdq"),
+        "openvino": Target(passes=_STANDARD, half=False, form="qdq"),
+    }
+)
+
+
+def fuse(model: ir.Model, target: Target, *, portable: bool = False) -> Counter[str]:
+    """Apply a target's passes to a graph in place, or those that the CPU provider runs too.
+
+    Returns:
+        By pass, how many rewrites it made.
+    """
+    names = target.portable if portable else target.passes
+    return optimize(model, {name: PASSES[name] for name in names})
