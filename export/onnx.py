@@ -18,7 +18,7 @@ from torch import nn
 
 from latentforge.export.families.types import ComponentPlan
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.manifest import Component, FileEntry, hash_file
+from latentforge.runtime.manifest import Component, FileEntry
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "as_it_is",
     "component_entry",
     "export_onnx",
-    "file_entry",
     "fix_dimensions",
 ]
 
@@ -148,8 +147,8 @@ def component_entry(
 ) -> Component:
     """Describe an exported file of directory, and the weights beside it, for the manifest."""
     data = path.with_name(f"{path.name}.data")
-    weights = (file_entry(data, directory),) if data.exists() else ()
-    main = file_entry(path, directory)
+    weights = (FileEntry.of(data, directory),) if data.exists() else ()
+    main = FileEntry.of(path, directory)
     return Component(
         file=main.file,
         sha256=main.sha256,
@@ -161,12 +160,6 @@ def component_entry(
         outputs=fix_dimensions(plan.outputs, sizes),
         overflows=plan.overflows,
     )
-
-
-def file_entry(path: Path, directory: Path) -> FileEntry:
-    """A file anywhere in directory, for the manifest."""
-    file = path.relative_to(directory).as_posix()
-    return FileEntry(file=file, sha256=hash_file(path), bytes=path.stat().st_size)
 
 
 def _drop_weights(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:

@@ -21,10 +21,10 @@ import onnx
 from latentforge.export.checkpoint import Checkpoint, brief, sha256_of
 from latentforge.export.families import ComponentPlan, Plan
 from latentforge.export.families.parts import TextEncoder
-from latentforge.export.onnx import file_entry, fix_dimensions
+from latentforge.export.onnx import fix_dimensions
 from latentforge.export.tokenizers import special_tokens
 from latentforge.runtime.errors import CheckpointError, SettingsError
-from latentforge.runtime.manifest import Component, Manifest
+from latentforge.runtime.manifest import Component, FileEntry, Manifest
 from latentforge.runtime.tensor import DTYPES, TensorSpec
 
 __all__ = [
@@ -96,12 +96,12 @@ class Graph:
         for file in (_MODEL, *self.data):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / file, target / file)
-        main = file_entry(target / _MODEL, directory)
+        main = FileEntry.of(target / _MODEL, directory)
         return Component(
             file=main.file,
             sha256=main.sha256,
             bytes=main.bytes,
-            data=tuple(file_entry(target / file, directory) for file in self.data),
+            data=tuple(FileEntry.of(target / file, directory) for file in self.data),
             backend="onnxruntime",
             precision=self.precision,
             inputs=self.inputs,

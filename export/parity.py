@@ -15,7 +15,7 @@ from latentforge.export.families.types import ComponentPlan
 from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import GateError
-from latentforge.runtime.image import psnr
+from latentforge.runtime.image import psnr, relative_error
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
 
@@ -115,9 +115,3 @@ def check_parity(
             f"{MAX_RELATIVE_ERROR:.0e} is allowed: please report this checkpoint"
         )
     return {"max_relative_error": worst, "psnr": float(lowest)}
-
-
-def relative_error(reference: NDArray[np.generic], other: NDArray[np.generic]) -> float:
-    """max |a - b| / max |a|, in float64."""
-    a, b = np.asarray(reference, np.float64), np.asarray(other, np.float64)
-    return float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny))

@@ -161,6 +161,12 @@ class Comparison:
         """What the others are measured against."""
         return self.measurements[0]
 
+    @property
+    def stages(self) -> list[str]:
+        """What every contender has, such as the sampler: engines may be cut differently."""
+        common = set.intersection(*(set(m.medians) for m in self.measurements))
+        return [stage for stage in self.reference.medians if stage in common]
+
     def ratio(self, other: Measurement, stage: str) -> float:
         """How many times faster ``other`` is: the median over pairs of neighbouring runs."""
         pairs = zip(self.reference.runs, other.runs, strict=True)
@@ -197,7 +203,7 @@ class Comparison:
             "peak_memory_bytes": measured.peak_memory,
             "median_seconds": measured.medians,
             "total_seconds": [run.total for run in measured.runs],
-            "ratio": {stage: self.ratio(measured, stage) for stage in measured.medians},
+            "ratio": {stage: self.ratio(measured, stage) for stage in self.stages},
             "ratio_range": list(self.spread(measured)),
             "psnr": self.psnr(measured),
         }
@@ -209,7 +215,7 @@ class Comparison:
         others = self.measurements[1:]
         names = [m.name for m in self.measurements] + [f"{m.name} better by" for m in others]
         yield " " * 14 + "".join(f"{name[:20]:>21}" for name in names)
-        for stage in self.reference.medians:
+        for stage in self.stages:
             cells = [f"{m.medians[stage] * 1e3:.1f} ms" for m in self.measurements]
             cells += [f"{self.ratio(m, stage):.2f}x" for m in others]
             yield f"{stage:<14}" + "".join(f"{cell:>21}" for cell in cells)

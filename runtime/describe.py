@@ -1,10 +1,16 @@
 """What is in an engine directory, for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
 
-from latentforge.runtime.manifest import Component, Manifest
+from latentforge.runtime.manifest import Component, Manifest, Stage
+from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["describe"]
+__all__ = ["changes", "describe"]
+
+_SAME_PICTURE = {"fp32": 40.0, "fp16": 30.0}  # dB of images, for class A
+_SHOWN = 6  # tensors of a component, and layers kept in float
 
 
 def describe(manifest: Manifest) -> str:
@@ -36,26 +42,117 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         f"{defaults.width}x{defaults.height}"
     )
     yield ""
-    yield f"{'component':<16}{'backend':<14}{'precision':<11}{'size':>11}  {'against torch':<14}"
+    against = "against input" if len(manifest.history) > 1 else "against torch"
+    yield f"{'component':<16}{'backend':<14}{'precision':<13}{'size':>11}  {against}"
     for name, component in manifest.components.items():
         yield _row(name, component, manifest)
     yield ""
     for name, component in manifest.components.items():
-        signature = [f"{key} {spec}" for key, spec in component.inputs.items()]
-        results = [f"{key} {spec}" for key, spec in component.outputs.items()]
-        yield f"{name}: {', '.join(signature)} -> {', '.join(results)}"
+        yield f"{name}: {_signature(component.inputs)} -> {_signature(component.outputs)}"
     if "image" in manifest.quality:
-        figures = ", ".join(f"{k} {v:.1f} dB" for k, v in manifest.quality["image"].items())
-        yield f"image against torch: {figures}"
+        yield f"image {against}: {_figures(manifest.quality['image'])}"
     for stage in manifest.history:
         tools = ", ".join(f"{name} {version}" for name, version in stage.tools.items())
+        yield ""
         yield f"{stage.name}: {stage.seconds:.0f} s with {tools}"
-        yield from (f"  {name}: {count} rewrites" for name, count in stage.passes.items())
+        yield from changes(stage)
+
+
+def _signature(specs: Mapping[str, TensorSpec]) -> str:
+    shown = [f"{key} {spec}" for key, spec in islice(specs.items(), _SHOWN)]
+    more = len(specs) - len(shown)
+    return ", ".join([*shown, f"{more} more"] if more else shown)
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:.1f} dB" if "psnr" in name else f"{name} {value:.3g}"
+        for name, value in figures.items()
+    )
+
+
+def changes(stage: Stage) -> Iterator[str]:
+    """What a stage did to its input, and what was measured of both, line by line."""
+    if "recipe" in stage.options:
+        yield f"recipe {stage.options['recipe']} for {stage.options['target']}"
+    yield from (f"  {name}: {count}" for name, count in stage.passes.items())
+    parts = {n: m for n, m in stage.measured.items() if "bytes_before" in m}
+    if parts:
+        yield f"{'component':<16}{'nodes':>14}{'size in MB':>20}{'':>8}{'error':>9}{'PSNR':>11}"
+    for name, measured in parts.items():
+        yield _change(name, measured)
+    totals = [sum(m[f"bytes_{when}"] for m in parts.values()) for when in ("before", "after")]
+    if parts:
+        yield f"{'together':<30}{_megabytes(*totals)}"
+    yield from _verdict(stage)
+
+
+def _change(name: str, measured: Mapping[str, float]) -> str:
+    nodes = f"{measured['nodes_before']:.0f} -> {measured['nodes_after']:.0f}"
+    row = f"{name:<16}{nodes:>14}{_megabytes(measured['bytes_before'], measured['bytes_after'])}"
+    if "psnr" in measured:
+        row += f"{measured['max_relative_error']:>9.0e}{measured['psnr']:>8.1f} dB"
+    return row
+
+
+def _megabytes(before: float, after: float) -> str:
+    return f"{f'{before / 1e6:.1f} -> {after / 1e6:.1f}':>20}{after / before:>8.1%}"
+
+
+def _verdict(stage: Stage) -> Iterator[str]:
+    """How the pictures came out, and what they took."""
+    image = stage.measured.get("image", {})
+    if "psnr" in image:
+        shown = {k: image[k] for k in ("psnr", "psnr_worst", "ssim", "perceptual") if k in image}
+        yield f"{image['images']:.0f} images at equal seeds: {_figures(shown)}; {_class(stage)}"
+    if "speedup" in image:
+        ratio = image["speedup"]
+        change = (
+            f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x SLOWER on this machine"
+        )
+        yield (
+            f"images {change} ({image['speedup_least']:.2f} to {image['speedup_most']:.2f} over "
+            f"pairs), UNet step {image['unet_step_speedup']:.2f}x, memory "
+            f"{image['memory_before'] / 1e6:.0f} -> {image['memory_after'] / 1e6:.0f} MB"
+        )
+    elif stage.measured:
+        yield "not timed"
+    for name, figures in stage.options.get("candidates", {}).items():
+        yield _candidate(name, figures, chosen=name == stage.options["chosen"])
+    yield from _kept(stage.options.get("layers", []))
+
+
+def _class(stage: Stage) -> str:
+    """Class A: the same picture. Class B: another one, of the same thing if the gate is right."""
+    precisions = set(stage.options["settings"].get("precision", {}).values()) or {"fp32"}
+    whole = not stage.options["settings"].get("prune") and precisions <= _SAME_PICTURE.keys()
+    wanted = min(_SAME_PICTURE[p] for p in precisions) if whole else float("inf")
+    same = stage.measured["image"]["psnr"] >= wanted
+    return "class A: the same pictures" if same else "class B: judged by its gate"
+
+
+def _candidate(name: str, figures: Mapping[str, Any], *, chosen: bool) -> str:
+    mark = "*" if chosen else " "
+    if "failures" in figures:
+        return f"{mark} {name}: not good enough: {figures['failures'][0]}"
+    return f"{mark} {name}: {figures['speedup']:.2f}x, psnr {figures['psnr']:.1f} dB"
+
+
+def _kept(layers: list[Mapping[str, Any]]) -> Iterator[str]:
+    """The layers that stayed in float, the worst first."""
+    kept = [layer for layer in layers if layer["kept"]]
+    if layers:
+        yield f"{len(layers)} layers measured one by one, {len(kept)} kept in float"
+    for layer in kept[:_SHOWN]:
+        yield (
+            f"  {layer['name']}: error {layer['error']:.1e}, would save {layer['bytes'] / 1e3:.0f} "
+            f"kB and {layer['seconds'] * 1e3:.2f} ms a step"
+        )
 
 
 def _row(name: str, component: Component, manifest: Manifest) -> str:
-    size = sum(entry.bytes for entry in component.files) / 1e6
+    size = component.size / 1e6
     error = manifest.quality.get(name, {}).get("max_relative_error")
     parity = "" if error is None else f"within {error:.0e}"
-    row = f"{name:<16}{component.backend:<14}{component.precision:<11}{size:8.1f} MB  {parity}"
+    row = f"{name:<16}{component.backend:<14}{component.precision:<13}{size:8.1f} MB  {parity}"
     return row.rstrip()

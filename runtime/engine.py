@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from latentforge.runtime.tensor import Feeds
 __all__ = ["Engine"]
 
 _NOTHING: Feeds = MappingProxyType({})
+_T = TypeVar("_T", bound=np.generic)
 
 
 class Engine:
@@ -70,6 +72,18 @@ class Engine:
             ShapeError: the feeds do not fit the engine.
             BackendError: the engine failed, or an output holds NaN or infinity.
         """
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+            outputs = {
+                key: value.astype(np.float32, copy=False)
+                for key, value in self._outputs(rows, shared).items()
+            }
+        return self._checked(outputs)
+
+    def run_as_it_is(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[Any]]:
+        """The same, with every output in the dtype that the engine gives it: for other engines."""
+        return self._checked(self._outputs(rows, shared))
+
+    def _outputs(self, rows: Feeds, shared: Feeds) -> dict[str, NDArray[Any]]:
         batch = self._count(rows)
         given = {name: self._cast(name, array) for name, array in rows.items()}
         fixed = self._fixed(next(iter(rows)))
@@ -78,7 +92,7 @@ class Engine:
             self.session.run({**_part(given, start, size, pad=fixed is not None), **shared})
             for start in range(0, batch, size)
         ]
-        return {key: self._joined(key, [part[key] for part in parts])[:batch] for key in parts[0]}
+        return {key: _joined([part[key] for part in parts])[:batch] for key in parts[0]}
 
     def _count(self, rows: Feeds) -> int:
         counts = {name: len(array) for name, array in rows.items()}
@@ -100,17 +114,18 @@ class Engine:
             raise ShapeError(f"{self.name}: engine has no input {name!r} with rows")
         return spec.shape[0] if isinstance(spec.shape[0], int) else None
 
-    def _joined(self, key: str, parts: list[NDArray[np.generic]]) -> NDArray[np.float32]:
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
-            value = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(
-                np.float32, copy=False
-            )
-        if not np.isfinite(value).all():
-            raise BackendError(
-                f"{self.name}: output {key} holds NaN or infinity: its precision does not suit "
-                "this model, or the weights are damaged; build again with --precision fp32"
-            )
-        return value
+    def _checked(self, outputs: dict[str, NDArray[_T]]) -> dict[str, NDArray[_T]]:
+        for key, value in outputs.items():
+            if not np.isfinite(value).all():
+                raise BackendError(
+                    f"{self.name}: output {key} holds NaN or infinity: its precision does not suit "
+                    "this model, or the weights are damaged; build again with --precision fp32"
+                )
+        return outputs
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _part(rows: Feeds, start: int, size: int, *, pad: bool) -> dict[str, NDArray[np.generic]]:

@@ -20,6 +20,7 @@ __all__ = [
     "from_array",
     "open_picture",
     "psnr",
+    "relative_error",
     "save",
     "sheet",
     "to_array",
@@ -88,6 +89,12 @@ def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> floa
     if error == 0 or top == 0:
         return MAX_PSNR if error == 0 else 0.0
     return min(MAX_PSNR, 10 * float(np.log10(top**2 / error)))
+
+
+def relative_error(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """max |a - b| / max |a|, in float64; NaN where one of them holds it."""
+    a, b = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    return float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny))
 
 
 def check_output(path: Path) -> str:

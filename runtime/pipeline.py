@@ -28,6 +28,7 @@ from latentforge.runtime.rng import Generator
 from latentforge.runtime.schedules import Plan
 from latentforge.runtime.settings import Request, Settings, resolve
 from latentforge.runtime.tokenizer import Tokenizer
+from latentforge.runtime.unet import ToldUnet, Unet
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -125,7 +126,8 @@ class Pipeline:
         def load_engine(name: str) -> Engine:
             # Pixels take far more memory than latents, so the VAE sees one picture at a time.
             rows = 1 if low_memory else at_once
-            limit = {"unet": rows, "vae_decoder": 1, "vae_encoder": 1}.get(name)
+            limits = {"unet": rows, "unet_prompt": rows, "vae_decoder": 1, "vae_encoder": 1}
+            limit = limits.get(name)
             component = manifest.components[name]
             return Engine.load(name, component, path, options, at_once=limit, low_memory=low_memory)
 
@@ -311,17 +313,12 @@ class Pipeline:
     ) -> Iterator[samplers.Step]:
         """Encode prompts and picture, draw the noise and start the sampler."""
         generator = Generator(settings.seed)
-        with watch.stage("text_encoder"):
-            positive, negative = tell(
-                settings, self.manifest.conditioning, self.engines, self.tokenizers
-            )
+        unet, guided = self._told(settings, plan, watch)
         studio = self._studio(settings, plan, generator, watch)
         canvas = studio.prepare(source)
         denoiser = EngineDenoiser(
-            unet=self.engines["unet"],
-            watch=watch,
-            positive=positive,
-            negative=negative,
+            unet=unet,
+            guided=guided,
             prediction=self.manifest.prediction,
             scale=settings.guidance_scale,
             rescale=settings.guidance_rescale,
@@ -336,6 +333,18 @@ class Pipeline:
             keep=canvas.keep,
         )
 
+    def _told(self, settings: Settings, plan: Plan, watch: Stopwatch) -> tuple[ToldUnet, bool]:
+        """The UNet, told of the prompts and of the plan, and whether there is guidance."""
+        unet = Unet.of(self.engines)
+        with watch.stage("text_encoder"):
+            rows, negative = tell(
+                settings, self.manifest.conditioning, unet.inputs, self.engines, self.tokenizers
+            )
+        if negative is not None:
+            rows = {name: np.concatenate([negative[name], rows[name]]) for name in rows}
+        timesteps = [interval.start.timestep for interval in plan.intervals]
+        return unet.told(rows, timesteps, watch), negative is not None
+
     def _studio(
         self, settings: Settings, plan: Plan, generator: Generator, watch: Stopwatch
     ) -> Studio:
@@ -344,7 +353,7 @@ class Pipeline:
 
         def encode(pixels: Array) -> Array:
             with watch.stage("vae_encoder"):
-                parameters = self._engine("vae_encoder").run({"sample": pixels})
+                parameters = self.load_engine("vae_encoder").run({"sample": pixels})
             return sample_posterior(parameters["latent_parameters"], latent, generator.randn)
 
         return Studio(
@@ -356,7 +365,7 @@ class Pipeline:
             encode=encode,
         )
 
-    def _engine(self, name: str) -> Engine:
+    def load_engine(self, name: str) -> Engine:
         """An engine that is loaded when it is first needed."""
         with self._loading:
             if name not in self.engines:

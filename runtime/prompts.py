@@ -21,22 +21,23 @@ Told = dict[str, Array]
 def tell(
     settings: Settings,
     conditioning: Conditioning,
+    inputs: Mapping[str, TensorSpec],
     engines: Mapping[str, Engine],
     tokenizers: Mapping[str, Tokenizer],
 ) -> tuple[Told, Told | None]:
-    """What the UNet is told of the prompts, and of the negative ones if they count.
+    """What a UNet of these inputs is told of the prompts, and of the negative ones if they count.
 
     A UNet that takes the guidance scale itself (Meng et al. 2023, arXiv 2210.03142) needs no
     negative prompts, and neither does one that runs at scale 1 or below.
     """
-    inputs = engines["unet"].component.inputs
     embedded = "timestep_cond" in inputs
     guided = settings.guided and not embedded
     texts = list(settings.prompts)
     zeros = conditioning.zero_negative and not settings.negative_prompts
     if guided and not zeros:
         texts += settings.negative_prompts or [""] * len(texts)
-    rows = _encode(texts, settings, conditioning, engines, tokenizers)
+    encoded = _encode(texts, settings, conditioning, engines, tokenizers)
+    rows = {name: array for name, array in encoded.items() if name in inputs}
     positive = {name: array[: settings.count] for name, array in rows.items()}
     negative = {
         name: np.zeros_like(array[: settings.count]) if zeros else array[settings.count :]
@@ -75,7 +76,7 @@ def _encode(
         contexts.append(outputs[encoder.context])
         pooled = outputs[encoder.pooled] if encoder.pooled else pooled
     told = {"encoder_hidden_states": np.concatenate(contexts, axis=-1)}
-    if pooled is not None and "text_embeds" in engines["unet"].component.inputs:
+    if pooled is not None:
         told["text_embeds"] = pooled
     return {name: array.repeat(settings.images_per_prompt, axis=0) for name, array in told.items()}
 

@@ -59,7 +59,7 @@ def _table(comparison: Comparison) -> Iterator[str]:
     names += ["ratio"] if len(others) == 1 else [f"{m.name} ratio" for m in others]
     yield '<h2>By stage</h2><div class="scroll"><table><tr><th>median</th>'
     yield "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>"
-    for stage in comparison.reference.medians:
+    for stage in comparison.stages:
         cells = [f"<td>{m.medians[stage] * 1e3:.1f} ms</td>" for m in comparison.measurements]
         cells += [f'<td class="ratio">{comparison.ratio(m, stage):.2f}x</td>' for m in others]
         yield f"<tr><td>{html.escape(stage)}</td>{''.join(cells)}</tr>"

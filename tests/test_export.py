@@ -23,7 +23,6 @@ from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.eager import EagerPipeline
 from latentforge.export.families import ComponentPlan, family_of
 from latentforge.export.onnx import Dimensions
-from latentforge.export.parity import relative_error
 from latentforge.export.stage import export
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import (
@@ -34,7 +33,7 @@ from latentforge.runtime.errors import (
     ShapeError,
     TargetError,
 )
-from latentforge.runtime.image import psnr
+from latentforge.runtime.image import psnr, relative_error
 from latentforge.runtime.manifest import Manifest, hash_file
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.tensor import TensorSpec

@@ -1,0 +1,129 @@
+"""The UNet, whole or in parts: what runs once a prompt, once a schedule, and every step.
+
+docs/format.md says what the parts take and give. An engine directory of a whole UNet has the last
+alone.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentforge.runtime.engine import Engine
+from latentforge.runtime.profile import Stopwatch
+from latentforge.runtime.tensor import Feeds, TensorSpec
+
+__all__ = ["ToldUnet", "Unet"]
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unet:
+    """The engines of a UNet. Threads may share it.
+
+    Attributes:
+        step: runs every step.
+        prompt: runs once a request, on rows that are the step's.
+        time: runs for all timesteps of a schedule at once, each of them a row, or as many rows as
+            the step has where it is told of the prompts too.
+    """
+
+    step: Engine
+    prompt: Engine | None = None
+    time: Engine | None = None
+
+    @classmethod
+    def of(cls, engines: Mapping[str, Engine]) -> "Unet":
+        """The UNet among the loaded components."""
+        prompt, time = engines.get("unet_prompt"), engines.get("unet_time")
+        return cls(step=engines["unet"], prompt=prompt, time=time)
+
+    @property
+    def inputs(self) -> dict[str, TensorSpec]:
+        """What a whole UNet would take: inputs of a part that no other part gives."""
+        engines = [engine for engine in (self.prompt, self.time) if engine is not None]
+        given = {name for engine in engines for name in engine.component.outputs}
+        specs: dict[str, TensorSpec] = {}
+        for engine in (*engines, self.step):
+            specs |= engine.component.inputs
+        return {name: spec for name, spec in specs.items() if name not in given}
+
+    def told(self, rows: Feeds, timesteps: Iterable[float], watch: Stopwatch) -> "ToldUnet":
+        """What predicts the noise for one request.
+
+        Args:
+            rows: all inputs but sample and timestep, with a row a sample.
+            timesteps: those that will be asked for; others may be too, and take longer.
+            watch: told of every run of a part.
+        """
+        given: Feeds = {}
+        if self.prompt is not None:
+            with watch.stage("unet_prompt"):
+                given = self.prompt.run_as_it_is(_only(self.prompt, rows))
+        told = ToldUnet(self, {**rows, **given}, watch)
+        told.prepare(timesteps)
+        return told
+
+
+class ToldUnet:
+    """A UNet that knows its prompts, and keeps what it knows of timesteps, for one request."""
+
+    def __init__(self, unet: Unet, rows: Feeds, watch: Stopwatch) -> None:
+        self._unet = unet
+        self._rows = rows
+        self._count = len(next(iter(rows.values())))
+        self._watch = watch
+        self._known: dict[float, tuple[Feeds, Feeds]] = {}
+
+    def predict(self, sample: Array, timestep: float) -> Array:
+        """The output for a sample (rows, channels, h, w), with as many rows as it was told of."""
+        self.prepare([timestep])
+        rows, shared = self._known[timestep]
+        step = self._unet.step
+        given = {"sample": sample, **_only(step, self._rows), **rows}
+        with self._watch.stage("unet"):
+            return step.run(given, {**shared, **_timestep(step, timestep)})["out_sample"]
+
+    def prepare(self, timesteps: Iterable[float]) -> None:
+        """Run the time part for those timesteps that are new."""
+        new = [timestep for timestep in dict.fromkeys(timesteps) if timestep not in self._known]
+        time = self._unet.time
+        if time is None:
+            self._known |= dict.fromkeys(new, ({}, {}))
+        elif new:
+            with self._watch.stage("unet_time"):
+                self._known |= self._run(time, new)
+
+    def _run(self, time: Engine, timesteps: list[float]) -> dict[float, tuple[Feeds, Feeds]]:
+        """What the time part gives for each timestep: by row, and shared by all rows."""
+        told = _only(time, self._rows)
+        rows = self._count if told else 1
+        tiled = {name: np.concatenate([array] * len(timesteps)) for name, array in told.items()}
+        numbers = np.repeat(timesteps, rows).astype(time.component.inputs["timestep"].dtype)
+        outputs = time.run_as_it_is({"timestep": numbers, **tiled})
+        parts = {
+            timestep: {name: array[start : start + rows] for name, array in outputs.items()}
+            for timestep, start in zip(timesteps, range(0, len(numbers), rows), strict=True)
+        }
+        return {timestep: self._divided(part, own=bool(told)) for timestep, part in parts.items()}
+
+    def _divided(self, part: Feeds, *, own: bool) -> tuple[Feeds, Feeds]:
+        """Tensors with the rows of the sample, and those with one row for all of them."""
+        specs = self._unet.step.component.inputs
+        batch = specs["sample"].shape[0]
+        rows = {name: part[name] for name in part if own and specs[name].shape[0] == batch}
+        return rows, {name: array[:1] for name, array in part.items() if name not in rows}
+
+
+def _only(engine: Engine, rows: Feeds) -> dict[str, NDArray[Any]]:
+    """Those that the engine takes."""
+    return {name: array for name, array in rows.items() if name in engine.component.inputs}
+
+
+def _timestep(engine: Engine, timestep: float) -> dict[str, NDArray[Any]]:
+    """The timestep as a whole UNet takes it: one number, of shape [1] or []."""
+    spec = engine.component.inputs.get("timestep")
+    return {} if spec is None else {"timestep": np.full(spec.resolve({}), timestep, spec.dtype)}
