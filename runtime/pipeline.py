@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from latentforge.runtime.bench import Benchmark
 from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior, size_of
 from latentforge.runtime.denoiser import EngineDenoiser
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
+from latentforge.runtime.errors import BackendError, ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Profile, Stopwatch, Timings
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "Result", "Step", "load"]
 
 Array = NDArray[np.float32]
+
+_log = logging.getLogger("latentforge")
 
 _STRENGTH = 0.8  # of a picture that is given without a mask, as in diffusers
 
@@ -119,6 +122,11 @@ class Pipeline:
         manifest = Manifest.read(path, hashes=hashes)
         if missing := [name for name in manifest.needed if name not in manifest.components]:
             raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
+        if target := manifest.device.get("target"):
+            raise BackendError(
+                f"{path} was optimized for {target}, which this release cannot run yet: optimize "
+                "the exported engines with --target cpu"
+            )
         tokenizers = {
             name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
         }
@@ -177,6 +185,7 @@ class Pipeline:
         The settings are checked at once, the work begins with the first step.
         """
         complete = self.settings(prompt, image=image, mask=mask, **settings)
+        self._check_schedule(complete)
         return self._steps(complete, self._source(complete, image, mask), self._plan(complete))
 
     def run(
@@ -276,6 +285,16 @@ class Pipeline:
             if isinstance(size, int) and side != size * latent.downscale:
                 made = size * latent.downscale
                 raise ShapeError(f"{name} is {made} for these engines, not {side}: export again")
+
+    def _check_schedule(self, settings: Settings) -> None:
+        """Ask for new ranges of 8-bit activations where the schedule is not the one of theirs."""
+        known, asked = self.manifest.components["unet"].calibration, settings
+        if known and (known.sampler, known.steps) != (asked.sampler, asked.steps):
+            _log.warning(
+                "the 8-bit engines were calibrated for %s of %d steps, and this is %s of %d: for "
+                "the best pictures optimize the exported ones again, with --sampler and --steps",
+                known.sampler, known.steps, asked.sampler, asked.steps,
+            )  # fmt: skip
 
     def _source(
         self, settings: Settings, image: Picture | None, mask: Image.Image | None

@@ -56,7 +56,10 @@ def trial(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) ->
     ):
         fixed = size * manifest.latent.downscale if isinstance(size, int) else 0
         sides.append(given or fixed or min(default, limit) // unit * unit)
-    return pipeline(_PROMPT, sampler="euler", steps=steps, seed=0, height=sides[0], width=sides[1])
+    settings = pipeline.settings(
+        _PROMPT, sampler="euler", steps=steps, seed=0, height=sides[0], width=sides[1]
+    )
+    return pipeline.run(settings)  # whatever schedule engines were calibrated for
 
 
 def _one_step(directory: Path) -> str:

@@ -30,7 +30,17 @@ from latentforge.runtime.tensor import TensorSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 
-EXPORTS = ("test_demo", "test_readme", "test_against_diffusers", "test_export", "test_cli")
+EXPORTS = (
+    "test_demo",
+    "test_readme",
+    "test_against_diffusers",
+    "test_export",
+    "test_cli",
+    "test_optimize",
+    "test_half",
+    "test_prune",
+    "test_targets",
+)
 """Files that use the demo's or the tiny checkpoint's engines, made once for a whole process."""
 
 Copy = Callable[[Path], Path]

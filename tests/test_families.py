@@ -27,6 +27,7 @@ from latentforge.export.models.flexible_unet import load_flexible_unet
 from latentforge.export.modules import load_module
 from latentforge.export.onnx import Dimensions
 from latentforge.export.stage import export
+from latentforge.optimize.stage import optimize
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import Manifest, hash_file
 from latentforge.runtime.pipeline import Pipeline, Result
@@ -163,6 +164,22 @@ def test_an_inpainting_model_without_a_picture_paints_a_whole_one(built: Built, 
     pipe, eager = built(name)
     settings = pipe.settings("a red fox", **request(pipe))
     check(pipe.run(settings), eager(settings))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
+    """Fused, and the UNet cut into what runs once a prompt, once a schedule and every step."""
+    request = {"steps": 2, "sampler": "euler"}
+    gate = ["images=1", "latents_psnr=100"]
+    source = built(name)[0].directory
+    manifest = optimize(source, tmp_path / "out", gate=gate, request=request, repeats=0)
+    assert {"unet_prompt", "unet_time"} <= manifest.components.keys()
+    attentions, crossing = (
+        manifest.history[-1].passes[f"unet/{key}"] for key in ("fuse-attention", "hoist-prompt")
+    )
+    # Half of the attentions are cross-attention, whose keys and values run once a prompt; beside
+    # these do SDXL's embeddings of pooled prompt and sizes.
+    assert attentions <= crossing <= attentions + 2
 
 
 def test_every_family_is_here() -> None:
