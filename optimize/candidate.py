@@ -80,13 +80,11 @@ def make(name: str, recipe: Recipe, origin: Origin, folder: Path, progress: Prog
     Where the target's operators do not run here, a twin without them is judged in its place, and
     deleted.
     """
-    layers, kept = _scan(recipe, origin, folder, progress)
+    layers, kept = _scan(recipe, origin, progress)
     if kept:
         settings = msgspec.structs.replace(recipe.int8, keep=(*recipe.int8.keep, *kept))
         recipe = msgspec.structs.replace(recipe, int8=settings)
-    rewriter = Rewriter(
-        recipe=recipe, target=origin.target, feeds=_feeds(recipe, origin), folder=folder
-    )
+    rewriter = Rewriter(recipe=recipe, target=origin.target, feeds=_feeds(recipe, origin))
     manifest, rewritten = _write(rewriter, origin, folder, progress)
     judged = folder
     if not origin.target.runs_here:
@@ -113,7 +111,7 @@ def make(name: str, recipe: Recipe, origin: Origin, folder: Path, progress: Prog
 
 
 def _scan(
-    recipe: Recipe, origin: Origin, folder: Path, progress: Progress
+    recipe: Recipe, origin: Origin, progress: Progress
 ) -> tuple[tuple[Sensitivity, ...], tuple[str, ...]]:
     """Measure each int8 layer of the UNet by itself, if the recipe asks, and choose the worst."""
     if recipe.scan is None or recipe.precision_of(UNET) != "int8":
@@ -121,7 +119,7 @@ def _scan(
     assert origin.calibration is not None
     with progress.part("unet: each layer by itself"):
         model = load_graph(UNET, origin.manifest.components[UNET], origin.directory)
-        rewriter = Rewriter(recipe=recipe, target=origin.target, feeds={}, folder=folder)
+        rewriter = Rewriter(recipe=recipe, target=origin.target, feeds={})
         rewriter.fuse(model, "int8", half=False)
         feeds, form = _feeds(recipe, origin)[UNET], origin.target.form
         with Pipeline.load(origin.directory, hashes=False) as pipeline:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import onnx_ir as ir
@@ -54,14 +55,12 @@ class Rewriter:
         recipe: what to do.
         target: what the result is for.
         feeds: recorded inputs by component, as far as the recipe asks for them.
-        folder: for files that calibration runs.
         portable: leave out what only the target can run, so that a gate can run here.
     """
 
     recipe: Recipe
     target: Target
     feeds: Mapping[str, Sequence[Feeds]]
-    folder: Path
     portable: bool = False
 
     def rewrite(self, name: str, model: ir.Model, component: Component) -> Rewritten:
@@ -102,10 +101,10 @@ class Rewriter:
         if recipe.prune is not None:
             passes = [n for n in _BEFORE_PRUNING if n in self.target.passes]
             optimize(model, {n: PASSES[n] for n in passes if n not in recipe.skip})
-            for removed in prune(model, recipe.prune, feeds=feeds, folder=self.folder):
+            for removed in prune(model, recipe.prune, feeds=feeds):
                 counts[f"prune-{removed.kind}"] += 1
         if recipe.sparsity is not None:
-            made = sparsify(model, recipe.sparsity, feeds=feeds, folder=self.folder)
+            made = sparsify(model, recipe.sparsity, feeds=feeds)
             counts["sparsify"] = len(made)
         return counts
 
@@ -116,7 +115,9 @@ class Rewriter:
         if precision == "int8":
             counts = quantize(model, self.feeds[name], self.recipe.int8, self.target.form)
             return Counter({f"int8-{kind}": count for kind, count in counts.items()})
-        return Counter({precision: quantize_weights(model, self.recipe.weights, self.target.form)})
+        bits: Literal[4, 8] = 4 if precision == "int4-weights" else 8
+        made = quantize_weights(model, self.recipe.weights, self.target.form, bits=bits)
+        return Counter({precision: made})
 
     def _halve(self, model: ir.Model, precision: Precision, component: Component) -> Counter[str]:
         """Compute in half where target and model can, and store what is left in half."""

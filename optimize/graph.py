@@ -1,9 +1,9 @@
-"""What passes ask of a graph: constants, layers with weights, and what depends on which input."""
+"""What passes ask of a graph and do to any: find layers, add constants, save it and run it."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -11,13 +11,17 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
-__all__ = ["Layer", "constant", "dependencies", "layers", "operands", "save"]
-__all__ += ["session", "set_weight"]
+from latentforge.runtime.errors import BackendError
+
+__all__ = ["Layer", "add_constant", "constant", "dependencies", "layers", "matches", "module"]
+__all__ += ["open_session", "operands", "save", "set_weight", "tidy"]
 
 Array = NDArray[np.generic]
 
 _EXTERNAL = 256_000_000  # bytes of weights, as in exported engines; protobuf ends at 2 GiB
+_HANDED_OVER = 1024  # bytes from which a constant is lent to ONNX Runtime instead of copied
 _LOG_NOTHING = 4  # each error comes to us as an exception
 
 
@@ -116,18 +120,56 @@ def _layer(node: ir.Node) -> Layer | None:
     return None
 
 
+def module(name: str) -> str:
+    """The module that a node's name begins with: ``a.b/MatMul_2`` is of ``a.b``."""
+    return name.rpartition("/")[0] or name
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a node's name is one of the patterns, or fits one as fnmatch has them."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def add_constant(graph: ir.Graph, array: Array, name: str) -> ir.Value:
+    """A new initializer; its name gets a number where there is one of that name."""
+    unique = _free_name(graph, name)
+    tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
+    value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(array.shape))
+    value.dtype = tensor.dtype
+    graph.register_initializer(value)
+    return value
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    """The name, with a number where there is an initializer of that name."""
+    count, free = 1, name
+    while free in graph.initializers:
+        count += 1
+        free = f"{name}.{count}"
+    return free
+
+
 def set_weight(graph: ir.Graph, node: ir.Node, index: int, array: Array, name: str) -> ir.Value:
-    """Give a node a weight of its own in place of the one at index.
+    """Give a node a new constant, as add_constant() makes it, in place of the one at index.
 
     The old initializer stays for whoever else uses it; what nobody uses goes with the next
     clean-up.
     """
-    value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
-    value.dtype = ir.DataType.from_numpy(array.dtype)
-    value.shape = ir.Shape(array.shape)
-    graph.register_initializer(value)
+    value = add_constant(graph, array, name)
     node.replace_input_with(index, value)
     return value
+
+
+def tidy(model: ir.Model) -> None:
+    """Drop what nothing uses, and number nodes of the same name."""
+    common.RemoveUnusedNodesPass()(model)
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        name = str(node.name)
+        seen[name] += 1
+        if seen[name] > 1:
+            node.name = f"{name}_{seen[name]}"
+            seen[node.name] += 1
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -142,17 +184,52 @@ def save(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
-@contextmanager
-def session(model: ir.Model, folder: Path) -> Iterator[ort.InferenceSession]:
-    """ONNX Runtime on the CPU with a graph as it is now, from a file that goes afterwards.
+def open_session(model: ir.Model, *, profile: str | None = None) -> ort.InferenceSession:
+    """Load a model that is in memory on the CPU, without a copy of its weights.
 
     Args:
-        model: saved as it is; its weights go to a file of their own where they are large.
-        folder: has room for it.
+        model: stays as it is.
+        profile: where to record what each node takes; the beginning of a file's name.
+
+    Raises:
+        BackendError: ONNX Runtime refuses it.
     """
-    settings = ort.SessionOptions()
-    settings.log_severity_level = _LOG_NOTHING
-    with tempfile.TemporaryDirectory(dir=folder, prefix="graph-") as name:
-        path = Path(name, "graph.onnx")
-        save(model, path)
-        yield ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_NOTHING
+    # In the order of the file, what measures a tensor runs right after what makes it, which
+    # then is freed; by default it all runs at the end.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    copy = model.clone()
+    tidy(copy)  # ONNX Runtime takes no constant that nothing uses
+    arrays = _lend(copy.graph)
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    options.add_external_initializers(list(arrays), values)
+    try:
+        content = ir.to_proto(copy).SerializeToString()
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's errors share no base class of their own
+        raise BackendError(
+            f"onnxruntime refuses the graph: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _lend(graph: ir.Graph) -> dict[str, Array]:
+    """Take the large constants out of a graph, and return them by name."""
+    arrays: dict[str, Array] = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes >= _HANDED_OVER:
+            array = np.asarray(tensor.numpy(), order="C")
+            if array.dtype.isbuiltin != 1:  # bfloat16 and int4, which numpy itself lacks
+                value.const_value = ir.tensor(array, name=name)
+                continue
+            arrays[name] = array
+            shape = ir.Shape(array.shape)
+            value.const_value = ir.ExternalTensor(
+                "lent", 0, array.nbytes, tensor.dtype, shape=shape, name=name
+            )
+    return arrays

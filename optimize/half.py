@@ -20,7 +20,6 @@ manifest marks ``overflows``, such as the VAE of Stable Diffusion XL.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
 from functools import cache, partial
 from itertools import count
 from typing import Any
@@ -31,7 +30,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import constant
+from latentforge.optimize.graph import constant, matches, module
 from latentforge.runtime.errors import SettingsError
 
 __all__ = ["TIME", "compute_half", "store_half"]
@@ -267,9 +266,7 @@ def _chosen(graph: ir.Graph, keep: Sequence[str]) -> set[ir.Node]:
     fixed = {
         node
         for node in graph
-        if node in time
-        or _stays(node, opset)
-        or any(fnmatchcase(str(node.name), pattern) for pattern in keep)
+        if node in time or _stays(node, opset) or matches(str(node.name), keep)
     }
     movable = {node for node in graph if node not in fixed and _slots(node, opset)}
     return movable - _between(graph, movable)
@@ -416,7 +413,7 @@ class _Converter:
             return self._constants[value]
         if value not in self._casts:
             producer = value.producer()
-            scope = str(value.name) if producer is None else _scope(producer)
+            scope = str(value.name) if producer is None else module(str(producer.name))
             self._casts[value] = self._cast(value, ir.DataType.FLOAT16, scope, f"{value.name}_half")
         return self._casts[value]
 
@@ -432,7 +429,7 @@ class _Converter:
         name = str(value.name)
         if value.is_graph_output():
             value.name = f"{name}_half"
-        scope = _scope(users[0].node) if users else name
+        scope = module(str(users[0].node.name)) if users else name
         output = name if value.is_graph_output() else f"{name}_float32"
         cast = self._cast(value, ir.DataType.FLOAT, scope, output)
         for use in users:
@@ -451,8 +448,3 @@ class _Converter:
         else:
             self._graph.insert_after(producer, node)
         return node.outputs[0]
-
-
-def _scope(node: ir.Node) -> str:
-    """The module that a node belongs to."""
-    return str(node.name).rpartition("/")[0] or str(node.name)

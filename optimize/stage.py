@@ -27,6 +27,7 @@ from latentforge.runtime.bench import (
     Contender,
     Measurement,
     available_cores,
+    available_memory,
     compare,
 )
 from latentforge.runtime.errors import GateError, ManifestError, SettingsError, TargetError
@@ -43,6 +44,7 @@ STAGE = "optimize"
 
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
 _MOST_REPEATS = 1000
+_MEMORY = 3  # times its files, which is what a process takes that paints with them
 _QUALITY = ("max_relative_error", "psnr", "psnr_worst", "ssim", "perceptual", "latents_psnr")
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -293,10 +295,12 @@ def _folder(directory: Path, name: str) -> Path:
 def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Comparison | None:
     """Let the source and the candidates that are good enough, and run here, take turns."""
     able = [c for c in candidates if not c.failures]
-    if not (job.repeats and able and TARGETS[job.backend].runs_here):
+    sizes = [_size(manifest) for manifest in (job.manifest, *(c.manifest for c in able))]
+    free = (available_memory() or math.inf) / _MEMORY
+    if not (job.repeats and able and TARGETS[job.backend].runs_here and max(sizes) < free):
         return None
     python = (sys.executable, "-m", "latentforge.runtime.worker")
-    with Pipeline.load(job.source, hashes=False) as pipeline:
+    with Pipeline.load(job.source, hashes=False, low_memory=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request)
     with progress.part("timing, in turns"):
         return compare(
@@ -305,7 +309,12 @@ def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Com
             settings_to_json(settings),
             threads=available_cores(),
             repeats=job.repeats,
+            together=sum(sizes) < free,
         )
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(component.size for component in manifest.components.values())
 
 
 def _chosen(candidates: Sequence[Candidate], comparison: Comparison | None) -> Candidate:
@@ -317,8 +326,9 @@ def _chosen(candidates: Sequence[Candidate], comparison: Comparison | None) -> C
     if not able:
         return max(candidates, key=lambda c: c.measured.get("image", {}).get("psnr", -math.inf))
     best = able[0]
+    if comparison is None:  # the machine may have too little memory to tell
+        return best
     for candidate in able[1:]:
-        assert comparison is not None  # auto is refused where nothing can be timed
         if _speedup(comparison, candidate) > _MARGIN * _speedup(comparison, best):
             best = candidate
     return best

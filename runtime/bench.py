@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "PEERS",
     "Measurement",
     "available_cores",
+    "available_memory",
     "compare",
     "contenders",
     "cpu_name",
@@ -242,6 +244,7 @@ def compare(
     *,
     threads: int,
     repeats: int = 5,
+    together: bool = True,
     quiet: bool = True,
 ) -> Comparison:
     """Let contenders take turns, A B A B, so that a drifting machine hits all alike.
@@ -251,6 +254,8 @@ def compare(
         settings: one request, as worker.settings_to_json wrote it.
         threads: each may use.
         repeats: counted runs of each; one more comes first and is kept apart.
+        together: keep all loaded; without it a contender is loaded anew for each of its turns, so
+            that one at a time has to fit in memory.
         quiet: show no progress.
 
     Raises:
@@ -259,23 +264,56 @@ def compare(
     total = len(contenders) * (repeats + 2)
     with ExitStack() as stack, Progress(total, quiet=quiet) as progress:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers: list[_Worker] = []
-        for contender in contenders:
-            picture = folder / f"{len(workers)}.npy"
-            with progress.part(f"{contender.name}: load"):
-                process = _worker(contender, settings, threads, picture)
-                workers.append(stack.enter_context(process))
-        for _ in range(repeats + 1):
-            for worker in workers:
-                with progress.part(f"{worker.measured.name}: image"):
-                    worker.run()
-        measurements = tuple(worker.finish() for worker in workers)
+        pictures = [folder / f"{index}.npy" for index in range(len(contenders))]
+        starts = [
+            partial(_worker, contender, settings, threads, picture)
+            for contender, picture in zip(contenders, pictures, strict=True)
+        ]
+        take_turns = _all_loaded if together else _one_loaded
+        measurements = take_turns(starts, repeats, progress)
     return Comparison(
         settings=json.loads(settings),
         threads=threads,
         machine={"cpu": cpu_name(), "cores": str(os.cpu_count()), "system": platform.platform()},
         measurements=measurements,
     )
+
+
+_Start = Callable[[], AbstractContextManager["_Worker"]]
+
+
+def _all_loaded(
+    starts: Sequence[_Start], repeats: int, progress: Progress
+) -> tuple[Measurement, ...]:
+    with ExitStack() as stack:
+        workers = []
+        for start in starts:
+            with progress.part("load"):
+                workers.append(stack.enter_context(start()))
+        for _ in range(repeats + 1):
+            for worker in workers:
+                with progress.part(f"{worker.measured.name}: image"):
+                    worker.run()
+        return tuple(worker.finish() for worker in workers)
+
+
+def _one_loaded(
+    starts: Sequence[_Start], repeats: int, progress: Progress
+) -> tuple[Measurement, ...]:
+    """The run after each load is not counted."""
+    rounds: list[list[Measurement]] = []
+    for _ in range(repeats):
+        rounds.append([])
+        for start in starts:
+            with start() as worker, progress.part(f"{worker.measured.name}: image"):
+                worker.run()
+                worker.run()
+                rounds[-1].append(worker.finish())
+    for later in rounds[1:]:
+        for kept, measured in zip(rounds[0], later, strict=True):
+            kept.runs += measured.runs
+            kept.peak_memory = max(kept.peak_memory, measured.peak_memory)
+    return tuple(rounds[0])
 
 
 class _Worker:
@@ -365,6 +403,15 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still get, where the system tells."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def peak_memory() -> int:

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from latentforge.optimize.graph import constant, layers
+from latentforge.optimize.component import Rewriter
+from latentforge.optimize.graph import constant, layers, open_session
 from latentforge.optimize.quantize import (
     Int8,
     Scan,
@@ -25,14 +26,16 @@ from latentforge.optimize.quantize import (
     quantize_weights,
     scan,
 )
-from latentforge.optimize.quantize.build import open_session
 from latentforge.optimize.quantize.concat import parts
 from latentforge.optimize.quantize.qdq import plan
 from latentforge.optimize.quantize.ranges import channel_peaks, grid, spreads
 from latentforge.optimize.quantize.sensitivity import scopes_of, times_by_module
 from latentforge.optimize.quantize.write import round_weight
+from latentforge.optimize.recipe import Recipe
+from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.backends import Session
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.manifest import Component, TensorSpec
 
 Array = NDArray[np.float32]
 Feeds = dict[str, Array]
@@ -184,9 +187,11 @@ def test_uint8_spends_its_steps_where_values_are() -> None:
     feed["sample"] = feed["sample"].reshape(2, 4, 4, 5)
     seen = spreads(model, [value], [feed], count=False)[value]
     assert (seen.low, seen.high) == (-1, 3)
-    found = grid(seen, Int8(ranges="minmax"), signed=False)
+    found = grid(seen, Int8(ranges="minmax", symmetric=False), signed=False)
     assert found.scale == pytest.approx(4 / 255) and found.zero == 64 and found.low == 0
-    assert grid(seen, Int8(ranges="minmax"), signed=True).scale == pytest.approx(3 / 127)
+    assert grid(seen, Int8(ranges="minmax", symmetric=False), signed=True).scale == pytest.approx(
+        3 / 127
+    )
 
 
 @pytest.mark.parametrize("form", ["qdq", "onnxruntime"])
@@ -387,7 +392,6 @@ def test_refusals() -> None:
         lambda: Int8(smooth=float("nan")),
         lambda: Int8(split_concat=0.5),
         lambda: WeightOnly(block=24),
-        lambda: WeightOnly(bits=4),
         lambda: Scan(share=2.0),
     ],
 )
@@ -414,33 +418,94 @@ table (int64[b,n] ids) => (float[b,n,32] y) {{
 }}"""
 
 
-def table() -> ir.Model:
+def table(width: int = 100) -> ir.Model:
     rng = np.random.default_rng(0)
-    sizes = {"table": (500, 100), "fc_w": (100, 32), "fc_b": (32,)}
+    sizes = {"table": (500, width), "fc_w": (width, 32), "fc_b": (32,)}
     return make(TABLE, {k: rng.normal(size=size).astype(np.float32) for k, size in sizes.items()})
 
 
 @pytest.mark.parametrize(
-    ("settings", "form", "share", "bound"),
+    ("bits", "block", "width", "form", "share", "bound"),
     [
-        (WeightOnly(), "qdq", 0.28, 1e-4),
-        (WeightOnly(), "onnxruntime", 0.28, 1e-4),
-        (WeightOnly(block=32), "qdq", 0.29, 1e-4),
-        (WeightOnly(block=32), "onnxruntime", 0.29, 1e-4),
-        (WeightOnly(bits=4, block=32), "qdq", 0.28, 1e-2),
-        (WeightOnly(bits=4, block=32), "onnxruntime", 0.28, 1e-2),
+        (8, 0, 96, "qdq", 0.28, 2e-4),  # ONNX Runtime makes it a MatMulNBits, which rounds more
+        (8, 0, 100, "onnxruntime", 0.28, 1e-4),
+        (8, 32, 96, "qdq", 0.29, 2e-4),
+        (8, 32, 100, "onnxruntime", 0.29, 1e-4),
+        (4, 32, 96, "qdq", 0.28, 1e-2),
+        (4, 32, 100, "onnxruntime", 0.28, 1e-2),
     ],
 )
-def test_weights_alone(settings: WeightOnly, form: Any, share: float, bound: float) -> None:
-    model = table()
-    assert quantize_weights(model, settings, form) == 2
-    sizes = [len(ir.to_proto(m).SerializeToString()) for m in (model, table())]
+def test_weights_alone(
+    bits: Any, block: int, width: int, form: Any, share: float, bound: float
+) -> None:
+    model = table(width)
+    assert quantize_weights(model, WeightOnly(block=block), form, bits=bits) == 2
+    sizes = [len(ir.to_proto(m).SerializeToString()) for m in (model, table(width))]
     assert sizes[0] < share * sizes[1]
     feeds: Any = [{"ids": np.arange(500).reshape(2, 250)}]
-    assert error(model, table(), feeds) < bound
-    blocks = settings.block > 0
-    assert ("MatMulNBits" in operators(model)) == (blocks and form == "onnxruntime")
-    assert model.graph.opset_imports[""] == (21 if blocks and form == "qdq" else 20)
+    assert error(model, table(width), feeds) < bound
+    assert ("MatMulNBits" in operators(model)) == (block > 0 and form == "onnxruntime")
+    assert model.graph.opset_imports[""] == (21 if block and form == "qdq" else 20)
+
+
+def test_what_blocks_do_not_divide_has_none_in_qdq() -> None:
+    """OpenVINO refuses a short block."""
+    model = table(100)
+    assert quantize_weights(model, WeightOnly(), "qdq", bits=4) == 2
+    nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert len(nodes) == 2 and not any("block_size" in node.attributes for node in nodes)
+    stored = [node.inputs[0] for node in nodes]
+    assert {value.dtype for value in stored if value is not None} == {ir.DataType.INT8}
+
+
+def test_a_table_in_qdq_is_dequantized_by_row_before_rows_are_picked() -> None:
+    """TensorRT takes an integer weight nowhere else, and OpenVINO no scales of columns there."""
+    model = table()
+    quantize_weights(model, WeightOnly(), "qdq")
+    (gather,) = [node for node in model.graph if node.op_type == "Gather"]
+    source = gather.inputs[0].producer() if gather.inputs[0] is not None else None
+    assert source is not None and source.op_type == "DequantizeLinear"
+    assert source.attributes.get_int("axis", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "block", "found"),
+    [("int4-weights", 0, (4, 32)), ("int4-weights", 64, (4, 64)), ("int8-weights", 64, (8, 64))],
+)
+def test_a_precision_says_how_many_bits(precision: Any, block: int, found: Any) -> None:
+    model, weights = table(), WeightOnly(block=block)
+    recipe = Recipe(summary="", precision={"text_encoder": precision}, weights=weights)
+    component = Component(
+        file="t.onnx",
+        sha256="0" * 64,
+        bytes=0,
+        backend="onnxruntime",
+        precision="fp32",
+        inputs={"ids": TensorSpec(dtype="int64", shape=("b", "n"))},
+        outputs={"y": TensorSpec(dtype="float32", shape=("b", "n", 32))},
+    )
+    rewriter = Rewriter(recipe=recipe, target=TARGETS["cpu"], feeds={})
+    made = rewriter.rewrite("text_encoder", model, component)
+    assert made.counts[precision] == 2
+    (linear,) = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    assert tuple(linear.attributes.get_int(name) for name in ("bits", "block_size")) == found
+
+
+def test_numbers_that_numpy_lacks_run_from_memory() -> None:
+    model, feeds = table(96), {"ids": np.arange(6).reshape(2, 3)}
+    quantize_weights(model, WeightOnly(), "qdq", bits=4)
+    dtypes = {value.dtype for value in model.graph.initializers.values()}
+    assert ir.DataType.INT4 in dtypes
+    np.testing.assert_array_equal(open_session(model).run(None, feeds)[0], run(model, feeds))
+
+
+def test_scalars_have_no_axes() -> None:
+    """A scale of one axis would stand for channels."""
+    model = small()
+    quantize(model, small_feeds(1), Int8(), "qdq")
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    values = [value for node in nodes for value in node.inputs[1:]]
+    assert values and {np.shape(constant(value)) for value in values} == {()}
 
 
 def test_weights_alone_keep_and_convs() -> None:

@@ -1,7 +1,6 @@
 """Make networks smaller without training: residual branches, hidden channels, heads, 2:4 zeros."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -42,9 +41,7 @@ class Prune(Record, frozen=True, kw_only=True):
             raise SettingsError(f"prune: multiple is a number from 1 up, not {self.multiple}")
 
 
-def prune(
-    model: ir.Model, settings: Prune, *, feeds: Sequence[Feeds], folder: Path
-) -> list[Removed]:
+def prune(model: ir.Model, settings: Prune, *, feeds: Sequence[Feeds]) -> list[Removed]:
     """Prune a graph in place and say what went, in the order in which it did.
 
     Args:
@@ -53,7 +50,6 @@ def prune(
         settings: how much goes.
         feeds: recorded inputs of the graph, of all noise levels. Each is run once for channels
             and once for heads, and once for every candidate among the blocks.
-        folder: has room for the graph, which is written there to be run.
 
     Raises:
         SettingsError: something is to be removed, and there are no feeds.
@@ -61,10 +57,10 @@ def prune(
     removed: list[Removed] = []
     keep = settings.keep
     if settings.blocks:
-        removed += prune_blocks(model, settings.blocks, keep, feeds, folder)
+        removed += prune_blocks(model, settings.blocks, keep, feeds)
     if settings.channels:
         multiple = settings.multiple
-        removed += prune_channels(model, settings.channels, keep, feeds, folder, multiple=multiple)
+        removed += prune_channels(model, settings.channels, keep, feeds, multiple=multiple)
     if settings.heads:
-        removed += prune_heads(model, settings.heads, keep, feeds, folder)
+        removed += prune_heads(model, settings.heads, keep, feeds)
     return removed

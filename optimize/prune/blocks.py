@@ -6,16 +6,14 @@ is to go on with skip.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from os.path import commonprefix
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import layers, session
+from latentforge.optimize.graph import add_constant, layers, matches, open_session
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.statistics import need_feeds
 from latentforge.runtime.tensor import Feeds
@@ -83,7 +81,7 @@ def branches(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Branch]:
         if side is None:
             continue
         nodes = frozenset(_dead_without(node, side))
-        kept = any(fnmatchcase(str(n.name), p) for n in nodes - {node} for p in keep)
+        kept = any(matches(str(n.name), keep) for n in nodes - {node})
         if not kept and parameters(graph, nodes):
             found.append(Branch(add=node, side=side, nodes=nodes))
     return found
@@ -137,7 +135,7 @@ def _dead_without(add: ir.Node, side: int) -> set[ir.Node]:
 
 
 def prune_blocks(
-    model: ir.Model, share: float, keep: Sequence[str], feeds: Sequence[Feeds], folder: Path
+    model: ir.Model, share: float, keep: Sequence[str], feeds: Sequence[Feeds]
 ) -> list[Removed]:
     """Remove the branches that matter least for what they weigh, up to a share of all weights.
 
@@ -152,13 +150,12 @@ def prune_blocks(
         share: of the graph's weights that may go, from 0 to 1.
         keep: patterns of names of nodes that stay.
         feeds: recorded inputs of the graph; each is run once a candidate.
-        folder: for the file that is run.
     """
     candidates = branches(model.graph, keep)
     if not candidates:
         return []
     need_feeds(feeds, "pruning of blocks")
-    scores = _scores(model, candidates, feeds, folder)
+    scores = _scores(model, candidates, feeds)
     chosen = _chosen(model.graph, candidates, scores, share)
     for branch, _ in chosen:
         _remove(branch)
@@ -219,17 +216,17 @@ def _remove(branch: Branch) -> None:
 
 
 def _scores(
-    model: ir.Model, candidates: Sequence[Branch], feeds: Sequence[Feeds], folder: Path
+    model: ir.Model, candidates: Sequence[Branch], feeds: Sequence[Feeds]
 ) -> NDArray[np.float64]:
     """By candidate, the mean squared difference of the outputs when it alone is left out."""
     switched = _switched(model, candidates)
     count = len(candidates)
     rows = np.vstack([np.ones(count), 1 - np.eye(count)]).astype(np.float32)
     totals = np.zeros(count)
-    with session(switched, folder) as running:
-        for fed in feeds:
-            whole, *without = ([*running.run(None, {**fed, _SWITCHES: row})] for row in rows)
-            totals += [_difference(whole, outputs) for outputs in without]
+    session = open_session(switched)
+    for fed in feeds:
+        whole, *without = ([*session.run(None, {**fed, _SWITCHES: row})] for row in rows)
+        totals += [_difference(whole, outputs) for outputs in without]
     return totals / len(feeds)
 
 
@@ -254,10 +251,7 @@ def _switched(model: ir.Model, candidates: Sequence[Branch]) -> ir.Model:
     copy.graph.inputs.append(switches)
     for index, branch in enumerate(candidates):
         add = adds[branch.add.outputs[0].name]
-        number = ir.Value(
-            name=f"{_SWITCHES}_{index}", const_value=ir.tensor(np.array(index, np.int64))
-        )
-        copy.graph.register_initializer(number)
+        number = add_constant(copy.graph, np.array(index, np.int64), f"{_SWITCHES}_{index}")
         switch = ir.node("Gather", [switches, number])
         scaled = ir.node("Mul", [add.inputs[branch.side], switch.outputs[0]])
         copy.graph.insert_before(add, [switch, scaled])

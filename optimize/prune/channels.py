@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import Layer, constant, layers
+from latentforge.optimize.graph import Layer, constant, layers, matches, module
 from latentforge.optimize.prune.blocks import parameters
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.slicing import Indices, replace, resize, size, take, take_outputs
@@ -55,7 +53,7 @@ class Mlp:
 
     @property
     def name(self) -> str:
-        return self.first.name.rpartition("/")[0] or self.first.name
+        return module(self.first.name)
 
 
 def mlps(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Mlp]:
@@ -66,7 +64,7 @@ def mlps(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Mlp]:
         mlp
         for mlp in found
         if mlp is not None
-        and not any(fnmatchcase(x.name, p) for x in (mlp.first, mlp.second) for p in keep)
+        and not any(matches(layer.name, keep) for layer in (mlp.first, mlp.second))
     ]
 
 
@@ -127,7 +125,6 @@ def prune_channels(
     share: float,
     keep: Sequence[str],
     feeds: Sequence[Feeds],
-    folder: Path,
     *,
     multiple: int = 8,
 ) -> list[Removed]:
@@ -141,14 +138,13 @@ def prune_channels(
         share: of hidden channels, from 0 to 1.
         keep: patterns, as of fnmatch, of names of layers that stay.
         feeds: recorded inputs of the graph.
-        folder: for the file that is run.
         multiple: as many channels stay as is the next multiple of this, for kernels' sake.
     """
     found = [m for m in mlps(model.graph, keep) if _staying(m.hidden, share, multiple) < m.hidden]
     if not found:
         return []
     need_feeds(feeds, "pruning of channels")
-    squares = mean_squares(model, {str(m.second.input.name): -1 for m in found}, feeds, folder)
+    squares = mean_squares(model, {str(m.second.input.name): -1 for m in found}, feeds)
     removed = []
     for mlp in found:
         scores = squares[str(mlp.second.input.name)] * _norms(mlp.second)

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import Layer, constant, layers
+from latentforge.optimize.graph import Layer, constant, layers, matches, set_weight
 from latentforge.optimize.prune.blocks import parameters
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.slicing import (
@@ -65,9 +63,8 @@ def attentions(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Attention]:
         for attention in found
         if attention is not None
         and not any(
-            fnmatchcase(layer.name, pattern)
+            matches(layer.name, keep)
             for layer in (attention.output, *(layer for layer, _ in attention.inputs))
-            for pattern in keep
         )
     ]
 
@@ -200,7 +197,7 @@ def _is_layer(value: ir.Value) -> bool:
 
 
 def prune_heads(
-    model: ir.Model, share: float, keep: Sequence[str], feeds: Sequence[Feeds], folder: Path
+    model: ir.Model, share: float, keep: Sequence[str], feeds: Sequence[Feeds]
 ) -> list[Removed]:
     """Remove the share of each attention's heads that adds least to its output; one stays.
 
@@ -212,13 +209,12 @@ def prune_heads(
         share: of heads, from 0 to 1, rounded down to whole heads.
         keep: patterns, as of fnmatch, of names of layers that stay.
         feeds: recorded inputs of the graph.
-        folder: for the file that is run.
     """
     found = [a for a in attentions(model.graph, keep) if _staying(a.heads, share) < a.heads]
     if not found:
         return []
     need_feeds(feeds, "pruning of heads")
-    measured = grams(model, {str(a.output.input.name): a.heads for a in found}, feeds, folder)
+    measured = grams(model, {str(a.output.input.name): a.heads for a in found}, feeds)
     removed = []
     for attention in found:
         scores = _costs(attention, measured[str(attention.output.input.name)])
@@ -298,8 +294,5 @@ def _after(splits: Sequence[ir.Node], join: ir.Node) -> set[ir.Node]:
 
 def _set_shape(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
     """Make a Reshape keep batch and tokens, and set what follows."""
-    name = f"{node.name}_heads"
-    value = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, np.int64), name=name))
-    graph.register_initializer(value)
-    node.replace_input_with(1, value)
+    set_weight(graph, node, 1, np.array(sizes, np.int64), f"{node.name}_heads")
     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)

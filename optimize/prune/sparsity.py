@@ -7,8 +7,6 @@ the file.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import Layer, layers
+from latentforge.optimize.graph import Layer, layers, matches
 from latentforge.optimize.prune.slicing import replace, size
 from latentforge.optimize.prune.statistics import mean_squares, need_feeds
 from latentforge.runtime.errors import SettingsError
@@ -74,9 +72,7 @@ def _groups(array: NDArray[np.generic], axis: int) -> NDArray[np.generic]:
     return last.reshape(*last.shape[:-1], -1, _GROUP)
 
 
-def sparsify(
-    model: ir.Model, settings: Sparsity, *, feeds: Sequence[Feeds] = (), folder: Path
-) -> list[Sparse]:
+def sparsify(model: ir.Model, settings: Sparsity, *, feeds: Sequence[Feeds] = ()) -> list[Sparse]:
     """Zero the two lesser of every four weights of each layer, and say what that took.
 
     Four are consecutive input channels, for each output channel and position of a kernel. Layers
@@ -87,20 +83,19 @@ def sparsify(
         model: edited in place.
         settings: which weights stay.
         feeds: recorded inputs of the graph; needed for the score ``activation``.
-        folder: for the file that is run to measure activations.
 
     Raises:
         SettingsError: activations are to be measured, and there are no feeds.
     """
     chosen = [layer for layer in layers(model.graph) if _eligible(layer, settings.keep)]
-    norms = _norms(model, chosen, settings, feeds, folder)
+    norms = _norms(model, chosen, settings, feeds)
     made = [_sparsified(model.graph, layer, norms.get(str(layer.input.name))) for layer in chosen]
     common.RemoveUnusedNodesPass()(model)
     return made
 
 
 def _eligible(layer: Layer, keep: Sequence[str]) -> bool:
-    if any(fnmatchcase(layer.name, pattern) for pattern in keep):
+    if matches(layer.name, keep):
         return False
     grouped = layer.node.attributes.get_int("group", 1) > 1
     if grouped or size(layer.weight, layer.in_axis) % _GROUP:
@@ -113,14 +108,13 @@ def _norms(
     chosen: Sequence[Layer],
     settings: Sparsity,
     feeds: Sequence[Feeds],
-    folder: Path,
 ) -> dict[str, NDArray[np.float64]]:
     """By a layer's input, the root mean square of each channel; a common factor is left out."""
     if settings.score == "magnitude":
         return {}
     need_feeds(feeds, "sparsity with the score activation")
     axes = {str(layer.input.name): -1 if layer.linear else 1 for layer in chosen}
-    squares = mean_squares(model, axes, feeds, folder)
+    squares = mean_squares(model, axes, feeds)
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 

@@ -1,13 +1,12 @@
 """Averages of what flows through a graph, taken in the graph itself over recorded inputs."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import session
+from latentforge.optimize.graph import add_constant, open_session
 from latentforge.optimize.prune.slicing import size
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.tensor import Feeds
@@ -35,7 +34,7 @@ def clone(model: ir.Model) -> tuple[ir.Model, dict[str, ir.Value]]:
 
 
 def mean_squares(
-    model: ir.Model, axes: Mapping[str, int], feeds: Sequence[Feeds], folder: Path
+    model: ir.Model, axes: Mapping[str, int], feeds: Sequence[Feeds]
 ) -> dict[str, Array]:
     """By value, the mean of its squares in each channel over all feeds.
 
@@ -43,7 +42,6 @@ def mean_squares(
         model: stays as it is.
         axes: by name of a value, its axis of channels.
         feeds: what to run on.
-        folder: for the file that is run.
     """
     copy, values = clone(model)
     for name, axis in axes.items():
@@ -52,22 +50,19 @@ def mean_squares(
         assert shape is not None
         others = [i for i in range(len(shape)) if i != axis % len(shape)]
         square = _add(copy, "Mul", [value, value])
-        indices = _constant(copy, f"{name}_axes", np.array(others, np.int64))
+        indices = add_constant(copy.graph, np.array(others, np.int64), f"{name}_axes")
         mean = _add(copy, "ReduceMean", [square, indices], keepdims=0)
         _output(copy, mean, name)
-    return _run(copy, list(axes), feeds, folder)
+    return _run(copy, list(axes), feeds)
 
 
-def grams(
-    model: ir.Model, heads: Mapping[str, int], feeds: Sequence[Feeds], folder: Path
-) -> dict[str, Array]:
+def grams(model: ir.Model, heads: Mapping[str, int], feeds: Sequence[Feeds]) -> dict[str, Array]:
     """By value, the mean over all tokens and feeds of each head's outer product with itself.
 
     Args:
         model: stays as it is.
         heads: by name of a value (batch, tokens, heads * size), its number of heads.
         feeds: what to run on.
-        folder: for the file that is run.
 
     Returns:
         Arrays (heads, size, size).
@@ -76,14 +71,16 @@ def grams(
     for name, count in heads.items():
         value = values[name]
         sizes = np.array([-1, count, size(value, -1) // count])
-        split = _add(copy, "Reshape", [value, _constant(copy, f"{name}_split", sizes)])
+        parts = add_constant(copy.graph, sizes, f"{name}_split")
+        split = _add(copy, "Reshape", [value, parts])
         tall = _add(copy, "Transpose", [split], perm=[1, 2, 0])
         wide = _add(copy, "Transpose", [split], perm=[1, 0, 2])
-        tokens = _add(copy, "Gather", [_add(copy, "Shape", [split]), _zero(copy, name)])
+        first = add_constant(copy.graph, np.array(0, np.int64), f"{name}_first")
+        tokens = _add(copy, "Gather", [_add(copy, "Shape", [split]), first])
         total = _add(copy, "MatMul", [tall, wide])
         mean = _add(copy, "Div", [total, _add(copy, "CastLike", [tokens, total])])
         _output(copy, mean, name)
-    return _run(copy, list(heads), feeds, folder)
+    return _run(copy, list(heads), feeds)
 
 
 def _add(model: ir.Model, op_type: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
@@ -92,32 +89,20 @@ def _add(model: ir.Model, op_type: str, inputs: list[ir.Value], **attributes: ob
     return node.outputs[0]
 
 
-def _constant(model: ir.Model, name: str, array: NDArray[np.int64]) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    model.graph.register_initializer(value)
-    return value
-
-
-def _zero(model: ir.Model, name: str) -> ir.Value:
-    return _constant(model, f"{name}_first", np.array(0, np.int64))
-
-
 def _output(model: ir.Model, value: ir.Value, name: str) -> None:
     value.name = f"{name}_statistics"
     value.dtype = ir.DataType.FLOAT
     model.graph.outputs.append(value)
 
 
-def _run(
-    model: ir.Model, names: list[str], feeds: Sequence[Feeds], folder: Path
-) -> dict[str, Array]:
+def _run(model: ir.Model, names: list[str], feeds: Sequence[Feeds]) -> dict[str, Array]:
     """The average of each value's statistics over feeds."""
     if not names:
         return {}
     outputs = [f"{name}_statistics" for name in names]
     totals: list[Array] = []
-    with session(model, folder) as running:
-        for fed in feeds:
-            found = [np.asarray(array, np.float64) for array in running.run(outputs, dict(fed))]
-            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+    session = open_session(model)
+    for fed in feeds:
+        found = [np.asarray(array, np.float64) for array in session.run(outputs, dict(fed))]
+        totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
     return {name: total / len(feeds) for name, total in zip(names, totals, strict=True)}

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer
-from latentforge.optimize.quantize.build import add_constant, add_node, add_twin, module, replace
+from latentforge.optimize.graph import Layer, add_constant, module
+from latentforge.optimize.quantize.build import add_node, add_twin, replace
 
 __all__ = ["differ", "parts", "split"]
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from latentforge.optimize.graph import Layer, dependencies, layers
-from latentforge.optimize.quantize.build import check_float, tidy
+from latentforge.optimize.graph import Layer, dependencies, layers, matches, tidy
+from latentforge.optimize.quantize.build import check_float
 from latentforge.optimize.quantize.concat import differ, parts, split
 from latentforge.optimize.quantize.ranges import Spread, channel_peaks, grid, spreads
-from latentforge.optimize.quantize.settings import Form, Int8, matches
+from latentforge.optimize.quantize.settings import Form, Int8
 from latentforge.optimize.quantize.smooth import smooth
 from latentforge.optimize.quantize.weights import store_in_channels
 from latentforge.optimize.quantize.write import Planned, Writer, plain

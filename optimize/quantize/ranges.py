@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.quantize.build import add_constant, open_session
+from latentforge.optimize.graph import add_constant, open_session
 from latentforge.optimize.quantize.settings import Int8
 from latentforge.runtime.tensor import Feeds
 

@@ -13,15 +13,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import layers
-from latentforge.optimize.quantize.build import (
-    add_constant,
-    add_node,
-    add_twin,
-    module,
-    open_session,
-    replace,
-)
+from latentforge.optimize.graph import add_constant, layers, module, open_session
+from latentforge.optimize.quantize.build import add_node, add_twin, replace
 from latentforge.optimize.quantize.qdq import plan, quantize
 from latentforge.optimize.quantize.settings import Form, Int8, Scan
 from latentforge.optimize.quantize.write import Planned, Writer

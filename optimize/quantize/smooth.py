@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, constant, layers, set_weight
-from latentforge.optimize.quantize.build import add_constant, add_node, free_name, module
+from latentforge.optimize.graph import Layer, add_constant, constant, layers, module, set_weight
+from latentforge.optimize.quantize.build import add_node
 
 __all__ = ["smooth"]
 
@@ -80,7 +80,7 @@ def _multiply(graph: ir.Graph, layer: Layer, factors: Array) -> None:
     shape = [1, 1]
     shape[layer.in_axis] = -1
     scaled = layer.array * factors.reshape(shape)
-    set_weight(graph, layer.node, 1, scaled, free_name(graph, f"{layer.weight.name}.smooth"))
+    set_weight(graph, layer.node, 1, scaled, f"{layer.weight.name}.smooth")
 
 
 def _divide(graph: ir.Graph, value: ir.Value, group: Sequence[Layer], factors: Array) -> None:
@@ -116,7 +116,7 @@ def _fold(graph: ir.Graph, value: ir.Value, readers: Sequence[Layer], factors: A
         divided = np.asarray(array, np.float32) / factors
         old = owner.inputs[index]
         assert old is not None
-        set_weight(graph, owner, index, divided, free_name(graph, f"{old.name}.smooth"))
+        set_weight(graph, owner, index, divided, f"{old.name}.smooth")
     return True
 
 

@@ -1,22 +1,24 @@
 """Weights in few bits and everything else in float: smaller files, not less time."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, constant, layers
-from latentforge.optimize.quantize.build import (
+from latentforge.optimize.graph import (
+    Layer,
     add_constant,
-    add_node,
-    check_float,
+    constant,
+    layers,
+    matches,
     module,
-    replace,
     tidy,
 )
-from latentforge.optimize.quantize.settings import Form, WeightOnly, matches
+from latentforge.optimize.quantize.build import add_node, check_float, replace
+from latentforge.optimize.quantize.settings import Form, WeightOnly
 from latentforge.optimize.quantize.write import plain, round_weight, take_bias
 from latentforge.runtime.errors import SettingsError
 
@@ -28,14 +30,33 @@ _BLOCKS_SINCE = 21  # the opset from which DequantizeLinear knows blocks and 4-b
 
 _INTS_OF_4_SINCE = 10  # the version of ONNX's file format
 
+_BLOCK = {4: 32, 8: 0}  # by bits, how many weights share a scale unless settings say
 
-def quantize_weights(model: ir.Model, settings: WeightOnly, form: Form = "onnxruntime") -> int:
+
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """Integers of so many bits, of which ``size`` in a row share a scale; 0 is no blocks."""
+
+    bits: Literal[4, 8]
+    size: int
+
+
+def quantize_weights(
+    model: ir.Model,
+    settings: WeightOnly,
+    form: Form = "onnxruntime",
+    *,
+    bits: Literal[4, 8] = 8,
+) -> int:
     """Store weights in few bits, symmetric, and compute in float.
 
     Conv weights and embedding tables get 8 bits and a scale an output channel; so do linear layers'
-    without blocks. A table's scales are by column, so that they apply after the rows are picked.
-    With blocks, linear layers become MatMulNBits for ``onnxruntime`` and a DequantizeLinear of
-    blocks for ``qdq``, which raises the graph's opset to 21.
+    without blocks. A table's scales are by column, so that they apply after the rows are picked;
+    for ``qdq`` they are by row and apply before, as TensorRT takes integers nowhere but in front of
+    their DequantizeLinear, and OpenVINO 2026.4 reads beyond the scales of columns there and breaks
+    the heap. With blocks, linear layers become MatMulNBits for ``onnxruntime`` and, for ``qdq``, a
+    DequantizeLinear of blocks, which raises the graph's opset to 21. There a weight that blocks do
+    not divide has a scale an output channel: OpenVINO refuses short blocks. 4 bits need blocks.
 
     ONNX Runtime's CPU keeps the integers and makes floats of them in every run. Stable Diffusion
     1.5's UNet, two latents of 64x64 on two cores, from float to 8 bits: a file of 3.4 to 0.9 GB,
@@ -43,8 +64,9 @@ def quantize_weights(model: ir.Model, settings: WeightOnly, form: Form = "onnxru
 
     Args:
         model: a float graph, changed in place.
-        settings: how many bits, and which layers are left alone.
+        settings: which layers are left alone, and how large blocks are.
         form: which runtime is to take it.
+        bits: of linear layers' weights; with 4, blocks are of 32 unless the settings say.
 
     Returns:
         How many weights are stored in few bits now.
@@ -53,46 +75,53 @@ def quantize_weights(model: ir.Model, settings: WeightOnly, form: Form = "onnxru
         SettingsError: the graph is quantized already.
     """
     check_float(model)
+    blocks = _Blocks(bits=bits, size=settings.block or _BLOCK[bits])
     chosen = [layer for layer in layers(model.graph) if not matches(layer.name, settings.keep)]
     for layer in chosen:
-        if layer.linear and settings.block and plain(layer):
-            _in_blocks(model, layer, settings, form)
+        if layer.linear and plain(layer) and _fit(blocks, layer, form):
+            _in_blocks(model, layer, blocks, form)
         else:
             store_in_channels(model.graph, layer)
     tables = [node for node in model.graph if _is_table(node)]
     tables = [node for node in tables if not matches(str(node.name), settings.keep)]
     for node in tables:
-        _in_columns(model.graph, node)
+        _table(model.graph, node, form)
     tidy(model)
     return len(chosen) + len(tables)
+
+
+def _fit(blocks: _Blocks, layer: Layer, form: Form) -> bool:
+    """Whether there are blocks, and a layer's weight can be stored in them."""
+    if not blocks.size:
+        return False
+    return form == "onnxruntime" or layer.array.shape[layer.in_axis] % blocks.size == 0
 
 
 def store_in_channels(graph: ir.Graph, layer: Layer) -> None:
     """A weight from int8 with a scale an output channel."""
     integers, scale = round_weight(layer.array, layer.out_axis, 127)
     name, weight = module(layer.name), layer.weight
-    inputs = [
-        add_constant(graph, integers, f"{weight.name}.int8"),
-        add_constant(graph, scale.astype(_numpy(weight)), f"{weight.name}.scale"),
-    ]
+    inputs = _stored(graph, weight, integers, scale)
     kind, axis = "DequantizeLinear", layer.out_axis
     layer.node.replace_input_with(
         1, add_node(layer.node, kind, inputs, name=name, like=weight, axis=axis)
     )
 
 
-def _in_columns(graph: ir.Graph, node: ir.Node) -> None:
-    """A table from int8 with a scale a column, applied to the rows that are picked."""
+def _table(graph: ir.Graph, node: ir.Node, form: Form) -> None:
+    """Store the table that a node picks rows of in int8."""
     table, rows, name = node.inputs[0], node.inputs[1], module(str(node.name))
-    array = constant(table)
+    array, old, kind = constant(table), node.outputs[0], "DequantizeLinear"
     assert table is not None and array is not None
-    integers, scale = round_weight(np.asarray(array, np.float32), 1, 127)
-    stored = add_constant(graph, integers, f"{table.name}.int8")
-    scales = add_constant(graph, scale.astype(_numpy(table)), f"{table.name}.scale")
-    old, kind = node.outputs[0], ir.DataType.INT8
-    picked = add_node(node, "Gather", [stored, rows], name=name, like=old, dtype=kind)
-    inputs = [picked, scales]
-    replace(old, add_node(node, "DequantizeLinear", inputs, name=name, like=old, axis=-1))
+    axis = 0 if form == "qdq" else 1
+    integers, scale = round_weight(np.asarray(array, np.float32), axis, 127)
+    stored, scales = _stored(graph, table, integers, scale)
+    if form == "qdq":
+        floats = add_node(node, kind, [stored, scales], name=name, like=table, axis=axis)
+        node.replace_input_with(0, floats)
+        return
+    picked = add_node(node, "Gather", [stored, rows], name=name, like=old, dtype=ir.DataType.INT8)
+    replace(old, add_node(node, kind, [picked, scales], name=name, like=old, axis=-1))
 
 
 def _is_table(node: ir.Node) -> bool:
@@ -107,23 +136,20 @@ def _is_table(node: ir.Node) -> bool:
     )
 
 
-def _in_blocks(model: ir.Model, layer: Layer, settings: WeightOnly, form: Form) -> None:
+def _in_blocks(model: ir.Model, layer: Layer, blocks: _Blocks, form: Form) -> None:
     """A weight in few bits with a scale for every few inputs of an output."""
     graph = model.graph
     array = layer.array.T if layer.in_axis == 0 else layer.array  # (outputs, inputs)
-    integers, scale = _round_blocks(array, settings)
+    integers, scale = _round_blocks(array, blocks)
     if form == "onnxruntime":
-        _by_bits(graph, layer, integers, scale, settings)
+        _by_bits(graph, layer, integers, scale, blocks)
         return
     _raise_opset(model)
     if layer.in_axis == 0:
         integers, scale = integers.T, scale.T
-    kind = ml_dtypes.int4 if settings.bits == 4 else np.int8
+    kind = ml_dtypes.int4 if blocks.bits == 4 else np.int8
     weight = layer.weight
-    inputs = [
-        add_constant(graph, integers.astype(kind), f"{weight.name}.int{settings.bits}"),
-        add_constant(graph, scale.astype(_numpy(weight)), f"{weight.name}.scale"),
-    ]
+    inputs = _stored(graph, weight, integers.astype(kind), scale, bits=blocks.bits)
     floats = add_node(
         layer.node,
         "DequantizeLinear",
@@ -131,38 +157,31 @@ def _in_blocks(model: ir.Model, layer: Layer, settings: WeightOnly, form: Form) 
         name=module(layer.name),
         like=weight,
         axis=layer.in_axis,
-        block_size=settings.block,
+        block_size=blocks.size,
     )
     layer.node.replace_input_with(1, floats)
 
 
-def _round_blocks(array: Array, settings: WeightOnly) -> tuple[NDArray[np.int8], Array]:
+def _round_blocks(array: Array, blocks: _Blocks) -> tuple[NDArray[np.int8], Array]:
     """(outputs, inputs) in few bits, and (outputs, blocks) scales; the last block may be short."""
     outputs, inputs = array.shape
-    blocks, limit = -(-inputs // settings.block), 2 ** (settings.bits - 1) - 1
-    padded = np.zeros((outputs * blocks, settings.block), np.float32)
+    count, limit = -(-inputs // blocks.size), 2 ** (blocks.bits - 1) - 1
+    padded = np.zeros((outputs * count, blocks.size), np.float32)
     padded.reshape(outputs, -1)[:, :inputs] = array
     integers, scale = round_weight(padded, 0, limit)
-    return integers.reshape(outputs, -1)[:, :inputs], scale.reshape(outputs, blocks)
+    return integers.reshape(outputs, -1)[:, :inputs], scale.reshape(outputs, count)
 
 
-def _by_bits(
-    graph: ir.Graph, layer: Layer, integers: Array, scale: Array, settings: WeightOnly
-) -> None:
+def _by_bits(graph: ir.Graph, layer: Layer, integers: Array, scale: Array, blocks: _Blocks) -> None:
     """Replace a layer and the Add of its bias by com.microsoft's MatMulNBits."""
     outputs, inputs = integers.shape
-    blocks, weight = scale.shape[1], layer.weight
-    packed = _packed(integers, blocks * settings.block, settings.bits)
-    stored = packed.reshape(outputs, blocks, settings.block * settings.bits // 8)
-    name = f"{weight.name}.int{settings.bits}"
+    count, bits = scale.shape[1], blocks.bits
+    packed = _packed(integers, count * blocks.size, bits)
+    packed = packed.reshape(outputs, count, blocks.size * bits // 8)
+    stored = _stored(graph, layer.weight, packed, scale, bits=bits)
     old, bias = take_bias(layer)
-    operands = [
-        layer.input,
-        add_constant(graph, stored, name),
-        add_constant(graph, scale.astype(_numpy(weight)), f"{weight.name}.scale"),
-        *(None, None, bias),
-    ]
-    attributes = {"K": inputs, "N": outputs, "bits": settings.bits, "block_size": settings.block}
+    operands = [layer.input, *stored, None, None, bias]
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": blocks.size}
     new = add_node(
         layer.node,
         "MatMulNBits",
@@ -198,7 +217,11 @@ def _raise_opset(model: ir.Model) -> None:
     model.ir_version = max(model.ir_version, _INTS_OF_4_SINCE)
 
 
-def _numpy(value: ir.Value) -> Any:
-    """The numpy dtype of a float value."""
-    assert value.dtype is not None
-    return value.dtype.numpy()
+def _stored(
+    graph: ir.Graph, source: ir.Value, integers: Array, scale: Array, *, bits: int = 8
+) -> tuple[ir.Value, ir.Value]:
+    """Integers and their scales as initializers, the scales in the precision of the source."""
+    assert source.dtype is not None
+    scale = scale.astype(source.dtype.numpy())
+    stored = add_constant(graph, integers, f"{source.name}.int{bits}")
+    return stored, add_constant(graph, scale, f"{source.name}.scale")

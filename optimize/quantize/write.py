@@ -7,8 +7,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, constant
-from latentforge.optimize.quantize.build import add_constant, add_node, add_twin, module, replace
+from latentforge.optimize.graph import Layer, add_constant, constant, module
+from latentforge.optimize.quantize.build import add_node, add_twin, replace
 from latentforge.optimize.quantize.ranges import Grid
 from latentforge.optimize.quantize.settings import Form
 
