@@ -1,13 +1,12 @@
 """The main job on the embedded checkpoint: build it, run it beside diffusers, time both."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.demo import prompts
 from latentforge.export.eager import EagerPipeline
-from latentforge.export.stage import export
 from latentforge.runtime.bench import Comparison, available_cores, compare, contenders
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.image import psnr, save, sheet, to_array
@@ -24,10 +23,24 @@ _SHEET_SEED = 7
 _MIN_PSNR = 40.0  # class A: the same picture
 
 
-def showcase(directory: Path, *, images: int = 12, repeats: int = 5, quiet: bool = True) -> Path:
+def showcase(
+    directory: Path,
+    build: Callable[[Path], None],
+    *,
+    images: int = 12,
+    repeats: int = 5,
+    quiet: bool = True,
+) -> Path:
     """Leave engines/, contact-sheet.png, bench.json and index.html in a directory.
 
     Engines of an earlier run are used again if they are sound.
+
+    Args:
+        directory: where it goes.
+        build: makes engines of the embedded checkpoint, in place of those that are there.
+        images: pictures of the contact sheet.
+        repeats: timed pairs of images.
+        quiet: show no progress.
 
     Returns:
         The page to open.
@@ -38,7 +51,7 @@ def showcase(directory: Path, *, images: int = 12, repeats: int = 5, quiet: bool
     """
     engines = directory / "engines"
     if not _sound(engines):
-        export("demo", engines, overwrite=engines.exists(), quiet=quiet)
+        build(engines)
     pairs = _pairs(engines, prompts(images, seed=_SHEET_SEED), quiet)
     rows = [[pair.reference for pair in pairs], [pair.ours for pair in pairs]]
     half = len(pairs) // 2
@@ -94,7 +107,7 @@ def _page(engines: Path, comparison: Comparison, pairs: Sequence[Pair]) -> str:
     manifest = Manifest.read(engines, hashes=False)
     size = sum(entry.bytes for entry in manifest.files) / 1e6
     subtitle = (
-        f"The embedded demo checkpoint, exported to ONNX ({size:.0f} MB) and run without torch, "
+        f"The embedded demo checkpoint, exported, optimized ({size:.0f} MB) and run without torch, "
         "beside diffusers on the same prompts, seeds and threads."
     )
     return render("latentforge demo", subtitle, comparison, pairs)

@@ -1,7 +1,6 @@
 """The export stage: a checkpoint in, an engine directory out."""
 
 import importlib.metadata
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +32,6 @@ from latentforge.runtime.errors import (
     LatentforgeError,
     SettingsError,
     ShapeError,
-    TargetError,
 )
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import (
@@ -45,7 +43,7 @@ from latentforge.runtime.manifest import (
 )
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.staging import check_target, staged_directory
+from latentforge.runtime.staging import check_space, check_target, staged_directory
 from latentforge.runtime.tokenizer import Tokenizer
 from latentforge.runtime.verify import trial
 
@@ -190,16 +188,7 @@ def _check_space(job: _Job, directory: Path) -> None:
     else:
         folders = {component.folder for component in job.components}
         needed = int(sum(job.checkpoint.parameters(folder) for folder in folders) * 4 * _SPACE)
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise TargetError(
-            f"{directory.parent} has {_size(free)} free and the engines take about "
-            f"{_size(needed)}: make room, or name another disk"
-        )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    check_space(directory, needed)
 
 
 def _draft(job: _Job, directory: Path) -> Manifest:

@@ -34,7 +34,7 @@ from latentforge.runtime.errors import GateError, ManifestError, SettingsError, 
 from latentforge.runtime.manifest import Calibration, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.staging import check_target, staged_directory
+from latentforge.runtime.staging import check_space, check_target, staged_directory
 from latentforge.runtime.worker import settings_to_json
 
 __all__ = ["Job", "STAGE", "optimize", "optimize_into", "plan"]
@@ -44,6 +44,7 @@ STAGE = "optimize"
 
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
 _MOST_REPEATS = 1000
+_SPACE = 1.1
 _MEMORY = 3  # times its files, which is what a process takes that paints with them
 _QUALITY = ("max_relative_error", "psnr", "psnr_worst", "ssim", "perceptual", "latents_psnr")
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -233,6 +234,7 @@ def _mistaken(words: Sequence[str], known: Iterable[str]) -> str:
 def optimize_into(job: Job, directory: Path, *, quiet: bool = True) -> Manifest:
     """Do what plan() planned, in a directory that is staged: see optimize()."""
     start = time.perf_counter()
+    check_space(directory, _needed(job))
     with Progress(_parts(job), quiet=quiet) as progress:
         origin = _origin(job, progress)
         candidates = [
@@ -247,6 +249,12 @@ def optimize_into(job: Job, directory: Path, *, quiet: bool = True) -> Manifest:
     if chosen.failures:
         raise GateError(f"{chosen.name}: {'; '.join(chosen.failures)}")
     return manifest
+
+
+def _needed(job: Job) -> int:
+    """Bytes on the disk: results are hardly larger than the input, and some have a twin."""
+    copies = len(job.recipes) * (1 if TARGETS[job.backend].runs_here else 2)
+    return int(_SPACE * _size(job.manifest) * copies)
 
 
 def _parts(job: Job) -> int:

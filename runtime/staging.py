@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows: leftovers of a killed process then stay until someone looks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_target", "staged_directory", "staged_file"]
+__all__ = ["check_space", "check_target", "staged_directory", "staged_file"]
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
@@ -34,6 +34,20 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         raise TargetError(f"cannot write {target}: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise TargetError(f"cannot write {target}: {parent} is not a writable directory")
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise TargetError where the disk has no room for so many bytes, before they are made."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise TargetError(
+            f"{directory.parent} has {_size(free)} free and the engines take about "
+            f"{_size(needed)}: make room, or name another disk"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _check_old(target: Path, overwrite: bool) -> None:

@@ -40,6 +40,7 @@ EXPORTS = (
     "test_half",
     "test_prune",
     "test_targets",
+    "test_engines",
 )
 """Files that use the demo's or the tiny checkpoint's engines, made once for a whole process."""
 

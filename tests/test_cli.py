@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-COMMANDS = ("build", "export", "run", "bench", "inspect", "verify", "demo")
+COMMANDS = ("build", "export", "optimize", "run", "bench", "inspect", "verify", "demo")
 
 
 def latentforge(
@@ -136,6 +136,47 @@ def test_build_refuses_to_overwrite(tiny_engines: Path, tmp_path: Path) -> None:
     refused(latentforge("build", "demo", tiny_engines, cwd=tmp_path), "--overwrite")
 
 
+def test_optimize_help_lists_the_recipes(tmp_path: Path) -> None:
+    text = latentforge("optimize", "--help", cwd=tmp_path).stdout
+    assert all(f"\n  {name} " in text for name in ("auto", "fp16", "fp32", "int8", "int8-weights"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--precision", "int8", "--recipe", "mine.toml"], ["--precision", "give one"]),
+        (["--layout", "optimum", "--precision", "int8"], ["--layout optimum"]),
+        (["--recipe", "int9"], ["int9", "did you mean 'int8'"]),
+    ],
+)
+def test_build_refuses_recipes_before_it_exports(
+    tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    refused(latentforge("build", "demo", "out", *options, cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_optimize_and_gate(tiny_engines: Path, tmp_path: Path) -> None:
+    """A result with its figures, and one that is kept aside with exit 3."""
+    options = ["--recipe", "fp16", "--steps", "2", "--repeats", "1", "--gate", "images=1"]
+    result = latentforge("optimize", tiny_engines, "out", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "class A: the same pictures" in result.stdout and "UNet step" in result.stdout
+    assert "unet/hoist-prompt: " in latentforge("inspect", "out", cwd=tmp_path).stdout
+    strict = [*options, "--gate", "psnr=199"]
+    failed = latentforge("optimize", tiny_engines, "strict", *strict, cwd=tmp_path)
+    assert failed.returncode == 3 and "strict.rejected" in failed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "strict.rejected"]
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_optimization_leaves_nothing(
+    tiny_engines: Path, tmp_path: Path, signal_: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "latentforge", "optimize", str(tiny_engines), "out"]
+    interrupted(command, tmp_path, signal_)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = latentforge("verify", "nowhere", "--debug", cwd=tmp_path)
     assert "Traceback" in result.stderr and "ManifestError" in result.stderr
@@ -177,6 +218,11 @@ def test_interrupted_export_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, signal_: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "latentforge", "export", str(tiny_checkpoint), "out"]
+    interrupted(command, tmp_path, signal_)
+
+
+def interrupted(command: list[str], tmp_path: Path, signal_: signal.Signals) -> None:
+    """Start a command that writes ``out``, stop it at its work, and find nothing."""
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None:
         time.sleep(0.05)

@@ -26,14 +26,16 @@ def commands() -> list[str]:
 @pytest.fixture
 def workplace(demo_engines: Path, tmp_path: Path) -> Path:
     """A directory as the README's reader has it after the build."""
-    (tmp_path / "demo-engines").symlink_to(demo_engines)
+    for name in ("demo-engines", "demo-exported"):
+        (tmp_path / name).symlink_to(demo_engines)
     return tmp_path
 
 
 def test_commands_run(workplace: Path) -> None:
     """All that need neither a hub nor another build of the engines."""
-    ready = [c for c in commands() if "demo-engines" in c and " build " not in c]
-    assert len(ready) == 5
+    made = (" build ", " export ")
+    ready = [c for c in commands() if " demo-" in c and not any(word in c for word in made)]
+    assert len(ready) == 7
     for command in ready:
         result = subprocess.run(
             [sys.executable, "-m", *shlex.split(command)],
@@ -49,6 +51,21 @@ def test_every_command_parses() -> None:
 
     for command in commands():
         _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_the_recipe_is_one(tmp_path: Path) -> None:
+    from latentforge.optimize.recipe import read_recipe
+
+    (written,) = blocks("toml")
+    (tmp_path / "mine.toml").write_text(written)
+    assert read_recipe(str(tmp_path / "mine.toml")).gate.psnr == 28
+
+
+def test_every_recipe_is_listed() -> None:
+    from latentforge.optimize.recipes import names
+
+    table = README.split("## Recipes")[1].split("```")[0]
+    assert set(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == set(names())
 
 
 def test_python_runs(workplace: Path) -> None:
