@@ -15,8 +15,8 @@ from onnx_ir.passes import common
 
 from latentforge.runtime.errors import BackendError
 
-__all__ = ["Layer", "add_constant", "constant", "dependencies", "layers", "matches", "module"]
-__all__ += ["open_session", "operands", "save", "set_weight", "tidy"]
+__all__ = ["Layer", "add_constant", "constant", "dependencies", "layers", "lend"]
+__all__ += ["matches", "module", "open_session", "operands", "save", "set_weight", "tidy"]
 
 Array = NDArray[np.generic]
 
@@ -203,7 +203,7 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
         options.enable_profiling, options.profile_file_prefix = True, profile
     copy = model.clone()
     tidy(copy)  # ONNX Runtime takes no constant that nothing uses
-    arrays = _lend(copy.graph)
+    arrays = lend(copy.graph)
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     options.add_external_initializers(list(arrays), values)
     try:
@@ -215,7 +215,7 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
         ) from error
 
 
-def _lend(graph: ir.Graph) -> dict[str, Array]:
+def lend(graph: ir.Graph) -> dict[str, Array]:
     """Take the large constants out of a graph, and return them by name."""
     arrays: dict[str, Array] = {}
     for name, value in graph.initializers.items():
@@ -224,7 +224,7 @@ def _lend(graph: ir.Graph) -> dict[str, Array]:
             continue
         if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes >= _HANDED_OVER:
             array = np.asarray(tensor.numpy(), order="C")
-            if array.dtype.isbuiltin != 1:  # bfloat16 and int4, which numpy itself lacks
+            if array.dtype.kind == "V":  # bfloat16 and int4, which numpy itself lacks
                 value.const_value = ir.tensor(array, name=name)
                 continue
             arrays[name] = array

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from latentforge.optimize.component import Rewriter
-from latentforge.optimize.graph import constant, layers, open_session
+from latentforge.optimize.graph import constant, layers, lend, open_session
 from latentforge.optimize.quantize import (
     Int8,
     Scan,
@@ -161,9 +161,9 @@ def optimized(model: ir.Model, path: Path) -> list[str]:
 
 
 def test_known_scales() -> None:
-    """Peak 127 and weights up to 2 and 4: scales of 1, 2/127 and 4/127."""
+    """Peak 127 and weights up to 63 and 126, in 7 bits: scales of 1, 1 and 2."""
     text = f"{HEAD}\nm (float[b,2] sample) => (float[b,2] y) {{ [l/MatMul] y = MatMul(sample, w) }}"
-    w = np.array([[2, -4], [1, 1]], np.float32)
+    w = np.array([[63, -126], [21, 41.6]], np.float32)
     model = make(text, {"w": w})
     sample = np.array([[127, -3], [5, 1]], np.float32)
     counts = quantize(model, [{"sample": sample}], Int8(ranges="minmax", symmetric=True))
@@ -171,11 +171,11 @@ def test_known_scales() -> None:
     node = model.graph[-1]
     assert (node.op_type, node.name) == ("MatMulIntegerToFloat", "l/MatMul")
     found = [constant(value) for value in node.inputs[1:5]]
-    np.testing.assert_array_equal(found[0], [[127, -127], [64, 32]])
+    np.testing.assert_array_equal(found[0], [[63, -63], [21, 21]])
     assert found[1] == 1.0
-    np.testing.assert_array_equal(found[2], np.array([2, 4], np.float32) / np.float32(127))
+    np.testing.assert_array_equal(found[2], [1, 2])
     assert found[3] == 128
-    rounded = np.array([[127, -127], [64, 32]]) * np.array([2, 4]) / 127
+    rounded = np.array([[63, -126], [21, 42]])
     np.testing.assert_allclose(run(model, {"sample": sample}), sample @ rounded, rtol=1e-6)
 
 
@@ -573,3 +573,20 @@ def test_keep_worst() -> None:
     assert keep_worst(records, Scan(share=0.67)) == ("b", "a")
     assert keep_worst(records, Scan(share=0.0, by="seconds")) == ("b",)
     assert keep_worst(records, Scan(share=0.67, by="seconds")) == ("b", "c")
+
+
+def test_weights_in_other_files_are_lent_and_not_copied(tmp_path: Path) -> None:
+    """A model of gigabytes would not fit into the two that a message may have."""
+    model = small()
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data")
+    loaded = ir.load(tmp_path / "m.onnx")
+    outside = {
+        name
+        for name, value in loaded.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    assert outside and outside <= lend(loaded.clone().graph).keys()
+    feed = small_feeds(1)[0]
+    (got,) = open_session(loaded).run(None, dict(feed))
+    (expected,) = open_session(model).run(None, dict(feed))
+    np.testing.assert_array_equal(got, expected)

@@ -43,7 +43,7 @@ def quantize(
         SettingsError: the graph is quantized already, or there are no feeds.
     """
     planned, counts = plan(model, feeds, settings, form)
-    writer = Writer(model.graph, limit=settings.weight_limit, form=form)
+    writer = Writer(model.graph, limit=settings.weight_limit(form), form=form)
     for each in planned:
         writer.write(each)
     for layer in _beside(model.graph, settings):

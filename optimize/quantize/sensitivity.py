@@ -80,7 +80,10 @@ def scan(
     for each in planned:
         saved[each.name] += _bytes_saved(each)
     _add_switches(
-        copy.graph, planned, list(saved), Writer(copy.graph, limit=settings.weight_limit, form=form)
+        copy.graph,
+        planned,
+        list(saved),
+        Writer(copy.graph, limit=settings.weight_limit(form), form=form),
     )
     errors = _errors(_Switched(open_session(copy), len(saved)), list(saved), latents)
     seconds = _seconds_saved(model, feeds, settings, form, list(saved))

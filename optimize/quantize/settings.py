@@ -54,8 +54,9 @@ class Int8(Record, frozen=True, kw_only=True):
         symmetric: zero is the middle of every activation's grid. TensorRT needs that. The
             ``onnxruntime`` form can do without, since what comes out of SiLU is nearly all
             positive; on the embedded checkpoint that gains nothing (45.0 dB against 45.6).
-        reduce_range: 7-bit weights, for ONNX Runtime on processors with AVX2 and without VNNI,
-            which add pairs of 8-bit products in 16 bits and lose what is beyond.
+        reduce_range: 7-bit weights in the ``onnxruntime`` form. Its kernels for processors with
+            AVX2 and without VNNI add pairs of products in 16 bits, and lose what is beyond; with it
+            engines give the same pictures on all processors.
     """
 
     keep: tuple[str, ...] = KEEP
@@ -65,7 +66,7 @@ class Int8(Record, frozen=True, kw_only=True):
     smooth_everywhere: bool = False
     split_concat: float = 2.0
     symmetric: bool = True
-    reduce_range: bool = False
+    reduce_range: bool = True
 
     def __post_init__(self) -> None:
         if not 50 <= self.percentile <= 100:
@@ -77,10 +78,9 @@ class Int8(Record, frozen=True, kw_only=True):
                 f"int8: split_concat is 0 (never) or a factor from 1 up, not {self.split_concat}"
             )
 
-    @property
-    def weight_limit(self) -> int:
+    def weight_limit(self, form: Form) -> int:
         """The largest integer a weight becomes."""
-        return 63 if self.reduce_range else 127
+        return 63 if self.reduce_range and form == "onnxruntime" else 127
 
 
 class WeightOnly(Record, frozen=True, kw_only=True):
