@@ -1,7 +1,7 @@
 """One recipe, carried out: engines in a folder, and how far they are from those they came of."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 
 __all__ = ["Candidate", "Origin", "make"]
-
-_SCANNED = 1  # pictures that each layer is measured by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +121,18 @@ def _scan(
         rewriter.fuse(model, "int8", half=False)
         feeds, form = _feeds(recipe, origin)[UNET], origin.target.form
         with Pipeline.load(origin.directory, hashes=False) as pipeline:
-            latents = _latents(pipeline, origin.calibration.results[:_SCANNED])
+            latents = _latents(pipeline, origin.calibration.results[0], recipe.scan.steps)
             layers = scan(model, feeds, recipe.int8, latents, form=form)
     return tuple(layers), keep_worst(layers, recipe.scan)
 
 
-def _latents(pipeline: Pipeline, references: Sequence[Result]) -> Latents:
-    """What makes the final latents of pictures again, with a UNet of the scan's."""
+def _latents(pipeline: Pipeline, reference: Result, steps: int) -> Latents:
+    """What makes the final latents of a picture, in few steps, with a UNet of the scan's."""
+    settings = replace(reference.settings, sampler="euler", steps=steps)
 
     def latents(session: Session) -> NDArray[np.float32]:
         pipeline.engines[UNET].session = session
-        return np.concatenate([pipeline.run(result.settings).latents for result in references])
+        return pipeline.run(settings).latents
 
     return latents
 

@@ -1,7 +1,7 @@
 """Recipes: what an optimization does, as data. TOML files that anyone can read and write."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -103,7 +103,7 @@ def read_recipe(name: str) -> Recipe:
         raise SettingsError(f"recipe {name}: {error}") from error
 
 
-def near_miss(word: str, known: Iterator[str] | tuple[str, ...] | list[str]) -> str:
+def near_miss(word: str, known: Iterable[str]) -> str:
     """What a mistyped word may have meant, and all that there is."""
     words = list(known)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)

@@ -1,13 +1,12 @@
 """The optimize stage: an engine directory in, an optimized one out, behind a quality gate."""
 
 import importlib.metadata
-import itertools
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,8 @@ import msgspec
 
 import latentforge
 from latentforge.optimize.candidate import Candidate, Origin, make
-from latentforge.optimize.component import UNET, load_graph
-from latentforge.optimize.passes import PASSES
-from latentforge.optimize.quantize import check_float
-from latentforge.optimize.recipe import Recipe, near_miss, read_recipe
-from latentforge.optimize.recording import read_prompts, record
-from latentforge.optimize.targets import TARGETS
+from latentforge.optimize.job import STAGE, Job, plan
+from latentforge.optimize.recording import record
 from latentforge.runtime.bench import (
     Comparison,
     Contender,
@@ -30,49 +25,20 @@ from latentforge.runtime.bench import (
     available_memory,
     compare,
 )
-from latentforge.runtime.errors import GateError, ManifestError, SettingsError, TargetError
+from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.manifest import Calibration, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.staging import check_space, check_target, staged_directory
 from latentforge.runtime.worker import settings_to_json
 
-__all__ = ["Job", "STAGE", "optimize", "optimize_into", "plan"]
-
-STAGE = "optimize"
-"""Its name in a manifest's history."""
+__all__ = ["optimize", "optimize_into"]
 
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
-_MOST_REPEATS = 1000
 _SPACE = 1.1
 _MEMORY = 3  # times its files, which is what a process takes that paints with them
 _QUALITY = ("max_relative_error", "psnr", "psnr_worst", "ssim", "perceptual", "latents_psnr")
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one optimization works on.
-
-    Attributes:
-        source: the engine directory to read.
-        manifest: what it says.
-        recipe: as it was asked for.
-        recipes: what it comes to; of several, the fastest that passes its gate is taken.
-        backend: what the result is for, a name of TARGETS.
-        prompts: those of the gate first, then those of the calibration.
-        request: the schedule and size that will be deployed, as far as the manifest's is not.
-        repeats: timed pairs of images; 0 times nothing.
-    """
-
-    source: Path
-    manifest: Manifest
-    recipe: str
-    recipes: Mapping[str, Recipe]
-    backend: str
-    prompts: tuple[str, ...]
-    request: Mapping[str, Any]
-    repeats: int
 
 
 def optimize(
@@ -128,109 +94,6 @@ def optimize(
         return optimize_into(job, directory, quiet=quiet)
 
 
-def plan(
-    source: Path,
-    *,
-    recipe: str,
-    backend: str,
-    gate: Sequence[str] = (),
-    prompts: Path | None = None,
-    calibrate: int | None = None,
-    request: Mapping[str, Any] | None = None,
-    repeats: int = 3,
-) -> Job:
-    """Check everything that can be before work begins; see optimize() for arguments and errors."""
-    if backend not in TARGETS:
-        raise SettingsError(f"no target {backend!r}; {near_miss(backend, list(TARGETS))}")
-    if not 0 <= repeats <= _MOST_REPEATS:
-        raise SettingsError(f"repeats is a number from 0 to {_MOST_REPEATS}, not {repeats}")
-    manifest = Manifest.read(source)
-    _check_source(source, manifest)
-    recipes = _recipes(recipe, gate, calibrate)
-    for name, each in recipes.items():
-        _check_recipe(name, each, backend, manifest)
-    _check_graphs(source, manifest, recipes.values())
-    if len(recipes) > 1 and not (repeats and TARGETS[backend].runs_here):
-        raise SettingsError(
-            f"recipe {recipe} chooses by measuring, which needs --repeats from 1 up and a target "
-            "that runs here: name one recipe"
-        )
-    return Job(
-        source=source,
-        manifest=manifest,
-        recipe=recipe,
-        recipes=recipes,
-        backend=backend,
-        prompts=tuple(read_prompts(prompts)),
-        request={k: v for k, v in (request or {}).items() if v is not None},
-        repeats=repeats,
-    )
-
-
-def _check_source(source: Path, manifest: Manifest) -> None:
-    if done := [stage for stage in manifest.history if stage.name == STAGE]:
-        was = done[-1].options.get("recipe")
-        raise ManifestError(
-            f"{source} was optimized already, with recipe {was}: start from the exported engines, "
-            "and say all that is wanted in one recipe"
-        )
-    if missing := [name for name in manifest.needed if name not in manifest.components]:
-        raise ManifestError(
-            f"{source} has no {missing[0]}, without which no picture can be compared: export it "
-            "without --components"
-        )
-
-
-def _recipes(name: str, gate: Sequence[str], calibrate: int | None) -> dict[str, Recipe]:
-    """The recipe, or those that it measures, with what the command line changes."""
-    recipe = read_recipe(name)
-    chosen = {n: read_recipe(n) for n in recipe.candidates} or {name: recipe}
-    changed = {}
-    for key, each in chosen.items():
-        calibration = each.calibration
-        if calibrate is not None:
-            calibration = msgspec.structs.replace(calibration, prompts=calibrate)
-        scan = each.scan or (recipe.scan if each.precision_of(UNET) == "int8" else None)
-        changed[Path(key).stem] = msgspec.structs.replace(
-            each, gate=each.gate.changed(gate), calibration=calibration, scan=scan
-        )
-    return changed
-
-
-def _check_recipe(name: str, recipe: Recipe, backend: str, manifest: Manifest) -> None:
-    """Refuse what asks for something that is not there, or that its target cannot do."""
-    if recipe.candidates:
-        raise SettingsError(f"recipe {name} measures others, and cannot be one of them")
-    if unknown := [p for p in recipe.skip if p not in PASSES]:
-        raise SettingsError(f"recipe {name}: no pass {_mistaken(unknown, PASSES)}")
-    known = ("default", "vae_encoder", *manifest.components)
-    if unknown := [c for c in recipe.precision if c not in known]:
-        raise SettingsError(f"recipe {name}: no component {_mistaken(unknown, known)}")
-    wrong = [c for c, precision in recipe.precision.items() if precision == "int8" and c != UNET]
-    if wrong:
-        raise SettingsError(
-            f"recipe {name}: {wrong[0]} cannot be int8, only the unet is calibrated: "
-            "int8-weights makes its file as small"
-        )
-    if backend == "cuda" and recipe.precision_of(UNET) == "int8":
-        raise SettingsError(
-            "ONNX Runtime's CUDA provider has no 8-bit convolutions and would run them on the CPU: "
-            "take --target tensorrt for int8, or the recipe fp16"
-        )
-
-
-def _check_graphs(source: Path, manifest: Manifest, recipes: Iterable[Recipe]) -> None:
-    """Refuse foreign graphs, and those that are quantized already, before any picture is made."""
-    for name, component in manifest.components.items():
-        model = load_graph(name, component, source)
-        if any(recipe.quantizes(name) for recipe in recipes):
-            check_float(model)
-
-
-def _mistaken(words: Sequence[str], known: Iterable[str]) -> str:
-    return f"{words[0]!r}; {near_miss(words[0], list(known))}"
-
-
 def optimize_into(job: Job, directory: Path, *, quiet: bool = True) -> Manifest:
     """Do what plan() planned, in a directory that is staged: see optimize()."""
     start = time.perf_counter()
@@ -253,31 +116,21 @@ def optimize_into(job: Job, directory: Path, *, quiet: bool = True) -> Manifest:
 
 def _needed(job: Job) -> int:
     """Bytes on the disk: results are hardly larger than the input, and some have a twin."""
-    copies = len(job.recipes) * (1 if TARGETS[job.backend].runs_here else 2)
+    copies = len(job.recipes) * (1 if job.target.runs_here else 2)
     return int(_SPACE * _size(job.manifest) * copies)
 
 
 def _parts(job: Job) -> int:
     """How many there are to show progress of."""
     images = max(recipe.gate.images for recipe in job.recipes.values())
-    recorded = sum(map(len, _shares(job)))
+    recorded = sum(map(len, job.shares))
     each = 2 * len(job.manifest.components) + images + 2
     return recorded + each * len(job.recipes)
 
 
-def _shares(job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The gate's prompts, and those for calibration: others, unless there are too few."""
-    recipes = job.recipes.values()
-    images = max(recipe.gate.images for recipe in recipes)
-    wanted = max((r.calibration.prompts for r in recipes if r.calibrated), default=0)
-    gate = tuple(itertools.islice(itertools.cycle(job.prompts), images))
-    rest = job.prompts[images:] or job.prompts
-    return gate, rest[:wanted]
-
-
 def _origin(job: Job, progress: Progress) -> Origin:
     """Run the source on the prompts, and keep what its engines saw."""
-    gate, others = _shares(job)
+    gate, others = job.shares
     run = partial(record, job.source, request=job.request, progress=progress)
     judged = run(gate, what="reference")
     calibration = run(others, what="calibration") if others else None
@@ -285,7 +138,7 @@ def _origin(job: Job, progress: Progress) -> Origin:
     return Origin(
         directory=job.source,
         manifest=job.manifest,
-        target=TARGETS[job.backend],
+        target=job.target,
         gate=judged,
         calibration=calibration,
         schedule=Calibration(
@@ -305,7 +158,7 @@ def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Com
     able = [c for c in candidates if not c.failures]
     sizes = [_size(manifest) for manifest in (job.manifest, *(c.manifest for c in able))]
     free = (available_memory() or math.inf) / _MEMORY
-    if not (job.repeats and able and TARGETS[job.backend].runs_here and max(sizes) < free):
+    if not (job.repeats and able and job.target.runs_here and max(sizes) < free):
         return None
     python = (sys.executable, "-m", "latentforge.runtime.worker")
     with Pipeline.load(job.source, hashes=False, low_memory=True) as pipeline:
@@ -388,7 +241,7 @@ def _described(
         chosen.manifest,
         history=(*job.manifest.history, stage),
         quality=quality,
-        device={} if TARGETS[job.backend].runs_here else {"target": job.backend},
+        device={} if job.target.runs_here else {"target": job.backend},
     )
 
 

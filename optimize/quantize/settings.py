@@ -107,13 +107,17 @@ class Scan(Record, frozen=True, kw_only=True):
 
     Attributes:
         share: of the layers, how many to keep for the error that they make.
+        steps: of the denoising run that is repeated for each layer, by Euler's method.
         by: that error is weighed against the ``bytes`` or the ``seconds`` that the layer saves;
             with ``seconds``, layers that 8 bits make slower are kept as well.
     """
 
     share: float = 0.1
+    steps: int = 4
     by: Literal["bytes", "seconds"] = "bytes"
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise SettingsError(f"scan: share is from 0 to 1, not {self.share}")
+        if self.steps < 1:
+            raise SettingsError(f"scan: steps is a number from 1 up, not {self.steps}")
