@@ -30,20 +30,6 @@ from latentforge.runtime.tensor import TensorSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 
-EXPORTS = (
-    "test_demo",
-    "test_readme",
-    "test_against_diffusers",
-    "test_export",
-    "test_cli",
-    "test_optimize",
-    "test_half",
-    "test_prune",
-    "test_targets",
-    "test_engines",
-)
-"""Files that use the demo's or the tiny checkpoint's engines, made once for a whole process."""
-
 Copy = Callable[[Path], Path]
 Handmade = Callable[..., Path]
 
@@ -71,13 +57,6 @@ SIGNATURES = {
     ),
 }
 TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, and all of EXPORTS in the same."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("exports" if name in EXPORTS else name))
 
 
 @pytest.fixture
@@ -200,21 +179,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engines of the tiny checkpoint, all dimensions free. Copy them before changing them."""
-    from latentforge.export.stage import export
-
-    target = tmp_path_factory.mktemp("engines") / "tiny"
-    export(str(tiny_checkpoint), target)
-    return target
+    return _exported(str(tiny_checkpoint), "tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engines of the embedded demo. Costs a minute: for what only real pictures show."""
     pytest.importorskip("diffusers", exc_type=ImportError)
+    return _exported("demo", "demo", tmp_path_factory)
+
+
+def _exported(checkpoint: str, name: str, factory: pytest.TempPathFactory) -> Path:
+    """Engines that are made once, also where several processes share the tests."""
+    from filelock import FileLock
+
     from latentforge.export.stage import export
 
-    target = tmp_path_factory.mktemp("engines") / "demo"
-    export("demo", target)
+    base = factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    target = folder / f"exported-{name}"
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            export(checkpoint, target)
     return target
 
 
