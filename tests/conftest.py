@@ -149,7 +149,7 @@ def _entry(directory: Path, path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion of random weights: images of 32 x 32 pixels from latents of 16 x 16."""
-    return _written("sd", tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return _shared(tmp_path_factory, "checkpoint/tiny", lambda path: _written("sd", path))
 
 
 def _written(name: str, path: Path) -> Path:
@@ -179,29 +179,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engines of the tiny checkpoint, all dimensions free. Copy them before changing them."""
-    return _exported(str(tiny_checkpoint), "tiny", tmp_path_factory)
+    from latentforge.export.stage import export
+
+    checkpoint = str(tiny_checkpoint)
+    return _shared(tmp_path_factory, "engines/tiny", lambda path: export(checkpoint, path))
 
 
 @pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The engines of the embedded demo. Costs a minute: for what only real pictures show."""
     pytest.importorskip("diffusers", exc_type=ImportError)
-    return _exported("demo", "demo", tmp_path_factory)
-
-
-def _exported(checkpoint: str, name: str, factory: pytest.TempPathFactory) -> Path:
-    """Engines that are made once, also where several processes share the tests."""
-    from filelock import FileLock
-
     from latentforge.export.stage import export
 
+    return _shared(tmp_path_factory, "demo/demo", lambda path: export("demo", path))
+
+
+def _shared(factory: pytest.TempPathFactory, place: str, make: Callable[[Path], object]) -> Path:
+    """A directory that is made once, also where several processes share the tests."""
+    from filelock import FileLock
+
     base = factory.getbasetemp()
-    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    target = folder / f"exported-{name}"
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            export(checkpoint, target)
-    return target
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / place
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.parent.with_suffix(".lock")):
+        if not path.exists():
+            make(path)
+    return path
 
 
 @pytest.fixture
