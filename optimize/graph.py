@@ -224,7 +224,8 @@ def lend(graph: ir.Graph) -> dict[str, Array]:
             continue
         if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes >= _HANDED_OVER:
             array = np.asarray(tensor.numpy(), order="C")
-            if array.dtype.kind == "V":  # bfloat16 and int4, which numpy itself lacks
+            # Shapes have to be in the graph, and so have bfloat16 and int4, which numpy lacks.
+            if array.nbytes < _HANDED_OVER or array.dtype.kind == "V":
                 value.const_value = ir.tensor(array, name=name)
                 continue
             arrays[name] = array
