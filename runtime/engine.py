@@ -49,12 +49,16 @@ class Engine:
         *,
         at_once: int | None = None,
         low_memory: bool = False,
+        rare: bool = False,
     ) -> "Engine":
         """Load a component of an engine directory on its backend.
 
-        With low_memory, weights stay as they lie in the file where the backend can do that.
+        With low_memory, weights stay as they lie in the file where the backend can do that. One
+        that runs rarely leaves the cores to the others as soon as it is done.
         """
         backend = backends.get(component.backend)
+        if rare and "spin" in backend.OPTIONS:
+            options = {"spin": False, **options}
         if low_memory and "prepack" in backend.OPTIONS:
             options = {"prepack": False, **options}
         session = backend.load(directory / component.file, component, options)

@@ -137,7 +137,15 @@ class Pipeline:
             limits = {"unet": rows, "unet_prompt": rows, "vae_decoder": 1, "vae_encoder": 1}
             limit = limits.get(name)
             component = manifest.components[name]
-            return Engine.load(name, component, path, options, at_once=limit, low_memory=low_memory)
+            return Engine.load(
+                name,
+                component,
+                path,
+                options,
+                at_once=limit,
+                low_memory=low_memory,
+                rare=name != "unet",
+            )
 
         engines = {name: load_engine(name) for name in manifest.needed}
         return cls(manifest, engines, tokenizers, path, load_engine)
