@@ -21,7 +21,7 @@ from itertools import count
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import dependencies, operands
+from latentforge.optimize.graph import dependencies, module, operands
 from latentforge.optimize.known import Kind, Size, Sorter, axis_size, number
 from latentforge.optimize.rowwise import Rows
 from latentforge.optimize.shapes import Specs, shapes, specs_of
@@ -302,8 +302,7 @@ def _layer_of(value: ir.Value, sorter: Sorter) -> str:
     while node is not None and not _is_layer(node, sorter):
         before = [v for v in node.inputs if v and sorter.kind(v) is not Kind.CONSTANT]
         node = before[0].producer() if before else None
-    name = str((node.name if node is not None else own) or value.name)
-    return name.rpartition("/")[0] or name
+    return module(str((node.name if node is not None else own) or value.name))
 
 
 def _is_layer(node: ir.Node, sorter: Sorter) -> bool:

@@ -4,18 +4,14 @@ What a pass makes has to load: ONNX Runtime's own operators (com.microsoft) exis
 CUDA providers, some of them for CUDA alone, and for no other engine.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import onnx_ir as ir
-
 from latentforge.optimize.passes import PASSES
-from latentforge.optimize.pipeline import optimize
 from latentforge.optimize.quantize import Form
 
-__all__ = ["CUDA_ONLY", "TARGETS", "Target", "fuse"]
+__all__ = ["CUDA_ONLY", "TARGETS", "Target"]
 
 CUDA_ONLY = frozenset({"fuse-geglu", "fuse-group-norm", "pack-attention", "nhwc-conv"})
 """Passes that make operators which ONNX Runtime's CPU provider lacks, measured with 1.32."""
@@ -62,13 +58,3 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "openvino": Target(passes=_STANDARD, half=False, form="qdq"),
     }
 )
-
-
-def fuse(model: ir.Model, target: Target, *, portable: bool = False) -> Counter[str]:
-    """Apply a target's passes to a graph in place, or those that the CPU provider runs too.
-
-    Returns:
-        By pass, how many rewrites it made.
-    """
-    names = target.portable if portable else target.passes
-    return optimize(model, {name: PASSES[name] for name in names})

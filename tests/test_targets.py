@@ -16,7 +16,8 @@ from onnx.reference import ReferenceEvaluator
 
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.rewriting import MICROSOFT
-from latentforge.optimize.targets import CUDA_ONLY, TARGETS, fuse
+from latentforge.optimize.pipeline import optimize
+from latentforge.optimize.targets import CUDA_ONLY, TARGETS
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +50,8 @@ def component(request: pytest.FixtureRequest, tiny_engines: Path) -> Path:
 def fused(component: Path, target: str, portable: bool) -> tuple[bytes, Counter[str]]:
     """The graph of a component for a target, and what was fused."""
     model = ir.load(component)
-    counts = fuse(model, TARGETS[target], portable=portable)
+    names = TARGETS[target].portable if portable else TARGETS[target].passes
+    counts = optimize(model, {name: PASSES[name] for name in names})
     return ir.to_proto(model).SerializeToString(), counts
 
 
