@@ -71,7 +71,12 @@ class TorchSession:
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
         module = self._modules.get(self.plan)
         with torch.inference_mode():
-            values = module(**{name: torch.from_numpy(feeds[name]) for name in self.plan.inputs})
+            values = module(
+                **{
+                    name: torch.from_numpy(np.require(feeds[name], requirements="W"))
+                    for name in self.plan.inputs
+                }
+            )
         values = values if isinstance(values, tuple) else (values,)
         outputs = {
             name: value.numpy() for name, value in zip(self.plan.outputs, values, strict=True)

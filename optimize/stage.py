@@ -22,8 +22,8 @@ from latentforge.runtime.bench import (
     Contender,
     Measurement,
     available_cores,
-    available_memory,
     compare,
+    fit_together,
 )
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.manifest import Calibration, Manifest, Stage
@@ -36,7 +36,6 @@ __all__ = ["optimize", "optimize_into"]
 
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
 _SPACE = 1.1
-_MEMORY = 3  # times its files, which is what a process takes that paints with them
 _QUALITY = ("max_relative_error", "psnr", "psnr_worst", "ssim", "perceptual", "latents_psnr")
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -157,8 +156,8 @@ def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Com
     """Let the source and the candidates that are good enough, and run here, take turns."""
     able = [c for c in candidates if not c.failures]
     sizes = [_size(manifest) for manifest in (job.manifest, *(c.manifest for c in able))]
-    free = (available_memory() or math.inf) / _MEMORY
-    if not (job.repeats and able and job.target.runs_here and max(sizes) < free):
+    together = fit_together(sizes)
+    if not (job.repeats and able and job.target.runs_here) or together is None:
         return None
     python = (sys.executable, "-m", "latentforge.runtime.worker")
     with Pipeline.load(job.source, hashes=False, low_memory=True) as pipeline:
@@ -170,7 +169,7 @@ def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Com
             settings_to_json(settings),
             threads=available_cores(),
             repeats=job.repeats,
-            together=sum(sizes) < free,
+            together=together,
         )
 
 
@@ -241,7 +240,10 @@ def _described(
         chosen.manifest,
         history=(*job.manifest.history, stage),
         quality=quality,
-        device={} if job.target.runs_here else {"target": job.backend},
+        components={
+            name: msgspec.structs.replace(component, backend=job.target.before)
+            for name, component in chosen.manifest.components.items()
+        },
     )
 
 

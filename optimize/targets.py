@@ -25,11 +25,13 @@ class Target:
         passes: names in PASSES, in the order in which they run.
         half: whether it computes in half precision.
         form: how it takes quantized layers.
+        backend: that runs them, most of them when they are compiled.
     """
 
     passes: tuple[str, ...]
     half: bool
     form: Form
+    backend: str
 
     @property
     def portable(self) -> tuple[str, ...]:
@@ -41,6 +43,16 @@ class Target:
         """Whether ONNX Runtime's CPU provider runs its graphs as they are."""
         return self.portable == self.passes
 
+    @property
+    def before(self) -> str:
+        """What runs its graphs before they are compiled."""
+        return "onnxruntime" if self.runs_here else self.backend
+
+    @property
+    def runs_as_it_is(self) -> bool:
+        """Whether there is nothing to compile."""
+        return self.before == self.backend
+
 
 _STANDARD = ("fold-constants", "fuse-layer-norm", "fuse-gelu")
 """What leaves nothing but ONNX's own operators: these engines fuse by themselves."""
@@ -51,10 +63,13 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             passes=(*_STANDARD, "fuse-quick-gelu", "fuse-attention"),
             half=False,
             form="onnxruntime",
+            backend="onnxruntime",
         ),
-        "cuda": Target(passes=tuple(PASSES), half=True, form="onnxruntime"),
-        "tensorrt": Target(passes=_STANDARD, half=True, form="qdq"),
-        "tensorrt-rtx": Target(passes=_STANDARD, half=True, form="qdq"),
-        "openvino": Target(passes=_STANDARD, half=False, form="qdq"),
+        "cuda": Target(
+            passes=tuple(PASSES), half=True, form="onnxruntime", backend="onnxruntime-cuda"
+        ),
+        "tensorrt": Target(passes=_STANDARD, half=True, form="qdq", backend="tensorrt"),
+        "tensorrt-rtx": Target(passes=_STANDARD, half=True, form="qdq", backend="tensorrt-rtx"),
+        "openvino": Target(passes=_STANDARD, half=False, form="qdq", backend="openvino"),
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -38,10 +39,13 @@ __all__ = [
     "compare",
     "contenders",
     "cpu_name",
+    "fit_together",
     "peak_memory",
     "summarize",
 ]
 
+
+_MEMORY = 3  # times its files, which is what a process takes that paints with them
 
 PEERS: Mapping[str, str] = {"eager": "latentforge.export.eager"}
 """Who our engines can be measured against, and the module that serves each as a process."""
@@ -412,6 +416,12 @@ def available_memory() -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def fit_together(sizes: Sequence[int]) -> bool | None:
+    """Whether engines of so many bytes can all be loaded at once; None if not even one can."""
+    free = (available_memory() or math.inf) / _MEMORY
+    return None if max(sizes) > free else sum(sizes) < free
 
 
 def peak_memory() -> int:

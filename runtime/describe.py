@@ -1,13 +1,17 @@
 """What is in an engine directory, for people."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from latentforge.runtime.manifest import Component, Manifest, Stage
+from latentforge.runtime.shapes import sentence
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["changes", "describe"]
+__all__ = ["changes", "describe", "rebuild_hint"]
 
 _SAME_PICTURE = {"fp32": 40.0, "fp16": 30.0}  # dB of images, for class A
 _SHOWN = 6  # tensors of a component, and layers kept in float
@@ -48,6 +52,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         yield _row(name, component, manifest)
     yield ""
     for name, component in manifest.components.items():
+        yield from _bound(name, component)
         yield f"{name}: {_signature(component.inputs)} -> {_signature(component.outputs)}"
     if "image" in manifest.quality:
         yield f"image {against}: {_figures(manifest.quality['image'])}"
@@ -56,6 +61,15 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         yield ""
         yield f"{stage.name}: {stage.seconds:.0f} s with {tools}"
         yield from changes(stage)
+
+
+def _bound(name: str, component: Component) -> Iterator[str]:
+    """What an engine was built for."""
+    if component.shapes:
+        yield f"{name}: for {sentence(component.shapes)}"
+    for what in (component.device, component.options):
+        if what:
+            yield f"{name}: {', '.join(f'{key} {value}' for key, value in what.items())}"
 
 
 def _signature(specs: Mapping[str, TensorSpec]) -> str:
@@ -71,8 +85,41 @@ def _figures(figures: Mapping[str, float]) -> str:
     )
 
 
+def rebuild_hint(manifest: Manifest, directory: Path) -> str:
+    """The command that builds compiled engines for the device that is here, to end a message."""
+    stage = manifest.history[-1] if manifest.history else None
+    if stage is None or "backends" not in stage.options:
+        return ""
+    options = stage.options
+    sizes = [f"--{key} {options[key]}" for key in ("height", "width", "batch") if key in options]
+    given = [f"--option {key}={value}" for key, value in options["options"].items()]
+    words = [*_first_words(manifest, options, quote(str(directory))), *sizes, *given, "--overwrite"]
+    return f"; build it for this machine: {' '.join(words)}"
+
+
+def _first_words(manifest: Manifest, options: Mapping[str, Any], directory: str) -> Iterator[str]:
+    """The command as far as sources, targets and backends go."""
+    if "source" not in options:
+        recipe = next((s.options["recipe"] for s in manifest.history if "recipe" in s.options), "")
+        yield f"latentforge build {quote(manifest.source.checkpoint)} {directory}"
+        yield f"--target {options['target']}"
+        yield from (f"--recipe {quote(name)}" for name in [recipe] if name)
+        return
+    yield f"latentforge compile {quote(options['source'])} {directory}"
+    usual = Counter(options["backends"].values()).most_common(1)[0][0]
+    yield f"--backend {usual}"
+    others = {n: b for n, b in options["backends"].items() if b != usual}
+    yield from (f"--backend {name}={backend}" for name, backend in others.items())
+
+
 def changes(stage: Stage) -> Iterator[str]:
     """What a stage did to its input, and what was measured of both, line by line."""
+    if "chosen" in stage.options and "ratios" in stage.options:
+        yield from _choice(stage)
+        return
+    if "backends" in stage.options:
+        yield from _compiled(stage)
+        return
     if "recipe" in stage.options:
         yield f"recipe {stage.options['recipe']} for {stage.options['target']}"
     yield from (f"  {name}: {count}" for name, count in stage.passes.items())
@@ -85,6 +132,31 @@ def changes(stage: Stage) -> Iterator[str]:
     if parts:
         yield f"{'together':<30}{_megabytes(*totals)}"
     yield from _verdict(stage)
+
+
+def _choice(stage: Stage) -> Iterator[str]:
+    """Which candidate each component is of, and how fast the others were."""
+    reference = stage.options["reference"]
+    yield from (f"{name}: {taken}" for name, taken in stage.options["chosen"].items())
+    for name, ratios in stage.options["ratios"].items():
+        shown = ", ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
+        yield f"{name}, times faster than {reference}: {shown}"
+
+
+def _compiled(stage: Stage) -> Iterator[str]:
+    """What was built, of what size, and how long that took."""
+    yield f"{'component':<16}{'backend':<26}{'size in MB':>20}{'':>8}{'build':>10}{'memory':>12}"
+    for name, backend in stage.options["backends"].items():
+        made = stage.measured[name]
+        size = _megabytes(made["bytes_before"], made["bytes_after"])
+        took = f"{made['build_seconds']:.1f} s"
+        memory = f"{made['build_memory'] / 1e6:.0f} MB"
+        yield f"{name:<16}{backend:<26}{size}{took:>10}{memory:>12}"
+    image = stage.measured.get("image")
+    if image is None:
+        yield "not run on this machine"
+    else:
+        yield f"one step against the input: {_figures(image)}"
 
 
 def _change(name: str, measured: Mapping[str, float]) -> str:

@@ -1,5 +1,6 @@
 """One component, loaded: a session that takes any batch, and refuses to pass NaN on."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from latentforge.runtime import backends
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
+from latentforge.runtime.shapes import ANY, Range, Shapes
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Engine"]
@@ -21,9 +23,9 @@ _T = TypeVar("_T", bound=np.generic)
 class Engine:
     """A component and its session.
 
-    An engine of a fixed batch serves every request: a larger one in several runs, a smaller
-    one padded by repeating its last row. Where the batch is free, ``at_once`` limits the rows
-    of one run, which saves memory.
+    An engine that takes only some numbers of rows serves every request: a larger one in several
+    runs, a smaller one padded by repeating its last row. Where it takes more, ``at_once`` limits
+    the rows of one run, which saves memory.
     """
 
     def __init__(
@@ -53,15 +55,17 @@ class Engine:
     ) -> "Engine":
         """Load a component of an engine directory on its backend.
 
-        With low_memory, weights stay as they lie in the file where the backend can do that. One
-        that runs rarely leaves the cores to the others as soon as it is done.
+        The backend takes those options that it knows. With low_memory, weights stay as they lie in
+        the file where it can do that. An engine that runs rarely leaves the cores to the others as
+        soon as it is done.
         """
         backend = backends.get(component.backend)
-        if rare and "spin" in backend.OPTIONS:
-            options = {"spin": False, **options}
-        if low_memory and "prepack" in backend.OPTIONS:
-            options = {"prepack": False, **options}
-        session = backend.load(directory / component.file, component, options)
+        usual = {**({"spin": False} if rare else {}), **({"prepack": False} if low_memory else {})}
+        given = {**usual, **options}
+        known = {key: value for key, value in given.items() if key in backend.OPTIONS}
+        session = backend.load(
+            directory / component.file, component, {**component.options, **known}
+        )
         return cls(name, component, session, at_once=at_once)
 
     def run(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[np.float32]]:
@@ -87,16 +91,26 @@ class Engine:
         """The same, with every output in the dtype that the engine gives it: for other engines."""
         return self._checked(self._outputs(rows, shared))
 
+    def prepared(self, rows: Feeds) -> dict[str, NDArray[Any]]:
+        """Inputs that will be given run after run, in the engine's dtypes and never to change.
+
+        A backend may keep such read-only arrays on its device.
+        """
+        cast = {name: self._cast(name, array).view() for name, array in rows.items()}
+        for array in cast.values():
+            array.setflags(write=False)
+        return cast
+
     def _outputs(self, rows: Feeds, shared: Feeds) -> dict[str, NDArray[Any]]:
-        batch = self._count(rows)
+        count = self._count(rows)
         given = {name: self._cast(name, array) for name, array in rows.items()}
-        fixed = self._fixed(next(iter(rows)))
-        size = fixed or self.at_once or batch
-        parts = [
-            self.session.run({**_part(given, start, size, pad=fixed is not None), **shared})
-            for start in range(0, batch, size)
-        ]
-        return {key: _joined([part[key] for part in parts])[:batch] for key in parts[0]}
+        allowed = self._allowed(given)
+        parts, start = [], 0
+        while start < count:
+            size = _run_of(count - start, allowed, self.at_once)
+            parts.append(self.session.run({**_part(given, start, size), **shared}))
+            start += size
+        return {key: _joined([part[key] for part in parts])[:count] for key in parts[0]}
 
     def _count(self, rows: Feeds) -> int:
         counts = {name: len(array) for name, array in rows.items()}
@@ -111,12 +125,18 @@ class Engine:
             return array  # for the session to refuse
         return array.astype(spec.dtype, copy=False)
 
-    def _fixed(self, name: str) -> int | None:
-        """The number of rows that the engine is fixed to, or None."""
+    def _allowed(self, given: Feeds) -> list[Range]:
+        """The numbers of rows that the engine takes, for feeds of this size."""
+        name = next(iter(given))
         spec = self.component.inputs.get(name)
         if spec is None or not spec.shape:
             raise ShapeError(f"{self.name}: engine has no input {name!r} with rows")
-        return spec.shape[0] if isinstance(spec.shape[0], int) else None
+        rows = spec.shape[0]
+        if isinstance(rows, int):
+            return [Range.of(rows)]
+        sizes = self.component.sizes(given)
+        fits = [shapes for shapes in self.component.shapes if _holds(shapes, sizes, but=rows)]
+        return [shapes[rows] for shapes in fits if rows in shapes] or [ANY]
 
     def _checked(self, outputs: dict[str, NDArray[_T]]) -> dict[str, NDArray[_T]]:
         for key, value in outputs.items():
@@ -132,10 +152,26 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _part(rows: Feeds, start: int, size: int, *, pad: bool) -> dict[str, NDArray[np.generic]]:
-    """Rows start to start + size of every input; with pad, the last one fills up what lacks."""
-    parts = {key: array[start : start + size] for key, array in rows.items()}
-    return {key: _padded(array, size) for key, array in parts.items()} if pad else parts
+def _holds(shapes: Shapes, sizes: Mapping[str, int], *, but: str) -> bool:
+    others = {name: allowed for name, allowed in shapes.items() if name != but}
+    return all(sizes.get(name, 0) in allowed for name, allowed in others.items())
+
+
+def _run_of(left: int, allowed: Sequence[Range], at_once: int | None) -> int:
+    """How many rows the next run has: the most that there are, or else the least it takes."""
+    limit = min(left, at_once or left)
+    fitting = [min(limit, rows.most) for rows in allowed if rows.least <= limit]
+    return max(fitting, default=min(rows.least for rows in allowed))
+
+
+def _part(rows: Feeds, start: int, size: int) -> dict[str, NDArray[np.generic]]:
+    """Rows start to start + size of every input; the last one fills up what lacks."""
+    return {key: _padded(_cut(array, start, size), size) for key, array in rows.items()}
+
+
+def _cut(array: NDArray[np.generic], start: int, size: int) -> NDArray[np.generic]:
+    """The very same array where that is all of it: backends may know it by its identity."""
+    return array if size == len(array) else array[start : start + size]
 
 
 def _padded(array: NDArray[np.generic], size: int) -> NDArray[np.generic]:

@@ -4,6 +4,7 @@
   - CheckpointError    the checkpoint is missing, damaged, or of a kind we refuse
   - ManifestError      the engine directory is not what its manifest says
   - BackendError       the backend is missing, or refuses the engine
+    + DeviceError      the device it needs is not here, or not the one it was built for
   - SettingsError      a request no engine could fulfil: unknown sampler, steps below 1, ...
     + ShapeError       the request does not fit the shapes this engine takes
   - TargetError        the output cannot be written where it was asked for
@@ -15,6 +16,7 @@ A message says what is wrong, what was expected, and what to do next, in one lin
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "DeviceError",
     "GateError",
     "LatentforgeError",
     "ManifestError",
@@ -38,6 +40,10 @@ class ManifestError(LatentforgeError):
 
 class BackendError(LatentforgeError):
     """The backend is missing, or refuses the engine."""
+
+
+class DeviceError(BackendError):
+    """The device that an engine needs is not here, or not the one it was built for."""
 
 
 class SettingsError(LatentforgeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentforge.runtime import samplers
+from latentforge.runtime import backends, samplers
 from latentforge.runtime.bench import Benchmark
 from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior, size_of
 from latentforge.runtime.denoiser import EngineDenoiser
+from latentforge.runtime.describe import rebuild_hint
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.errors import BackendError, ManifestError, SettingsError, ShapeError
+from latentforge.runtime.errors import DeviceError, ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Profile, Stopwatch, Timings
@@ -109,12 +109,14 @@ class Pipeline:
                 runs all together.
             low_memory: one row at once, and weights left as they lie in the file, which takes
                 about half the memory and more time.
-            options: of the backend, such as threads=2.
+            options: of the backends, such as threads=2; each takes those that it knows.
 
         Raises:
             ManifestError: the directory is not what its manifest says.
             BackendError: a backend is not installed, or refuses an engine.
-            SettingsError: the backend has no such option.
+            DeviceError: an engine was built for another device; the message has the command that
+                builds it for this one.
+            SettingsError: no backend of these engines has such an option.
         """
         if at_once is not None and at_once < 1:
             raise SettingsError(f"at_once is a number of rows from 1 up, not {at_once}")
@@ -122,11 +124,7 @@ class Pipeline:
         manifest = Manifest.read(path, hashes=hashes)
         if missing := [name for name in manifest.needed if name not in manifest.components]:
             raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
-        if target := manifest.device.get("target"):
-            raise BackendError(
-                f"{path} was optimized for {target}, which this release cannot run yet: optimize "
-                "the exported engines with --target cpu"
-            )
+        backends.check_known(options, {manifest.components[n].backend for n in manifest.needed})
         tokenizers = {
             name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
         }
@@ -137,15 +135,18 @@ class Pipeline:
             limits = {"unet": rows, "unet_prompt": rows, "vae_decoder": 1, "vae_encoder": 1}
             limit = limits.get(name)
             component = manifest.components[name]
-            return Engine.load(
-                name,
-                component,
-                path,
-                options,
-                at_once=limit,
-                low_memory=low_memory,
-                rare=name != "unet",
-            )
+            try:
+                return Engine.load(
+                    name,
+                    component,
+                    path,
+                    options,
+                    at_once=limit,
+                    low_memory=low_memory,
+                    rare=name != "unet",
+                )
+            except DeviceError as error:
+                raise DeviceError(f"{name}: {error}{rebuild_hint(manifest, path)}") from error
 
         engines = {name: load_engine(name) for name in manifest.needed}
         return cls(manifest, engines, tokenizers, path, load_engine)
@@ -255,7 +256,7 @@ class Pipeline:
     def versions(self) -> dict[str, str]:
         """The libraries that run the engines, and their versions."""
         names = {engine.component.backend for engine in self.engines.values()} - {"null"}
-        return {name: importlib.metadata.version(name) for name in sorted(names)}
+        return {name: backends.version(name) for name in sorted(names)}
 
     def close(self) -> None:
         """Free the engines. Using the pipeline afterwards raises BackendError."""
@@ -284,15 +285,17 @@ class Pipeline:
         """Refuse a size before any work is done for it."""
         latent = self.manifest.latent
         unit = latent.downscale * latent.multiple
-        fixed = self.engines["unet"].component.inputs["sample"].shape[2:]
-        for name, side, size in zip(
-            ("height", "width"), (settings.height, settings.width), fixed, strict=True
-        ):
+        asked = (settings.height, settings.width)
+        for name, side in zip(("height", "width"), asked, strict=True):
             if side % unit:
                 raise ShapeError(f"{name} is a multiple of {unit} for this model, not {side}")
-            if isinstance(size, int) and side != size * latent.downscale:
-                made = size * latent.downscale
-                raise ShapeError(f"{name} is {made} for these engines, not {side}: export again")
+        built = latent.sides(self.engines["unet"].component)
+        if built and not any(asked[0] in height and asked[1] in width for height, width in built):
+            fits = ", ".join(f"{height}x{width}" for height, width in built)
+            raise ShapeError(
+                f"these engines make images of {fits} pixels (height x width), not "
+                f"{asked[0]}x{asked[1]}: ask for one of these, or build engines for that"
+            )
 
     def _check_schedule(self, settings: Settings) -> None:
         """Ask for new ranges of 8-bit activations where the schedule is not the one of theirs."""

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -23,14 +24,28 @@ class Progress:
         self._total = total
         self._done = 0
         self._since = time.perf_counter()
+        self._inner: tqdm[NoReturn] | None = None
 
     @contextmanager
     def part(self, description: str) -> Iterator[None]:
         """Show what is being done, and count it when the block ends well."""
         self._bar.set_description(description)
         self._since = time.perf_counter()
-        yield
+        try:
+            yield
+        finally:
+            self._close_inner()
         self._count(description)
+
+    def within(self, description: str, done: int, total: int) -> None:
+        """Show how far the part that is being done has come, in a bar below."""
+        if self._bar.disable:
+            return
+        if self._inner is None:
+            self._inner = tqdm(total=total, leave=False, position=1, bar_format=_FORMAT)
+        self._inner.total = total
+        self._inner.set_description(f"  {description[:26]}", refresh=False)
+        self._inner.update(done - self._inner.n)
 
     def advance(self, description: str, total: int) -> None:
         """Count one of many small parts as done; a line is only printed every second."""
@@ -56,7 +71,13 @@ class Progress:
 
     def close(self) -> None:
         """Take the bar off the screen."""
+        self._close_inner()
         self._bar.close()
+
+    def _close_inner(self) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
 
     def __enter__(self) -> "Progress":
         return self

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows: leftovers of a killed process then stay until someone looks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_space", "check_target", "staged_directory", "staged_file"]
+__all__ = ["check_space", "check_target", "size_text", "staged_directory", "staged_file"]
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
@@ -41,12 +41,13 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise TargetError(
-            f"{directory.parent} has {_size(free)} free and the engines take about "
-            f"{_size(needed)}: make room, or name another disk"
+            f"{directory.parent} has {size_text(free)} free and the engines take about "
+            f"{size_text(needed)}: make room, or name another disk"
         )
 
 
-def _size(count: int) -> str:
+def size_text(count: float) -> str:
+    """Bytes for people to read."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -74,6 +74,7 @@ class ToldUnet:
     def __init__(self, unet: Unet, rows: Feeds, watch: Stopwatch) -> None:
         self._unet = unet
         self._rows = rows
+        self._prompts = unet.step.prepared(_only(unet.step, rows))
         self._count = len(next(iter(rows.values())))
         self._watch = watch
         self._known: dict[float, tuple[Feeds, Feeds]] = {}
@@ -83,7 +84,7 @@ class ToldUnet:
         self.prepare([timestep])
         rows, shared = self._known[timestep]
         step = self._unet.step
-        given = {"sample": sample, **_only(step, self._rows), **rows}
+        given = {"sample": sample, **self._prompts, **rows}
         with self._watch.stage("unet"):
             return step.run(given, {**shared, **_timestep(step, timestep)})["out_sample"]
 

@@ -7,13 +7,19 @@ import numpy as np
 
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import GateError
-from latentforge.runtime.image import to_array
+from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.settings import Settings
+from latentforge.runtime.shapes import ANY
 
-__all__ = ["trial", "verify"]
+__all__ = ["compare", "trial", "trial_settings", "verify"]
 
 _PIXELS = 256
+_SAME = {"fp32": 40.0, "fp16": 30.0}
+_ALIKE = 20.0
+"""At least, in dB: latents of one step by another backend, by the UNet's precision."""
+
 _PROMPT = "a photo of a cat"
 
 
@@ -38,28 +44,62 @@ def verify(directory: Path) -> Iterator[str]:
         yield _one_step(directory)
 
 
+def compare(source: Path, directory: Path) -> dict[str, float]:
+    """A picture of one step by the engines of two directories, and how close they are.
+
+    Returns:
+        ``latents_psnr`` and ``psnr`` (of the pixels), in dB.
+
+    Raises:
+        DeviceError: one of them needs a device that is not here.
+        ManifestError: one of them lacks a component.
+        GateError: they are farther apart than backends may be.
+    """
+    with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
+        ours = trial(pipeline, steps=1)
+        precision = pipeline.manifest.components["unet"].precision
+    with Pipeline.load(source, hashes=False, low_memory=True) as pipeline:
+        theirs = pipeline.run(ours.settings)
+    pixels = [to_array(result.images) for result in (theirs, ours)]
+    close = {
+        "latents_psnr": psnr(theirs.latents, ours.latents),
+        "psnr": psnr(*pixels, peak=2.0),
+    }
+    needed = _SAME.get(precision, _ALIKE)
+    for name, value in close.items():
+        if not value >= needed:
+            raise GateError(
+                f"{name} of one step is {value:.1f} dB to the picture of {source}, and {precision} "
+                f"engines have to reach {needed:g}"
+            )
+    return close
+
+
 def trial(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Result:
-    """A small image that takes every engine of text to image: a large one only takes longer.
+    """A small image that takes every engine of text to image: see trial_settings()."""
+    settings = trial_settings(pipeline, steps=steps, height=height, width=width)
+    return pipeline.run(settings)  # whatever schedule engines were calibrated for
+
+
+def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Settings:
+    """A request that any engines can fulfil, and no larger than need be.
 
     Args:
-        pipeline: of engines that may be fixed to a size.
+        pipeline: of engines that may be built for some sizes alone.
         steps: of Euler's method, which every schedule and model can do.
-        height, width: in pixels; 0 for what the engines are fixed to, or 256 at most.
+        height, width: in pixels; 0 for what the engines are built for, or 256 at most.
     """
-    manifest, unet = pipeline.manifest, pipeline.engines["unet"].component
+    manifest = pipeline.manifest
     unit = manifest.latent.downscale * manifest.latent.multiple
     limit = max(_PIXELS, unit)
-    sides = []
-    for given, default, size in (
-        (height, manifest.defaults.height, unet.inputs["sample"].shape[2]),
-        (width, manifest.defaults.width, unet.inputs["sample"].shape[3]),
-    ):
-        fixed = size * manifest.latent.downscale if isinstance(size, int) else 0
-        sides.append(given or fixed or min(default, limit) // unit * unit)
-    settings = pipeline.settings(
-        _PROMPT, sampler="euler", steps=steps, seed=0, height=sides[0], width=sides[1]
+    sides = manifest.latent.sides(pipeline.engines["unet"].component)
+    built = [0 if side == ANY else side.usual for side in sides[0]] if sides else [0, 0]
+    usual = (manifest.defaults.height, manifest.defaults.width)
+    tall, wide = (
+        given or size or min(default, limit) // unit * unit
+        for given, size, default in zip((height, width), built, usual, strict=True)
     )
-    return pipeline.run(settings)  # whatever schedule engines were calibrated for
+    return pipeline.settings(_PROMPT, sampler="euler", steps=steps, seed=0, height=tall, width=wide)
 
 
 def _one_step(directory: Path) -> str:

@@ -1,0 +1,149 @@
+"""Of several engine directories of one model, the fastest of each component, by measuring."""
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+import latentforge
+from latentforge.runtime.bench import (
+    Comparison,
+    Contender,
+    available_cores,
+    compare,
+    fit_together,
+)
+from latentforge.runtime.errors import BackendError
+from latentforge.runtime.manifest import Component, Manifest, Stage
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.verify import trial_settings
+from latentforge.runtime.worker import settings_to_json
+
+__all__ = ["STAGE", "choose_into"]
+
+STAGE = "choose"
+"""Its name in a manifest's history."""
+
+_MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
+_STEPS = 4
+_UNET = ("unet_prompt", "unet_time", "unet")
+_VAE = ("vae_encoder", "vae_decoder")
+
+
+def choose_into(
+    candidates: Mapping[str, Path], directory: Path, *, repeats: int = 3, quiet: bool = True
+) -> Manifest:
+    """Let candidates take turns on whole images, and move the fastest of each component here.
+
+    The parts of a UNet hand tensors to each other and are taken together; the VAE encoder, which
+    text to image does not run, is that of the decoder's candidate. What comes first is taken where
+    another is not faster by more than noise.
+
+    Args:
+        candidates: engine directories of the same model, by the name that they are recorded under.
+        directory: staged, and holding none of these files.
+        repeats: counted images of each.
+        quiet: show no progress.
+
+    Raises:
+        BackendError: a candidate does not run here.
+    """
+    start = time.perf_counter()
+    comparison = _measured(candidates, repeats, quiet=quiet)
+    manifests = {name: Manifest.read(path, hashes=False) for name, path in candidates.items()}
+    first = next(iter(manifests.values()))
+    chosen: dict[str, str] = {}
+    for group, timed in _groups(first).items():
+        taken = _fastest(comparison, tuple(candidates), timed)
+        names = [name for name in manifests[taken].components if name in group]
+        chosen |= dict.fromkeys(names, taken)
+    components = {
+        name: _moved(manifests[taken].components[name], candidates[taken], directory)
+        for name, taken in chosen.items()
+    }
+    for entry in first.tokenizers.values():
+        (directory / entry.file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(next(iter(candidates.values())) / entry.file, directory / entry.file)
+    stage = _stage(chosen, components, comparison, time.perf_counter() - start)
+    manifest = msgspec.structs.replace(
+        first, components=components, history=(*first.history, stage)
+    )
+    manifest.write(directory)
+    return manifest
+
+
+def _measured(candidates: Mapping[str, Path], repeats: int, *, quiet: bool) -> Comparison:
+    sizes = []
+    for path in candidates.values():
+        manifest = Manifest.read(path, hashes=False)
+        sizes.append(sum(component.size for component in manifest.components.values()))
+    together = fit_together(sizes)
+    if together is None:
+        raise BackendError(
+            "there is too little memory to measure these engines: name a target in place of auto"
+        )
+    with Pipeline.load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
+        settings = trial_settings(pipeline, steps=_STEPS)
+    python = (sys.executable, "-m", "latentforge.runtime.worker")
+    return compare(
+        [Contender(name, (*python, str(path))) for name, path in candidates.items()],
+        settings_to_json(settings),
+        threads=available_cores(),
+        repeats=repeats,
+        together=together,
+        quiet=quiet,
+    )
+
+
+def _groups(manifest: Manifest) -> dict[tuple[str, ...], str]:
+    """Components that are taken together, and the stage of a run that tells how fast they are."""
+    encoders = tuple(encoder.component for encoder in manifest.conditioning.encoders)
+    return {encoders: "text_encoder", _UNET: "unet step", _VAE: "vae_decoder"}
+
+
+def _fastest(comparison: Comparison, names: tuple[str, ...], stage: str) -> str:
+    best, ratio = names[0], 1.0
+    for measured in comparison.measurements[1:]:
+        faster = comparison.ratio(measured, stage)
+        if faster > _MARGIN * ratio:
+            best, ratio = measured.name, faster
+    return best
+
+
+def _moved(component: Component, source: Path, directory: Path) -> Component:
+    for entry in component.files:
+        (directory / entry.file).parent.mkdir(parents=True, exist_ok=True)
+        (source / entry.file).rename(directory / entry.file)
+    return component
+
+
+def _stage(
+    chosen: Mapping[str, str],
+    components: Mapping[str, Component],
+    comparison: Comparison,
+    seconds: float,
+) -> Stage:
+    """What was measured: paired ratios to the first candidate, by candidate and stage."""
+    reference = comparison.measurements[0].name
+    ratios = {
+        measured.name: {
+            stage: round(comparison.ratio(measured, stage), 3) for stage in comparison.stages
+        }
+        for measured in comparison.measurements[1:]
+    }
+    return Stage(
+        name=STAGE,
+        options={
+            "target": "auto",
+            "backends": {name: component.backend for name, component in components.items()},
+            "options": {},
+            "chosen": dict(chosen),
+            "reference": reference,
+            "ratios": ratios,
+        },
+        tools={"latentforge": latentforge.__version__},
+        seconds=round(seconds, 1),
+    )

@@ -1,0 +1,161 @@
+"""From a checkpoint to engines in one go: export, optimize, compile, and choose what is fastest.
+
+The stages meet on disk alone; this is the one place that knows all of them.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from latentforge.export.onnx import Dimensions
+from latentforge.export.stage import export
+from latentforge.optimize.job import plan as plan_optimization
+from latentforge.optimize.recipe import near_miss, read_recipe
+from latentforge.optimize.stage import optimize_into
+from latentforge.optimize.targets import TARGETS
+from latentforge.runtime import backends, compiler
+from latentforge.runtime.choose import choose_into
+from latentforge.runtime.errors import BackendError, GateError, SettingsError
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.shapes import Range, Sizes
+from latentforge.runtime.staging import staged_directory
+
+__all__ = ["AUTO", "build", "dimensions"]
+
+AUTO = "auto"
+"""The target that measures what can run on this machine."""
+
+_CANDIDATES = ("cpu", "openvino")
+
+
+def build(
+    checkpoint: str,
+    engines: Path,
+    *,
+    target: str = "cpu",
+    recipe: str = "fp32",
+    sizes: Sizes | None = None,
+    options: Sequence[str] = (),
+    overwrite: bool = False,
+    quiet: bool = True,
+    **optimization: Any,
+) -> Manifest:
+    """Make engines of a checkpoint, ready to run.
+
+    Args:
+        checkpoint: a diffusers directory, one that optimum-onnx exported, a hub id, or ``demo``.
+        engines: the directory to write, whole or not at all.
+        target: a name of TARGETS, or ``auto``: the fastest that can run here, by component.
+        recipe: the name of one that comes with the package, or a TOML file.
+        sizes: to build for; nothing leaves them free where the backend allows that.
+        options: of the backend, each KEY=VALUE.
+        overwrite: replace an engine directory that is there already.
+        quiet: show no progress.
+        optimization: gate, prompts, calibrate, request and repeats of optimize().
+
+    Raises:
+        LatentforgeError: what export, optimize and compile raise.
+    """
+    wanted = sizes or Sizes()
+    targets = _targets(target)
+    read_recipe(recipe)  # a typo should not cost an export
+    with staged_directory(engines, overwrite=overwrite) as directory, _scratch(directory) as work:
+        exported = work / "exported"
+        export(checkpoint, exported, dimensions=dimensions(wanted), quiet=quiet)
+        made: dict[str, Path] = {}
+        for name in targets:
+            made[name] = directory if len(targets) == 1 else work / name
+            made[name].mkdir(exist_ok=True)
+            job = plan_optimization(exported, recipe=recipe, backend=name, **optimization)
+            manifest = _finish(job, name, made[name], wanted, options, quiet=quiet)
+        if len(targets) > 1:
+            return choose_into(made, directory, repeats=job.repeats or 1, quiet=quiet)
+        return manifest
+
+
+def _targets(target: str) -> list[str]:
+    """The targets that a name stands for, those that are installed."""
+    if target != AUTO:
+        if target not in TARGETS:
+            raise SettingsError(f"no target {target!r}; {near_miss(target, (*TARGETS, AUTO))}")
+        backends.get(TARGETS[target].backend)
+        return [target]
+    able = []
+    for name in _CANDIDATES:
+        with suppress(BackendError):
+            backends.get(TARGETS[name].backend)
+            able.append(name)
+    return able
+
+
+def dimensions(sizes: Sizes) -> Dimensions:
+    """What graphs can be fixed to: each size that is the only one."""
+    only = {
+        name: ranges[0].least
+        for name, ranges in (
+            ("height", sizes.height),
+            ("width", sizes.width),
+            ("batch", sizes.batch),
+        )
+        if len(ranges) == 1 and ranges[0].fixed
+    }
+    return Dimensions(**only)
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    work = directory / "work"
+    work.mkdir()
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _finish(
+    job: Any,
+    name: str,
+    directory: Path,
+    sizes: Sizes,
+    options: Sequence[str],
+    *,
+    quiet: bool,
+) -> Manifest:
+    """Optimize into a directory, and compile what the target does not run as it is."""
+    backend = TARGETS[name].backend
+    left = _left(sizes)
+    if TARGETS[name].runs_as_it_is and not options and left == Sizes():
+        return optimize_into(job, directory, quiet=quiet)
+    optimized = directory / "optimized"
+    optimized.mkdir()
+    try:
+        optimize_into(job, optimized, quiet=quiet)
+        todo = compiler.plan(
+            optimized, backend=backend, options=options, sizes=left, recorded={"target": name}
+        )
+        manifest = compiler.compile_into(todo, directory, quiet=quiet)
+    except GateError:
+        _keep(optimized, directory)
+        raise
+    shutil.rmtree(optimized)
+    return manifest
+
+
+def _left(sizes: Sizes) -> Sizes:
+    """The sizes that the graphs are not fixed to."""
+
+    def several(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+        return () if len(ranges) == 1 and ranges[0].fixed else ranges
+
+    return Sizes(
+        height=several(sizes.height), width=several(sizes.width), batch=several(sizes.batch)
+    )
+
+
+def _keep(optimized: Path, directory: Path) -> None:
+    """Leave what was rejected where people look for it."""
+    for file in optimized.iterdir():
+        if not (directory / file.name).exists():
+            file.rename(directory / file.name)

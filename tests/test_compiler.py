@@ -1,0 +1,358 @@
+"""The compile stage: whole or not at all, said before it begins, and compared afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from latentforge.__main__ import main
+from latentforge.runtime import backends
+from latentforge.runtime.builder import Order, build
+from latentforge.runtime.compiler import compile_engines, plan
+from latentforge.runtime.errors import (
+    BackendError,
+    DeviceError,
+    GateError,
+    ManifestError,
+    SettingsError,
+    ShapeError,
+    TargetError,
+)
+from latentforge.runtime.image import psnr
+from latentforge.runtime.manifest import Component, Manifest
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.shapes import Range, Sizes, parse_ranges
+from latentforge.runtime.tensor import TensorSpec
+
+Snapshot = dict[str, bytes]
+
+
+def contents(directory: Path) -> Snapshot:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def sizes(**texts: str) -> Sizes:
+    return Sizes(**{name: parse_ranges(text) for name, text in texts.items()})
+
+
+def test_a_compiled_directory_is_whole(tiny_engines: Path, tmp_path: Path) -> None:
+    before = contents(tiny_engines)
+    target = tmp_path / "compiled"
+    compile_engines(tiny_engines, target, backend="onnxruntime", sizes=sizes(batch="2"))
+    assert contents(tiny_engines) == before
+    manifest = Manifest.read(target)
+    assert manifest.components["unet"].file == "engines/onnxruntime/unet.onnx"
+    assert manifest.components["unet"].inputs["sample"].shape[0] == 2
+    assert manifest.components["text_encoder"].inputs["input_ids"].shape[0] == 1
+    stage = manifest.history[-1]
+    assert stage.name == "compile" and stage.options["batch"] == "2"
+    assert stage.measured["image"]["latents_psnr"] > 100
+    assert stage.measured["unet"]["build_memory"] > 1e6
+    with Pipeline.load(target) as ours, Pipeline.load(tiny_engines) as theirs:
+        request: dict[str, Any] = {"steps": 2, "seed": 3, "height": 64, "width": 32}
+        results = [pipe(["red apple", "owl"], **request) for pipe in (ours, theirs)]
+        assert psnr(results[1].latents, results[0].latents) > 100
+
+
+def test_components_may_have_backends_of_their_own(tiny_engines: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    target = tmp_path / "mixed"
+    compile_engines(
+        tiny_engines,
+        target,
+        backend="onnxruntime",
+        others={"unet": "openvino"},
+        options=["hint=latency"],
+    )
+    manifest = Manifest.read(target)
+    assert {n: c.backend for n, c in manifest.components.items() if n != "unet"}.keys() == {
+        "text_encoder",
+        "vae_decoder",
+        "vae_encoder",
+    }
+    assert manifest.components["unet"].backend == "openvino"
+    assert dict(manifest.components["unet"].options) == {"hint": "latency"}
+    assert not manifest.components["text_encoder"].options
+    assert manifest.components["unet"].data
+    with Pipeline.load(target, threads=1, spin=False) as pipeline:
+        assert set(pipeline.versions()) == {"onnxruntime", "openvino"}
+        pipeline("red apple", steps=1)
+
+
+def test_buckets_choose_and_refuse(tiny_engines: Path, tmp_path: Path) -> None:
+    target = tmp_path / "buckets"
+    compile_engines(
+        tiny_engines,
+        target,
+        backend="onnxruntime",
+        sizes=sizes(height="32,64", width="32", batch="1,2"),
+    )
+    unet = Manifest.read(target).components["unet"]
+    assert unet.inputs["sample"].shape[3] == 16 and len(unet.shapes) == 4
+    with Pipeline.load(target) as pipeline:
+        for height in (32, 64):
+            assert pipeline("owl", steps=1, height=height, width=32).images[0].size == (32, height)
+        with pytest.raises(ShapeError, match="make images of 32x32, 64x32 pixels .* not 64x64"):
+            pipeline("owl", steps=1, height=64, width=64)
+
+
+def test_the_plan_says_what_it_takes(
+    tiny_engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compile", str(tiny_engines), str(tmp_path / "out"), "--backend", "onnxruntime"]
+    assert main([*arguments, "--dry-run", "--height", "32,64"]) == 0
+    said = capsys.readouterr().out
+    assert "unet: onnxruntime, fp32, for latent_height 16 or latent_height 32" in said
+    assert "of memory to build" in said and "free" in said and "on the disk about" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    parts = {p.name: p.component for p in plan(tiny_engines, backend="tensorrt-rtx").parts}
+    assert parts["unet"].inputs["sample"].shape[2:] == (16, 16)  # the model's own
+    assert parts["unet"].shapes == ({"batch": Range(1, 2, 2)},)
+    assert parts["vae_decoder"].inputs["latent_sample"].shape == (1, 4, 16, 16)
+    assert parts["text_encoder"].free == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "turbo"], "no backend 'turbo'; there are null"),
+        (["--backend", "null", "--backend", "onnxruntime"], "one --backend NAME for all"),
+        (["--backend", "unet=null"], "one --backend NAME for all"),
+        (["--backend", "null", "--backend", "decoder=null"], "no component 'decoder'"),
+        (["--backend", "null", "--option", "level"], "KEY=VALUE"),
+        (["--backend", "null", "--option", "level=3"], "no backend option 'level'"),
+        (["--backend", "null", "--option", "threads=3"], "not kept in them"),
+        (["--backend", "onnxruntime", "--option", "prepack=maybe"], "prepack is of type bool"),
+        (["--backend", "null", "--height", "33"], "height is a multiple of 4 "),
+        (["--backend", "null", "--height", "512:64"], "LEAST:USUAL:MOST"),
+        (["--backend", "null", "--batch", "0"], "from 1 up"),
+        (["--backend", "null", "--batch", ",".join(map(str, range(1, 40)))], "39 sizes are too"),
+    ],
+)
+def test_bad_input_costs_nothing(
+    tiny_engines: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert main(["compile", str(tiny_engines), str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_installed_says_what_to_install(tiny_engines: Path, tmp_path: Path) -> None:
+    missing = [name for name, entry in backends.BACKENDS.items() if not importable(entry.library)]
+    if not missing:
+        pytest.skip("everything is installed")
+    for name in missing:
+        extra = backends.BACKENDS[name].extra
+        with pytest.raises(BackendError, match=rf"pip install 'latentforge\[{extra}\]'"):
+            compile_engines(tiny_engines, tmp_path / "out", backend=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def importable(library: str) -> bool:
+    try:
+        __import__(library)
+    except ImportError:
+        return False
+    return True
+
+
+def test_graphs_with_a_size_of_their_own(tiny_engines: Path, tmp_path: Path, copy: Any) -> None:
+    directory = copy(tiny_engines)
+    manifest = Manifest.read(directory)
+    unet = manifest.components["unet"].built_for(({"latent_height": Range.of(16)},))
+    components = {**manifest.components, "unet": unet}
+    msgspec.structs.replace(manifest, components=components).write(directory)
+    with pytest.raises(ShapeError, match="height 64 contradicts the graphs, which are fixed to 32"):
+        plan(directory, backend="onnxruntime", sizes=sizes(height="64"))
+    with pytest.raises(ShapeError, match="height 32,64 contradicts"):
+        plan(directory, backend="onnxruntime", sizes=sizes(height="32,64"))
+    plan(directory, backend="onnxruntime", sizes=sizes(height="32"))
+
+
+def test_nothing_is_compiled_twice(tiny_engines: Path, tmp_path: Path) -> None:
+    compile_engines(tiny_engines, tmp_path / "once", backend="null")
+    with pytest.raises(ManifestError, match="compiled already"):
+        compile_engines(tmp_path / "once", tmp_path / "twice", backend="null")
+    with pytest.raises(TargetError, match="the directory to read"):
+        compile_engines(tiny_engines, tiny_engines, backend="null", overwrite=True)
+    with pytest.raises(TargetError, match="--overwrite"):
+        compile_engines(tiny_engines, tmp_path / "once", backend="null")
+    assert sorted(os.listdir(tmp_path)) == ["once"]
+
+
+def test_graphs_for_another_target(tiny_engines: Path, tmp_path: Path) -> None:
+    from latentforge.optimize.stage import optimize
+
+    optimize(tiny_engines, tmp_path / "cpu", repeats=0, gate=["images=1"], request={"steps": 1})
+    if importable("openvino"):
+        with pytest.raises(SettingsError, match="openvino lacks: .* --target openvino"):
+            plan(tmp_path / "cpu", backend="openvino")
+    plan(tmp_path / "cpu", backend="onnxruntime")
+
+
+def test_another_picture_is_rejected(tiny_engines: Path, tmp_path: Path) -> None:
+    """A backend that computes nothing is as wrong as one can be."""
+    with pytest.raises(GateError, match=r"psnr of one step is .* dB .* kept as .*rejected"):
+        compile_engines(tiny_engines, tmp_path / "out", backend="null")
+    assert sorted(os.listdir(tmp_path)) == ["out.rejected"]
+
+
+def test_a_graph_that_no_library_takes(tiny_engines: Path, tmp_path: Path, copy: Any) -> None:
+    """A truncated file is refused by its hash; one that was always wrong, by the library."""
+    directory = copy(tiny_engines)
+    path = directory / "unet.onnx"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ManifestError, match="cut short"):
+        compile_engines(directory, tmp_path / "out", backend="onnxruntime")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    from latentforge.runtime.manifest import hash_file
+
+    manifest["components"]["unet"] |= {"bytes": 1000, "sha256": hash_file(path)}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(directory)
+    with pytest.raises(BackendError, match=r"unet\.onnx"):
+        compile_engines(directory, tmp_path / "out", backend="onnxruntime")
+    assert contents(directory) == before
+    assert not (tmp_path / "out").exists()
+
+
+def order(tiny_engines: Path, tmp_path: Path, backend: str) -> Order:
+    component = Manifest.read(tiny_engines).components["unet"]
+    return Order(
+        onnx=str(tiny_engines / "unet.onnx"),
+        target=str(tmp_path / "unet.engine"),
+        component=msgspec.structs.replace(component, backend=backend),
+    )
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+LARGE = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4] x) => (float[batch, 4] y) <int64[3] shape = {4000000, 1000000, 4}> {
+  z = ConstantOfShape(shape)
+  s = ReduceSum(z)
+  y = Add(x, s)
+}"""
+
+
+@pytest.mark.parametrize("backend", ["openvino", "tensorrt-rtx"])
+def test_a_build_that_runs_out_of_memory(tmp_path: Path, backend: str) -> None:
+    """The graph asks for 64 TB."""
+    pytest.importorskip(backends.BACKENDS[backend].library, exc_type=ImportError)
+    ir.save(ir.from_onnx_text(LARGE), tmp_path / "m.onnx")
+    row = TensorSpec("float32", (1, 4))
+    component = Component(
+        file="m.onnx",
+        sha256="0" * 64,
+        bytes=0,
+        backend=backend,
+        precision="fp32",
+        inputs={"x": row},
+        outputs={"y": row},
+    )
+    target = tmp_path / f"m{backends.get(backend).SUFFIX}"
+    with pytest.raises(BackendError) as caught:
+        build(Order(onnx=str(tmp_path / "m.onnx"), target=str(target), component=component), silent)
+    assert "memory" in str(caught.value) and "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".cache"] == ["m.onnx"]
+
+
+def test_a_builder_that_is_killed(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    real = subprocess.Popen
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        process = real(*arguments, **options)
+        process.send_signal(signal.SIGKILL)
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    with pytest.raises(BackendError, match="build of unet was ended by the system, .* memory"):
+        build(order(tiny_engines, tmp_path, "null"), silent)
+    assert len(started) == 1
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(
+    tiny_engines: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "latentforge", "compile", str(tiny_engines)]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "out"), "--backend", "onnxruntime"], stderr=subprocess.PIPE
+    )
+    wait_for(lambda: any(tmp_path.iterdir()))
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"interrupted" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def foreign(directory: Path, device: dict[str, str]) -> None:
+    """Say that every engine was built for another device."""
+    manifest = Manifest.read(directory)
+    components = {
+        name: msgspec.structs.replace(component, device=device)
+        for name, component in manifest.components.items()
+    }
+    msgspec.structs.replace(manifest, components=components).write(directory)
+
+
+def test_engines_for_another_device_say_how_to_build_them(
+    tiny_engines: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "it's mine"
+    compile_engines(
+        tiny_engines,
+        target,
+        backend="onnxruntime",
+        options=["optimized=true"],
+        sizes=sizes(height="32,64"),
+    )
+    foreign(target, {"library": "onnxruntime 0.9", "cpu": "sse9"})
+    with pytest.raises(DeviceError) as caught:
+        Pipeline.load(target)
+    said = str(caught.value)
+    assert "text_encoder: " in said and "library onnxruntime 0.9 (here onnxruntime 1." in said
+    assert "cpu sse9 (here " in said and "\n" not in said
+    command = said.partition("build it for this machine: latentforge ")[2]
+    import shlex
+
+    foreign(target, {})
+    assert main(shlex.split(command)) == 0
+    assert Manifest.read(target).components["unet"].device["library"].startswith("onnxruntime 1.")
+    assert np.ptp(np.asarray(Pipeline.load(target)("owl", steps=1).images[0])) > 0
