@@ -37,7 +37,6 @@ STAGE = "compile"
 _ROWS = Range(1, 20, 64)  # timesteps that one run is told of; more are done in several
 _BATCH = Range(1, 2, 2)  # one image, with guidance or without
 _MOST_SHAPES = 32
-_SPACE = 1.3
 _BASE = 300e6  # bytes that the libraries themselves take
 
 _ONLY = {"cpu": ("onnxruntime", "onnxruntime-cuda"), "cuda": ("onnxruntime-cuda",)}
@@ -96,7 +95,7 @@ class Plan:
     @property
     def space(self) -> int:
         """Bytes on the disk that the engines take at most: an estimate."""
-        return int(_SPACE * sum(part.before.size for part in self.parts))
+        return int(sum(BACKENDS[p.component.backend].space * p.before.size for p in self.parts))
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -108,8 +107,16 @@ class Plan:
         yield f"one engine at a time: up to {size_text(needed)} of memory{_of(free)}"
         if free is not None and needed > free:
             yield "WARNING: that is more than there is: close other programs, or expect to fail"
+        yield from self._copies()
         yield f"on the disk about {size_text(self.space)}"
         yield from self._device()
+
+    def _copies(self) -> Iterator[str]:
+        """OpenVINO compiles a graph for each of its sizes, with weights of its own."""
+        parts = [p for p in self.parts if p.component.backend == "openvino"]
+        loaded = sum(p.before.size * max(1, len(p.component.shapes)) for p in parts)
+        if loaded > sum(p.before.size for p in parts):
+            yield f"loaded, weights are there once for each size: about {size_text(loaded)}"
 
     def _device(self) -> Iterator[str]:
         gpu = [part for part in self.parts if BACKENDS[part.component.backend].gpu]

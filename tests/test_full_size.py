@@ -1,4 +1,4 @@
-"""Full-size models with random weights: they export, run, agree with diffusers, and fit."""
+"""Full-size models with random weights: export, run, agree with diffusers, compile, and fit."""
 
 import importlib.util
 import json
@@ -9,10 +9,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from latentforge.runtime.image import psnr
+from latentforge.runtime.compiler import compile_engines
+from latentforge.runtime.describe import changes
+from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.shapes import Range, Sizes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -87,26 +92,82 @@ def test_export_fits_in_memory(name: str, engines: tuple[Path, int]) -> None:
 
 def test_steps_at_512_match_eager(name: str, checkpoint: Path, engines: tuple[Path, int]) -> None:
     """Each side in a process of its own: both sets of weights at once would be wasteful."""
-    latents = {side: checkpoint.parent / f"{side}.npy" for side in ("eager", "engines")}
-    for side, path in latents.items():
-        source = checkpoint if side == "eager" else engines[0]
-        subprocess.run(
-            [sys.executable, __file__, side, name, str(source), str(engines[0]), str(path)],
-            check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        )  # fmt: skip
-    import numpy as np
-
-    eager, ours = np.load(latents["eager"]), np.load(latents["engines"])
-    assert ours.shape == (1, 4, 64, 64)
-    figure = psnr(eager, ours)
+    eager = by_side("eager", name, checkpoint, engines[0])
+    ours = by_side("engines", name, engines[0], engines[0])
+    assert ours["latents"].shape == (1, 4, 64, 64)
+    figure = psnr(eager["latents"], ours["latents"])
     print(f"{name}: latents within {figure:.1f} dB")
     assert figure >= 60
 
 
-def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
-    """A few steps at 512 x 512 by one side, latents to a file."""
-    import numpy as np
+def by_side(side: str, name: str, source: Path, engines: Path) -> dict[str, Any]:
+    """Latents and pixels of a few steps, made in a process that gives its memory back."""
+    output = source.parent / f"{side}.npz"
+    subprocess.run(
+        [sys.executable, __file__, side, name, str(source), str(engines), str(output)],
+        check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    with np.load(output) as arrays:
+        return dict(arrays)
 
+
+COMPILED = ("sd15", "deci1")  # for others there is neither time nor memory
+SIZES = {
+    "dynamic": Sizes(),
+    "static": Sizes(height=(Range.of(512),), width=(Range.of(512),), batch=(Range.of(2),)),
+}
+
+
+@pytest.fixture(scope="module")
+def picture(name: str, engines: tuple[Path, int]) -> dict[str, Any]:
+    """What ONNX Runtime makes of the graphs as they are."""
+    return by_side("engines", name, engines[0], engines[0])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_openvino_makes_the_same_picture(
+    name: str, engines: tuple[Path, int], picture: dict[str, Any], sizes: str
+) -> None:
+    pytest.importorskip("openvino")
+    if name not in COMPILED:
+        pytest.skip("not compiled at full size")
+    target = engines[0].parent / f"openvino-{sizes}"
+    compile_engines(engines[0], target, backend="openvino", sizes=SIZES[sizes])
+    made = by_side("engines", name, target, engines[0])
+    shutil.rmtree(target)
+    figures = {key: psnr(picture[key], made[key]) for key in ("latents", "pixels")}
+    print(f"{name}, {sizes}: {figures}")
+    assert min(figures.values()) >= 40
+
+
+def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    if name not in COMPILED:
+        pytest.skip("not compiled at full size")
+    from latentforge.optimize.stage import optimize  # of which the runtime's process knows nothing
+
+    optimized, target = (engines[0].parent / part for part in ("optimized", "tensorrt-rtx"))
+    optimize(
+        engines[0],
+        optimized,
+        backend="tensorrt-rtx",
+        recipe="fp16",
+        gate=["images=1"],
+        request={"steps": 1, "sampler": "euler", "height": 256, "width": 256},
+        repeats=0,
+    )
+    manifest = compile_engines(
+        optimized, target, backend="tensorrt-rtx", options=["capabilities=8.6"]
+    )
+    print("\n".join(changes(manifest.history[-1])))
+    half = 2 * CASES[name].unet
+    assert half < sum(c.size for n, c in manifest.components.items() if "unet" in n) < 1.2 * half
+    for folder in (optimized, target):
+        shutil.rmtree(folder)
+
+
+def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
+    """A few steps at 512 x 512 by one side, latents and pixels to a file."""
     import latentforge
     from latentforge.runtime.bench import peak_memory
     from latentforge.runtime.manifest import Manifest
@@ -127,7 +188,7 @@ def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
     else:
         result = latentforge.load(source, low_memory=True).run(settings)
         assert importlib.util.find_spec("torch") is None or "torch" not in sys.modules
-    np.save(output, result.latents)
+    np.savez(output, latents=result.latents, pixels=to_array(result.images))
     print(f"{side}: {result.timings}, peak memory {peak_memory() / 1e9:.2f} GB")
 
 

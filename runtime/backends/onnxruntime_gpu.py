@@ -1,19 +1,16 @@
 """ONNX Runtime on NVIDIA GPUs, by its providers for CUDA, TensorRT, and TensorRT for RTX.
 
-The engine is the ONNX file. TensorRT builds what it runs when a session is loaded, and keeps that in
-a folder beside the engine, ENGINE.cache, which may be deleted at any time; where it cannot be written,
-each load builds anew.
-
-Inputs lie on the GPU at addresses that never change. An input array that is read-only and the very
-same object as in the last run of that size was uploaded already, and is not uploaded again: whoever
-passes such an array does not change it.
+The engine is the ONNX file. TensorRT builds what it runs when a session is loaded, and keeps that
+in a folder beside the engine, ENGINE.cache, which may be deleted at any time; where it cannot be
+written, each load builds anew. Of several ranges of sizes, TensorRT for RTX builds for each, and
+TensorRT for one that holds them all.
 
 Nothing runs on the CPU but arithmetic on shapes: a graph with other operators that a provider
 lacks is refused.
 
 Options of all three:
 
-* device: the GPU's number (0).
+* gpu: the GPU's number (0).
 * graphs: False launches each kernel by itself instead of replaying a recording of them. One is made
   for each size, of which the last few are kept.
 * threads, profile: as on the CPU. While layers are timed there are no graphs.
@@ -21,46 +18,42 @@ Options of all three:
 Each provider takes its own of these and overlooks the others:
 
 * CUDA: nhwc (channels last), search (of convolutions: EXHAUSTIVE, HEURISTIC or DEFAULT),
-  most_workspace (False lets them use 32 MB alone), tf32, memory (MB of weights and activations), tight
-  (memory grows by what is asked for instead of doubling).
-* TensorRT: level (of the builder's optimization, 0 to 5), workspace (MB), sparse, hardware_compatible
-  (with GPUs from Ampere on).
-* TensorRT for RTX: workspace (MB), weight_streaming (what weights may take of the GPU's memory, such
-  as 512M or 50%).
+  most_workspace (False lets them use 32 MB alone), tf32, memory (MB of weights and activations),
+  tight (memory grows by what is asked for instead of doubling).
+* TensorRT: level (of the builder's optimization, 0 to 5), workspace (MB), sparse,
+  hardware_compatible (with GPUs from Ampere on).
+* TensorRT for RTX: workspace (MB), weight_streaming (what weights may take of the GPU's memory,
+  such as 512M or 50%).
 
-Sources: the provider options of ONNX Runtime's documentation, and tensorrt_rtx_provider_options.h of
-the package onnxruntime-ep-nv-tensorrt-rtx.
+Sources: the provider options of ONNX Runtime's documentation, and tensorrt_rtx_provider_options.h
+of the package onnxruntime-ep-nv-tensorrt-rtx.
 """
 
 import contextlib
 import ctypes
 import io
-import itertools
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from latentforge.runtime.backends import (
     BACKENDS,
     CACHE,
-    LayerTime,
     Options,
     Report,
     check_options,
 )
 from latentforge.runtime.backends._ort import (
     LOG_NOTHING,
+    TURN,
+    DeviceSession,
+    Place,
     Recording,
     copy_graph,
     fixed_sizes,
@@ -71,15 +64,12 @@ from latentforge.runtime.backends._ort import (
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Range, Shapes
-from latentforge.runtime.tensor import Feeds
 
 __all__ = [
     "OPTIONS",
     "SUFFIX",
-    "DeviceSession",
-    "Place",
-    "check_nodes",
     "compile",
+    "left_over",
     "load",
     "provider_options",
 ]
@@ -87,7 +77,7 @@ __all__ = [
 OPTIONS: dict[str, type] = {
     "threads": int,
     "profile": bool,
-    "device": int,
+    "gpu": int,
     "graphs": bool,
     "nhwc": bool,
     "search": str,
@@ -107,23 +97,17 @@ _log = logging.getLogger(__name__)
 
 _SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
 _MOST_LEVEL = 5
-_KEPT = 8  # sizes whose memory and graphs stay
 _MEGABYTES = ("memory", "workspace")
-_CPU = "CPUExecutionProvider"
 _SHAPE_OPERATORS = frozenset(
     """
-    Add And Cast Ceil Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater Identity
-    Less Max Min Mod Mul Not Or Range ReduceProd Reshape Shape Size Slice Squeeze Sub Unsqueeze Where
+    Add And Cast Ceil Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater
+    Identity Less Max Min Mod Mul Not Or Range ReduceProd Reshape Shape Size Slice Squeeze Sub
+    Unsqueeze Where
     """.split()
 )
 """What ONNX Runtime leaves on the CPU of its own accord: CUDA has all of these for real tensors."""
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
-
-_TURN = threading.Lock()
-"""Held by whoever uses a GPU: while a graph is recorded, no thread of the process may allocate."""
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +134,7 @@ _PROVIDERS: Mapping[str, _Provider] = {
     "onnxruntime-cuda": _Provider(
         name="CUDAExecutionProvider",
         options={
-            "device": "device_id",
+            "gpu": "device_id",
             "graphs": "enable_cuda_graph",
             "nhwc": "prefer_nhwc",
             "search": "cudnn_conv_algo_search",
@@ -162,7 +146,7 @@ _PROVIDERS: Mapping[str, _Provider] = {
     "onnxruntime-tensorrt": _Provider(
         name="TensorrtExecutionProvider",
         options={
-            "device": "device_id",
+            "gpu": "device_id",
             "graphs": "trt_cuda_graph_enable",
             "level": "trt_builder_optimization_level",
             "workspace": "trt_max_workspace_size",
@@ -271,176 +255,6 @@ def _inputs_at(component: Component, every: Sequence[Shapes], which: str) -> lis
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where inputs and outputs lie: the CPU will do as well, for tests.
-
-    Attributes:
-        kind, index: of the device, as ONNX Runtime names it.
-        memory: that of a provider which is a plugin, to be used instead.
-    """
-
-    kind: str = "cuda"
-    index: int = 0
-    memory: Any = None
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
-        """A tensor with nothing in it."""
-        make, size = ort.OrtValue.ortvalue_from_shape_and_type, list(shape)
-        if self.memory is not None:
-            return make(size, np.dtype(dtype), memory_info=self.memory)
-        return make(size, np.dtype(dtype), self.kind, self.index)
-
-    def upload(self, array: NDArray[np.generic], value: ort.OrtValue) -> None:
-        """Fill a tensor of the same dtype and shape."""
-        if self.memory is None:
-            value.update_inplace(array)
-            return
-        whole = array if array.flags.c_contiguous else array.copy()
-        ort.copy_tensors([ort.OrtValue.ortvalue_from_numpy(whole)], [value])
-
-
-@dataclass(kw_only=True)
-class _Buffers:
-    """The inputs and outputs of one size, and what was uploaded last."""
-
-    place: Place
-    binding: ort.IOBinding
-    inputs: Mapping[str, ort.OrtValue]
-    settings: ort.RunOptions
-    graph: int | None
-    uploaded: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-
-    def fill(self, feeds: Feeds) -> None:
-        for name, array in feeds.items():
-            if array.flags.writeable:
-                self.uploaded.pop(name, None)
-            elif self.uploaded.get(name) is array:
-                continue
-            else:
-                self.uploaded[name] = array  # which also keeps another from taking its identity
-            self.place.upload(array, self.inputs[name])
-
-
-class DeviceSession:
-    """A loaded graph whose inputs and outputs stay on a device.
-
-    Runs happen one after the other, in a thread that belongs to the session: graphs, and what the
-    libraries keep for them, belong to a thread.
-    """
-
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        component: Component,
-        place: Place,
-        *,
-        graphs: bool = False,
-        record: Recording | None = None,
-    ) -> None:
-        self.component = component
-        self._session: ort.InferenceSession | None = session
-        self._place = place
-        self._record = record
-        self._graphs = itertools.count(1) if graphs else None
-        self._buffers: OrderedDict[Any, _Buffers] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="latentforge-gpu")
-
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
-        if self._session is None:
-            raise self._closed()
-        sizes, index = self.component.fit(feeds)
-        try:
-            return self._do(lambda: self._run(feeds, sizes, index))
-        except BackendError:
-            raise
-        except Exception as error:
-            raise BackendError(f"{self.component.file} failed: {one_line(error)}") from error
-
-    def layers(self) -> list[LayerTime]:
-        if self._record is None or self._session is None:
-            return []
-        record = self._record
-        return self._do(lambda: record.layers(self._session))
-
-    def close(self) -> None:
-        with contextlib.suppress(BackendError):
-            self.layers()
-            self._do(self._free)
-        self._thread.shutdown()
-
-    def _do(self, work: Callable[[], _T]) -> _T:
-        try:
-            future = self._thread.submit(work)
-        except RuntimeError:  # the thread has ended
-            raise self._closed() from None
-        return future.result()
-
-    def _run(
-        self, feeds: Feeds, sizes: Mapping[str, int], index: int | None
-    ) -> dict[str, NDArray[np.generic]]:
-        session = self._session
-        if session is None:
-            raise self._closed()
-        with _TURN:
-            buffers = self._buffers_of(session, sizes, index)
-            buffers.fill(feeds)
-            session.run_with_iobinding(buffers.binding, buffers.settings)
-            values = buffers.binding.copy_outputs_to_cpu()
-        return dict(zip(self.component.outputs, values, strict=True))
-
-    def _buffers_of(
-        self, session: ort.InferenceSession, sizes: Mapping[str, int], index: int | None
-    ) -> _Buffers:
-        """Those of this size; the ones that lay idle longest make room for new ones."""
-        key = (index, *sizes.items())
-        if key in self._buffers:
-            self._buffers.move_to_end(key)
-            return self._buffers[key]
-        while len(self._buffers) >= _KEPT:
-            _, old = self._buffers.popitem(last=False)
-            if old.graph is not None and hasattr(session, "release_captured_graph"):
-                session.release_captured_graph(old.graph)
-        self._buffers[key] = self._new_buffers(session, sizes, index)
-        return self._buffers[key]
-
-    def _new_buffers(
-        self, session: ort.InferenceSession, sizes: Mapping[str, int], index: int | None
-    ) -> _Buffers:
-        specs, place = self.component, self._place
-        binding = session.io_binding()
-        inputs = {
-            name: place.allocate(spec.resolve(sizes), spec.dtype)
-            for name, spec in specs.inputs.items()
-        }
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, spec in specs.outputs.items():
-            value = place.allocate(spec.resolve(sizes), spec.dtype)
-            binding.bind_ortvalue_output(name, value)
-        graph = next(self._graphs) if self._graphs else None
-        settings = _run_settings(graph, index if len(specs.shapes) > 1 else None)
-        return _Buffers(place=place, binding=binding, inputs=inputs, settings=settings, graph=graph)
-
-    def _free(self) -> None:
-        with _TURN:
-            self._buffers.clear()
-            self._session = None
-
-    def _closed(self) -> BackendError:
-        return BackendError(f"{self.component.file} is closed")
-
-
-def _run_settings(graph: int | None, profile: int | None) -> ort.RunOptions:
-    settings = ort.RunOptions()
-    if graph is not None:
-        settings.add_run_config_entry("gpu_graph_id", str(graph))
-        settings.add_run_config_entry("cuda_graph_annotation_id", str(graph))  # as RTX names it
-    if profile is not None:
-        settings.add_run_config_entry("nv_profile_index", str(profile))
-    return settings
-
-
 def compile(
     onnx: Path, target: Path, component: Component, options: Options, report: Report
 ) -> Mapping[str, str]:
@@ -449,7 +263,7 @@ def compile(
     _check_values(options)
     provider_options(component, options, None)
     copy_graph(onnx, target, component)
-    _folder(target)
+    _folder(target, component)
     return {}
 
 
@@ -460,8 +274,10 @@ def _check_values(options: Options) -> None:
         raise SettingsError(f"backend option level is at most {_MOST_LEVEL}, not {level}")
 
 
-def _folder(engine: Path) -> Path | None:
-    """The folder for what providers build of an engine, if it can be written."""
+def _folder(engine: Path, component: Component) -> Path | None:
+    """The folder for what a provider builds of an engine, where it builds and that can be kept."""
+    if not _PROVIDERS[component.backend].cache:
+        return None
     folder = engine.with_name(engine.name + CACHE)
     try:
         folder.mkdir(exist_ok=True)
@@ -483,16 +299,19 @@ def load(path: Path, component: Component, options: Options) -> DeviceSession:
     check_options(options, OPTIONS)
     _check_values(options)
     graphs = options.get("graphs", True) and not options.get("profile")
-    told = provider_options(component, {**options, "graphs": graphs}, _folder(path))
-    _check_device(component.backend, options.get("device", 0))
-    with _TURN:
+    folder = _folder(path, component)
+    told = provider_options(component, {**options, "graphs": graphs}, folder)
+    _check_installed(component.backend)
+    _check_gpu(component.backend, options.get("gpu", 0))
+    _load_libraries(component.backend)
+    with TURN:
         try:
             return _opened(path, component, options, told, graphs=graphs)
         except BackendError as error:
             if not graphs or "graph capture" not in str(error):
                 raise
         _log.info("%s: no graphs can be recorded of it, so kernels are launched singly", path)
-        off = provider_options(component, {**options, "graphs": False}, _folder(path))
+        off = provider_options(component, {**options, "graphs": False}, folder)
         return _opened(path, component, options, off, graphs=False)
 
 
@@ -502,16 +321,16 @@ def _opened(
     settings = new_settings(options)
     for name, size in fixed_sizes(path, component).items():
         settings.add_free_dimension_override_by_name(name, size)
-    place, providers = _provide(settings, component.backend, options.get("device", 0), told)
+    place, providers = _provide(settings, component.backend, options.get("gpu", 0), told)
     record = Recording(settings) if options.get("profile") else None
     try:
         session = open_session(path, settings, providers)
-        check_nodes(session, component, _PROVIDERS[component.backend].name)
+        _check_nodes(session, component)
     except BackendError as error:
         if record is not None:
             record.layers(None)
         if "disabled by the user" in str(error):
-            raise BackendError(_left_over(component, "operators")) from error
+            raise BackendError(f"{_not_started(component)}; or {_left_over(component)}") from error
         raise
     return DeviceSession(session, component, place, graphs=graphs, record=record)
 
@@ -523,7 +342,7 @@ def _provide(
     if _PROVIDERS[backend].profiles:  # what TensorRT gets is to be as it is, and whole
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    else:  # shapes are computed on the CPU, so that cannot be switched off: see check_nodes
+    else:  # shapes are computed on the CPU, so that cannot be switched off: see left_over
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if backend != "onnxruntime-tensorrt-rtx":
         return Place(index=index), [(_PROVIDERS[backend].name, dict(told))]
@@ -532,49 +351,57 @@ def _provide(
     return Place(memory=device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)), []
 
 
-def check_nodes(session: ort.InferenceSession, component: Component, provider: str) -> None:
-    """Raise unless a provider got the graph, or all of it but arithmetic on shapes.
+def _check_nodes(session: ort.InferenceSession, component: Component) -> None:
+    """Raise unless the provider started, and got all of the graph but arithmetic on shapes."""
+    provider = _PROVIDERS[component.backend]
+    if provider.name not in session.get_providers():
+        raise DeviceError(_not_started(component))
+    if not provider.profiles and (lacking := left_over(session, provider.name)):
+        raise BackendError(_left_over(component, ", ".join(lacking)))
 
-    Raises:
-        BackendError: it lacks operators, which are named.
-        DeviceError: the library went on without the provider, which could not start.
+
+def left_over(session: ort.InferenceSession, provider: str) -> list[str]:
+    """The operators that another provider got, but for those that compute shapes.
+
+    The session has to record that: ``session.record_ep_graph_assignment_info``.
     """
-    if provider not in session.get_providers():
-        raise DeviceError(
-            f"onnxruntime could not start its {provider}: it needs the CUDA, cuDNN and TensorRT "
-            "libraries of the versions that it was built for; set LD_LIBRARY_PATH to them"
-        )
-    if provider != _PROVIDERS["onnxruntime-cuda"].name:
-        return
     parts = session.get_provider_graph_assignment_info()
     nodes = [node for part in parts if part.ep_name != provider for node in part.get_nodes()]
-    if lacking := {node.op_type for node in nodes} - _SHAPE_OPERATORS:
-        raise BackendError(_left_over(component, ", ".join(sorted(lacking))))
+    return sorted({node.op_type for node in nodes} - _SHAPE_OPERATORS)
 
 
-def _left_over(component: Component, what: str) -> str:
-    target = component.backend.removeprefix("onnxruntime-")
+def _not_started(component: Component) -> str:
+    name = _PROVIDERS[component.backend].name
     return (
-        f"{component.file} has {what} that {component.backend} lacks and that would run on the CPU: "
-        f"optimize the exported engines with --target {target}, with another recipe if that was done"
+        f"onnxruntime could not start {name} for {component.file}: it needs the CUDA, cuDNN and "
+        "TensorRT libraries that it was built for, on LD_LIBRARY_PATH"
     )
 
 
-def _check_device(backend: str, index: int) -> None:
-    """Raise unless a provider is installed and the GPU there."""
+def _left_over(component: Component, what: str = "operators") -> str:
+    target = component.backend.removeprefix("onnxruntime-")
+    return (
+        f"{component.file} has {what} that {component.backend} would leave to the CPU: optimize "
+        f"the exported engines with --target {target}, and by another recipe if that was done"
+    )
+
+
+def _check_installed(backend: str) -> None:
     ort.set_default_logger_severity(LOG_NOTHING)  # which says on its own what is missing
     if backend == "onnxruntime-tensorrt-rtx":
-        _installed(backend)
+        _plugin(backend)
     elif _PROVIDERS[backend].name not in ort.get_available_providers():
         raise BackendError(
             f"{backend}: this onnxruntime is for the CPU, and excludes the one for GPUs: "
             f"pip uninstall onnxruntime, then pip install 'latentforge[{BACKENDS[backend].extra}]'"
         )
+
+
+def _check_gpu(backend: str, index: int) -> None:
     count = _count()
     if count <= index:
         there = f"there are {count}" if count else "there is none here"
         raise DeviceError(f"{backend} needs an NVIDIA GPU {index} with its driver, and {there}")
-    _load_libraries(backend)
 
 
 def _count() -> int:
@@ -599,7 +426,7 @@ def _load_libraries(backend: str) -> None:
             import_module("tensorrt")
 
 
-def _installed(backend: str) -> Any:
+def _plugin(backend: str) -> Any:
     try:
         return import_module(_PLUGIN)
     except ImportError as error:
@@ -610,7 +437,7 @@ def _installed(backend: str) -> Any:
 @cache
 def _registered() -> str:
     """Make ONNX Runtime know the plugin, once in a process; returns its provider's name."""
-    plugin = _installed("onnxruntime-tensorrt-rtx")
+    plugin = _plugin("onnxruntime-tensorrt-rtx")
     name = str(plugin.get_ep_name())
     try:
         ort.register_execution_provider_library(name, plugin.get_library_path())
@@ -619,12 +446,12 @@ def _registered() -> str:
     return name
 
 
-def _plugin_device(index: int) -> ort.OrtEpDevice:
+def _plugin_device(index: int) -> Any:
     name = _registered()
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if index >= len(devices):
         raise DeviceError(
-            f"TensorRT for RTX can use {len(devices)} of the GPUs here, and device {index} is "
+            f"TensorRT for RTX can use {len(devices)} of the GPUs here, and GPU {index} is "
             "asked for: it serves GeForce RTX 30 and later, and onnxruntime-tensorrt the others"
         )
     return devices[index]

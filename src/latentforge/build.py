@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from latentforge.export.checkpoint import open_checkpoint
+from latentforge.export.families import family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.stage import export
 from latentforge.optimize.job import plan as plan_optimization
@@ -16,17 +18,19 @@ from latentforge.optimize.recipe import near_miss, read_recipe
 from latentforge.optimize.stage import optimize_into
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends, compiler
+from latentforge.runtime.bench import available_memory
 from latentforge.runtime.choose import choose_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.shapes import Range, Sizes
-from latentforge.runtime.staging import staged_directory
+from latentforge.runtime.staging import size_text, staged_directory
 
-__all__ = ["AUTO", "build", "dimensions"]
+__all__ = ["AUTO", "build", "dimensions", "outlook"]
 
 AUTO = "auto"
 """The target that measures what can run on this machine."""
 
+_EXPORT_MEMORY = 2.2  # times the weights in fp32, as measured: 1.3 to 2.2
 _CANDIDATES = ("cpu", "openvino")
 
 
@@ -73,6 +77,43 @@ def build(
         if len(targets) > 1:
             return choose_into(made, directory, repeats=job.repeats or 1, quiet=quiet)
         return manifest
+
+
+def outlook(
+    checkpoint: str, *, target: str = "cpu", recipe: str = "fp32", sizes: Sizes | None = None
+) -> Iterator[str]:
+    """What build() would do and about what it takes, line by line, from a checkpoint's headers.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of a kind we refuse.
+        SettingsError: no such target or recipe.
+    """
+    targets = _targets(target)
+    read_recipe(recipe)
+    source = open_checkpoint(checkpoint)
+    family = family_of(source)
+    folders = sorted({part.folder for part in family.plan(source).components})
+    weights = {folder: 4 * source.parameters(folder) for folder in folders}
+    free = available_memory()
+    yield f"build {source.name} ({family.name}):"
+    yield from (f"  {name}: {size_text(size)} of weights in fp32" for name, size in weights.items())
+    memory = int(_EXPORT_MEMORY * sum(weights.values()))
+    yield f"1. export: up to {size_text(memory)} of memory"
+    yield f"2. optimize by recipe {recipe}, for {', '.join(targets)}; pictures judge the result"
+    for name in targets:
+        if TARGETS[name].runs_as_it_is and not (sizes and sizes.asdict()):
+            continue
+        entry = backends.BACKENDS[TARGETS[name].backend]
+        memory = max(memory, int(entry.memory * max(weights.values())))
+        made = ", ".join(f"{k} {v}" for k, v in (sizes or Sizes()).asdict().items())
+        usual = "any size" if entry.free else "the model's own size"
+        yield f"3. compile with {TARGETS[name].backend} for {made or usual}"
+    yield f"memory: up to {size_text(memory)}{' of ' + size_text(free) + ' free' if free else ''}"
+    yield f"disk: up to {size_text((2 + len(targets)) * sum(weights.values()))}"
+    if len(targets) > 1:
+        yield "4. time them in turns, and take the fastest of each component"
+    if free is not None and memory > free:
+        yield "WARNING: that is more memory than there is: close other programs, or expect to fail"
 
 
 def _targets(target: str) -> list[str]:

@@ -1,0 +1,15 @@
+"""Tests that run on a GPU, and are skipped where there is none."""
+
+import pytest
+
+from latentforge.runtime.backends import _cuda
+from latentforge.runtime.errors import DeviceError
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu() -> _cuda.Gpu:
+    """The GPU that is here."""
+    try:
+        return _cuda.found()
+    except DeviceError as error:
+        pytest.skip(str(error))

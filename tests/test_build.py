@@ -1,0 +1,143 @@
+"""From a checkpoint to engines in one go, for one target or for the fastest of several."""
+
+from pathlib import Path
+
+import pytest
+
+from latentforge.__main__ import main
+from latentforge.build import build, dimensions, outlook
+from latentforge.export.onnx import Dimensions
+from latentforge.runtime import backends
+from latentforge.runtime.choose import choose_into
+from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.image import psnr
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.shapes import Sizes, parse_ranges
+
+QUICK = {"gate": ["images=1"], "request": {"steps": 1}, "repeats": 1}
+
+
+@pytest.fixture(scope="module")
+def automatic(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    target = tmp_path_factory.mktemp("build") / "auto"
+    build(str(tiny_checkpoint), target, target="auto", **QUICK)  # type: ignore[arg-type]
+    return target
+
+
+def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) -> None:
+    manifest = Manifest.read(automatic)
+    stage = manifest.history[-1]
+    assert stage.name == "choose" and stage.options["reference"] == "cpu"
+    ratios = stage.options["ratios"]["openvino"]
+    assert {"text_encoder", "unet step", "vae_decoder", "total"} <= ratios.keys()
+    assert all(ratio > 0 for ratio in ratios.values())
+    chosen = stage.options["chosen"]
+    assert chosen.keys() == manifest.components.keys()
+    for name, part in (("text_encoder", "text_encoder"), ("unet", "unet step")):
+        if not 0.97 < ratios[part] < 1.07:  # else either may have been taken
+            assert chosen[name] == ("openvino" if ratios[part] > 1 else "cpu")
+    assert len({chosen[name] for name in chosen if name.startswith("unet")}) == 1
+    assert chosen["vae_encoder"] == chosen["vae_decoder"]
+    for name, component in manifest.components.items():
+        assert component.backend == {"cpu": "onnxruntime", "openvino": "openvino"}[chosen[name]]
+
+
+def test_what_auto_chose_makes_the_same_picture(automatic: Path, tiny_engines: Path) -> None:
+    with Pipeline.load(automatic) as ours, Pipeline.load(tiny_engines) as theirs:
+        results = [pipe("red apple", steps=2, seed=3) for pipe in (theirs, ours)]
+    assert psnr(results[0].latents, results[1].latents) > 80
+
+
+def test_auto_leaves_nothing_else(automatic: Path) -> None:
+    manifest = Manifest.read(automatic)
+    files = {entry.file for entry in manifest.files} | {"manifest.json"}
+    found = {p.relative_to(automatic).as_posix() for p in automatic.rglob("*") if p.is_file()}
+    assert found == files
+    assert [p.name for p in automatic.parent.iterdir()] == ["auto"]
+
+
+def test_a_target_that_is_compiled(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    build(
+        str(tiny_checkpoint),
+        tmp_path / "rtx",
+        target="tensorrt-rtx",
+        recipe="fp16",
+        sizes=Sizes(height=parse_ranges("32"), width=parse_ranges("32,64")),
+        options=["capabilities=8.6"],
+        **QUICK,  # type: ignore[arg-type]
+    )
+    manifest = Manifest.read(tmp_path / "rtx")
+    assert [stage.name for stage in manifest.history] == ["export", "optimize", "compile"]
+    unet = manifest.components["unet"]
+    assert unet.file == "engines/tensorrt-rtx/unet.engine" and unet.device["compute capability"]
+    assert unet.inputs["sample"].shape[2] == 16 and len(unet.shapes) == 2
+    assert "unet_prompt" in manifest.components
+    files = {p.name for p in (tmp_path / "rtx").iterdir()}
+    assert files == {"manifest.json", "tokenizer", "engines"}
+
+
+def test_bad_input_costs_no_export(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = str(tiny_checkpoint), tmp_path / "out"
+    with pytest.raises(SettingsError, match="no target 'tensort'; .*tensorrt"):
+        build(source, target, target="tensort")
+    with pytest.raises(SettingsError, match="no recipe"):
+        build(source, target, target="auto", recipe="int9")
+    if "tensorrt" not in installed():
+        with pytest.raises(BackendError, match=r"pip install 'latentforge\[tensorrt\]'"):
+            build(source, target, target="tensorrt")
+    assert main(["build", source, str(target), "--batch", "1:4"]) == 2
+    assert main(["build", source, str(target), "--layout", "optimum", "--batch", "1,4"]) == 2
+    assert main(["build", source, str(target), "--layout", "optimum", "--target", "auto"]) == 2
+    assert "give no recipe" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def installed() -> list[str]:
+    able = []
+    for name in backends.BACKENDS:
+        try:
+            backends.get(name)
+        except BackendError:
+            continue
+        able.append(name)
+    return able
+
+
+def test_the_outlook_says_what_it_takes(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", str(tiny_checkpoint), str(tmp_path / "out"), "--dry-run"]
+    assert main([*arguments, "--height", "32,64", "--precision", "fp16"]) == 0
+    said = capsys.readouterr().out
+    for words in ("unet: ", "export: up to", "recipe fp16", "height 32,64", "free", "disk: "):
+        assert words in said
+    assert list(tmp_path.iterdir()) == []
+    assert not any("compile" in line for line in outlook(str(tiny_checkpoint)))
+
+
+def test_a_size_that_is_the_only_one_is_fixed_in_the_graphs() -> None:
+    sizes = Sizes(height=parse_ranges("64"), width=parse_ranges("64,96"))
+    assert dimensions(sizes) == Dimensions(height=64)
+
+
+def test_the_faster_component_is_taken(tiny_engines: Path, tmp_path: Path, copy: object) -> None:
+    """What computes nothing is faster than what does."""
+    real, nothing = (Path(copy(tiny_engines)), tmp_path / "nothing")  # type: ignore[operator]
+    from latentforge.runtime.compiler import compile_into, plan
+    from latentforge.runtime.errors import GateError
+
+    nothing.mkdir()
+    with pytest.raises(GateError):
+        compile_into(plan(real, backend="onnxruntime", others={"vae_decoder": "null"}), nothing)
+    assert Manifest.read(nothing).components["vae_decoder"].backend == "null"
+    target = tmp_path / "chosen"
+    target.mkdir()
+    manifest = choose_into({"real": real, "nothing": nothing}, target, repeats=2)
+    chosen = manifest.history[-1].options["chosen"]
+    assert chosen["vae_decoder"] == chosen["vae_encoder"] == "nothing"
+    assert Manifest.read(target).components["vae_decoder"].file == "engines/null/vae_decoder.null"
