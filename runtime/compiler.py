@@ -12,7 +12,7 @@ import msgspec
 
 import latentforge
 from latentforge.runtime import backends
-from latentforge.runtime.backends import BACKENDS, CACHE
+from latentforge.runtime.backends import BACKENDS, CACHE, ONLY_AT_LOAD
 from latentforge.runtime.bench import available_memory
 from latentforge.runtime.builder import Built, Order, build
 from latentforge.runtime.errors import (
@@ -217,7 +217,7 @@ def _options(texts: Sequence[str], chosen: set[str]) -> dict[str, Any]:
     for backend in sorted(chosen):
         known |= backends.get(backend).OPTIONS
     options = backends.parse_options(texts, known)
-    if refused := [name for name in ("profile", "threads") if name in options]:
+    if refused := [name for name in ONLY_AT_LOAD if name in options]:
         raise SettingsError(
             f"{refused[0]} is for the one who runs the engines, and not kept in them"
         )
@@ -312,7 +312,16 @@ def compile_engines(
         recorded={"source": str(source)},
     )
     with staged_directory(target, overwrite=overwrite) as directory:
+        _keep_timings(target, directory)
         return compile_into(todo, directory, quiet=quiet)
+
+
+def _keep_timings(old: Path, directory: Path) -> None:
+    """Take along what TensorRT measured of kernels on this GPU: building again is quicker then."""
+    for cache in old.glob(f"engines/*/timing{CACHE}"):
+        place = directory / cache.relative_to(old)
+        place.parent.mkdir(parents=True)
+        shutil.copyfile(cache, place)
 
 
 def compile_into(todo: Plan, directory: Path, *, quiet: bool = True) -> Manifest:

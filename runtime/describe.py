@@ -92,7 +92,7 @@ def rebuild_hint(manifest: Manifest, directory: Path) -> str:
         return ""
     options = stage.options
     sizes = [f"--{key} {options[key]}" for key in ("height", "width", "batch") if key in options]
-    given = [f"--option {key}={value}" for key, value in options["options"].items()]
+    given = [f"--option {key}={quote(str(value))}" for key, value in options["options"].items()]
     words = [*_first_words(manifest, options, quote(str(directory))), *sizes, *given, "--overwrite"]
     return f"; build it for this machine: {' '.join(words)}"
 

@@ -63,9 +63,8 @@ class Engine:
         usual = {**({"spin": False} if rare else {}), **({"prepack": False} if low_memory else {})}
         given = {**usual, **options}
         known = {key: value for key, value in given.items() if key in backend.OPTIONS}
-        session = backend.load(
-            directory / component.file, component, {**component.options, **known}
-        )
+        own = {k: v for k, v in component.options.items() if k not in backends.ONLY_AT_LOAD}
+        session = backend.load(directory / component.file, component, {**own, **known})
         return cls(name, component, session, at_once=at_once)
 
     def run(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[np.float32]]:

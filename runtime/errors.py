@@ -4,7 +4,8 @@
   - CheckpointError    the checkpoint is missing, damaged, or of a kind we refuse
   - ManifestError      the engine directory is not what its manifest says
   - BackendError       the backend is missing, or refuses the engine
-    + DeviceError      the device it needs is not here, or not the one it was built for
+    + DeviceError      the device it needs is not here
+      * ForeignEngineError   it was built for another device or version: build it here
   - SettingsError      a request no engine could fulfil: unknown sampler, steps below 1, ...
     + ShapeError       the request does not fit the shapes this engine takes
   - TargetError        the output cannot be written where it was asked for
@@ -17,6 +18,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DeviceError",
+    "ForeignEngineError",
     "GateError",
     "LatentforgeError",
     "ManifestError",
@@ -43,7 +45,11 @@ class BackendError(LatentforgeError):
 
 
 class DeviceError(BackendError):
-    """The device that an engine needs is not here, or not the one it was built for."""
+    """The device that an engine needs is not here."""
+
+
+class ForeignEngineError(DeviceError):
+    """The engine was built for another device, or by another version of a library."""
 
 
 class SettingsError(LatentforgeError):

@@ -20,7 +20,7 @@ from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior
 from latentforge.runtime.denoiser import EngineDenoiser
 from latentforge.runtime.describe import rebuild_hint
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.errors import DeviceError, ManifestError, SettingsError, ShapeError
+from latentforge.runtime.errors import ForeignEngineError, ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Profile, Stopwatch, Timings
@@ -114,8 +114,9 @@ class Pipeline:
         Raises:
             ManifestError: the directory is not what its manifest says.
             BackendError: a backend is not installed, or refuses an engine.
-            DeviceError: an engine was built for another device; the message has the command that
-                builds it for this one.
+            DeviceError: an engine needs a device that is not here.
+            ForeignEngineError: an engine was built for another device or version; the message has
+                the command that builds it for this one.
             SettingsError: no backend of these engines has such an option.
         """
         if at_once is not None and at_once < 1:
@@ -145,8 +146,9 @@ class Pipeline:
                     low_memory=low_memory,
                     rare=name != "unet",
                 )
-            except DeviceError as error:
-                raise DeviceError(f"{name}: {error}{rebuild_hint(manifest, path)}") from error
+            except ForeignEngineError as error:
+                hint = rebuild_hint(manifest, path)
+                raise ForeignEngineError(f"{name}: {error}{hint}") from error
 
         engines = {name: load_engine(name) for name in manifest.needed}
         return cls(manifest, engines, tokenizers, path, load_engine)

@@ -21,7 +21,7 @@ from latentforge.runtime.builder import Order, build
 from latentforge.runtime.compiler import compile_engines, plan
 from latentforge.runtime.errors import (
     BackendError,
-    DeviceError,
+    ForeignEngineError,
     GateError,
     ManifestError,
     SettingsError,
@@ -344,7 +344,7 @@ def test_engines_for_another_device_say_how_to_build_them(
         sizes=sizes(height="32,64"),
     )
     foreign(target, {"library": "onnxruntime 0.9", "cpu": "sse9"})
-    with pytest.raises(DeviceError) as caught:
+    with pytest.raises(ForeignEngineError) as caught:
         Pipeline.load(target)
     said = str(caught.value)
     assert "text_encoder: " in said and "library onnxruntime 0.9 (here onnxruntime 1." in said
@@ -356,3 +356,26 @@ def test_engines_for_another_device_say_how_to_build_them(
     assert main(shlex.split(command)) == 0
     assert Manifest.read(target).components["unet"].device["library"].startswith("onnxruntime 1.")
     assert np.ptp(np.asarray(Pipeline.load(target)("owl", steps=1).images[0])) > 0
+
+
+def test_timings_of_kernels_survive_a_build(tiny_engines: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    compile_engines(tiny_engines, target, backend="onnxruntime")
+    cache = target / "engines" / "onnxruntime" / f"timing{backends.CACHE}"
+    cache.write_bytes(b"measured")
+    compile_engines(tiny_engines, target, backend="onnxruntime", overwrite=True)
+    assert cache.read_bytes() == b"measured"
+    Manifest.read(target)
+
+
+def test_a_manifest_cannot_set_what_is_the_users(tiny_engines: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    compile_engines(tiny_engines, target, backend="onnxruntime")
+    manifest = Manifest.read(target)
+    components = {
+        name: msgspec.structs.replace(component, options={"profile": True, "threads": 10**9})
+        for name, component in manifest.components.items()
+    }
+    msgspec.structs.replace(manifest, components=components).write(target)
+    with Pipeline.load(target) as pipeline:
+        assert all(not engine.session.layers() for engine in pipeline.engines.values())

@@ -21,7 +21,13 @@ from latentforge.runtime.backends import _ort, onnxruntime_gpu
 from latentforge.runtime.backends import onnxruntime as cpu
 from latentforge.runtime.backends._ort import DeviceSession, Place, Recording, fixed_sizes
 from latentforge.runtime.backends.onnxruntime_gpu import left_over, provider_options
-from latentforge.runtime.errors import BackendError, DeviceError, SettingsError, ShapeError
+from latentforge.runtime.errors import (
+    BackendError,
+    DeviceError,
+    ForeignEngineError,
+    SettingsError,
+    ShapeError,
+)
 from latentforge.runtime.manifest import Component, FileEntry
 from latentforge.runtime.shapes import Range
 from latentforge.runtime.tensor import TensorSpec
@@ -187,7 +193,9 @@ def test_an_engine_of_another_machine_is_refused(graph: Path, name: str) -> None
     device = {**part.device, name: "another"}
     fields = {field: getattr(part, field) for field in part.__struct_fields__}
     elsewhere = Component(**{**fields, "device": device})
-    with pytest.raises(DeviceError, match=rf"m\.engine was optimized for {name} another") as caught:
+    with pytest.raises(
+        ForeignEngineError, match=rf"m\.engine was optimized for {name} another"
+    ) as caught:
         cpu.load(path, elsewhere, {})
     assert part.device[name] in str(caught.value)
 

@@ -8,6 +8,7 @@ Names and semantics: CUDA Runtime API, https://docs.nvidia.com/cuda/cuda-runtime
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -42,15 +43,17 @@ def gpu() -> Gpu | None:
     """The GPU, or None where there is none, or no cuda-bindings to reach it."""
     try:
         return found()
-    except DeviceError:
+    except BackendError:
         return None
 
 
 def free_memory() -> int | None:
     """Bytes of the GPU's memory that nobody uses, or None where there is no GPU."""
-    if gpu() is None:
+    try:
+        found()
+        free, _ = _call("cudaMemGetInfo")
+    except BackendError:
         return None
-    free, _ = _call("cudaMemGetInfo")
     return int(free)
 
 
@@ -68,7 +71,7 @@ def found() -> Gpu:
         raise DeviceError(f"this needs an NVIDIA GPU, and CUDA finds none here: {reason}")
     properties = _call("cudaGetDeviceProperties", _DEVICE)
     return Gpu(
-        name=properties.name.decode(),
+        name=properties.name.decode().rstrip("\0"),
         capability=f"{properties.major}.{properties.minor}",
         driver=f"{driver // 1000}.{driver % 1000 // 10}",
         memory=int(properties.totalGlobalMem),
@@ -109,7 +112,7 @@ class Stream:
 
     def close(self) -> None:
         """Give it back."""
-        _call("cudaStreamDestroy", self._handle)
+        _release("cudaStreamDestroy", self._handle)
 
 
 class Graph:
@@ -120,7 +123,7 @@ class Graph:
         try:
             self._handle = _call("cudaGraphInstantiate", captured, 0)
         finally:
-            _call("cudaGraphDestroy", captured)
+            _release("cudaGraphDestroy", captured)
 
     def launch(self) -> None:
         """Put the work into the stream that it was captured from."""
@@ -128,7 +131,7 @@ class Graph:
 
     def close(self) -> None:
         """Give it back."""
-        _call("cudaGraphExecDestroy", self._handle)
+        _release("cudaGraphExecDestroy", self._handle)
 
 
 class Buffer:
@@ -153,7 +156,7 @@ class Buffer:
     def array(self, dtype: str, shape: Sequence[int]) -> NDArray[Any]:
         """The first bytes of the host's memory as an array, not a copy."""
         assert self._host is not None
-        memory = (ctypes.c_char * self._size).from_address(self._host)
+        memory: Any = (ctypes.c_char * self._size).from_address(self._host)
         return np.ndarray(shape, dtype, memory)
 
     def upload(self, size: int, stream: Stream) -> None:
@@ -168,9 +171,9 @@ class Buffer:
 
     def close(self) -> None:
         """Give both back. Arrays of it must be gone."""
-        _call("cudaFree", self.address)
+        _release("cudaFree", self.address)
         if self._host is not None:
-            _call("cudaFreeHost", self._host)
+            _release("cudaFreeHost", self._host)
 
 
 def _library() -> Any:
@@ -190,6 +193,12 @@ def _call(name: str, *arguments: Any) -> Any:
         cuda.cudaGetLastError()  # or the next call would be told of it again
         raise BackendError(f"{name}: {_text(cuda, status)}")
     return values[0] if len(values) == 1 else values
+
+
+def _release(name: str, handle: Any) -> None:
+    """Give something back; a failure of earlier work, which is told again here, changes nothing."""
+    with suppress(BackendError):
+        _call(name, handle)
 
 
 def _text(cuda: Any, status: Any) -> str:

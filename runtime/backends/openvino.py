@@ -19,7 +19,6 @@ Options:
     compress: when compiling, store float32 weights in half precision.
 """
 
-import ctypes
 import functools
 import re
 import threading
@@ -33,7 +32,14 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino.frontend import FrontEndManager
 
-from latentforge.runtime.backends import CACHE, LayerTime, Options, Report, check_options
+from latentforge.runtime.backends import (
+    CACHE,
+    LayerTime,
+    Options,
+    Report,
+    check_options,
+    return_memory,
+)
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component, hash_file
 from latentforge.runtime.shapes import ANY, Range, Shapes
@@ -102,7 +108,7 @@ class OpenVinoSession:
 
     def close(self) -> None:
         self._graphs = None
-        _return_memory()
+        return_memory()
 
 
 class _Graph:
@@ -286,12 +292,6 @@ def _cached(model: Any, path: Path, device: str, settings: Mapping[str, Any]) ->
 
 def _digest_file(blob: Path) -> Path:
     return blob.with_suffix(".sha256")
-
-
-def _return_memory() -> None:
-    """Give the system what was freed: glibc keeps gigabytes of it for a later allocation."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reason(error: Exception) -> str:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from test_tensorrt import LIBRARIES, RTX, Watch, component, node, specs, write
 
 from latentforge.runtime import backends
-from latentforge.runtime.backends import _cuda, tensorrt
+from latentforge.runtime.backends import _cuda, _trt_build, _trt_session
 from latentforge.runtime.errors import BackendError, DeviceError, ShapeError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Range, Shapes
 
-Load = Callable[..., tensorrt.TensorrtSession]
+Load = Callable[..., _trt_session.TensorrtSession]
 
 SHAPES: tuple[Shapes, ...] = (
     {"batch": Range(1, 2, 4), "n": Range(1, 3, 8)},
@@ -43,7 +43,7 @@ TOLERANCE = 2e-2  # TF32 is allowed to products
 def name(request: pytest.FixtureRequest, gpu: _cuda.Gpu) -> str:
     """Each of the two that is installed and serves this GPU."""
     library = pytest.importorskip(backends.BACKENDS[request.param].library, exc_type=ImportError)
-    if request.param == RTX and gpu.capability not in tensorrt._known_capabilities(library):
+    if request.param == RTX and gpu.capability not in _trt_build.known_capabilities(library):
         pytest.skip(f"{RTX} does not serve {gpu.name}, of compute capability {gpu.capability}")
     return str(request.param)
 
@@ -108,7 +108,7 @@ def test_any_size_of_any_profile(
 
 def test_sizes_beyond_what_stays_ready_are_made_again(load: Load) -> None:
     session = load()
-    most = len(SHAPES) + tensorrt._SPARE
+    most = len(SHAPES) + _trt_session._SPARE
     for n in (*range(1, 9), 1):
         given = feeds(2, n)
         check(session.run(given), given)
@@ -242,7 +242,7 @@ def test_other_options(load: Load, options: dict[str, Any]) -> None:
 def test_compatible_engines(name: str, load: Load, options: dict[str, Any]) -> None:
     if name == RTX:
         pytest.skip("TensorRT for RTX has no such options")
-    session, given = load(options), feeds()
+    session, given = load(options, host_code=True), feeds()
     check(session.run(given), given)
 
 
