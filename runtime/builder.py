@@ -26,7 +26,6 @@ from latentforge.runtime.manifest import Component, Record
 
 __all__ = ["Built", "Order", "build", "main"]
 
-_HINT = "close other programs, or build smaller sizes or a smaller batch"
 _EVERY = 0.05  # seconds between two reports: more nobody can see
 
 
@@ -94,7 +93,7 @@ def _dead(status: int, said: IO[str], order: Order) -> Built:
     name = Path(order.target).stem
     if status in (-signal.SIGKILL, -signal.SIGABRT) or "bad_alloc" in words[-1]:
         raise BackendError(
-            f"the build of {name} was ended by the system, most likely for want of memory: {_HINT}"
+            f"the build of {name} was ended by the system, most likely {backends.NO_MEMORY}"
         )
     raise BackendError(f"the build of {name} ended early ({status}): {words[-1]}")
 
@@ -110,7 +109,7 @@ def main() -> None:
     except LatentforgeError as error:
         tell({"error": type(error).__name__, "message": str(error)})
     except MemoryError:
-        tell({"error": "BackendError", "message": f"out of memory: {_HINT}"})
+        tell({"error": "BackendError", "message": backends.NO_MEMORY})
     except OSError as error:
         message = f"{error.filename or order.target}: {error.strerror or error}"
         tell({"error": "TargetError", "message": message})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentforge.__main__ import main
-from latentforge.build import build, dimensions, outlook
+from latentforge.build import build, dimensions, finish, outlook
 from latentforge.export.onnx import Dimensions
 from latentforge.runtime import backends
 from latentforge.runtime.choose import choose_into
@@ -19,11 +19,11 @@ QUICK = {"gate": ["images=1"], "request": {"steps": 1}, "repeats": 1}
 
 
 @pytest.fixture(scope="module")
-def automatic(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def automatic(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("openvino", exc_type=ImportError)
-    target = tmp_path_factory.mktemp("build") / "auto"
-    build(str(tiny_checkpoint), target, target="auto", **QUICK)  # type: ignore[arg-type]
-    return target
+    directory = tmp_path_factory.mktemp("auto")
+    finish(tiny_engines, directory, target="auto", **QUICK)  # type: ignore[arg-type]
+    return directory
 
 
 def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) -> None:
@@ -55,13 +55,13 @@ def test_auto_leaves_nothing_else(automatic: Path) -> None:
     files = {entry.file for entry in manifest.files} | {"manifest.json"}
     found = {p.relative_to(automatic).as_posix() for p in automatic.rglob("*") if p.is_file()}
     assert found == files
-    assert [p.name for p in automatic.parent.iterdir()] == ["auto"]
 
 
-def test_a_target_that_is_compiled(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
-    build(
-        str(tiny_checkpoint),
+    (tmp_path / "rtx").mkdir()
+    finish(
+        tiny_engines,
         tmp_path / "rtx",
         target="tensorrt-rtx",
         recipe="fp16",

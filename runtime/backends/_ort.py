@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from latentforge.runtime.backends import LayerTime, Options
+from latentforge.runtime.backends import NO_MEMORY, LayerTime, Options
 from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
@@ -112,7 +112,9 @@ def open_session(
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """What an error of the library says, without its line breaks."""
+    text = " ".join(str(error).split())
+    return NO_MEMORY if "bad_alloc" in text or "Failed to allocate memory" in text else text
 
 
 def copy_graph(onnx: Path, target: Path, component: Component) -> None:

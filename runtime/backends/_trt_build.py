@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentforge.runtime.backends import (
-    Options,
-    Report,
-)
+from latentforge.runtime.backends import NO_MEMORY, Options, Report
 from latentforge.runtime.backends._trt import (
     CHOICES,
     RTX,
@@ -142,12 +139,9 @@ class Build:
 
     def _refused(self, what: str = "") -> BackendError:
         reason = self._log.said() or "it does not say why"
-        hint = "; close other programs, or build smaller sizes or a smaller batch"
-        memory = _MEMORY.search(reason)
-        return BackendError(
-            f"{self._library.__name__} {'ran out of memory with' if memory else 'refuses'} "
-            f"{self._onnx}: {what}{reason}{hint if memory else ''}"
-        )
+        if _MEMORY.search(reason):
+            reason = f"{reason}: {NO_MEMORY}"
+        return BackendError(f"{self._library.__name__} refuses {self._onnx}: {what}{reason}")
 
 
 def known_capabilities(library: Any) -> dict[str, Any]:

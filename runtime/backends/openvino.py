@@ -34,6 +34,7 @@ from openvino.frontend import FrontEndManager
 
 from latentforge.runtime.backends import (
     CACHE,
+    NO_MEMORY,
     LayerTime,
     Options,
     Report,
@@ -298,7 +299,7 @@ def _reason(error: Exception) -> str:
     """What the library says, on one line, without the places in its sources."""
     text = str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
-        return "out of memory; close other programs, or build smaller sizes or a smaller batch"
+        return NO_MEMORY
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if not _NOISE.match(line)]
     return " ".join(said or lines) or type(error).__name__

@@ -13,6 +13,7 @@ from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.stage import export
+from latentforge.optimize.job import Job
 from latentforge.optimize.job import plan as plan_optimization
 from latentforge.optimize.recipe import near_miss, read_recipe
 from latentforge.optimize.stage import optimize_into
@@ -25,7 +26,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.staging import size_text, staged_directory
 
-__all__ = ["AUTO", "build", "dimensions", "outlook"]
+__all__ = ["AUTO", "build", "dimensions", "finish", "outlook"]
 
 AUTO = "auto"
 """The target that measures what can run on this machine."""
@@ -63,20 +64,53 @@ def build(
         LatentforgeError: what export, optimize and compile raise.
     """
     wanted = sizes or Sizes()
-    targets = _targets(target)
+    _targets(target)
     read_recipe(recipe)  # a typo should not cost an export
-    with staged_directory(engines, overwrite=overwrite) as directory, _scratch(directory) as work:
-        exported = work / "exported"
-        export(checkpoint, exported, dimensions=dimensions(wanted), quiet=quiet)
+    with staged_directory(engines, overwrite=overwrite) as directory:
+        exported = directory / "exported"
+        try:
+            export(checkpoint, exported, dimensions=dimensions(wanted), quiet=quiet)
+            return finish(
+                exported,
+                directory,
+                target=target,
+                recipe=recipe,
+                sizes=_left(wanted),
+                options=options,
+                quiet=quiet,
+                **optimization,
+            )
+        finally:
+            shutil.rmtree(exported, ignore_errors=True)
+
+
+def finish(
+    exported: Path,
+    directory: Path,
+    *,
+    target: str,
+    recipe: str = "fp32",
+    sizes: Sizes | None = None,
+    options: Sequence[str] = (),
+    quiet: bool = True,
+    **optimization: Any,
+) -> Manifest:
+    """Optimize and compile exported engines into a directory that is staged: see build().
+
+    Args:
+        sizes: those that the graphs are not fixed to.
+    """
+    wanted, targets = sizes or Sizes(), _targets(target)
+    with _scratch(directory) as work:
         made: dict[str, Path] = {}
         for name in targets:
             made[name] = directory if len(targets) == 1 else work / name
             made[name].mkdir(exist_ok=True)
             job = plan_optimization(exported, recipe=recipe, backend=name, **optimization)
-            manifest = _finish(job, name, made[name], wanted, options, quiet=quiet)
-        if len(targets) > 1:
-            return choose_into(made, directory, repeats=job.repeats or 1, quiet=quiet)
-        return manifest
+            manifest = _made(job, name, made[name], wanted, options, quiet=quiet)
+        if len(targets) == 1:
+            return manifest
+        return choose_into(made, directory, repeats=job.repeats or 1, quiet=quiet)
 
 
 def outlook(
@@ -155,8 +189,8 @@ def _scratch(directory: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _finish(
-    job: Any,
+def _made(
+    job: Job,
     name: str,
     directory: Path,
     sizes: Sizes,
@@ -165,16 +199,19 @@ def _finish(
     quiet: bool,
 ) -> Manifest:
     """Optimize into a directory, and compile what the target does not run as it is."""
-    backend = TARGETS[name].backend
-    left = _left(sizes)
-    if TARGETS[name].runs_as_it_is and not options and left == Sizes():
+    target = TARGETS[name]
+    if target.runs_as_it_is and not options and sizes == Sizes():
         return optimize_into(job, directory, quiet=quiet)
     optimized = directory / "optimized"
     optimized.mkdir()
     try:
         optimize_into(job, optimized, quiet=quiet)
         todo = compiler.plan(
-            optimized, backend=backend, options=options, sizes=left, recorded={"target": name}
+            optimized,
+            backend=target.backend,
+            options=options,
+            sizes=sizes,
+            recorded={"target": name},
         )
         manifest = compiler.compile_into(todo, directory, quiet=quiet)
     except GateError:
