@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -18,9 +19,10 @@ from latentforge.optimize.component import UNET, Rewriter, load_graph, save_part
 from latentforge.optimize.recipe import Recipe, read_recipe
 from latentforge.optimize.recording import Recording, record
 from latentforge.optimize.targets import TARGETS
+from latentforge.runtime import backends
 from latentforge.runtime.manifest import Component, Manifest
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.tensor import TensorSpec
+from latentforge.runtime.shapes import Range, Sizes
 
 Array = np.ndarray[Any, Any]
 Arrays: TypeAlias = Mapping[str, Array]
@@ -44,11 +46,9 @@ CASES = [
     *(("vae_encoder", recipe) for recipe in ("fp16", "int8-weights")),
 ]
 """Components and recipes: each kind of layer in each precision that there is for it, once."""
-CAPABILITY = "SM86"
-SIZES = {"batch": (1, 2, 4), "rows": (1, 2, 50)}
-"""Least, usual and largest size of free dimensions."""
-SIDES = {"latent_height": 1, "latent_width": 1, "height": 2, "width": 2}
-"""What is a picture's side, in pixels a latent's pixel of the tiny checkpoint."""
+CAPABILITY = "8.6"
+SIDE = (Range(16, 32, 64),)  # in pixels
+SIZES = Sizes(height=SIDE, width=SIDE, batch=(Range(1, 2, 4),))
 
 
 @pytest.fixture(scope="module")
@@ -128,54 +128,30 @@ def test_openvino_is_as_near_to_the_export_as_onnxruntime(
     assert error(theirs, wanted) < 1.2 * error(ours, wanted) + 1e-5
 
 
-def sizes(spec: TensorSpec, place: int) -> list[int]:
-    """A shape of a spec: the least, the usual, or the largest."""
-    sides = {name: factor * (8, 16, 32)[place] for name, factor in SIDES.items()}
-    known = sides | {name: each[place] for name, each in SIZES.items()}
-    return [size if isinstance(size, int) else known[size] for size in spec.shape]
-
-
-def build(trt: Any, path: Path, part: Component) -> bytes:
+def build(path: Path, part: Component) -> bytes:
     """A TensorRT-RTX engine of a graph and its description."""
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(path))
-    assert parsed, [parser.get_error(index).desc() for index in range(parser.num_errors)]
-    check_interface(trt, network, part)
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, CAPABILITY), 0)
-    profile = builder.create_optimization_profile()
-    for name, spec in part.inputs.items():
-        profile.set_shape(name, *(sizes(spec, place) for place in range(3)))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None
-    return bytes(memoryview(engine))
+    shapes = SIZES.shapes(part.free, downscale=2, rows=Range(1, 2, 50))
+    component = msgspec.structs.replace(part.built_for(shapes), backend="tensorrt-rtx")
+    target = path.with_suffix(".engine")
+    options = {"capabilities": CAPABILITY}
+    device = backends.get("tensorrt-rtx").compile(path, target, component, options, no_report)
+    assert device["compute capability"] == CAPABILITY
+    return target.read_bytes()
 
 
-def check_interface(trt: Any, network: Any, part: Component) -> None:
-    """A network has the inputs and outputs that the manifest describes, by name and dtype."""
-    for count, get, specs in (
-        (network.num_inputs, network.get_input, part.inputs),
-        (network.num_outputs, network.get_output, part.outputs),
-    ):
-        tensors = [get(index) for index in range(count)]
-        found = {tensor.name: np.dtype(trt.nptype(tensor.dtype)).name for tensor in tensors}
-        assert found == {name: spec.dtype for name, spec in specs.items()}
+def no_report(what: str, done: int, total: int) -> None:
+    """Nobody watches."""
 
 
 @pytest.fixture(scope="module")
 def plans(engines: Callable[[str, str, str], Engines]) -> Callable[[str, str], list[bytes]]:
     """A function that builds what TensorRT-RTX makes of a component's parts, by a recipe."""
-    trt = pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("tensorrt_rtx")
 
     @cache
     def built(recipe: str, name: str) -> list[bytes]:
         made = engines("tensorrt-rtx", recipe, name)
-        return [build(trt, path, part) for path, part in made.values()]
+        return [build(path, part) for path, part in made.values()]
 
     return built
 

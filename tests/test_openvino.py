@@ -17,9 +17,12 @@ import pytest
 from numpy.typing import NDArray
 
 from latentforge.runtime import backends
+from latentforge.runtime.compiler import compile_engines
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
+from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.shapes import Range
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.tensor import TensorSpec
 
 pytest.importorskip("openvino", exc_type=ImportError)
@@ -483,3 +486,19 @@ def test_layer_times_are_those_of_all_runs(build: Build, load: Load) -> None:
     assert layers["values"].operator in {"FullyConnected", "MatMul"}
     assert sum(layer.seconds for layer in layers.values()) < wall
     assert all(layer.seconds > 299e-6 for layer in layers.values())  # a microsecond each, or more
+
+
+FIXED = Sizes(height=(Range.of(64),), width=(Range.of(64),), batch=(Range.of(2),))
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), FIXED], ids=["dynamic", "static"])
+def test_the_demo_gives_the_picture_of_onnxruntime(
+    demo_engines: Path, tmp_path: Path, sizes: Sizes
+) -> None:
+    target = tmp_path / "openvino"
+    compile_engines(demo_engines, target, backend="openvino", sizes=sizes)
+    with Pipeline.load(target) as ours, Pipeline.load(demo_engines) as theirs:
+        results = [pipe("owl on a pink background", steps=2, seed=1) for pipe in (theirs, ours)]
+    assert psnr(results[0].latents, results[1].latents) >= 40
+    pixels = [to_array(result.images) for result in results]
+    assert psnr(*pixels, peak=2.0) >= 40
