@@ -12,7 +12,7 @@ import msgspec
 
 from latentforge.runtime.errors import SettingsError, ShapeError
 
-__all__ = ["ANY", "Range", "Shapes", "Sizes", "nearest", "parse_ranges", "sentence"]
+__all__ = ["ANY", "Range", "Shapes", "Sizes", "hull", "nearest", "parse_ranges", "sentence"]
 
 _MOST = 16_384
 
@@ -153,6 +153,18 @@ def _spare(shapes: Shapes, sizes: Mapping[str, int]) -> tuple[int, int]:
     """How far a run is from what it is built for, and how much more it would hold."""
     away = sum(abs(sizes[name] - allowed.usual) for name, allowed in shapes.items())
     return away, sum(allowed.most - allowed.least for allowed in shapes.values())
+
+
+def hull(shapes: Sequence[Shapes]) -> Shapes:
+    """The one range of each dimension that holds all of them, fastest where the first is."""
+    return {
+        name: Range(
+            min(each[name].least for each in shapes),
+            first.usual,
+            max(each[name].most for each in shapes),
+        )
+        for name, first in (shapes[0] if shapes else {}).items()
+    }
 
 
 def sentence(shapes: Sequence[Shapes]) -> str:

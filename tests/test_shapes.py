@@ -6,7 +6,7 @@ import pytest
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.manifest import Component, Manifest
-from latentforge.runtime.shapes import ANY, Range, Sizes, nearest, parse_ranges, sentence
+from latentforge.runtime.shapes import ANY, Range, Sizes, hull, nearest, parse_ranges, sentence
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
 SPEC = TensorSpec("float32", ("batch", 4, "latent_height", "latent_width"))
@@ -82,6 +82,12 @@ def test_the_nearest_that_fits_is_chosen() -> None:
         match="not built for batch 2, h 64; they take batch 1, h 32:64:128 or",
     ):
         nearest(shapes, {"batch": 2, "h": 64})
+
+
+def test_the_hull_holds_all_shapes() -> None:
+    shapes = [{"h": Range(32, 64, 64)}, {"h": Range.of(96)}, {"h": Range(16, 16, 80)}]
+    assert hull(shapes) == {"h": Range(16, 64, 96)}
+    assert hull([]) == {}
 
 
 def test_a_size_that_all_agree_on_becomes_a_number() -> None:

@@ -63,7 +63,7 @@ from latentforge.runtime.backends._ort import (
 )
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.shapes import Range, Shapes
+from latentforge.runtime.shapes import Shapes, hull
 
 __all__ = [
     "OPTIONS",
@@ -219,25 +219,13 @@ def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
         )
     if not component.free:
         return {}
-    every = component.shapes if provider.several else (_hull(component.shapes),)
+    every = component.shapes if provider.several else (hull(component.shapes),)
     kinds = {"min": "least", "opt": "usual", "max": "most"}
     told = {
         f"{provider.profiles}_{kind}_shapes": ",".join(_inputs_at(component, every, which))
         for kind, which in kinds.items()
     }
     return told | ({"nv_multi_profile_enable": "1"} if len(every) > 1 else {})
-
-
-def _hull(shapes: Sequence[Shapes]) -> Shapes:
-    """The one range of each dimension that holds all of them, fastest where the first is."""
-    return {
-        name: Range(
-            min(each[name].least for each in shapes),
-            first.usual,
-            max(each[name].most for each in shapes),
-        )
-        for name, first in shapes[0].items()
-    }
 
 
 def _inputs_at(component: Component, every: Sequence[Shapes], which: str) -> list[str]:

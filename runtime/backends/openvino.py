@@ -43,7 +43,7 @@ from latentforge.runtime.backends import (
 )
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component, hash_file
-from latentforge.runtime.shapes import ANY, Range, Shapes
+from latentforge.runtime.shapes import ANY, Shapes, hull
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
 __all__ = ["OPTIONS", "SUFFIX", "compile", "load"]
@@ -248,18 +248,6 @@ def _bounds(spec: TensorSpec, free: Shapes) -> Any:
     return ov.PartialShape([ov.Dimension(a, b if b < _UNBOUNDED else -1) for a, b in sizes])
 
 
-def _span(shapes: Sequence[Shapes]) -> Shapes:
-    """Ranges that hold all of these shapes."""
-    return {
-        name: Range(
-            min(each[name].least for each in shapes),
-            shapes[0][name].usual,
-            max(each[name].most for each in shapes),
-        )
-        for name in (shapes[0] if shapes else {})
-    }
-
-
 def _compiled(model: Any, path: Path, options: Options, settings: Mapping[str, Any]) -> Any:
     device = options.get("device", "CPU")
     if options.get("cache"):
@@ -319,7 +307,7 @@ def compile(
         model = _read(onnx, "onnx")
         _check_signature(model, component, onnx)
         report("setting the sizes", 1, 3)
-        _check_signature(_fitted(model, component, _span(component.shapes)), component, onnx)
+        _check_signature(_fitted(model, component, hull(component.shapes)), component, onnx)
         report("writing the engine", 2, 3)
         ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
         _read(target, "ir")  # a disk that is full is no error to the library
