@@ -1,6 +1,7 @@
 """The compile stage: an engine directory of graphs in, one of native engines out."""
 
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,11 +124,11 @@ class Plan:
         if not gpu:
             return
         _cuda = import_module("latentforge.runtime.backends._cuda")  # which is of no use elsewhere
-        weights = sum(part.before.size for part in gpu)
-        yield (
-            f"on the GPU: {size_text(weights)} of weights and what the largest size needs"
-            f"{_of(_cuda.free_memory())}"
-        )
+        weights, free = sum(part.before.size for part in gpu), _cuda.free_memory()
+        there = _of(free) if free is not None else "; there is none here to compare with"
+        yield f"on the GPU: {size_text(weights)} of weights and what the largest size needs{there}"
+        if free is not None and weights > free:
+            yield "WARNING: that is more than the GPU has left: they will not load there"
 
 
 def _of(free: int | None) -> str:
@@ -327,6 +328,8 @@ def _keep_timings(old: Path, directory: Path) -> None:
 def compile_into(todo: Plan, directory: Path, *, quiet: bool = True) -> Manifest:
     """Do what plan() planned, in a directory that is staged: see compile_engines()."""
     start = time.perf_counter()
+    if not quiet:
+        print(todo, file=sys.stderr, flush=True)
     check_space(directory, todo.space)
     components, measured = {}, {}
     with Progress(len(todo.parts) + 1, quiet=quiet) as progress:

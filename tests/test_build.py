@@ -1,5 +1,6 @@
 """From a checkpoint to engines in one go, for one target or for the fastest of several."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,14 @@ def test_the_outlook_says_what_it_takes(
         assert words in said
     assert list(tmp_path.iterdir()) == []
     assert not any("compile" in line for line in outlook(str(tiny_checkpoint)))
+
+
+def test_the_outlook_of_graphs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A directory that optimum exported has no weights to count."""
+    checkpoint = tmp_path / "exported"
+    shutil.copytree(tiny_checkpoint, checkpoint, ignore=shutil.ignore_patterns("*.safetensors"))
+    (checkpoint / "unet" / "model.onnx").write_bytes(bytes(5_000_000))
+    assert "  graphs: 5 MB of weights in fp32" in list(outlook(str(checkpoint)))
 
 
 def test_a_size_that_is_the_only_one_is_fixed_in_the_graphs() -> None:

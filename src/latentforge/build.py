@@ -9,9 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from latentforge.export.checkpoint import open_checkpoint
-from latentforge.export.families import family_of
+from latentforge.export.checkpoint import Checkpoint, open_checkpoint
+from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
+from latentforge.export.optimum import is_exported
 from latentforge.export.stage import export
 from latentforge.optimize.job import Job
 from latentforge.optimize.job import plan as plan_optimization
@@ -126,8 +127,7 @@ def outlook(
     read_recipe(recipe)
     source = open_checkpoint(checkpoint)
     family = family_of(source)
-    folders = sorted({part.folder for part in family.plan(source).components})
-    weights = {folder: 4 * source.parameters(folder) for folder in folders}
+    weights = _weights(source, family)
     free = available_memory()
     yield f"build {source.name} ({family.name}):"
     yield from (f"  {name}: {size_text(size)} of weights in fp32" for name, size in weights.items())
@@ -148,6 +148,14 @@ def outlook(
         yield "4. time them in turns, and take the fastest of each component"
     if free is not None and memory > free:
         yield "WARNING: that is more memory than there is: close other programs, or expect to fail"
+
+
+def _weights(source: Checkpoint, family: Family) -> dict[str, int]:
+    """Bytes in float32 of each component's weights, or of the graphs that optimum exported."""
+    if is_exported(source):
+        return {"graphs": sum(path.stat().st_size for path in source.path.glob("*/*.onnx*"))}
+    folders = sorted({part.folder for part in family.plan(source).components})
+    return {folder: 4 * source.parameters(folder) for folder in folders}
 
 
 def _targets(target: str) -> list[str]:
