@@ -20,7 +20,13 @@ from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior
 from latentforge.runtime.denoiser import EngineDenoiser
 from latentforge.runtime.describe import rebuild_hint
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.errors import ForeignEngineError, ManifestError, SettingsError, ShapeError
+from latentforge.runtime.errors import (
+    DeviceError,
+    ForeignEngineError,
+    ManifestError,
+    SettingsError,
+    ShapeError,
+)
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Profile, Stopwatch, Timings
@@ -34,7 +40,7 @@ from latentforge.runtime.unet import ToldUnet, Unet
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["Pipeline", "Result", "Step", "load"]
+__all__ = ["Pipeline", "Result", "Step", "load", "load_component"]
 
 Array = NDArray[np.float32]
 
@@ -134,21 +140,15 @@ class Pipeline:
             # Pixels take far more memory than latents, so the VAE sees one picture at a time.
             rows = 1 if low_memory else at_once
             limits = {"unet": rows, "unet_prompt": rows, "vae_decoder": 1, "vae_encoder": 1}
-            limit = limits.get(name)
-            component = manifest.components[name]
-            try:
-                return Engine.load(
-                    name,
-                    component,
-                    path,
-                    options,
-                    at_once=limit,
-                    low_memory=low_memory,
-                    rare=name != "unet",
-                )
-            except ForeignEngineError as error:
-                hint = rebuild_hint(manifest, path)
-                raise ForeignEngineError(f"{name}: {error}{hint}") from error
+            return load_component(
+                manifest,
+                name,
+                path,
+                options,
+                at_once=limits.get(name),
+                low_memory=low_memory,
+                rare=name != "unet",
+            )
 
         engines = {name: load_engine(name) for name in manifest.needed}
         return cls(manifest, engines, tokenizers, path, load_engine)
@@ -443,6 +443,24 @@ class Step:
             timings=self._watch.timings(),
             settings=self.settings,
         )
+
+
+def load_component(
+    manifest: Manifest, name: str, directory: Path, options: backends.Options, **how: Any
+) -> Engine:
+    """Load one engine of a directory: see Engine.load() for the rest.
+
+    Raises:
+        DeviceError: it needs a device that is not here.
+        ForeignEngineError: it was built for another; the message has the command to build it here.
+    """
+    try:
+        return Engine.load(name, manifest.components[name], directory, options, **how)
+    except ForeignEngineError as error:
+        hint = rebuild_hint(manifest, directory)
+        raise ForeignEngineError(f"{name}: {error}{hint}") from error
+    except DeviceError as error:
+        raise DeviceError(f"{name}: {error}") from error
 
 
 load = Pipeline.load

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.pipeline import Pipeline, Result, load_component
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.shapes import ANY
 
@@ -38,7 +37,7 @@ def verify(directory: Path) -> Iterator[str]:
     size = sum(entry.bytes for entry in files)
     yield f"files: {len(files)} with the right size and sha256, {size / 1e6:.1f} MB"
     for name, component in manifest.components.items():
-        Engine.load(name, component, directory, {}, low_memory=True).session.close()
+        load_component(manifest, name, directory, {}, low_memory=True).session.close()
         yield f"{name}: loads on {component.backend}, {component.precision}"
     if all(name in manifest.components for name in manifest.needed):
         yield _one_step(directory)

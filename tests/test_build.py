@@ -9,8 +9,9 @@ from latentforge.__main__ import main
 from latentforge.build import build, dimensions, finish, outlook
 from latentforge.export.onnx import Dimensions
 from latentforge.runtime import backends
+from latentforge.runtime.backends import _cuda
 from latentforge.runtime.choose import choose_into
-from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.errors import BackendError, DeviceError, ManifestError, SettingsError
 from latentforge.runtime.image import psnr
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
@@ -78,6 +79,23 @@ def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     assert "unet_prompt" in manifest.components
     files = {p.name for p in (tmp_path / "rtx").iterdir()}
     assert files == {"manifest.json", "tokenizer", "engines"}
+    check_that_damage_is_told(tmp_path / "rtx")
+
+
+def check_that_damage_is_told(directory: Path) -> None:
+    """An engine cut short, one with two bytes swapped, and a whole one without a GPU."""
+    path = directory / "engines" / "tensorrt-rtx" / "unet.engine"
+    content = path.read_bytes()
+    place = next(i for i in range(5000, len(content)) if content[i] != content[i + 1])
+    swapped = content[:place] + content[place : place + 2][::-1] + content[place + 2 :]
+    for damaged, message in ((content[:-1], "cut short"), (swapped, "another sha256")):
+        path.write_bytes(damaged)
+        with pytest.raises(ManifestError, match=message):
+            Pipeline.load(directory)
+    path.write_bytes(content)
+    if _cuda.gpu() is None:
+        with pytest.raises(DeviceError, match="text_encoder: this needs an NVIDIA GPU"):
+            Pipeline.load(directory)
 
 
 def test_bad_input_costs_no_export(
