@@ -116,3 +116,16 @@ def test_make_targets_exist() -> None:
     assert targets == ["demo", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_target_and_extra_is_there() -> None:
+    from latentforge.__main__ import TARGETS
+    from latentforge.runtime.backends import BACKENDS
+
+    section = README.split("## Targets")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert [re.findall(r"`([\w-]+)`", row)[0] for row in rows] == list(TARGETS)
+    extras = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for name, entry in BACKENDS.items():
+        assert entry.extra in extras
+        assert name == "null" or f"`{name}`" in section
