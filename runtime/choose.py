@@ -34,7 +34,12 @@ _VAE = ("vae_encoder", "vae_decoder")
 
 
 def choose_into(
-    candidates: Mapping[str, Path], directory: Path, *, repeats: int = 3, quiet: bool = True
+    candidates: Mapping[str, Path],
+    directory: Path,
+    *,
+    refused: Mapping[str, str] | None = None,
+    repeats: int = 3,
+    quiet: bool = True,
 ) -> Manifest:
     """Let candidates take turns on whole images, and move the fastest of each component here.
 
@@ -45,6 +50,7 @@ def choose_into(
     Args:
         candidates: engine directories of the same model, by the name that they are recorded under.
         directory: staged, and holding none of these files.
+        refused: candidates that are none, and why, for the record.
         repeats: counted images of each.
         quiet: show no progress.
 
@@ -67,7 +73,7 @@ def choose_into(
     for entry in first.tokenizers.values():
         (directory / entry.file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(next(iter(candidates.values())) / entry.file, directory / entry.file)
-    stage = _stage(chosen, components, comparison, time.perf_counter() - start)
+    stage = _stage(chosen, components, comparison, refused or {}, time.perf_counter() - start)
     manifest = msgspec.structs.replace(
         first, components=components, history=(*first.history, stage)
     )
@@ -86,7 +92,10 @@ def _measured(candidates: Mapping[str, Path], repeats: int, *, quiet: bool) -> C
             "there is too little memory to measure these engines: name a target in place of auto"
         )
     with Pipeline.load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
-        settings = trial_settings(pipeline, steps=_STEPS)
+        latent, usual = pipeline.manifest.latent, pipeline.manifest.defaults
+        built = latent.sides(pipeline.engines["unet"].component)
+        size = {} if built else {"height": usual.height, "width": usual.width}
+        settings = trial_settings(pipeline, steps=_STEPS, **size)
     python = (sys.executable, "-m", "latentforge.runtime.worker")
     return compare(
         [Contender(name, (*python, str(path))) for name, path in candidates.items()],
@@ -124,6 +133,7 @@ def _stage(
     chosen: Mapping[str, str],
     components: Mapping[str, Component],
     comparison: Comparison,
+    refused: Mapping[str, str],
     seconds: float,
 ) -> Stage:
     """What was measured: paired ratios to the first candidate, by candidate and stage."""
@@ -143,6 +153,7 @@ def _stage(
             "chosen": dict(chosen),
             "reference": reference,
             "ratios": ratios,
+            "refused": dict(refused),
         },
         tools={"latentforge": latentforge.__version__},
         seconds=round(seconds, 1),

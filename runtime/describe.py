@@ -141,6 +141,7 @@ def _choice(stage: Stage) -> Iterator[str]:
     for name, ratios in stage.options["ratios"].items():
         shown = ", ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
         yield f"{name}, times faster than {reference}: {shown}"
+    yield from (f"{name} was refused: {why}" for name, why in stage.options["refused"].items())
 
 
 def _compiled(stage: Stage) -> Iterator[str]:

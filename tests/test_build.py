@@ -11,7 +11,14 @@ from latentforge.export.onnx import Dimensions
 from latentforge.runtime import backends
 from latentforge.runtime.backends import _cuda
 from latentforge.runtime.choose import choose_into
-from latentforge.runtime.errors import BackendError, DeviceError, ManifestError, SettingsError
+from latentforge.runtime.compiler import compile_into, plan
+from latentforge.runtime.errors import (
+    BackendError,
+    DeviceError,
+    GateError,
+    ManifestError,
+    SettingsError,
+)
 from latentforge.runtime.image import psnr
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
@@ -80,6 +87,14 @@ def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     files = {p.name for p in (tmp_path / "rtx").iterdir()}
     assert files == {"manifest.json", "tokenizer", "engines"}
     check_that_damage_is_told(tmp_path / "rtx")
+
+
+def test_auto_without_a_candidate(tiny_engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="cpu: .*psnr is .* at least 1000.*openvino: .*psnr is"):
+        finish(
+            tiny_engines, tmp_path, target="auto", **{**QUICK, "gate": ["images=1", "psnr=1000"]}
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def check_that_damage_is_told(directory: Path) -> None:
@@ -155,9 +170,6 @@ def test_a_size_that_is_the_only_one_is_fixed_in_the_graphs() -> None:
 def test_the_faster_component_is_taken(tiny_engines: Path, tmp_path: Path, copy: object) -> None:
     """What computes nothing is faster than what does."""
     real, nothing = (Path(copy(tiny_engines)), tmp_path / "nothing")  # type: ignore[operator]
-    from latentforge.runtime.compiler import compile_into, plan
-    from latentforge.runtime.errors import GateError
-
     nothing.mkdir()
     with pytest.raises(GateError):
         compile_into(plan(real, backend="onnxruntime", others={"vae_decoder": "null"}), nothing)

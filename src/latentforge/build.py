@@ -6,6 +6,7 @@ The stages meet on disk alone; this is the one place that knows all of them.
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import is_exported
 from latentforge.export.stage import export
-from latentforge.optimize.job import Job
 from latentforge.optimize.job import plan as plan_optimization
 from latentforge.optimize.recipe import near_miss, read_recipe
 from latentforge.optimize.stage import optimize_into
@@ -101,17 +101,25 @@ def finish(
     Args:
         sizes: those that the graphs are not fixed to.
     """
-    wanted, targets = sizes or Sizes(), _targets(target)
+    targets = _targets(target)
+    make = partial(
+        _made, exported, recipe=recipe, sizes=sizes or Sizes(), options=options, quiet=quiet
+    )
+    if target != AUTO:
+        return make(target, directory, **optimization)
+    made, refused = dict[str, Path](), dict[str, str]()
     with _scratch(directory) as work:
-        made: dict[str, Path] = {}
         for name in targets:
-            made[name] = directory if len(targets) == 1 else work / name
-            made[name].mkdir(exist_ok=True)
-            job = plan_optimization(exported, recipe=recipe, backend=name, **optimization)
-            manifest = _made(job, name, made[name], wanted, options, quiet=quiet)
-        if len(targets) == 1:
-            return manifest
-        return choose_into(made, directory, repeats=job.repeats or 1, quiet=quiet)
+            (work / name).mkdir()
+            try:
+                make(name, work / name, **optimization)
+                made[name] = work / name
+            except (BackendError, GateError) as error:
+                refused[name] = str(error)
+        if not made:
+            raise GateError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+        repeats = optimization.get("repeats", 3) or 1
+        return choose_into(made, directory, refused=refused, repeats=repeats, quiet=quiet)
 
 
 def outlook(
@@ -198,16 +206,19 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 
 def _made(
-    job: Job,
+    exported: Path,
     name: str,
     directory: Path,
+    *,
+    recipe: str,
     sizes: Sizes,
     options: Sequence[str],
-    *,
     quiet: bool,
+    **optimization: Any,
 ) -> Manifest:
     """Optimize into a directory, and compile what the target does not run as it is."""
     target = TARGETS[name]
+    job = plan_optimization(exported, recipe=recipe, backend=name, **optimization)
     if target.runs_as_it_is and not options and sizes == Sizes():
         return optimize_into(job, directory, quiet=quiet)
     optimized = directory / "optimized"
