@@ -3,7 +3,6 @@
 import importlib.metadata
 import math
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -116,7 +115,7 @@ def optimize_into(job: Job, directory: Path, *, quiet: bool = True) -> Manifest:
 def _needed(job: Job) -> int:
     """Bytes on the disk: results are hardly larger than the input, and some have a twin."""
     copies = len(job.recipes) * (1 if job.target.runs_here else 2)
-    return int(_SPACE * _size(job.manifest) * copies)
+    return int(_SPACE * job.manifest.size * copies)
 
 
 def _parts(job: Job) -> int:
@@ -155,26 +154,20 @@ def _folder(directory: Path, name: str) -> Path:
 def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Comparison | None:
     """Let the source and the candidates that are good enough, and run here, take turns."""
     able = [c for c in candidates if not c.failures]
-    sizes = [_size(manifest) for manifest in (job.manifest, *(c.manifest for c in able))]
+    sizes = [manifest.size for manifest in (job.manifest, *(c.manifest for c in able))]
     together = fit_together(sizes)
     if not (job.repeats and able and job.target.runs_here) or together is None:
         return None
-    python = (sys.executable, "-m", "latentforge.runtime.worker")
     with Pipeline.load(job.source, hashes=False, low_memory=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request)
     with progress.part("timing, in turns"):
         return compare(
-            [Contender("input", (*python, str(job.source)))]
-            + [Contender(c.name, (*python, str(c.folder))) for c in able],
+            [Contender.of(job.source, "input"), *(Contender.of(c.folder, c.name) for c in able)],
             settings_to_json(settings),
             threads=available_cores(),
             repeats=job.repeats,
             together=together,
         )
-
-
-def _size(manifest: Manifest) -> int:
-    return sum(component.size for component in manifest.components.values())
 
 
 def _chosen(candidates: Sequence[Candidate], comparison: Comparison | None) -> Candidate:

@@ -107,6 +107,11 @@ class Contender:
     name: str
     command: tuple[str, ...]
 
+    @classmethod
+    def of(cls, engines: Path, name: str) -> Contender:
+        """An engine directory, under a name."""
+        return cls(name, (sys.executable, "-m", "latentforge.runtime.worker", str(engines)))
+
 
 def contenders(
     engines: Sequence[Path], *, against: Sequence[str], checkpoint: str
@@ -120,8 +125,7 @@ def contenders(
         raise SettingsError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
     python = (sys.executable, "-m")
     peers = [Contender(name, (*python, PEERS[name], checkpoint)) for name in against]
-    ours = (*python, "latentforge.runtime.worker")
-    return peers + [Contender(path.resolve().name, (*ours, str(path))) for path in engines]
+    return peers + [Contender.of(path, path.resolve().name) for path in engines]
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Of several engine directories of one model, the fastest of each component, by measuring."""
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from latentforge.runtime.bench import (
     fit_together,
 )
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.manifest import Component, Manifest, Stage
+from latentforge.runtime.manifest import UNET_PARTS, Component, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.verify import trial_settings
 from latentforge.runtime.worker import settings_to_json
@@ -29,7 +28,6 @@ STAGE = "choose"
 
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
 _STEPS = 4
-_UNET = ("unet_prompt", "unet_time", "unet")
 _VAE = ("vae_encoder", "vae_decoder")
 
 
@@ -58,8 +56,13 @@ def choose_into(
         BackendError: a candidate does not run here.
     """
     start = time.perf_counter()
-    comparison = _measured(candidates, repeats, quiet=quiet)
     manifests = {name: Manifest.read(path, hashes=False) for name, path in candidates.items()}
+    together = fit_together([manifest.size for manifest in manifests.values()])
+    if together is None:
+        raise BackendError(
+            "there is too little memory to measure these engines: name a target in place of auto"
+        )
+    comparison = _measured(candidates, repeats, together=together, quiet=quiet)
     first = next(iter(manifests.values()))
     chosen: dict[str, str] = {}
     for group, timed in _groups(first).items():
@@ -81,24 +84,16 @@ def choose_into(
     return manifest
 
 
-def _measured(candidates: Mapping[str, Path], repeats: int, *, quiet: bool) -> Comparison:
-    sizes = []
-    for path in candidates.values():
-        manifest = Manifest.read(path, hashes=False)
-        sizes.append(sum(component.size for component in manifest.components.values()))
-    together = fit_together(sizes)
-    if together is None:
-        raise BackendError(
-            "there is too little memory to measure these engines: name a target in place of auto"
-        )
+def _measured(
+    candidates: Mapping[str, Path], repeats: int, *, together: bool, quiet: bool
+) -> Comparison:
     with Pipeline.load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
         latent, usual = pipeline.manifest.latent, pipeline.manifest.defaults
         built = latent.sides(pipeline.engines["unet"].component)
         size = {} if built else {"height": usual.height, "width": usual.width}
         settings = trial_settings(pipeline, steps=_STEPS, **size)
-    python = (sys.executable, "-m", "latentforge.runtime.worker")
     return compare(
-        [Contender(name, (*python, str(path))) for name, path in candidates.items()],
+        [Contender.of(path, name) for name, path in candidates.items()],
         settings_to_json(settings),
         threads=available_cores(),
         repeats=repeats,
@@ -110,7 +105,7 @@ def _measured(candidates: Mapping[str, Path], repeats: int, *, quiet: bool) -> C
 def _groups(manifest: Manifest) -> dict[tuple[str, ...], str]:
     """Components that are taken together, and the stage of a run that tells how fast they are."""
     encoders = tuple(encoder.component for encoder in manifest.conditioning.encoders)
-    return {encoders: "text_encoder", _UNET: "unet step", _VAE: "vae_decoder"}
+    return {encoders: "text_encoder", UNET_PARTS: "unet step", _VAE: "vae_decoder"}
 
 
 def _fastest(comparison: Comparison, names: tuple[str, ...], stage: str) -> str:

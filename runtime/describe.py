@@ -11,9 +11,11 @@ from latentforge.runtime.manifest import Component, Manifest, Stage
 from latentforge.runtime.shapes import sentence
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["changes", "describe", "rebuild_hint"]
+__all__ = ["SAME_PICTURE", "changes", "describe", "rebuild_hint"]
 
-_SAME_PICTURE = {"fp32": 40.0, "fp16": 30.0}  # dB of images, for class A
+SAME_PICTURE: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}
+"""PSNR in dB from which a picture is the same, by precision: class A."""
+
 _SHOWN = 6  # tensors of a component, and layers kept in float
 
 
@@ -198,8 +200,8 @@ def _verdict(stage: Stage) -> Iterator[str]:
 def _class(stage: Stage) -> str:
     """Class A: the same picture. Class B: another one, of the same thing if the gate is right."""
     precisions = set(stage.options["settings"].get("precision", {}).values()) or {"fp32"}
-    whole = not stage.options["settings"].get("prune") and precisions <= _SAME_PICTURE.keys()
-    wanted = min(_SAME_PICTURE[p] for p in precisions) if whole else float("inf")
+    whole = not stage.options["settings"].get("prune") and precisions <= SAME_PICTURE.keys()
+    wanted = min(SAME_PICTURE[p] for p in precisions) if whole else float("inf")
     same = stage.measured["image"]["psnr"] >= wanted
     return "class A: the same pictures" if same else "class B: judged by its gate"
 

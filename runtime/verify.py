@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentforge.runtime.describe import SAME_PICTURE
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import Manifest
@@ -15,10 +16,7 @@ from latentforge.runtime.shapes import ANY
 __all__ = ["compare", "trial", "trial_settings", "verify"]
 
 _PIXELS = 256
-_SAME = {"fp32": 40.0, "fp16": 30.0}
-_ALIKE = 20.0
-"""At least, in dB: latents of one step by another backend, by the UNet's precision."""
-
+_ALIKE = 20.0  # dB that pictures of other precisions reach at least by another backend
 _PROMPT = "a photo of a cat"
 
 
@@ -64,7 +62,7 @@ def compare(source: Path, directory: Path) -> dict[str, float]:
         "latents_psnr": psnr(theirs.latents, ours.latents),
         "psnr": psnr(*pixels, peak=2.0),
     }
-    needed = _SAME.get(precision, _ALIKE)
+    needed = SAME_PICTURE.get(precision, _ALIKE)
     for name, value in close.items():
         if not value >= needed:
             raise GateError(
