@@ -8,6 +8,7 @@
       * ForeignEngineError   it was built for another device or version: build it here
   - SettingsError      a request no engine could fulfil: unknown sampler, steps below 1, ...
     + ShapeError       the request does not fit the shapes this engine takes
+  - ResultsError       a file of measurements is damaged, or of another version
   - TargetError        the output cannot be written where it was asked for
   - GateError          the work was done, and what came out is not good enough
 
@@ -22,6 +23,7 @@ __all__ = [
     "GateError",
     "LatentforgeError",
     "ManifestError",
+    "ResultsError",
     "SettingsError",
     "ShapeError",
     "TargetError",
@@ -58,6 +60,10 @@ class SettingsError(LatentforgeError):
 
 class ShapeError(SettingsError):
     """The request does not fit the shapes this engine takes."""
+
+
+class ResultsError(LatentforgeError):
+    """A file of measurements is damaged, or of another version."""
 
 
 class TargetError(LatentforgeError):
