@@ -1,14 +1,14 @@
 """The diffusers pipeline itself, on the same settings: the reference for all we claim.
 
-``python -m latentforge.export.eager CHECKPOINT SETTINGS THREADS PICTURE`` serves it to a
-benchmark, see runtime/worker.py.
+``python -m latentforge.export.eager [compile] JOB`` serves it to a benchmark, as it is or by
+torch.compile: see runtime/worker.py.
 """
 
 import functools
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,11 +21,12 @@ from transformers import CLIPTokenizer
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.scheduler import SCHEDULERS, schedule_of
+from latentforge.runtime.bench.contender import Job
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profile import Stopwatch
 from latentforge.runtime.settings import Settings
-from latentforge.runtime.worker import serve
+from latentforge.runtime.worker import Loaded, serve
 
 __all__ = ["EagerPipeline"]
 
@@ -71,6 +72,19 @@ class EagerPipeline:
             timings=watch.timings(),
             settings=settings,
         )
+
+    def compile(self) -> None:
+        """Let torch.compile make kernels of every module, on its first run at each size."""
+        for module in (self._parts[part] for part in (*self._texts, "unet")):
+            module.compile()
+        vae = self._parts["vae"]
+        vae.decode = torch.compile(vae.decode)
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take."""
+        modules = (self._parts[part] for part in (*self._texts, "unet", "vae"))
+        return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
     def _pipeline(self, settings: Settings, image: Any, mask: Any) -> Any:
         """The pipeline for the task at hand, given what its signature asks for."""
@@ -168,9 +182,17 @@ def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:
     return timed
 
 
-def _load(threads: int) -> tuple[Callable[[Settings], Result], dict[str, str]]:
-    torch.set_num_threads(threads)
-    return EagerPipeline(open_checkpoint(sys.argv[1])), EagerPipeline.versions()
+def _load(job: Job) -> Loaded:
+    torch.set_num_threads(job.threads)
+    pipeline = EagerPipeline(open_checkpoint(job.model))
+    if "compile" in sys.argv[1:-1]:
+        pipeline.compile()
+    ready = {
+        "versions": pipeline.versions(),
+        "precision": "fp32",
+        "bytes": pipeline.bytes,
+    }
+    return pipeline, ready
 
 
 if __name__ == "__main__":

@@ -1,25 +1,34 @@
 """The main job on the embedded checkpoint: build it, run it beside diffusers, time both."""
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
+from PIL import Image
 
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.demo import prompts
 from latentforge.export.eager import EagerPipeline
-from latentforge.runtime.bench import Comparison, available_cores, compare, contenders
+from latentforge.export.peers import contender
+from latentforge.runtime.bench.contender import Contender
+from latentforge.runtime.bench.study import Study, run
+from latentforge.runtime.bench.summary import summary
 from latentforge.runtime.errors import GateError, LatentforgeError
-from latentforge.runtime.image import psnr, save, sheet, to_array
+from latentforge.runtime.image import save, sheet, to_array
+from latentforge.runtime.machine import available_cores
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.report import Pair, render
+from latentforge.runtime.report import render
+from latentforge.runtime.results import Picture, Results
+from latentforge.runtime.settings import resolve
 from latentforge.runtime.staging import staged_file
-from latentforge.runtime.worker import settings_to_json
 
 __all__ = ["showcase"]
 
 _SHEET_SEED = 7
+_OURS = "engines"
 _MIN_PSNR = 40.0  # class A: the same picture
 
 
@@ -52,19 +61,40 @@ def showcase(
     engines = directory / "engines"
     if not _sound(engines):
         build(engines)
-    pairs = _pairs(engines, prompts(images, seed=_SHEET_SEED), quiet)
+    compared = _compared(engines, prompts(images, seed=_SHEET_SEED), quiet)
+    _contact_sheet(directory / "contact-sheet.png", compared)
+    pictures = tuple(pair.picture for pair in compared)
+    results = msgspec.structs.replace(_bench(engines, repeats, quiet), pictures=pictures)
+    results.write(directory / "bench.json")
+    with staged_file(directory / "index.html") as partial:
+        partial.write_text(render(results), encoding="utf-8")
+    print(summary(results))
+    for picture in pictures:
+        if (close := picture.psnr[_OURS]) < _MIN_PSNR:
+            raise GateError(f"{picture.prompt!r}: {close:.1f} dB to diffusers, not {_MIN_PSNR:g}")
+    return directory / "index.html"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One prompt's picture by diffusers, and by the engines."""
+
+    prompt: str
+    seed: int
+    reference: Image.Image
+    ours: Image.Image
+
+    @property
+    def picture(self) -> Picture:
+        theirs, ours = to_array([self.reference, self.ours])
+        return Picture.of(self.prompt, self.seed, {"eager": theirs, _OURS: ours})
+
+
+def _contact_sheet(path: Path, pairs: Sequence[_Pair]) -> None:
     rows = [[pair.reference for pair in pairs], [pair.ours for pair in pairs]]
     half = len(pairs) // 2
     arranged = [row[part] for part in (slice(half), slice(half, None)) for row in rows]
-    contact = sheet(arranged, scale=2)
-    save(contact, directory / "contact-sheet.png", {"prompts": [pair.prompt for pair in pairs]})
-    comparison = _bench(engines, repeats, quiet)
-    _write(directory / "bench.json", json.dumps(comparison.asdict(), indent=2) + "\n")
-    _write(directory / "index.html", _page(engines, comparison, pairs))
-    print(comparison)
-    if (worst := min(pairs, key=lambda pair: pair.psnr)).psnr < _MIN_PSNR:
-        raise GateError(f"{worst.prompt!r}: {worst.psnr:.1f} dB to diffusers, not {_MIN_PSNR:g}")
-    return directory / "index.html"
+    save(sheet(arranged, scale=2), path, {"prompts": [pair.prompt for pair in pairs]})
 
 
 def _sound(engines: Path) -> bool:
@@ -77,42 +107,32 @@ def _sound(engines: Path) -> bool:
     return all(manifest.source.sha256.get(f) == checkpoint.sha256(f) for f in folders)
 
 
-def _pairs(engines: Path, texts: Sequence[str], quiet: bool) -> list[Pair]:
+def _compared(engines: Path, texts: Sequence[str], quiet: bool) -> list[_Pair]:
     """Each prompt's picture by diffusers and by the engines, at the same seed."""
     eager = EagerPipeline(open_checkpoint("demo"))
-    pairs = []
+    compared = []
     with Pipeline.load(engines) as pipeline, Progress(len(texts), quiet=quiet) as progress:
         for seed, text in enumerate(texts):
             with progress.part("contact sheet"):
                 ours = pipeline(text, seed=seed)
-                reference = eager(ours.settings)
-            close = psnr(to_array(reference.images), to_array(ours.images), peak=2.0)
-            pairs.append(Pair(text, reference.images[0], ours.images[0], close))
-    return pairs
+                theirs = eager(ours.settings)
+            compared.append(_Pair(text, seed, theirs.images[0], ours.images[0]))
+    return compared
 
 
-def _bench(engines: Path, repeats: int, quiet: bool) -> Comparison:
-    with Pipeline.load(engines, hashes=False) as pipeline:
-        settings = pipeline.settings(prompts(1, seed=_SHEET_SEED)[0], seed=0)
-    return compare(
-        contenders([engines], against=["eager"], checkpoint="demo"),
-        settings_to_json(settings),
+def _bench(engines: Path, repeats: int, quiet: bool) -> Results:
+    manifest = Manifest.read(engines, hashes=False)
+    prompt = prompts(1, seed=_SHEET_SEED)[0]
+    settings = resolve(manifest.defaults, prompt, {"seed": 0})
+    eager = contender("eager", open_checkpoint("demo").path, sampler=settings.sampler)
+    size = sum(entry.bytes for entry in manifest.files) / 1e6
+    study = Study(
+        contenders=[replace(eager, role="reference"), Contender.of(engines)],
+        settings=settings,
+        latent=manifest.latent,
         threads=available_cores(),
         repeats=repeats,
-        quiet=quiet,
+        title=f"latentforge demo: the embedded checkpoint, {size:.0f} MB, without torch",
+        command="latentforge demo",
     )
-
-
-def _page(engines: Path, comparison: Comparison, pairs: Sequence[Pair]) -> str:
-    manifest = Manifest.read(engines, hashes=False)
-    size = sum(entry.bytes for entry in manifest.files) / 1e6
-    subtitle = (
-        f"The embedded demo checkpoint, exported, optimized ({size:.0f} MB) and run without torch, "
-        "beside diffusers on the same prompts, seeds and threads."
-    )
-    return render("latentforge demo", subtitle, comparison, pairs)
-
-
-def _write(path: Path, text: str) -> None:
-    with staged_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    return run(study, quiet=quiet)

@@ -16,23 +16,22 @@ import latentforge
 from latentforge.optimize.candidate import Candidate, Origin, make
 from latentforge.optimize.job import STAGE, Job, plan
 from latentforge.optimize.recording import record
-from latentforge.runtime.bench import (
-    Comparison,
-    Contender,
-    Measurement,
-    available_cores,
-    compare,
-    fit_together,
-)
+from latentforge.runtime.bench.contender import Contender
+from latentforge.runtime.bench.turns import measure, sound
 from latentforge.runtime.errors import GateError, TargetError
+from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import Calibration, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
+from latentforge.runtime.results import Entry
 from latentforge.runtime.staging import check_space, check_target, staged_directory
-from latentforge.runtime.worker import settings_to_json
 
 __all__ = ["optimize", "optimize_into"]
 
+Timed = Mapping[str, Entry]
+"""What the source and the candidates took, by name."""
+
+_INPUT = "input"  # the name of the source among what is timed
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise
 _SPACE = 1.1
 _QUALITY = ("max_relative_error", "psnr", "psnr_worst", "ssim", "perceptual", "latents_psnr")
@@ -102,10 +101,10 @@ def optimize_into(job: Job, directory: Path, *, quiet: bool = True) -> Manifest:
             make(name, recipe, origin, _folder(directory, name), progress)
             for name, recipe in job.recipes.items()
         ]
-        comparison = _timed(job, candidates, progress)
-    chosen = _chosen(candidates, comparison)
+        timed = _timed(job, candidates, progress)
+    chosen = _chosen(candidates, timed)
     _settle(chosen, candidates, directory)
-    manifest = _described(job, chosen, candidates, comparison, start)
+    manifest = _described(job, chosen, candidates, timed, start)
     manifest.write(directory)
     if chosen.failures:
         raise GateError(f"{chosen.name}: {'; '.join(chosen.failures)}")
@@ -151,7 +150,7 @@ def _folder(directory: Path, name: str) -> Path:
     return folder
 
 
-def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Comparison | None:
+def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Timed | None:
     """Let the source and the candidates that are good enough, and run here, take turns."""
     able = [c for c in candidates if not c.failures]
     sizes = [manifest.size for manifest in (job.manifest, *(c.manifest for c in able))]
@@ -161,16 +160,17 @@ def _timed(job: Job, candidates: Sequence[Candidate], progress: Progress) -> Com
     with Pipeline.load(job.source, hashes=False, low_memory=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request)
     with progress.part("timing, in turns"):
-        return compare(
-            [Contender.of(job.source, "input"), *(Contender.of(c.folder, c.name) for c in able)],
-            settings_to_json(settings),
+        measured = measure(
+            [Contender.of(job.source, _INPUT), *(Contender.of(c.folder, c.name) for c in able)],
+            settings,
             threads=available_cores(),
             repeats=job.repeats,
             together=together,
         )
+    return {entry.name: entry for entry in sound(measured).entries}
 
 
-def _chosen(candidates: Sequence[Candidate], comparison: Comparison | None) -> Candidate:
+def _chosen(candidates: Sequence[Candidate], timed: Timed | None) -> Candidate:
     """The fastest that is good enough; the one that comes nearest if none is.
 
     One that stands later in the recipe has to be faster by more than noise.
@@ -179,20 +179,16 @@ def _chosen(candidates: Sequence[Candidate], comparison: Comparison | None) -> C
     if not able:
         return max(candidates, key=lambda c: c.measured.get("image", {}).get("psnr", -math.inf))
     best = able[0]
-    if comparison is None:  # the machine may have too little memory to tell
+    if timed is None:  # the machine may have too little memory to tell
         return best
     for candidate in able[1:]:
-        if _speedup(comparison, candidate) > _MARGIN * _speedup(comparison, best):
+        if _speedup(timed, candidate) > _MARGIN * _speedup(timed, best):
             best = candidate
     return best
 
 
-def _speedup(comparison: Comparison, candidate: Candidate) -> float:
-    return comparison.ratio(_measurement(comparison, candidate.name), "total")
-
-
-def _measurement(comparison: Comparison, name: str) -> Measurement:
-    return next(m for m in comparison.measurements if m.name == name)
+def _speedup(timed: Timed, candidate: Candidate) -> float:
+    return timed[candidate.name].ratio["total"].value
 
 
 def _settle(chosen: Candidate, candidates: Sequence[Candidate], directory: Path) -> None:
@@ -207,16 +203,16 @@ def _described(
     job: Job,
     chosen: Candidate,
     candidates: Sequence[Candidate],
-    comparison: Comparison | None,
+    timed: Timed | None,
     start: float,
 ) -> Manifest:
     """The manifest of the result, with what was done and measured."""
     measured = {part: dict(figures) for part, figures in chosen.measured.items()}
-    if comparison is not None and not chosen.failures:
-        measured["image"] |= _timings(comparison, chosen.name)
+    if timed is not None and not chosen.failures:
+        measured["image"] |= _timings(timed, chosen.name)
     stage = Stage(
         name=STAGE,
-        options=_options(job, chosen, candidates, comparison),
+        options=_options(job, chosen, candidates, timed),
         tools={
             "latentforge": latentforge.__version__,
             **{name: importlib.metadata.version(name) for name in _TOOLS},
@@ -240,19 +236,20 @@ def _described(
     )
 
 
-def _timings(comparison: Comparison, name: str) -> dict[str, float]:
+def _timings(timed: Timed, name: str) -> dict[str, float]:
     """Seconds and bytes of memory before and after, and the paired ratio with its range."""
-    before, after = comparison.reference, _measurement(comparison, name)
-    least, most = comparison.spread(after)
+    before, after = timed[_INPUT], timed[name]
+    pairs = zip(before.runs, after.runs, strict=True)
+    speedups = [a.seconds["total"] / b.seconds["total"] for a, b in pairs]
     figures = {
-        "seconds_before": before.medians["total"],
-        "seconds_after": after.medians["total"],
-        "speedup": comparison.ratio(after, "total"),
-        "speedup_least": least,
-        "speedup_most": most,
-        "unet_step_speedup": comparison.ratio(after, "unet step"),
-        "memory_before": float(before.peak_memory),
-        "memory_after": float(after.peak_memory),
+        "seconds_before": before.median["total"],
+        "seconds_after": after.median["total"],
+        "speedup": after.ratio["total"].value,
+        "speedup_least": min(speedups),
+        "speedup_most": max(speedups),
+        "unet_step_speedup": after.ratio["unet step"].value,
+        "memory_before": float(before.peak_memory or 0),
+        "memory_after": float(after.peak_memory or 0),
     }
     return {key: float(f"{value:.4g}") for key, value in figures.items()}
 
@@ -261,7 +258,7 @@ def _options(
     job: Job,
     chosen: Candidate,
     candidates: Sequence[Candidate],
-    comparison: Comparison | None,
+    timed: Timed | None,
 ) -> dict[str, Any]:
     """What was asked for, and what was decided."""
     options: dict[str, Any] = {
@@ -275,13 +272,13 @@ def _options(
         options["layers"] = [{**asdict(x), "kept": x.name in kept} for x in chosen.layers]
     if len(candidates) > 1:
         options["chosen"] = chosen.name
-        options["candidates"] = {c.name: _summary(c, comparison) for c in candidates}
+        options["candidates"] = {c.name: _summary(c, timed) for c in candidates}
     return options
 
 
-def _summary(candidate: Candidate, comparison: Comparison | None) -> dict[str, Any]:
+def _summary(candidate: Candidate, timed: Timed | None) -> dict[str, Any]:
     """How a candidate of several did."""
     figures = dict(candidate.measured.get("image", {}))
     if candidate.failures:
         return {**figures, "failures": list(candidate.failures)}
-    return {**figures, **(_timings(comparison, candidate.name) if comparison else {})}
+    return {**figures, **(_timings(timed, candidate.name) if timed else {})}

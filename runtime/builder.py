@@ -20,8 +20,8 @@ from typing import IO, Any
 import msgspec
 
 from latentforge.runtime import backends, errors
-from latentforge.runtime.bench import peak_memory
 from latentforge.runtime.errors import BackendError, LatentforgeError
+from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.manifest import Component, Record
 
 __all__ = ["Built", "Order", "build", "main"]

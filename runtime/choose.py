@@ -8,18 +8,14 @@ from pathlib import Path
 import msgspec
 
 import latentforge
-from latentforge.runtime.bench import (
-    Comparison,
-    Contender,
-    available_cores,
-    compare,
-    fit_together,
-)
+from latentforge.runtime.bench.contender import Contender
+from latentforge.runtime.bench.turns import measure, sound
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import UNET_PARTS, Component, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.results import Entry
 from latentforge.runtime.verify import trial_settings
-from latentforge.runtime.worker import settings_to_json
 
 __all__ = ["STAGE", "choose_into"]
 
@@ -62,11 +58,11 @@ def choose_into(
         raise BackendError(
             "there is too little memory to measure these engines: name a target in place of auto"
         )
-    comparison = _measured(candidates, repeats, together=together, quiet=quiet)
+    entries = _measured(candidates, repeats, together=together, quiet=quiet)
     first = next(iter(manifests.values()))
     chosen: dict[str, str] = {}
     for group, timed in _groups(first).items():
-        taken = _fastest(comparison, tuple(candidates), timed)
+        taken = _fastest(entries, timed)
         names = [name for name in manifests[taken].components if name in group]
         chosen |= dict.fromkeys(names, taken)
     components = {
@@ -76,7 +72,7 @@ def choose_into(
     for entry in first.tokenizers.values():
         (directory / entry.file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(next(iter(candidates.values())) / entry.file, directory / entry.file)
-    stage = _stage(chosen, components, comparison, refused or {}, time.perf_counter() - start)
+    stage = _stage(chosen, components, entries, refused or {}, time.perf_counter() - start)
     manifest = msgspec.structs.replace(
         first, components=components, history=(*first.history, stage)
     )
@@ -86,20 +82,21 @@ def choose_into(
 
 def _measured(
     candidates: Mapping[str, Path], repeats: int, *, together: bool, quiet: bool
-) -> Comparison:
+) -> tuple[Entry, ...]:
     with Pipeline.load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
         latent, usual = pipeline.manifest.latent, pipeline.manifest.defaults
         built = latent.sides(pipeline.engines["unet"].component)
         size = {} if built else {"height": usual.height, "width": usual.width}
         settings = trial_settings(pipeline, steps=_STEPS, **size)
-    return compare(
+    measured = measure(
         [Contender.of(path, name) for name, path in candidates.items()],
-        settings_to_json(settings),
+        settings,
         threads=available_cores(),
         repeats=repeats,
         together=together,
         quiet=quiet,
     )
+    return sound(measured).entries
 
 
 def _groups(manifest: Manifest) -> dict[tuple[str, ...], str]:
@@ -108,12 +105,12 @@ def _groups(manifest: Manifest) -> dict[tuple[str, ...], str]:
     return {encoders: "text_encoder", UNET_PARTS: "unet step", _VAE: "vae_decoder"}
 
 
-def _fastest(comparison: Comparison, names: tuple[str, ...], stage: str) -> str:
-    best, ratio = names[0], 1.0
-    for measured in comparison.measurements[1:]:
-        faster = comparison.ratio(measured, stage)
+def _fastest(entries: tuple[Entry, ...], stage: str) -> str:
+    best, ratio = entries[0].name, 1.0
+    for entry in entries[1:]:
+        faster = entry.ratio[stage].value
         if faster > _MARGIN * ratio:
-            best, ratio = measured.name, faster
+            best, ratio = entry.name, faster
     return best
 
 
@@ -127,17 +124,14 @@ def _moved(component: Component, source: Path, directory: Path) -> Component:
 def _stage(
     chosen: Mapping[str, str],
     components: Mapping[str, Component],
-    comparison: Comparison,
+    entries: tuple[Entry, ...],
     refused: Mapping[str, str],
     seconds: float,
 ) -> Stage:
     """What was measured: paired ratios to the first candidate, by candidate and stage."""
-    reference = comparison.measurements[0].name
     ratios = {
-        measured.name: {
-            stage: round(comparison.ratio(measured, stage), 3) for stage in comparison.stages
-        }
-        for measured in comparison.measurements[1:]
+        entry.name: {stage: round(ratio.value, 3) for stage, ratio in entry.ratio.items()}
+        for entry in entries[1:]
     }
     return Stage(
         name=STAGE,
@@ -146,7 +140,7 @@ def _stage(
             "backends": {name: component.backend for name, component in components.items()},
             "options": {},
             "chosen": dict(chosen),
-            "reference": reference,
+            "reference": entries[0].name,
             "ratios": ratios,
             "refused": dict(refused),
         },

@@ -14,7 +14,6 @@ import msgspec
 import latentforge
 from latentforge.runtime import backends
 from latentforge.runtime.backends import BACKENDS, CACHE, ONLY_AT_LOAD
-from latentforge.runtime.bench import available_memory
 from latentforge.runtime.builder import Built, Order, build
 from latentforge.runtime.errors import (
     BackendError,
@@ -24,6 +23,7 @@ from latentforge.runtime.errors import (
     ShapeError,
     TargetError,
 )
+from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.shapes import Range, Sizes, sentence

@@ -11,7 +11,7 @@ from latentforge.runtime.manifest import Component, Manifest, Stage
 from latentforge.runtime.shapes import sentence
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["SAME_PICTURE", "changes", "describe", "rebuild_hint"]
+__all__ = ["SAME_PICTURE", "changes", "describe", "exact", "rebuild_hint"]
 
 SAME_PICTURE: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}
 """PSNR in dB from which a picture is the same, by precision: class A."""
@@ -22,6 +22,18 @@ _SHOWN = 6  # tensors of a component, and layers kept in float
 def describe(manifest: Manifest) -> str:
     """The manifest in words and tables."""
     return "\n".join(_lines(manifest))
+
+
+def exact(manifest: Manifest) -> bool:
+    """Whether engines are meant to draw the checkpoint's own picture: nothing rounds or is left out
+    but what half precision rounds."""
+    settings = [stage.options.get("settings", {}) for stage in manifest.history]
+    precisions = {component.precision for component in manifest.components.values()}
+    return precisions <= SAME_PICTURE.keys() and not any(map(_prunes, settings))
+
+
+def _prunes(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and bool(settings.get("prune"))
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:
@@ -200,7 +212,7 @@ def _verdict(stage: Stage) -> Iterator[str]:
 def _class(stage: Stage) -> str:
     """Class A: the same picture. Class B: another one, of the same thing if the gate is right."""
     precisions = set(stage.options["settings"].get("precision", {}).values()) or {"fp32"}
-    whole = not stage.options["settings"].get("prune") and precisions <= SAME_PICTURE.keys()
+    whole = not _prunes(stage.options["settings"]) and precisions <= SAME_PICTURE.keys()
     wanted = min(SAME_PICTURE[p] for p in precisions) if whole else float("inf")
     same = stage.measured["image"]["psnr"] >= wanted
     return "class A: the same pictures" if same else "class B: judged by its gate"

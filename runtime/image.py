@@ -1,5 +1,7 @@
 """Arrays to pictures and back, and how far two of them are apart."""
 
+import base64
+import io
 import json
 import tempfile
 import warnings
@@ -17,6 +19,8 @@ from latentforge.runtime.staging import staged_file
 __all__ = [
     "MAX_PSNR",
     "check_output",
+    "data_url",
+    "difference",
     "from_array",
     "open_picture",
     "psnr",
@@ -29,6 +33,10 @@ __all__ = [
 
 MAX_PSNR = 200.0
 """What psnr gives for equal arrays: a number JSON can hold, beyond any float32 difference."""
+
+_AMPLIFIED = 8.0
+_EXACT = 128  # pixels a side up to which a picture on a page is exact
+_ON_PAGE = 320
 
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
@@ -43,6 +51,25 @@ def to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
     """The inverse of from_array: (batch, 3, height, width) in -1..1."""
     pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
     return (pixels / 127.5 - 1).transpose(0, 3, 1, 2)
+
+
+def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far pictures in -1..1 are apart, as one: black where equal, else 8 times what differs."""
+    apart: NDArray[np.float32] = np.clip(np.abs(a - b) * _AMPLIFIED, 0, 2) - 1
+    return apart
+
+
+def data_url(picture: NDArray[np.float32]) -> str:
+    """One picture (3, height, width) for a page: exact if it is small, else of a page's size."""
+    (image,) = from_array(picture[None])
+    small = max(image.size) <= _EXACT
+    if not small:
+        image.thumbnail((_ON_PAGE, _ON_PAGE))
+    buffer = io.BytesIO()
+    kind = "PNG" if small else "WebP"
+    image.save(buffer, format=kind, **({"optimize": True} if small else {"quality": 90}))
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{data}"
 
 
 def to_mask(image: Image.Image) -> NDArray[np.float32]:

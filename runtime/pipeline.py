@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.runtime import backends, samplers
-from latentforge.runtime.bench import Benchmark
 from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior, size_of
 from latentforge.runtime.denoiser import EngineDenoiser
 from latentforge.runtime.describe import rebuild_hint
@@ -28,9 +27,10 @@ from latentforge.runtime.errors import (
     ShapeError,
 )
 from latentforge.runtime.image import from_array
+from latentforge.runtime.machine import resident_memory
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.profile import Profile, Stopwatch, Timings
-from latentforge.runtime.prompts import tell
+from latentforge.runtime.profile import Benchmark, Profile, Stopwatch, Timings
+from latentforge.runtime.prompts import Told, tell
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.schedules import Plan
 from latentforge.runtime.settings import Request, Settings, resolve
@@ -200,13 +200,34 @@ class Pipeline:
         return self._steps(complete, self._source(complete, image, mask), self._plan(complete))
 
     def run(
-        self, settings: Settings, *, image: Picture | None = None, mask: Image.Image | None = None
+        self,
+        settings: Settings,
+        *,
+        image: Picture | None = None,
+        mask: Image.Image | None = None,
+        rows: Told | None = None,
     ) -> Result:
-        """Make the pictures of a request that is complete, such as an earlier result's."""
+        """Make the pictures of a request that is complete, such as an earlier result's.
+
+        With ``rows``, as encode() gives them, the UNet is told these in place of the prompts.
+        """
         self._check_size(settings)
-        steps = self._steps(settings, self._source(settings, image, mask), self._plan(settings))
-        *_, last = steps
+        source, plan = self._source(settings, image, mask), self._plan(settings)
+        *_, last = self._steps(settings, source, plan, rows)
         return last.result()
+
+    def encode(self, settings: Settings) -> Told:
+        """What the UNet is told of a request: its inputs by name, with a row an image.
+
+        Where there is guidance, the rows of the negative prompts come first: twice the images.
+        """
+        unet = Unet.of(self.engines)
+        rows, negative = tell(
+            settings, self.manifest.conditioning, unet.inputs, self.engines, self.tokenizers
+        )
+        if negative is None:
+            return rows
+        return {name: np.concatenate([negative[name], rows[name]]) for name in rows}
 
     def settings(
         self,
@@ -236,18 +257,26 @@ class Pipeline:
         One run more is made first and not counted.
         """
         prompts = ["a photo of a cat"] * batch_size
+        before = resident_memory()
         runs = [self(prompts, **settings).timings for _ in range(repetitions + 1)]
-        return Benchmark.of(self.manifest, batch_size, runs[1:])
+        return Benchmark.of(self.versions(), batch_size, runs, memory_before=before)
 
     def profile(self, prompt: str = "a photo of a cat", **settings: Unpack[Request]) -> Profile:
         """Time every layer over one image, on a second copy of the engines that records it."""
         with Pipeline.load(self.directory, hashes=False, profile=True) as recording:
             recording(prompt, **settings)
-            return Profile.of(
-                layer._replace(name=f"{name}/{layer.name}")
-                for name, engine in recording.engines.items()
-                for layer in engine.session.layers()
-            )
+            return recording.layers()
+
+    def layers(self) -> Profile:
+        """What each layer took since the engines were loaded with ``profile=True``.
+
+        Names are COMPONENT/LAYER. It ends the recording.
+        """
+        return Profile.of(
+            layer._replace(name=f"{name}/{layer.name}")
+            for name, engine in self.engines.items()
+            for layer in engine.session.layers()
+        )
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Pictures of latents (batch, channels, h, w)."""
@@ -319,11 +348,13 @@ class Pipeline:
             raise ManifestError("these engines have no vae_encoder, which pictures need: export it")
         return source
 
-    def _steps(self, settings: Settings, source: Source, plan: Plan) -> Iterator[Step]:
+    def _steps(
+        self, settings: Settings, source: Source, plan: Plan, rows: Told | None = None
+    ) -> Iterator[Step]:
         """The denoising loop. Pauses between steps are the caller's and not counted."""
         watch = Stopwatch()
         with watch.running():
-            steps = self._sampling(settings, source, plan, watch)
+            steps = self._sampling(settings, source, plan, watch, rows)
         while True:
             with watch.running():
                 step = next(steps, None)
@@ -341,11 +372,16 @@ class Pipeline:
         return plan.between(schedule, start=start, end=end)
 
     def _sampling(
-        self, settings: Settings, source: Source, plan: Plan, watch: Stopwatch
+        self,
+        settings: Settings,
+        source: Source,
+        plan: Plan,
+        watch: Stopwatch,
+        rows: Told | None,
     ) -> Iterator[samplers.Step]:
         """Encode prompts and picture, draw the noise and start the sampler."""
         generator = Generator(settings.seed)
-        unet, guided = self._told(settings, plan, watch)
+        unet, guided = self._told(settings, plan, watch, rows)
         studio = self._studio(settings, plan, generator, watch)
         canvas = studio.prepare(source)
         denoiser = EngineDenoiser(
@@ -365,17 +401,16 @@ class Pipeline:
             keep=canvas.keep,
         )
 
-    def _told(self, settings: Settings, plan: Plan, watch: Stopwatch) -> tuple[ToldUnet, bool]:
+    def _told(
+        self, settings: Settings, plan: Plan, watch: Stopwatch, rows: Told | None
+    ) -> tuple[ToldUnet, bool]:
         """The UNet, told of the prompts and of the plan, and whether there is guidance."""
-        unet = Unet.of(self.engines)
-        with watch.stage("text_encoder"):
-            rows, negative = tell(
-                settings, self.manifest.conditioning, unet.inputs, self.engines, self.tokenizers
-            )
-        if negative is not None:
-            rows = {name: np.concatenate([negative[name], rows[name]]) for name in rows}
+        if rows is None:
+            with watch.stage("text_encoder"):
+                rows = self.encode(settings)
         timesteps = [interval.start.timestep for interval in plan.intervals]
-        return unet.told(rows, timesteps, watch), negative is not None
+        guided = any(len(array) > settings.count for array in rows.values())
+        return Unet.of(self.engines).told(rows, timesteps, watch), guided
 
     def _studio(
         self, settings: Settings, plan: Plan, generator: Generator, watch: Stopwatch

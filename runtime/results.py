@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from latentforge.runtime.errors import ResultsError
+from latentforge.runtime.image import data_url, difference, psnr
 from latentforge.runtime.manifest import Record
 from latentforge.runtime.staging import staged_file
 
@@ -157,6 +160,23 @@ class Picture(Record, frozen=True, kw_only=True):
     images: Mapping[str, str]
     differences: Mapping[str, str] = {}
     psnr: Mapping[str, float] = {}
+
+    @classmethod
+    def of(cls, prompt: str, seed: int, pictures: Mapping[str, NDArray[np.float32]]) -> "Picture":
+        """Pictures (3, height, width) in -1..1 by name; the first is what others are compared with.
+
+        What is of another size than the first is left out.
+        """
+        theirs = next(iter(pictures.values()))
+        alike = {name: mine for name, mine in pictures.items() if mine.shape == theirs.shape}
+        others = dict(list(alike.items())[1:])
+        return cls(
+            prompt=prompt,
+            seed=seed,
+            images={name: data_url(mine) for name, mine in alike.items()},
+            differences={name: data_url(difference(theirs, mine)) for name, mine in others.items()},
+            psnr={name: psnr(theirs, mine, peak=2.0) for name, mine in others.items()},
+        )
 
 
 class Results(Record, frozen=True, kw_only=True):

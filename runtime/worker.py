@@ -1,69 +1,82 @@
-"""One contender of a benchmark, in a process of its own.
+"""An engine directory as a contender of a benchmark, and how any contender is served.
 
-The parent writes a line to ask for a run and reads one JSON line of what it took, so that
-several contenders can take turns on the same machine. ``python -m latentforge.runtime.worker
-ENGINES SETTINGS THREADS`` serves an engine directory; export.eager serves the checkpoint.
+``python -m latentforge.runtime.worker JOB`` answers as bench/contender.py has it.
 """
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import msgspec
 import numpy as np
 
-from latentforge.runtime.bench import peak_memory
+from latentforge.runtime.bench.contender import Job
 from latentforge.runtime.image import to_array
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.settings import Settings
 
-__all__ = ["main", "serve", "settings_from_json", "settings_to_json"]
+__all__ = ["Loaded", "main", "serve"]
+
+Loaded = tuple[Callable[[Settings], Result], Mapping[str, Any]]
+"""What makes pictures, and what is said of it when it is ready: see bench/contender.py."""
 
 
-def serve(load: Callable[[int], tuple[Callable[[Settings], Result], dict[str, str]]]) -> None:
+def serve(load: Callable[[Job], Loaded]) -> None:
     """Load once, say so, and run once for every line on standard input.
 
-    ``load`` takes the number of threads and gives what makes images and its libraries'
-    versions. The program's arguments are the settings as JSON, the number of threads, and
-    the file to leave the last image in.
+    The program's last argument is the file of its Job.
     """
-    settings, threads, picture = settings_from_json(sys.argv[-3]), int(sys.argv[-2]), sys.argv[-1]
-    out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print; the protocol must not see it
-        run, versions = load(threads)
-        _tell(out, {"versions": versions})
-        for _ in sys.stdin:
-            result = run(settings)
-            np.save(picture, to_array(result.images))
-            stages = {name: list(calls) for name, calls in result.timings.stages.items()}
-            timings = {"stages": stages, "total": result.timings.total}
-            _tell(out, {**timings, "peak_memory": peak_memory()})
+    job = Job.read(sys.argv[-1])
+    with _answers() as out:
+        try:
+            _serve(job, load, partial(_tell, out))
+        except Exception as error:  # whatever it is, the other side wants it in a line
+            _tell(out, {"error": " ".join(str(error).split()) or type(error).__name__})
+            raise
 
 
-def settings_to_json(settings: Settings) -> str:
-    """One request as text."""
-    return msgspec.json.encode(settings).decode()
+def _serve(
+    job: Job, load: Callable[[Job], Loaded], tell: Callable[[Mapping[str, Any]], None]
+) -> None:
+    run, ready = load(job)
+    tell({"ready": ready})
+    for _ in sys.stdin:
+        result = run(job.settings)
+        np.save(job.picture, to_array(result.images))
+        stages = {name: list(calls) for name, calls in result.timings.stages.items()}
+        tell({"total": result.timings.total, "stages": stages})
 
 
-def settings_from_json(text: str) -> Settings:
-    """The inverse of settings_to_json."""
-    return msgspec.json.decode(text, type=Settings)
+def _answers() -> contextlib.AbstractContextManager[TextIO]:
+    """Standard output for answers alone: what libraries print, in whatever language, is moved."""
+    sys.stdout.flush()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return out
 
 
-def _tell(out: Any, message: dict[str, Any]) -> None:
+def _tell(out: TextIO, message: Mapping[str, Any]) -> None:
     print(json.dumps(message), file=out, flush=True)
 
 
-def _load_engines(threads: int) -> tuple[Callable[[Settings], Result], dict[str, str]]:
-    pipeline = Pipeline.load(Path(sys.argv[1]), threads=threads)
-    return pipeline.run, pipeline.versions()
+def _load_engines(job: Job) -> Loaded:
+    pipeline = Pipeline.load(Path(job.model), threads=job.threads)
+    manifest = pipeline.manifest
+    precisions = {manifest.components[name].precision for name in manifest.needed}
+    ready = {
+        "versions": pipeline.versions(),
+        "precision": ", ".join(sorted(precisions)),
+        "bytes": manifest.size,
+    }
+    return pipeline.run, ready
 
 
 def main() -> None:
-    """Serve the engine directory named by the first argument."""
+    """Serve the engine directory that the job names."""
     serve(_load_engines)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-COMMANDS = ("build", "export", "optimize", "run", "bench", "inspect", "verify", "demo")
+COMMANDS = ("build", "export", "optimize", "run", "bench", "report", "compare", "inspect", "verify")
+COMMANDS += ("demo",)
 
 
 def latentforge(
@@ -195,10 +196,11 @@ def test_bench_writes_json_alone_on_stdout(tiny_engines: Path, tmp_path: Path) -
     options = ["--against", "eager", "--steps", "2", "--repeats", "2", "--json", "-"]
     result = latentforge("bench", tiny_engines, *options, "--html", "b.html", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    eager, ours = json.loads(result.stdout)["contenders"]
-    assert eager["name"] == "eager" and eager["ratio"]["total"] == 1.0
-    assert ours["psnr"] > 40 and len(ours["total_seconds"]) == 2
-    assert ours["peak_memory_bytes"] < 0.6 * eager["peak_memory_bytes"]
+    eager, ours = json.loads(result.stdout)["entries"]
+    assert (eager["name"], eager["role"]) == ("eager", "reference")
+    assert eager["ratio"]["total"]["value"] == 1.0
+    assert ours["psnr"] > 40 and ours["speed_class"] == "A" and len(ours["runs"]) == 2
+    assert ours["peak_memory"] < 0.6 * eager["peak_memory"]
     page = (tmp_path / "b.html").read_text()
     assert "http://" not in page and "https://" not in page and "eager" in page
 
@@ -208,10 +210,30 @@ def test_bench_refuses_a_peer_it_does_not_know(tiny_engines: Path, tmp_path: Pat
     refused(result, "no peer 'egaer'", "eager")
 
 
-def test_bench_says_when_a_contender_dies(tiny_engines: Path, tmp_path: Path) -> None:
+def test_bench_refuses_a_checkpoint_that_is_not_there(tiny_engines: Path, tmp_path: Path) -> None:
     options = ["--against", "eager", "--checkpoint", "no-such-directory", "--repeats", "1"]
     result = latentforge("bench", tiny_engines, *options, cwd=tmp_path)
-    assert result.returncode == 2 and "eager ended early" in result.stderr.splitlines()[-1]
+    refused(result, "no-such-directory")
+
+
+def test_peers_that_are_missing_or_fail_are_rows(tiny_engines: Path, tmp_path: Path) -> None:
+    """One isn't installed here, and another's interpreter is none."""
+    options = ["--against", "sd-cpp,openvino-genai", "--python", "openvino-genai=/bin/false"]
+    options += ["--steps", "1", "--repeats", "1"]
+    result = latentforge("bench", tiny_engines, *options, "--json", "b.json", cwd=tmp_path)
+    assert result.returncode == 2 and "sd-cpp did not run" in result.stderr.splitlines()[-1]
+    missing, failed, ours = json.loads((tmp_path / "b.json").read_text())["entries"]
+    assert missing["status"] == "missing" and "pip install" in missing["message"]
+    assert failed["status"] == "failed" and ours["status"] == "ok"
+    assert "sd-cpp: missing" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [["--python", "eager"], ["--batches", "two"], ["--sizes", "0"], ["--repeats", "0"]]
+)
+def test_bench_refuses_bad_options(tiny_engines: Path, tmp_path: Path, options: list[str]) -> None:
+    result = latentforge("bench", tiny_engines, *options, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])

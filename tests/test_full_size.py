@@ -73,7 +73,8 @@ def engines(checkpoint: Path) -> tuple[Path, int]:
     target = checkpoint.parent / "engines"
     program = (
         "import sys; from latentforge.__main__ import main; status = main(sys.argv[1:]);"
-        "from latentforge.runtime.bench import peak_memory; print(peak_memory()); sys.exit(status)"
+        "from latentforge.runtime.machine import peak_memory; print(peak_memory());"
+        "sys.exit(status)"
     )
     command = [sys.executable, "-c", program, "export", str(checkpoint), str(target)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -169,7 +170,7 @@ def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -
 def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
     """A few steps at 512 x 512 by one side, latents and pixels to a file."""
     import latentforge
-    from latentforge.runtime.bench import peak_memory
+    from latentforge.runtime.machine import peak_memory
     from latentforge.runtime.manifest import Manifest
     from latentforge.runtime.settings import resolve
 

@@ -1,20 +1,30 @@
 """How far pictures are apart, when both were made of one prompt and one seed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.metrics import structural_similarity
 
+from latentforge.optimize.quality.features import (
+    Network,
+    OnnxNetwork,
+    batches,
+    load_onnx,
+    run_onnx,
+)
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.image import MAX_PSNR, psnr, to_array
 
-__all__ = ["Perceptual", "compare_images", "is_constant"]
+__all__ = ["Distance", "Lpips", "Perceptual", "compare_images", "compare_pairs", "decibels"]
+__all__ += ["is_constant"]
 
 Array = NDArray[np.float32]
+
+Distance = Callable[[Array, Array], NDArray[np.floating]]
+"""How far pictures (n, 3, height, width) in -1..1 are apart, pair by pair: (n,)."""
 
 _PEAK = 2.0  # pixels are compared in -1..1
 _SMALLEST = 7  # the side of SSIM's window
@@ -55,6 +65,37 @@ def _ssim(a: Array, b: Array) -> float:
     return float(similarity)
 
 
+def compare_pairs(
+    references: Sequence[Image.Image],
+    others: Sequence[Image.Image],
+    distances: Mapping[str, Distance],
+) -> dict[str, NDArray[np.float64]]:
+    """Each pair's figures, (pairs,) by name; galleries may lie on disk, some are read at once.
+
+    Returns:
+        ``error``, the mean squared one of -1..1, of which decibels() makes PSNR; ``ssim``, of
+        pictures of 7 pixels and more; and every distance under its name.
+
+    Raises:
+        ShapeError: the pictures are of unequal size or number.
+    """
+    rows: dict[str, list[NDArray[np.floating]]] = {}
+    for a, b in batches(references, others):
+        figures = {"error": np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))}
+        if min(a.shape[2:]) >= _SMALLEST:
+            figures["ssim"] = np.array([_ssim(x, y) for x, y in zip(a, b, strict=True)])
+        figures |= {name: np.asarray(distance(a, b)) for name, distance in distances.items()}
+        for name, values in figures.items():
+            rows.setdefault(name, []).append(values)
+    return {name: np.concatenate(values).astype(np.float64) for name, values in rows.items()}
+
+
+def decibels(error: NDArray[np.float64]) -> NDArray[np.float64]:
+    """PSNR of mean squared errors of pictures in -1..1, up to MAX_PSNR where there is none."""
+    least = _PEAK**2 / 10 ** (MAX_PSNR / 10)
+    return 10 * np.log10(_PEAK**2 / np.maximum(error, least))
+
+
 class Perceptual:
     """A distance by the features of a network, as LPIPS without its learned weights.
 
@@ -63,26 +104,54 @@ class Perceptual:
     (2018), arXiv 1801.03924, equation 1 with w = 1.
 
     Args:
-        path: an ONNX file of one input, pictures (batch, 3, height, width) in -1..1, whose outputs
-            are feature maps (batch, channels, h, w).
+        network: what gives feature maps, or an ONNX file that does: see OnnxNetwork.
+
+    Raises:
+        SettingsError: there is no such network.
+    """
+
+    def __init__(self, network: Path | Network) -> None:
+        self._network = OnnxNetwork(network) if isinstance(network, Path) else network
+
+    def __call__(self, a: Array, b: Array) -> float:
+        """The mean distance of pictures (batch, 3, height, width), pair by pair."""
+        return float(self.each(a, b).mean())
+
+    def each(self, a: Array, b: Array) -> Array:
+        """The distance of each pair, (batch,)."""
+        layers = zip(self._features(a), self._features(b), strict=True)
+        apart = [np.square(x - y).sum(axis=1).mean(axis=(1, 2)) for x, y in layers]
+        distances: Array = np.sum(apart, axis=0, dtype=np.float32)
+        return distances
+
+    def _features(self, pictures: Array) -> list[Array]:
+        maps = self._network(pictures).maps
+        if not maps:
+            raise SettingsError(
+                f"{self._network.name} gives no feature maps (batch, channels, h, w), which a "
+                "perceptual distance compares: use a network that has them as outputs"
+            )
+        return [m / (np.linalg.norm(m, axis=1, keepdims=True) + 1e-10) for m in maps]
+
+
+class Lpips:
+    """LPIPS itself, learned weights and all: Zhang et al. (2018), arXiv 1801.03924.
+
+    Args:
+        path: an ONNX file of two inputs, pictures (batch, 3, height, width) in -1..1, and one
+            output, their distances (batch, ...). ``torch.onnx.export`` makes it of the lpips
+            package's ``LPIPS(net="alex")``.
 
     Raises:
         SettingsError: there is no such network.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library's errors share no base class of their own
-            reason = " ".join(str(error).split())
-            raise SettingsError(f"{path} is no network to compare pictures by: {reason}") from error
-        self._input = self._session.get_inputs()[0].name
+        self.name = path.stem
+        self._session = load_onnx(path, inputs=2)
+        self._inputs = [given.name for given in self._session.get_inputs()]
 
-    def __call__(self, a: Array, b: Array) -> float:
-        """The mean distance of pictures (batch, 3, height, width), pair by pair."""
-        layers = zip(self._features(a), self._features(b), strict=True)
-        return float(sum(np.square(x - y).sum(axis=1).mean() for x, y in layers))
-
-    def _features(self, pictures: Array) -> list[Array]:
-        maps = self._session.run(None, {self._input: pictures.astype(np.float32)})
-        return [m / (np.linalg.norm(m, axis=1, keepdims=True) + 1e-10) for m in maps]
+    def each(self, a: Array, b: Array) -> Array:
+        """The distance of each pair, (batch,)."""
+        given = dict(zip(self._inputs, (a, b), strict=True))
+        return run_onnx(self._session, given, self.name)[0].reshape(len(a))

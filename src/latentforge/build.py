@@ -20,9 +20,9 @@ from latentforge.optimize.recipe import near_miss, read_recipe
 from latentforge.optimize.stage import optimize_into
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends, compiler
-from latentforge.runtime.bench import available_memory
 from latentforge.runtime.choose import choose_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
+from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.staging import size_text, staged_directory

@@ -1,0 +1,112 @@
+"""Made-up measurements with known figures, for what reads measurements."""
+
+import numpy as np
+
+from latentforge.runtime.bench.statistics import medians, ratios
+from latentforge.runtime.results import (
+    Entry,
+    Layer,
+    Metric,
+    Picture,
+    Point,
+    ProfileTable,
+    Results,
+    Run,
+)
+
+__all__ = ["BENCH", "EVAL", "HEAD", "entry", "metric", "runs"]
+
+HEAD = {
+    "command": "latentforge bench engines --against eager",
+    "date": "2026-01-02T03:04:05+00:00",
+    "machine": {"cpu": "Some CPU", "cores": "2"},
+    "settings": {
+        "prompts": ["an owl"], "sampler": "ddim", "steps": 20, "guidance_scale": 7.5,
+        "height": 512, "width": 512, "seed": 0,
+    },
+    "threads": 2,
+    "method": "In turns.",
+}  # fmt: skip
+
+_DRIFT = (1.0, 1.02, 0.99, 1.05, 0.98)
+
+
+def runs(seconds: float, *, jitter: float = 0.0) -> tuple[Run, ...]:
+    """Five runs on a machine that drifts, with noise of their own on top; stages are 90 %."""
+    noise = 1 + jitter * np.random.default_rng(5).uniform(-1, 1, len(_DRIFT))
+    totals = [seconds * drift * float(own) for drift, own in zip(_DRIFT, noise, strict=True)]
+    return tuple(
+        Run(
+            seconds={
+                "text_encoder": 0.1 * t, "unet": 0.6 * t, "unet step": 0.03 * t,
+                "vae_decoder": 0.2 * t, "total": t,
+            }
+        )
+        for t in totals
+    )  # fmt: skip
+
+
+REFERENCE = runs(4.0)
+
+
+def entry(name: str, seconds: float, *, jitter: float = 0.01, **more: object) -> Entry:
+    """One that ran beside the reference, which takes 4 seconds; ours and of class A unless said."""
+    taken = runs(seconds, jitter=jitter)
+    given: dict[str, object] = {"role": "ours", "speed_class": "A", "psnr": 60.0} | more
+    figures = {"runs": taken, "median": medians(taken), "ratio": ratios(REFERENCE, taken)}
+    return Entry(name=name, **{**figures, **given})  # type: ignore[arg-type]
+
+
+def metric(subject: str, value: float, **more: object) -> Metric:
+    """A PSNR to eager, of 64 images, without an interval."""
+    given: dict[str, object] = {"name": "psnr", "reference": "eager", "better": "higher"} | more
+    return Metric(subject=subject, value=value, images=64, **given)  # type: ignore[arg-type]
+
+
+_PIXELS = np.linspace(-1, 1, 3 * 8 * 8, dtype=np.float32).reshape(3, 8, 8)
+
+BENCH = Results(
+    title="A benchmark",
+    entries=(
+        entry("eager", 4.0, jitter=0, role="reference", psnr=200.0, peak_memory=3_000_000_000),
+        entry("peer-a", 2.5, role="peer", prepare_seconds=61.0, versions={"lib": "1.2.3"}),
+        entry("ours-a", 2.0, peak_memory=1_500_000_000, file_bytes=700_000_000,
+              ready_seconds=(0.5, 0.6, 0.7), first=Run(seconds={"total": 2.75})),
+        entry("ours-b", 1.0, speed_class="B", psnr=25.0, gate="psnr of 20 dB", precision="int8"),
+        entry("peer-b", 5.0, role="peer", speed_class="B", psnr=12.0),
+        Entry(name="broken", role="peer", status="failed", message="out of memory: use less"),
+        Entry(name="absent", role="peer", status="missing", message="pip install absent==1"),
+    ),
+    scaling=tuple(
+        Point(name=name, batch=batch, height=side, width=side, total=seconds * batch * side / 512,
+              peak_memory=batch * side * 1_000_000)
+        for name, seconds in (("eager", 4.0), ("ours-a", 2.0))
+        for batch, side in ((1, 256), (1, 512), (1, 768), (2, 512), (4, 512))
+    ) + (Point(name="eager", batch=8, height=512, width=512, message="too little memory"),),
+    profiles=(
+        ProfileTable(
+            name="ours-a",
+            total=2.0,
+            layers=(
+                Layer(component="unet", layer="conv_7", operator="Conv", seconds=0.75),
+                Layer(component="unet", layer="conv_8", operator="Conv", seconds=0.25),
+                Layer(component="unet", layer="attend", operator="MatMul", seconds=0.5),
+            ),
+        ),
+    ),
+    **HEAD,  # type: ignore[arg-type]
+)  # fmt: skip
+
+EVAL = Results(
+    title="An evaluation",
+    metrics=(
+        metric("ours-a", 61.25, low=60.5, high=62.0, unit="dB"),
+        metric("ours-b", 25.5, low=24.0, high=27.0, unit="dB"),
+        metric("ours-a", 3.75, name="fid", better="lower", network="Inception",
+               note="64 images: not comparable"),
+    ),
+    pictures=(
+        Picture.of("an owl", 3, {"eager": _PIXELS, "ours-a": _PIXELS * 0.9}),
+    ),
+    **{**HEAD, "command": "latentforge eval engines"},  # type: ignore[arg-type]
+)  # fmt: skip
