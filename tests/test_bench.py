@@ -274,7 +274,7 @@ def test_engines_against_themselves(tiny_engines: Path, tmp_path: Path) -> None:
     assert all(point.total and point.peak_memory for point in results.scaling)
     (table,) = results.profiles
     assert table.layers[0].seconds >= table.layers[3].seconds
-    assert sum(layer.seconds for layer in table.layers) == pytest.approx(table.total)
+    assert 0.9 * table.total < sum(layer.seconds for layer in table.layers) <= table.total * 1.001
     assert table.layers[0].component in Manifest.read(tiny_engines).components
     results.write(tmp_path / "r.json")
     assert Results.read(tmp_path / "r.json").entries == results.entries

@@ -28,8 +28,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout.splitlines()  # fmt: skip
     expected = {f"latentforge/{name}" for name in tracked if not name.endswith("ruff.toml")}
-    front = ("__init__.py", "__main__.py", "build.py", "py.typed")
-    expected |= {f"latentforge/{name}" for name in front}
+    front = [path for path in (ROOT / "src" / "latentforge").iterdir() if path.is_file()]
+    expected |= {f"latentforge/{path.name}" for path in front}
     assert own >= expected
     assert {name for name in own - expected if not _scratch(name)} == set()
     assert sum(1 for name in names if name.endswith("licenses/NOTICE")) == 1

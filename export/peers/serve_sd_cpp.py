@@ -162,7 +162,7 @@ def _paint(
         )
         for stage, calls in log.stages(start).items():
             stages.setdefault(stage, []).extend(calls)
-    pixels = np.stack([np.asarray(image, np.float32) for image in images])
+    pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
     return (pixels / np.float32(127.5) - np.float32(1)).transpose(0, 3, 1, 2)
 
 
