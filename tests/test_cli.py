@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 COMMANDS = ("build", "export", "optimize", "run", "bench", "report", "compare", "inspect", "verify")
-COMMANDS += ("demo",)
+COMMANDS += ("demo", "eval")
 
 
 def latentforge(

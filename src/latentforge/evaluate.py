@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import tempfile
@@ -18,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from latentforge.judges import Evaluation, distance_of, judges_of, metrics_of, path_metric
 from latentforge.optimize.quality import mlperf
 from latentforge.optimize.quality.catalogue import METRICS
-from latentforge.optimize.quality.features import Network, OnnxNetwork, Seen
-from latentforge.optimize.quality.metrics import Distance, Lpips, Perceptual
-from latentforge.optimize.quality.path_length import path_length, path_lengths
-from latentforge.optimize.quality.scores import DISTRIBUTION, Judges, scores
+from latentforge.optimize.quality.path_length import path_lengths
+from latentforge.optimize.quality.scores import Judges, scores
 from latentforge.optimize.recording import read_prompts
 from latentforge.runtime import samplers
 from latentforge.runtime.errors import SettingsError
@@ -39,63 +37,9 @@ __all__ = ["Evaluation", "evaluate", "judge", "summary"]
 
 _IMAGES = 64
 _SHOWN = 6
-_MOST = 100_000
 _EAGER = "eager"
 
 Draw = Callable[[Settings], Image.Image]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What to judge by, and on what.
-
-    Attributes:
-        against: a checkpoint, whose pictures diffusers draws, or an engine directory; None for
-            metrics that need no reference.
-        prompts: a text file, one a line, or MLPerf's .tsv; the demo's own or those that come with
-            the package if None.
-        metrics: names of METRICS; all that can be had if empty, but ppl.
-        images: how many of each; as many as the file has prompts, or 64, if None.
-        seed: of the first image; every further one has the next.
-        request: further settings of every image; the first engines' defaults fill in the rest.
-        network: efficientnet-lite0, or an ONNX file: see optimize.quality.features.OnnxNetwork.
-        inception: the standard Inception's weights: FID, KID and IS use it in place of network.
-        clip: a directory or hub id of a CLIP.
-        lpips: an ONNX file: see optimize.quality.metrics.Lpips.
-        retrieval: the unpacked package of the demo's training pictures.
-        statistics: an .npz of mu and sigma that FID compares with, in place of the reference.
-        latents: an .npy of the noise that every image starts from.
-        preset: ``mlperf``, or empty.
-        folder: keep pictures there; those that are there already are not drawn again.
-        threads: 0 for every core.
-    """
-
-    against: str | None = None
-    prompts: Path | None = None
-    metrics: tuple[str, ...] = ()
-    images: int | None = None
-    seed: int = 0
-    request: Request | None = None
-    network: str | None = None
-    inception: Path | None = None
-    clip: str | None = None
-    lpips: Path | None = None
-    retrieval: Path | None = None
-    statistics: Path | None = None
-    latents: Path | None = None
-    preset: str = ""
-    folder: Path | None = None
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        if unknown := [name for name in self.metrics if name not in METRICS]:
-            raise SettingsError(f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-        if self.images is not None and not 1 <= self.images <= _MOST:
-            raise SettingsError(f"images is a whole number from 1 to {_MOST:,}, not {self.images}")
-        if self.preset not in ("", "mlperf"):
-            raise SettingsError(f"no preset {self.preset!r}: there is mlperf")
-        if self.preset and self.request:
-            raise SettingsError(f"--preset mlperf sets {', '.join(self.request)} itself: drop it")
 
 
 def evaluate(
@@ -117,7 +61,7 @@ def evaluate(
     manifest = Manifest.read(engines[0])
     texts = _texts(evaluation, manifest)
     requests = _requests(evaluation, manifest, texts)
-    judges = _judges(evaluation, manifest, requests)
+    judges = judges_of(evaluation, manifest, requests)
     able = judges.can(reference=evaluation.against is not None)
     if evaluation.preset:
         mlperf.check(
@@ -127,7 +71,7 @@ def evaluate(
             latents=evaluation.latents is not None,
             metrics=evaluation.metrics or able,
         )
-    metrics = _metrics(evaluation, judges, able, len(requests))
+    metrics = metrics_of(evaluation, judges, able, len(requests))
     study = _Study(evaluation, requests, judges, metrics, _painters(engines, evaluation))
     with study.progress(quiet) as progress, _folder(evaluation.folder) as folder:
         galleries, lengths = study.draw(folder, progress)
@@ -336,7 +280,7 @@ class _Study:
             with painter.load() as loaded:
                 self._draw(painter, loaded, paths, noise, progress)
                 if "ppl" in self.metrics and isinstance(loaded, Pipeline):
-                    distance = _distance(self.judges)
+                    distance = distance_of(self.judges)
                     lengths[painter.name] = path_lengths(loaded, self.requests, distance, progress)
             galleries[painter.name] = _Gallery(paths)
         return galleries, lengths
@@ -376,7 +320,7 @@ class _Study:
                 seed=self.evaluation.seed,
             )
         )
-        found += [_path(name, some, self.judges) for name, some in lengths.items()]
+        found += [path_metric(name, some, self.judges) for name, some in lengths.items()]
         return sorted(found, key=lambda metric: list(METRICS).index(metric.name))
 
 
@@ -414,155 +358,3 @@ def _pictures(requests: Sequence[Settings], galleries: Mapping[str, _Gallery]) -
     for index, request in enumerate(requests[:_SHOWN]):
         shown = {name: to_array([gallery[index]])[0] for name, gallery in galleries.items()}
         yield Picture.of(request.prompts[0], request.seed, shown)
-
-
-# what it is judged by
-
-
-def _judges(evaluation: Evaluation, manifest: Manifest, requests: Sequence[Settings]) -> Judges:
-    """Load every network, and show it a blank picture: what it lacks is better known now."""
-    network = _network(evaluation.network) if evaluation.network else None
-    blank = np.zeros((1, 3, requests[0].height, requests[0].width), np.float32)
-    distances: dict[str, Distance] = {}
-    names: dict[str, str] = {}
-    if network is not None and network(blank).maps:
-        distances["perceptual"], names["perceptual"] = Perceptual(network).each, network.name
-    if evaluation.lpips:
-        lpips = Lpips(evaluation.lpips)
-        lpips.each(blank, blank)
-        distances["lpips"], names["lpips"] = lpips.each, lpips.name
-    features = _inception(evaluation.inception) if evaluation.inception else network
-    return Judges(
-        distances=distances,
-        features=features,
-        gives=Seen() if features is None else features(blank),
-        clip=_clip(evaluation.clip) if evaluation.clip else None,
-        statistics=_statistics(evaluation.statistics) if evaluation.statistics else None,
-        shares=_shares(evaluation, manifest, requests),
-        names=names,
-    )
-
-
-def _network(name: str) -> Network:
-    from latentforge.networks import LITE0, EfficientNetLite0
-
-    return EfficientNetLite0() if name == LITE0 else OnnxNetwork(Path(name))
-
-
-def _inception(weights: Path) -> Network:
-    from latentforge.networks import Inception
-
-    return Inception(weights)
-
-
-def _clip(source: str) -> Any:
-    from latentforge.networks import Clip
-
-    return Clip(source)
-
-
-def _statistics(path: Path) -> Any:
-    from latentforge.optimize.quality.distribution import Statistics
-
-    return Statistics.read(path)
-
-
-def _shares(
-    evaluation: Evaluation, manifest: Manifest, requests: Sequence[Settings]
-) -> dict[str, Any]:
-    """What can be told of the demo checkpoint's pictures, where its prompts are the demo's."""
-    if manifest.source.checkpoint != "demo":
-        return {}
-    from latentforge.export.demo import score
-
-    try:
-        for request in requests:
-            score.parse(request.prompts[0])
-    except ValueError:
-        return {}
-    shares: dict[str, Any] = {
-        "colour": lambda gallery, texts: sum(
-            score.border(picture) == score.parse(text)[1]
-            for picture, text in zip(gallery, texts, strict=True)
-        )
-    }
-    if evaluation.retrieval is not None:
-        originals = _originals(evaluation.retrieval)
-        shares["retrieval"] = lambda gallery, texts: score.score(gallery, texts, originals).names
-    return shares
-
-
-def _originals(package: Path) -> NDArray[np.uint8]:
-    from latentforge.export.demo.data import pictures
-
-    try:
-        return pictures(package)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(
-            f"{package} does not hold the demo's training pictures: {error}; unpack "
-            "emoji-datasource-google 16.0.0 and name its folder package"
-        ) from error
-
-
-def _metrics(evaluation: Evaluation, judges: Judges, able: Sequence[str], images: int) -> list[str]:
-    """Those asked for, or all that can be had; in the order of METRICS."""
-    enough = [name for name in able if images > 1 or name not in _OF_SEVERAL]
-    asked = evaluation.metrics or enough
-    possible = {*enough, *(["ppl"] if judges.distances and images > 1 else [])}
-    if lacking := [name for name in asked if name not in possible]:
-        few = images < 2 and lacking[0] in _OF_SEVERAL
-        needs = "needs two images or more: give --images" if few else _NEEDS[lacking[0]]
-        raise SettingsError(f"{lacking[0]} {needs}")
-    if not asked:
-        raise SettingsError("nothing to judge by: give --against a checkpoint, or a --network")
-    if by_torch := [name for name in asked if name in (*DISTRIBUTION, "is", "clip")]:
-        _check_library(by_torch[0])
-    return [name for name in METRICS if name in asked]
-
-
-def _check_library(metric: str) -> None:
-    """Find out before anything is drawn."""
-    try:
-        importlib.import_module("latentforge.optimize.quality.distribution")
-    except ImportError as error:
-        raise SettingsError(
-            f"{metric} needs torchmetrics ({error}): pip install 'latentforge[eval]'"
-        ) from error
-
-
-_OF_SEVERAL = ("fid", "kid", "is", "cmmd", "ppl")
-_AGAINST = "needs --against: pictures to compare with"
-_NEEDS = {
-    "psnr": _AGAINST,
-    "ssim": _AGAINST,
-    "lpips": "needs --against, and --lpips: its network as an ONNX file",
-    "perceptual": "needs --against, and a --network that gives feature maps",
-    "fid": "needs a --network that gives features, or --inception; and --against or --statistics",
-    "kid": "needs a --network that gives features, or --inception; and --against",
-    "is": "needs a --network that gives logits, or --inception",
-    "clip": "needs --clip: the directory or hub id of a CLIP",
-    "cmmd": "needs --against, and --clip: the directory or hub id of a CLIP",
-    "ppl": "needs a --network that gives feature maps, or --lpips: a distance between pictures",
-    "colour": "is for the demo checkpoint, with prompts such as: owl on a pink background",
-    "retrieval": "is for the demo checkpoint and its prompts, and needs --retrieval: its pictures",
-}
-
-
-def _distance(judges: Judges) -> Distance:
-    return judges.distances.get("lpips") or judges.distances["perceptual"]
-
-
-def _path(name: str, lengths: NDArray[np.float64], judges: Judges) -> Metric:
-    found = path_length(lengths)
-    by = "lpips" if "lpips" in judges.distances else "perceptual"
-    return Metric(
-        name="ppl",
-        subject=name,
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        images=2 * len(lengths),
-        better="lower",
-        network=judges.names[by],
-        note=f"median {np.median(lengths):.4g}; by {by} distance",
-    )
