@@ -30,4 +30,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum demo-output dist
+	rm -rf $(VENV) .venv-optimum .venv-peers demo-output dist

@@ -9,6 +9,7 @@ changed. What ``bench`` doesn't know it hands on to ``latentforge bench``.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,7 +65,8 @@ def make(folder: Path = FOLDER) -> dict[str, Path]:
 
 def bench(arguments: Sequence[str], folder: Path = FOLDER) -> int:
     """Run ``latentforge bench`` against every peer: CHECKPOINT ENGINES... and its own options."""
-    pythons = [f"--python={name}={python}" for name, python in make(folder).items()]
+    made = {name: os.path.relpath(python) for name, python in make(folder).items()}
+    pythons = [f"--python={name}={python}" for name, python in made.items()]
     checkpoint, *rest = arguments
     against = ["--against", ",".join(PEERS), "--checkpoint", checkpoint]
     command = [sys.executable, "-m", "latentforge", "bench", *rest, *against, *pythons]
