@@ -107,6 +107,15 @@ FAILURES = {
     "says why": ("tell(error='too small'); sys.exit(1)", "failed", "too small"),
     "is missing": ("tell(missing='no module named x')", "missing", "no module named x; pip"),
     "is killed": ("import os; os.kill(os.getpid(), 9)", "failed", "memory runs out"),
+    "runs out of memory": (
+        """
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        np.ones(1 << 29)
+        """,
+        "failed",
+        "allocate",
+    ),
     "chatters": ("print('hello')", "failed", "no answer"),
     "answers beside the point": ("tell(total=1.0)", "failed", "not ready"),
     "dies at work": (
@@ -286,8 +295,9 @@ def test_directories_of_one_name_are_told_apart(tiny_engines: Path, tmp_path: Pa
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "engines").symlink_to(tiny_engines, target_is_directory=True)
     paths = [tmp_path / "x" / "engines", tmp_path / "y" / "engines"]
-    results = benchmark(paths, request={"steps": 1}, repeats=1)
-    assert len({entry.name for entry in results.entries}) == 2
+    results = benchmark([*paths, paths[0]], request={"steps": 1}, repeats=1)
+    assert len({entry.name for entry in results.entries}) == 3
+    assert all(entry.status == "ok" for entry in results.entries)
 
 
 @pytest.mark.parametrize("repeats", [0, -1, 1001])

@@ -236,6 +236,23 @@ def test_bench_refuses_bad_options(tiny_engines: Path, tmp_path: Path, options: 
     assert result.returncode == 2 and "Traceback" not in result.stderr
 
 
+def test_an_interrupted_bench_ends_its_contenders(tiny_engines: Path, tmp_path: Path) -> None:
+    """One of them is at work on more steps than anybody waits for."""
+    engines = tmp_path / "mine"
+    engines.symlink_to(tiny_engines)
+    command = [sys.executable, "-m", "latentforge", "bench", str(engines), "--steps", "900"]
+    command += ["--repeats", "900"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (workers := _workers_of(process.pid)) and process.poll() is None:
+        time.sleep(0.05)
+    assert "Traceback" not in stopped(process, signal.SIGINT)
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def _workers_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_export_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, signal_: signal.Signals
@@ -249,6 +266,13 @@ def interrupted(command: list[str], tmp_path: Path, signal_: signal.Signals) -> 
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None:
         time.sleep(0.05)
+    errors = stopped(process, signal_)
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def stopped(process: subprocess.Popen[str], signal_: signal.Signals) -> str:
+    """Stop a command as Ctrl-C does, and give what it says."""
     for _ in range(3):  # a library may swallow one, as people know who press Ctrl-C again
         os.kill(process.pid, signal_)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -256,5 +280,4 @@ def interrupted(command: list[str], tmp_path: Path, signal_: signal.Signals) -> 
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted" in errors and "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    return errors

@@ -59,7 +59,7 @@ def measure(
         folder: where contenders keep what they convert; a temporary one if None.
         quiet: show no progress.
     """
-    total = len(contenders) * (repeats + 2 if together else 2 * repeats)
+    total = len(contenders) * (repeats + 2 if together else 3 * repeats)
     with ExitStack() as stack, Progress(total, quiet=quiet) as progress:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latentforge-")))
         if noise is not None:

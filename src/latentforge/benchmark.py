@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def benchmark(
     settings = resolve(manifest.defaults, prompt, {"seed": 0, **(request or {})})
     source = checkpoint or manifest.source.checkpoint
     peers = _peers(against, source, settings, pythons or {}) if against else []
-    contenders = [*peers, *_named(engines)]
+    contenders = _distinct([*peers, *_named(engines)])
     largest = max(Manifest.read(path, hashes=False).size for path in engines)
     together = bool(fit_together([largest] * len(contenders)))  # peers load the same weights
     study = Study(
@@ -102,3 +103,15 @@ def _named(engines: Sequence[Path]) -> list[Contender]:
         )
         for path, name in zip(engines, names, strict=True)
     ]
+
+
+def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
+    """The same, with a number behind a name that was there before: A against A is worth a look."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for contender in contenders:
+        seen[contender.name] += 1
+        number = seen[contender.name]
+        name = contender.name if number == 1 else f"{contender.name}-{number}"
+        distinct.append(replace(contender, name=name))
+    return distinct
