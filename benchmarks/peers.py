@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from latentforge.export.peers import PEERS
+from latentforge.runtime.image import MAX_PSNR
 from latentforge.runtime.results import Entry, Results
 
 __all__ = ["ENVIRONMENTS", "environment", "main", "table"]
@@ -83,7 +84,7 @@ COLUMNS: Mapping[str, Callable[[Entry], str]] = {
     "speed (95 %)": lambda entry: _speed(entry),
     "peak memory": lambda entry: _gigabytes(entry.peak_memory),
     "files": lambda entry: _gigabytes(entry.file_bytes),
-    "PSNR, dB": lambda entry: "" if entry.psnr is None else f"{entry.psnr:.1f}",
+    "PSNR, dB": lambda entry: _decibels(entry),
 }
 """The columns of a table, and what each says of an entry."""
 
@@ -111,7 +112,7 @@ def _lines(results: Results) -> Iterator[str]:
 def _rows(entries: Sequence[Entry]) -> Iterator[str]:
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
-    for entry in sorted(entries, key=lambda entry: entry.median.get("total", 0.0)):
+    for entry in sorted(entries, key=lambda entry: entry.slowness):
         yield f"| {' | '.join(show(entry) for show in COLUMNS.values())} |"
 
 
@@ -121,10 +122,16 @@ def _seconds(entry: Entry, stage: str) -> str:
 
 def _speed(entry: Entry) -> str:
     ratio = entry.ratio.get("total")
-    if ratio is None:
+    if ratio is None or entry.role == "reference":
         return "1" if entry.role == "reference" else ""
     bounds = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
     return f"{ratio.value:.2f}×{bounds}"
+
+
+def _decibels(entry: Entry) -> str:
+    if entry.psnr is None or entry.role == "reference":
+        return ""
+    return "identical" if entry.psnr >= MAX_PSNR else f"{entry.psnr:.1f}"
 
 
 def _gigabytes(count: int | None) -> str:

@@ -4,6 +4,7 @@ Seconds, bytes, joules and dB throughout. What is not known is None, and what wa
 absent; nothing is ever zero for want of a figure.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,16 @@ class Entry(Record, frozen=True, kw_only=True):
     psnr: float | None = None
     median: Mapping[str, float] = {}
     ratio: Mapping[str, Interval] = {}
+
+    @property
+    def slowness(self) -> float:
+        """What to rank the entries of one file by: the time of an image as a share of the
+        reference's, which pairs tell better than seconds do; seconds where there is no reference.
+        """
+        paired = self.ratio.get("total")
+        if paired is not None and paired.value > 0:
+            return 1 / paired.value
+        return self.median.get("total", math.inf)
 
 
 class Point(Record, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """What the figures say, in a sentence or two, and what they don't."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -46,7 +47,7 @@ def in_short(results: Results) -> list[str]:
     if not timed:
         return ["No contender ran to its end."]
     sentences = list(_by_class(results.reference, timed))
-    fastest = min(timed, key=_total)
+    fastest = min(timed, key=_slowness)
     return sentences or [f"{fastest.name} makes an image in {seconds(_total(fastest))}."]
 
 
@@ -54,7 +55,7 @@ def _by_class(reference: Entry | None, timed: Sequence[Entry]) -> Iterator[str]:
     for kind, picture in _PICTURES.items():
         alike = [entry for entry in timed if entry.speed_class == kind]
         if ours := [entry for entry in alike if entry.role == "ours"]:
-            best = min(ours, key=_total)
+            best = min(ours, key=_slowness)
             said = f"{best.name} makes {picture} in {seconds(_total(best))}"
             ratio = best.ratio.get("total")
             if reference is not None and ratio is not None and known(ratio.value):
@@ -62,7 +63,7 @@ def _by_class(reference: Entry | None, timed: Sequence[Entry]) -> Iterator[str]:
             yield f"{said}."
             peers = [entry for entry in alike if entry.role == "peer"]
             if peers and kind == "A":  # other pictures differ from each other too
-                yield _beside(best, min(peers, key=_total))
+                yield _beside(best, min(peers, key=_slowness))
 
 
 def _beside(best: Entry, peer: Entry) -> str:
@@ -103,6 +104,10 @@ def _inverse(ratio: Interval) -> Interval:
 
 def _span(ratio: Interval) -> str:
     return f"{ratio.low:.2f} to {ratio.high:.2f}"
+
+
+def _slowness(entry: Entry) -> float:
+    return entry.slowness if known(entry.slowness) else math.inf
 
 
 def _total(entry: Entry) -> float:

@@ -105,7 +105,7 @@ def metric_tables(metrics: Sequence[Metric]) -> list[MetricTable]:
 
 def _table(title: str, lead: str, entries: Sequence[Entry]) -> Table:
     """Fastest first below the reference; columns that no one has a figure for are left out."""
-    ranked = sorted(entries, key=lambda e: (e.role != "reference", _median(e, "total") or 1e99))
+    ranked = sorted(entries, key=lambda e: (e.role != "reference", e.slowness))
     cells = {column: [read(entry) for entry in ranked] for column, read in _COLUMNS.items()}
     shown = [column for column, found in cells.items() if any(cell is not None for cell in found)]
     rows = tuple(
