@@ -364,7 +364,7 @@ def test_rows_say_of_whom_and_against_whom() -> None:
     assert (fid_row.reference, fid_row.network, fid_row.images) == ("theirs", "means", 6)
     assert "cannot be compared with other people's figures" in fid_row.note
     assert "fewer images" not in fid_row.note
-    assert found["colour", "ours"].note == "5 of 6" and found["psnr", "ours"].unit == "dB"
+    assert found["colour", "ours"].value == 5 / 6 and found["psnr", "ours"].unit == "dB"
 
 
 def test_clip_judges_prompts_and_galleries(clip: Path) -> None:

@@ -613,3 +613,22 @@ def test_without_jinja_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "pip install 'latentforge[report]'" in last
+
+
+def test_notes_stand_with_their_rows_unless_all_share_one() -> None:
+    shared = [metric("ours", 1.0, note="few"), metric("theirs", 2.0, note="few")]
+    own = [metric("ours", 1.0, note="worst 3"), metric("theirs", 2.0, note="worst 4")]
+    assert [table.note for table in metric_tables(shared)] == ["few"]
+    (table,) = metric_tables(own)
+    assert table.note == ""
+    page = render(replace(EVAL, metrics=tuple(own)))
+    assert page.count("worst 3") == page.count("worst 4") == 1
+
+
+def test_entries_are_ranked_by_pairs_and_not_by_seconds() -> None:
+    """A machine that slowed down for one of them does not make it the slower."""
+    late = entry("late", 3.0, ratio={"total": Interval(value=2.0)})
+    early = entry("early", 2.0, ratio={"total": Interval(value=1.5)})
+    assert late.slowness < early.slowness
+    alone = entry("alone", 3.0, ratio={})
+    assert alone.slowness == alone.median["total"]

@@ -247,7 +247,7 @@ def _retrieval(ours: _Subject, theirs: _Subject | None, judges: Judges, seed: in
 def _share(name: str, ours: _Subject, judges: Judges) -> Metric:
     hits = judges.shares[name](ours.gallery, ours.prompts)
     found = intervals.share(hits, len(ours.gallery))
-    return _metric(name, ours, found, better="higher", note=f"{hits} of {len(ours.gallery)}")
+    return _metric(name, ours, found, better="higher")
 
 
 _FIGURES: Mapping[str, Callable[[_Subject, _Subject | None, Judges, int], Metric]] = {

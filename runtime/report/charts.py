@@ -27,7 +27,7 @@ LEFT, TOP, BOTTOM = 58.0, 14.0, 44.0
 GAP = 14.0
 """Between the base lines of labels."""
 
-_LETTER = 7.4  # at 12 units of size, rather too wide than too narrow
+_LETTER = 8.4  # at 12 units of size, rather too wide than too narrow
 _LONGEST = 18
 
 

@@ -64,7 +64,7 @@ def _measured(metrics: Sequence[Metric], names: set[str]) -> Iterator[_Quality]:
     for kind in kinds:
         alike = [m for m in metrics if (m.name, m.reference, m.network) == kind]
         values = {m.subject: m.value for m in alike if m.subject in names and words.known(m.value)}
-        if len(values) > 1:
+        if len(set(values.values())) > 1:  # equal ones say nothing
             name, reference, network = kind
             yield _Quality(
                 title=name

@@ -89,17 +89,17 @@ def metric_tables(metrics: Sequence[Metric]) -> list[MetricTable]:
     """Figures that may be compared with each other, and the caveat that they share."""
     groups: dict[tuple[str, ...], list[Metric]] = {}
     for metric in metrics:
-        key = (metric.name, metric.better, metric.reference, metric.network, metric.note)
+        key = (metric.name, metric.better, metric.reference, metric.network)
         groups.setdefault(key, []).append(metric)
     return [
         MetricTable(
             name=name,
             better=better,
             how=", ".join(filter(None, [reference and f"against {reference}", network])),
-            note=note,
+            note=own[0].note if len({metric.note for metric in own}) == 1 else "",
             metrics=tuple(own),
         )
-        for (name, better, reference, network, note), own in groups.items()
+        for (name, better, reference, network), own in groups.items()
     ]
 
 
