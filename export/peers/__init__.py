@@ -2,19 +2,21 @@
 
 A peer may live in an environment of its own, since they want libraries that don't go together: its
 program needs that environment's interpreter and nothing of latentforge. ``benchmarks/peers.py``
-makes the environments.
+makes the environments. The table is for every command's help, so what else there is comes on use.
 """
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from latentforge.export.checkpoint import read_json
-from latentforge.export.scheduler import SCHEDULERS, corrected, schedule_of
-from latentforge.runtime.bench.contender import Contender
 from latentforge.runtime.errors import SettingsError
+
+if TYPE_CHECKING:
+    from latentforge.runtime.bench.contender import Contender
 
 __all__ = ["PEERS", "Peer", "contender"]
 
@@ -111,6 +113,8 @@ def contender(
     """
     if name not in PEERS:
         raise SettingsError(f"no peer {name!r}; there are {', '.join(PEERS)}")
+    from latentforge.runtime.bench.contender import Contender
+
     peer = PEERS[name]
     return Contender(
         name=name,
@@ -127,6 +131,9 @@ def _scheduler(checkpoint: Path, sampler: str, steps: int | None) -> Mapping[str
     Some files are corrected by the pipeline that reads them, but not where a scheduler is made of
     another's configuration, as peers do.
     """
+    from latentforge.export.checkpoint import read_json
+    from latentforge.export.scheduler import SCHEDULERS, corrected, schedule_of
+
     row = SCHEDULERS[sampler]
     config = read_json(checkpoint / "scheduler" / "scheduler_config.json")
     if "XL" not in read_json(checkpoint / "model_index.json").get("_class_name", ""):
