@@ -150,7 +150,7 @@ class _Player:
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """Do what is in the block, unless it has failed before."""
+        """Do what is in the block; where that fails, note it and end the process."""
         try:
             yield
         except BackendError as error:
@@ -171,13 +171,12 @@ class _Player:
         """Those that count."""
         return () if self.failure else self._runs
 
-    def entry(self, reference: "_Player") -> Entry:
-        """What it took, beside the reference."""
+    def entry(self, reference: "_Player", close: float | None) -> Entry:
+        """What it took beside the reference, and how close their pictures are, in dB."""
         head: dict[str, Any] = {"name": self.contender.name, "role": self.contender.role}
         head |= {"ready_seconds": tuple(self._ready), **self._known}
         if self.failure is not None:
             return Entry(**head, **self._told(self.failure))
-        close = _closeness(reference.picture, self.picture)
         kind = _speed_class(close, self._known["precision"]) if self.contender.exact else "B"
         return Entry(
             **head,
@@ -243,8 +242,12 @@ def _one_turn(player: _Player, progress: Progress) -> None:
 
 
 def _measured(players: Sequence[_Player]) -> Measured:
-    pictures = {player.contender.name: player.picture for player in players}
+    reference, pictures = players[0], {p.contender.name: p.picture for p in players}
+    theirs = pictures[reference.contender.name]
     return Measured(
-        entries=tuple(player.entry(players[0]) for player in players),
+        entries=tuple(
+            player.entry(reference, _closeness(theirs, pictures[player.contender.name]))
+            for player in players
+        ),
         pictures={name: picture for name, picture in pictures.items() if picture is not None},
     )
