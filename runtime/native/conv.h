@@ -1,0 +1,307 @@
+// Convolution in two turns, for a block of output tiles after the other.
+//
+// 1. Tiles of the input, activated, padded and transformed: [chunks][points][tiles][kChunk].
+// 2. For some output channels: their weights, transformed as they are needed from what lies in the
+//    file; a product for each point; the transform back, with all that is added.
+//
+// Transformed weights would be up to four times as large as the file's. Making them anew costs as
+// much as a few tiles, of which a block has dozens, and what is used stays in the cache.
+#pragma once
+
+#include "kernels.h"
+#include "product.h"
+#include "scratch.h"
+#include "winograd.h"
+
+namespace latentforge {
+namespace {
+
+constexpr int64_t kSpan = 16;  // tiles of a row that are transformed together
+
+// What a convolution with 3 x 3 weights and stride 1 is done by.
+template <int Tile>
+struct Fast {
+  static constexpr int kTile = Tile, kWindow = Tile + 2, kPoints = kWindow * kWindow;
+  static constexpr int kParts = kWindow;  // rows of points, whose weights are made together
+  static int64_t taps(const Conv&) { return 1; }
+  static int64_t window(const Conv&) { return kWindow; }
+  static int64_t step(const Conv&) { return Tile; }
+
+  // One tile's and vector's window in a strip of so many columns, to out[point * stride].
+  static void input(const float* strip, int64_t columns, int64_t, float* out, int64_t stride,
+                    int64_t) {
+    Vec window[kPoints], made[kPoints];
+#pragma GCC unroll 8
+    for (int y = 0; y < kWindow; ++y)
+#pragma GCC unroll 8
+      for (int x = 0; x < kWindow; ++x)
+        window[y * kWindow + x] = load(strip + (y * columns + x) * kChunk);
+    both_ways<kWindow, kWindow, Winograd<Tile>::input>(window, made);
+#pragma GCC unroll 36
+    for (int point = 0; point < kPoints; ++point) store(out + point * stride, made[point]);
+  }
+
+  // Row y of the transformed weights, of w(0) to w(8), to out[x * stride].
+  template <typename Taps>
+  static void weights(const Taps& w, int64_t y, float* out, int64_t stride) {
+    const float* g = Winograd<Tile>::kG[y];
+    Vec row[3], made[kWindow];
+#pragma GCC unroll 4
+    for (int x = 0; x < 3; ++x) row[x] = g[0] * w(x) + g[1] * w(3 + x) + g[2] * w(6 + x);
+    Winograd<Tile>::weights(row, made);
+#pragma GCC unroll 8
+    for (int x = 0; x < kWindow; ++x) store(out + x * stride, made[x]);
+  }
+
+  static void output(const float* products, int64_t stride, Vec* out) {
+    Vec values[kPoints];
+#pragma GCC unroll 36
+    for (int point = 0; point < kPoints; ++point) values[point] = load(products + point * stride);
+    both_ways<kWindow, Tile, Winograd<Tile>::output>(values, out);
+  }
+};
+
+// What any other is done by: a tile is a pixel, and each tap a part of the sum.
+struct Plain {
+  static constexpr int kTile = 1, kPoints = 1, kParts = 1;
+  static int64_t taps(const Conv& conv) { return conv.kernel * conv.kernel; }
+  static int64_t window(const Conv& conv) { return conv.kernel; }
+  static int64_t step(const Conv& conv) { return conv.stride; }
+
+  static void input(const float* strip, int64_t columns, int64_t kernel, float* out, int64_t,
+                    int64_t tap_stride) {
+    for (int64_t y = 0; y < kernel; ++y)
+      for (int64_t x = 0; x < kernel; ++x, out += tap_stride)
+        store(out, load(strip + (y * columns + x) * kChunk));
+  }
+
+  template <typename Taps>
+  static void weights(const Taps& w, int64_t tap, float* out, int64_t) {
+    store(out, w(tap));
+  }
+
+  static void output(const float* products, int64_t, Vec* out) { out[0] = load(products); }
+};
+
+// How the work is cut: tiles of a block, output channels of a task, input channels of its weights.
+struct Blocking {
+  int64_t tiles, columns, depth;
+};
+
+template <typename Scheme>
+class Convolution {
+ public:
+  Convolution(const Conv& conv, const Parallel& parallel)
+      : conv_(conv),
+        parallel_(parallel),
+        rows_(ceil_div(conv.out_h, Scheme::kTile)),
+        across_(ceil_div(conv.out_w, Scheme::kTile)),
+        taps_(Scheme::taps(conv)),
+        chunks_(ceil_div(conv.c, kChunk)),
+        cut_(blocking()) {}
+
+  void run() {
+    const int64_t total = conv_.n * rows_ * across_;
+    tile_stride_ = round_up(smaller(cut_.tiles, total), 2) * kChunk + 16;
+    chunk_stride_ = tile_stride_ * Scheme::kPoints;
+    Shared inputs(size_t(chunk_stride_ * chunks_ * taps_));
+    inputs_ = inputs.data();
+    for (int64_t first = 0; first < total; first += cut_.tiles) {
+      first_ = first;
+      count_ = smaller(cut_.tiles, total - first);
+      transform_inputs();
+      multiply_weights();
+    }
+  }
+
+ private:
+  const Conv& conv_;
+  const Parallel& parallel_;
+  const int64_t rows_, across_, taps_, chunks_;
+  const Blocking cut_;
+  int64_t tile_stride_ = 0, chunk_stride_ = 0, first_ = 0, count_ = 0;
+  float* inputs_ = nullptr;
+
+  Blocking blocking() const;
+
+  // First turn: spans of neighbouring tiles, by chunk of channels.
+  void transform_inputs() {
+    const int64_t begin = first_ / across_, end = ceil_div(first_ + count_, across_);
+    const int64_t spans = ceil_div(across_, kSpan);
+    parallel_((end - begin) * spans * chunks_, [&](int64_t task) {
+      const int64_t chunk = task % chunks_, place = task / chunks_;
+      const int64_t row = begin + place / spans, x = place % spans * kSpan;
+      const int64_t from = larger(row * across_ + x, first_);
+      const int64_t to =
+          smaller(row * across_ + smaller(x + kSpan, across_), first_ + count_);
+      if (from < to) transform_span(from, to, chunk);
+    });
+  }
+
+  void transform_span(int64_t from, int64_t to, int64_t chunk) {
+    const int64_t window = Scheme::window(conv_), step = Scheme::step(conv_);
+    const int64_t columns = (to - from - 1) * step + window;
+    const int64_t wide = smaller(kChunk, conv_.c - chunk * kChunk);
+    float* strip = scratch(kStrip, size_t(window * ((kSpan - 1) * step + window) * kChunk));
+    const int64_t row = from / across_ % rows_, x = from % across_;
+    fill_strip(strip, from / (across_ * rows_), row * step - conv_.pad_top,
+               x * step - conv_.pad_left, window, columns, chunk * kChunk, wide);
+    float* out = inputs_ + chunk * chunk_stride_ + (from - first_) * kChunk;
+    for (int64_t tile = 0; tile < to - from; ++tile)
+      for (int64_t c = 0; c < wide; c += kWidth)
+        Scheme::input(strip + tile * step * kChunk + c, columns, conv_.kernel,
+                      out + tile * kChunk + c, tile_stride_, chunks_ * chunk_stride_);
+  }
+
+  // Pixels (rows, columns) from (y, x) on, which may lie outside, of so many channels.
+  void fill_strip(float* strip, int64_t image, int64_t y, int64_t x, int64_t rows, int64_t columns,
+                  int64_t c, int64_t wide) {
+    const int64_t height = conv_.h * conv_.upsample, width = conv_.w * conv_.upsample;
+    const float* scale = conv_.scale ? conv_.scale + image * conv_.c + c : nullptr;
+    const float* shift = conv_.scale ? conv_.shift + image * conv_.c + c : nullptr;
+    const int shrink = conv_.upsample == 2 ? 1 : 0;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < columns; ++i, strip += kChunk) {
+        const bool outside = y + r < 0 || y + r >= height || x + i < 0 || x + i >= width;
+        if (outside) {
+          std::memset(strip, 0, size_t(kChunk) * sizeof(float));
+          continue;
+        }
+        const int64_t pixel = (image * conv_.h + ((y + r) >> shrink)) * conv_.w + ((x + i) >> shrink);
+        activate(conv_.x + pixel * conv_.c + c, scale, shift, strip, wide);
+      }
+  }
+
+  void activate(const float* x, const float* scale, const float* shift, float* out, int64_t wide) {
+    for (int64_t c = 0; c < wide; c += kWidth) {
+      Vec value = load_some(x + c, wide - c);
+      if (scale) value = value * load_some(scale + c, wide - c) + load_some(shift + c, wide - c);
+      store(out + c, scale && conv_.silu ? silu(value) : value);
+    }
+  }
+
+  // Second turn: groups of output channels, so many that threads end together.
+  void multiply_weights() {
+    const int64_t panels = ceil_div(conv_.k, kPanel), each = cut_.columns / kPanel;
+    const int64_t threads = larger<int64_t>(parallel_.threads, 1);
+    const int64_t groups = smaller(panels, round_up(ceil_div(panels, each), threads));
+    parallel_(groups, [&](int64_t group) {
+      const int64_t begin = group * panels / groups, end = (group + 1) * panels / groups;
+      const int64_t k = begin * kPanel;
+      multiply_columns(k, smaller(end * kPanel, round_up(conv_.k, 16)) - k);
+    });
+  }
+
+  void multiply_columns(int64_t k, int64_t columns) {
+    const int64_t point_stride = round_up(count_, 2) * columns + 16;
+    constexpr int64_t kEach = Scheme::kPoints / Scheme::kParts;
+    float* weights = scratch(kWeights, size_t(kEach * cut_.depth * columns));
+    float* products = scratch(kProducts, size_t(Scheme::kPoints * point_stride));
+    for (int64_t tap = 0; tap < taps_; ++tap)
+      for (int64_t c = 0; c < conv_.c; c += cut_.depth) {
+        const int64_t depth = smaller(cut_.depth, conv_.c - c);
+        const float* inputs = inputs_ + (tap * chunks_ + c / kChunk) * chunk_stride_;
+        for (int64_t part = 0; part < Scheme::kParts; ++part) {
+          transform_weights(k, columns, tap + part, c, depth, weights);
+          for (int64_t each = 0; each < kEach; ++each) {
+            const int64_t point = part * kEach + each;
+            for (int64_t j = 0; j < columns; j += kPanel)
+              multiply_panel(inputs + point * tile_stride_, chunk_stride_,
+                             weights + (each * columns + j) * depth, depth,
+                             products + point * point_stride + j, columns, count_,
+                             smaller(kPanel, columns - j), tap > 0 || c > 0);
+          }
+        }
+      }
+    write_outputs(products, point_stride, k, columns);
+  }
+
+  // A tap, or a row of points, as [points][panels][depth][panel].
+  void transform_weights(int64_t k, int64_t columns, int64_t which, int64_t c, int64_t depth,
+                         float* out) {
+    const int64_t taps = conv_.kernel * conv_.kernel;
+    for (int64_t lane = 0; lane < columns; lane += kWidth) {
+      const int64_t panel = lane / kPanel * kPanel, wide = smaller(kPanel, columns - panel);
+      const int64_t block = (k + lane) / kLanes;
+      const int64_t from = (block * conv_.c + c) * taps * kLanes + (k + lane) % kLanes;
+      float* to = out + panel * depth + (lane - panel);
+      if (conv_.half)
+        transform_lane<load_half>(static_cast<const uint16_t*>(conv_.weight) + from, which, depth,
+                                  to, wide, depth * columns);
+      else
+        transform_lane<load>(static_cast<const float*>(conv_.weight) + from, which, depth, to,
+                             wide, depth * columns);
+    }
+  }
+
+  template <auto Load, typename T>
+  void transform_lane(const T* from, int64_t which, int64_t depth, float* to, int64_t wide,
+                      int64_t stride) {
+    const int64_t step = conv_.kernel * conv_.kernel * kLanes;
+    for (int64_t i = 0; i < depth; ++i, from += step, to += wide)
+      Scheme::weights([from](int64_t tap) { return Load(from + tap * kLanes); }, which, to, stride);
+  }
+
+  void write_outputs(const float* products, int64_t stride, int64_t k, int64_t columns) {
+    for (int64_t tile = 0; tile < count_; ++tile) {
+      const int64_t place = first_ + tile, image = place / (across_ * rows_);
+      const int64_t y = place / across_ % rows_ * Scheme::kTile;
+      const int64_t x = place % across_ * Scheme::kTile;
+      for (int64_t j = 0; j < columns && k + j < conv_.k; j += kWidth) {
+        Vec values[Scheme::kTile * Scheme::kTile];
+        Scheme::output(products + tile * columns + j, stride, values);
+        write_tile(values, image, y, x, k + j);
+      }
+    }
+  }
+
+  void write_tile(const Vec* values, int64_t image, int64_t y, int64_t x, int64_t k) {
+    const int64_t count = conv_.k - k;
+    Vec more = conv_.bias ? load_some(conv_.bias + k, count) : Vec{};
+    if (conv_.row) more += load_some(conv_.row + image * conv_.row_stride + k, count);
+    for (int64_t i = 0; i < smaller<int64_t>(Scheme::kTile, conv_.out_h - y); ++i)
+      for (int64_t j = 0; j < smaller<int64_t>(Scheme::kTile, conv_.out_w - x); ++j) {
+        const int64_t pixel = (image * conv_.out_h + y + i) * conv_.out_w + x + j;
+        const int64_t place = pixel * conv_.k + k;
+        Vec value = values[i * Scheme::kTile + j] + more;
+        if (conv_.residual) value += load_some(conv_.residual + place, count);
+        store_some(conv_.y + place, value, count);
+      }
+  }
+};
+
+// Weights and products of a task fit the second cache, inputs of a block the third.
+template <typename Scheme>
+Blocking Convolution<Scheme>::blocking() const {
+#ifdef LATENTFORGE_TUNE
+  if (lf_tiles) return {lf_tiles, lf_columns, lf_depth};
+#endif
+  constexpr int64_t kInputs = 1 << 20, kMost = 8;
+  const int64_t fitting = kInputs / (Scheme::kPoints * taps_ * conv_.c) / kRows;
+  const int64_t most = Scheme::kPoints == 1 ? 4 * kMost : kMost;
+  return {larger<int64_t>(smaller(fitting, most), 2) * kRows, 2 * kPanel, 192};
+}
+
+// About how much a scheme does: products, and what transforms cost in products.
+template <typename Scheme>
+int64_t work(const Conv& conv) {
+  const int64_t tiles =
+      conv.n * ceil_div(conv.out_h, Scheme::kTile) * ceil_div(conv.out_w, Scheme::kTile);
+  const int64_t sums = Scheme::kPoints * Scheme::taps(conv);
+  constexpr int64_t kWeights = 10, kTransforms = 16;
+  return sums * (conv.c * conv.k * (tiles + kWeights) + tiles * kTransforms * (conv.c + conv.k));
+}
+
+void convolve(const Conv& conv, const Parallel& parallel) {
+  const bool fast = conv.kernel == 3 && conv.stride == 1;
+  const int64_t plain = work<Plain>(conv), two = work<Fast<2>>(conv), four = work<Fast<4>>(conv);
+  if (!fast || plain < smaller(two, four))
+    Convolution<Plain>(conv, parallel).run();
+  else if (two < four)
+    Convolution<Fast<2>>(conv, parallel).run();
+  else
+    Convolution<Fast<4>>(conv, parallel).run();
+}
+
+}  // namespace
+}  // namespace latentforge

@@ -1,0 +1,328 @@
+// The operators of the domain `latentforge`, for ONNX Runtime: docs/operators.md has what they do.
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+#include "ort.h"
+
+namespace latentforge {
+namespace {
+
+const OrtApi* api = nullptr;  // of the one ONNX Runtime of this process
+
+// Raises what a function of the interface reports.
+void check(OrtStatus* status) {
+  if (status == nullptr) return;
+  ort::release_status(*api, status);
+  throw std::runtime_error("latentforge: ONNX Runtime refused a call");
+}
+
+void expect(bool sound, const char* what) {
+  if (!sound) throw std::invalid_argument(std::string("latentforge: ") + what);
+}
+
+// Exceptions end here: they must not cross into C.
+template <typename Work>
+OrtStatus* guarded(Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return ort::create_status(*api, ort::kFail, "Failed to allocate memory");
+  } catch (const std::exception& error) {
+    return ort::create_status(*api, ort::kInvalidArgument, error.what());
+  }
+}
+
+int64_t integer(const OrtKernelInfo* info, const char* name) {
+  int64_t value = 0;
+  check(ort::int_attribute(*api, info, name, &value));
+  return value;
+}
+
+struct Tensor {
+  const void* data = nullptr;
+  std::vector<int64_t> shape;
+  int type = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  const float* floats() const { return static_cast<const float*>(data); }
+};
+
+// What one run of an operator is given and gives.
+class Run {
+ public:
+  explicit Run(OrtKernelContext* context) : context_(context) {
+    check(ort::input_count(*api, context, &count_));
+  }
+
+  // An input, or an empty one where it was left out.
+  Tensor input(size_t index) const {
+    const OrtValue* value = nullptr;
+    if (index < count_) check(ort::input(*api, context_, index, &value));
+    if (value == nullptr) return {};
+    Tensor tensor;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(ort::tensor_shape(*api, value, &info));
+    size_t rank = 0;
+    check(ort::rank(*api, info, &rank));
+    tensor.shape.resize(rank);
+    check(ort::dimensions(*api, info, tensor.shape.data(), rank));
+    check(ort::element_type(*api, info, &tensor.type));
+    ort::release_shape(*api, info);
+    void* data = nullptr;
+    check(ort::tensor_data(*api, const_cast<OrtValue*>(value), &data));
+    tensor.data = data;
+    return tensor;
+  }
+
+  float* output(size_t index, const std::vector<int64_t>& shape) const {
+    OrtValue* value = nullptr;
+    check(ort::output(*api, context_, index, shape.data(), shape.size(), &value));
+    void* data = nullptr;
+    check(ort::tensor_data(*api, value, &data));
+    return static_cast<float*>(data);
+  }
+
+  Parallel parallel() const {
+    static const int threads = int(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
+    return {run, context_, threads};
+  }
+
+ private:
+  OrtKernelContext* context_;
+  size_t count_ = 0;
+
+  // What a thread throws is kept for the one that waits: the host's threads expect nothing.
+  struct Work {
+    Parallel::Body body;
+    void* data;
+    std::atomic<bool> failed{false};
+  };
+
+  static void run(void* context, Parallel::Body body, size_t count, void* data) {
+    if (count == 1) return body(data, 0);
+    Work work{body, data};
+    const auto one = [](void* given, size_t index) {
+      Work& work = *static_cast<Work*>(given);
+      try {
+        work.body(work.data, index);
+      } catch (const std::bad_alloc&) {
+        work.failed = true;
+      }
+    };
+    check(ort::parallel_for(*api, static_cast<OrtKernelContext*>(context), one, count, 0, &work));
+    if (work.failed) throw std::bad_alloc();
+  }
+};
+
+void expect_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* what) {
+  expect(!tensor || (tensor.shape == shape && tensor.type == ort::kFloat), what);
+}
+
+struct ConvOperator {
+  static constexpr const char* kName = "Conv";
+  static constexpr size_t kInputs = 7, kNeeded = 2, kOutputs = 1;
+  enum Input { kX, kWeight, kBias, kScale, kShift, kRow, kResidual };
+
+  int64_t channels, stride, upsample, silu;
+  int64_t pads[4] = {};
+
+  explicit ConvOperator(const OrtKernelInfo* info)
+      : channels(integer(info, "channels")),
+        stride(integer(info, "stride")),
+        upsample(integer(info, "upsample")),
+        silu(integer(info, "silu")) {
+    size_t count = 4;
+    check(ort::ints_attribute(*api, info, "pads", pads, &count));
+    expect(count == 4 && *std::min_element(pads, pads + 4) >= 0, "Conv takes four pads");
+    expect((stride == 1 || stride == 2) && (upsample == 1 || upsample == 2),
+           "Conv takes a stride and an upsample of 1 or 2");
+  }
+
+  void compute(const Run& run) const {
+    const Tensor x = run.input(kX), weight = run.input(kWeight);
+    const Tensor bias = run.input(kBias), scale = run.input(kScale), shift = run.input(kShift);
+    const Tensor row = run.input(kRow), residual = run.input(kResidual);
+    Conv conv = describe(x, weight);
+    const std::vector<int64_t> shape = {conv.n, conv.out_h, conv.out_w, conv.k};
+    expect_shape(bias, {conv.k}, "Conv takes a bias of one number a channel");
+    expect_shape(scale, {conv.n, conv.c}, "Conv takes a scale of one number an image and channel");
+    expect_shape(shift, {conv.n, conv.c}, "Conv takes a shift of one number an image and channel");
+    expect(bool(scale) == bool(shift), "Conv takes scale and shift together");
+    expect(!row || row.shape == std::vector<int64_t>{1, conv.k} ||
+               row.shape == std::vector<int64_t>{conv.n, conv.k},
+           "Conv takes a row of one number a channel, for each image or for all");
+    expect_shape(residual, shape, "Conv takes a residual of the output's shape");
+    conv.bias = bias.floats();
+    conv.scale = scale.floats();
+    conv.shift = shift.floats();
+    conv.row = row.floats();
+    conv.row_stride = row && row.shape[0] > 1 ? conv.k : 0;
+    conv.residual = residual.floats();
+    conv.y = run.output(0, shape);
+    if (conv.n * conv.out_h * conv.out_w > 0) kernels().conv(conv, run.parallel());
+  }
+
+  Conv describe(const Tensor& x, const Tensor& weight) const {
+    expect(x.shape.size() == 4 && x.type == ort::kFloat, "Conv takes float images, channels last");
+    const auto& w = weight.shape;
+    expect(w.size() == 5 && w[2] == w[3] && (w[2] == 1 || w[2] == 3) && w[4] == kLanes &&
+               w[1] == x.shape[3] && w[0] == (channels + kLanes - 1) / kLanes,
+           "Conv takes weights packed as [channels / 16, input channels, 1 or 3, the same, 16]");
+    expect(weight.type == ort::kFloat || weight.type == ort::kHalf,
+           "Conv takes weights of float or float16");
+    Conv conv{};
+    conv.n = x.shape[0], conv.h = x.shape[1], conv.w = x.shape[2], conv.c = x.shape[3];
+    conv.k = channels, conv.kernel = w[2], conv.stride = stride, conv.upsample = upsample;
+    conv.pad_top = pads[0], conv.pad_left = pads[1], conv.silu = silu != 0;
+    conv.out_h = outputs(conv.h, pads[0] + pads[2], conv.kernel);
+    conv.out_w = outputs(conv.w, pads[1] + pads[3], conv.kernel);
+    conv.half = weight.type == ort::kHalf;
+    conv.x = x.floats();
+    conv.weight = weight.data;
+    return conv;
+  }
+
+  int64_t outputs(int64_t side, int64_t padding, int64_t kernel) const {
+    return std::max<int64_t>(0, (side * upsample + padding - kernel) / stride + 1);
+  }
+};
+
+struct GroupNormBase {
+  static constexpr size_t kInputs = 3, kNeeded = 3;
+  int64_t groups;
+  float epsilon = 0;
+
+  explicit GroupNormBase(const OrtKernelInfo* info) : groups(integer(info, "groups")) {
+    check(ort::float_attribute(*api, info, "epsilon", &epsilon));
+    expect(groups > 0, "group normalization takes a number of groups");
+  }
+
+  GroupNorm describe(const Run& run, std::vector<int64_t>& shape) const {
+    const Tensor x = run.input(0), gamma = run.input(1), beta = run.input(2);
+    expect(x.shape.size() >= 3 && x.type == ort::kFloat,
+           "group normalization takes floats of [n, ..., channels]");
+    shape = x.shape;
+    GroupNorm norm{};
+    norm.n = shape.front(), norm.c = shape.back(), norm.pixels = 1;
+    for (size_t i = 1; i + 1 < shape.size(); ++i) norm.pixels *= shape[i];
+    expect_shape(gamma, {norm.c}, "group normalization takes a gamma of one number a channel");
+    expect_shape(beta, {norm.c}, "group normalization takes a beta of one number a channel");
+    expect(norm.c % groups == 0, "group normalization takes channels that groups divide");
+    norm.groups = groups, norm.epsilon = epsilon;
+    norm.x = x.floats(), norm.gamma = gamma.floats(), norm.beta = beta.floats();
+    return norm;
+  }
+};
+
+struct GroupScaleOperator : GroupNormBase {
+  static constexpr const char* kName = "GroupScale";
+  static constexpr size_t kOutputs = 2;
+  using GroupNormBase::GroupNormBase;
+
+  void compute(const Run& run) const {
+    std::vector<int64_t> shape;
+    GroupNorm norm = describe(run, shape);
+    norm.scale = run.output(0, {norm.n, norm.c});
+    norm.shift = run.output(1, {norm.n, norm.c});
+    kernels().group_scale(norm, run.parallel());
+  }
+};
+
+struct GroupNormOperator : GroupNormBase {
+  static constexpr const char* kName = "GroupNorm";
+  static constexpr size_t kOutputs = 1;
+  int64_t silu;
+
+  explicit GroupNormOperator(const OrtKernelInfo* info)
+      : GroupNormBase(info), silu(integer(info, "silu")) {}
+
+  void compute(const Run& run) const {
+    std::vector<int64_t> shape;
+    GroupNorm norm = describe(run, shape);
+    std::vector<float> both(size_t(2 * norm.n * norm.c));
+    norm.scale = both.data(), norm.shift = both.data() + norm.n * norm.c, norm.silu = silu != 0;
+    norm.y = run.output(0, shape);
+    kernels().group_norm(norm, run.parallel());
+  }
+};
+
+// Fills in the table by which ONNX Runtime knows an operator.
+template <typename Operator>
+struct Entry : OrtCustomOp {
+  Entry() : OrtCustomOp{} {
+    version = ort::kVersion;
+    GetName = [](const OrtCustomOp*) { return Operator::kName; };
+    GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
+    GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
+    GetInputType = [](const OrtCustomOp*, size_t index) {
+      return int(index == 1 && Operator::kInputs > 3 ? ort::kAny : ort::kFloat);
+    };
+    GetOutputType = [](const OrtCustomOp*, size_t) { return int(ort::kFloat); };
+    GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
+      return int(index < Operator::kNeeded ? ort::kRequired : ort::kOptional);
+    };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int(ort::kRequired); };
+    GetInputMemoryType = [](const OrtCustomOp*, size_t) { return int(ort::kDefault); };
+    GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 0; };
+    GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) {
+      return 0;
+    };
+    GetStartVersion = [](const OrtCustomOp*) { return 1; };
+    GetEndVersion = [](const OrtCustomOp*) { return 1; };
+    CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info,
+                        void** kernel) {
+      return guarded([&] { *kernel = new Operator(info); });
+    };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      return guarded([&] { static_cast<const Operator*>(kernel)->compute(Run(context)); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };
+  }
+};
+
+const Entry<ConvOperator> kConv;
+const Entry<GroupScaleOperator> kGroupScale;
+const Entry<GroupNormOperator> kGroupNorm;
+
+void register_operators(OrtSessionOptions* options) {
+  static OrtCustomOpDomain* domain = [] {  // lives as long as the process: sessions refer to it
+    OrtCustomOpDomain* made = nullptr;
+    check(ort::create_domain(*api, "latentforge", &made));
+    for (const OrtCustomOp* each : {static_cast<const OrtCustomOp*>(&kConv),
+                                    static_cast<const OrtCustomOp*>(&kGroupScale),
+                                    static_cast<const OrtCustomOp*>(&kGroupNorm)})
+      check(ort::add_to_domain(*api, made, each));
+    return made;
+  }();
+  check(ort::add_domain(*api, options, domain));
+}
+
+}  // namespace
+}  // namespace latentforge
+
+#define LATENTFORGE_EXPORT extern "C" __attribute__((visibility("default")))
+
+LATENTFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                const OrtApiBase* base) {
+  namespace lf = latentforge;
+  if (lf::api == nullptr) lf::api = base->GetApi(lf::ort::kVersion);
+  if (lf::api == nullptr) {  // an older library: version 1 can at least say so
+    const OrtApi* oldest = base->GetApi(1);
+    return lf::ort::create_status(*oldest, lf::ort::kFail,
+                                  "latentforge's operators need onnxruntime 1.18 or newer");
+  }
+  return lf::guarded([&] { lf::register_operators(options); });
+}
+
+// The instruction set that the operators run on here: avx512, avx2 or portable.
+LATENTFORGE_EXPORT const char* latentforge_kernels() { return latentforge::kernels().name; }

@@ -1,0 +1,105 @@
+// Vectors of the instruction set that a file is compiled for.
+//
+// Everything here and in the headers above it is in an unnamed namespace, and uses no inline
+// function of the standard library: the linker keeps one copy of those for all instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace latentforge {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kRows = 14, kBlocks = 2;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kRows = 6, kBlocks = 1;
+#else
+constexpr int kWidth = 4, kRows = 4, kBlocks = 1;
+#endif
+// kWidth floats are a vector; kRows x kBlocks * 16 accumulators are a tile of the product, which
+// fills the registers.
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef float Anywhere __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+
+template <typename T>
+constexpr T smaller(T a, T b) { return a < b ? a : b; }
+template <typename T>
+constexpr T larger(T a, T b) { return a < b ? b : a; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Anywhere*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Anywhere*>(p) = v; }
+inline Vec all(float value) { return value - Vec{}; }
+
+// The first count floats, and zeros.
+inline Vec load_some(const float* p, int64_t count) {
+  if (count >= kWidth) return load(p);
+  float values[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return load(values);
+}
+
+inline void store_some(float* p, Vec v, int64_t count) {
+  if (count >= kWidth) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+inline float from_half(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  uint32_t bits = (rest << 13) + (112u << 23);
+  float value;
+  if (rest < 0x0400) {  // subnormal
+    value = float(rest) * 0x1p-24f;
+    std::memcpy(&bits, &value, 4);
+  } else if (rest >= 0x7c00) {
+    bits += 112u << 23;
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline Vec load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = from_half(p[i]);
+  return v;
+#endif
+}
+
+inline Vec pick(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+
+// e^x by 2^n e^f with |f| <= ln 2 / 2 and a polynomial for e^f, to 2 ulp, between e^-87 and e^88.
+inline Vec exponential(Vec x) {
+  x = pick(x < all(-87.0f), all(-87.0f), x);
+  x = pick(x > all(88.0f), all(88.0f), x);
+  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = f * (1.0f / 5040) + (1.0f / 720);
+  p = p * f + (1.0f / 120);
+  p = p * f + (1.0f / 24);
+  p = p * f + (1.0f / 6);
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  return Vec(IntVec(p) + (IntVec(shifted) << 23));
+}
+
+inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
+
+}  // namespace
+}  // namespace latentforge
