@@ -167,7 +167,10 @@ def _write(
     for tokenizer in origin.manifest.tokenizers.values():
         (folder / tokenizer.file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin.directory / tokenizer.file, folder / tokenizer.file)
-    manifest = msgspec.structs.replace(origin.manifest, components=components, quality={})
+    # a plan was judged with other engines
+    manifest = msgspec.structs.replace(
+        origin.manifest, components=components, quality={}, fast=None
+    )
     manifest.write(folder)
     return manifest, rewritten
 

@@ -20,6 +20,7 @@ from latentforge.optimize.recipe import Precision, Recipe
 from latentforge.optimize.targets import Target
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.manifest import Component, FileEntry
+from latentforge.runtime.native import DOMAIN
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["UNET", "Rewriter", "Rewritten", "load_graph", "save_part"]
@@ -77,6 +78,7 @@ class Rewriter:
             parts = hoisted.parts(name)
             counts.update(hoisted.counts)
         for part in parts.values():
+            counts.update(self._finish(part.model, precision))
             counts.update(self._halve(part.model, precision, component))
         after = sum(len(part.model.graph) for part in parts.values())
         return Rewritten(parts=parts, precision=precision, counts=counts, nodes=(before, after))
@@ -118,6 +120,13 @@ class Rewriter:
         bits: Literal[4, 8] = 4 if precision == "int4-weights" else 8
         made = quantize_weights(model, self.recipe.weights, self.target.form, bits=bits)
         return Counter({precision: made})
+
+    def _finish(self, model: ir.Model, precision: Precision) -> Counter[str]:
+        """Run the target's last passes, which other analyses don't look behind."""
+        if precision not in ("fp32", "fp16"):  # what is quantized keeps its layout
+            return Counter()
+        names = [name for name in self.target.last if name not in self.recipe.skip]
+        return optimize(model, {name: PASSES[name] for name in names})
 
     def _halve(self, model: ir.Model, precision: Precision, component: Component) -> Counter[str]:
         """Compute in half where target and model can, and store what is left in half."""
@@ -168,4 +177,5 @@ def save_part(name: str, part: Part, component: Component, folder: Path) -> Comp
         data=(FileEntry.of(data, folder),) if data.exists() else (),
         inputs=part.inputs,
         outputs=part.outputs,
+        custom_ops=any(node.domain == DOMAIN for node in part.model.graph),
     )

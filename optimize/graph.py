@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.native import DOMAIN, needed_library
 
 __all__ = ["Layer", "add_constant", "constant", "dependencies", "layers", "lend"]
 __all__ += ["matches", "module", "open_session", "operands", "save", "set_weight", "tidy"]
@@ -201,6 +202,8 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
+    if any(node.domain == DOMAIN for node in model.graph):
+        options.register_custom_ops_library(str(needed_library("the graph")))
     copy = model.clone()
     tidy(copy)  # ONNX Runtime takes no constant that nothing uses
     arrays = lend(copy.graph)

@@ -32,6 +32,7 @@ from onnx_ir.passes import common
 
 from latentforge.optimize.graph import constant, matches, module
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.native import DOMAIN
 
 __all__ = ["TIME", "compute_half", "store_half"]
 
@@ -128,6 +129,8 @@ Array = NDArray[np.float16]
 def store_half(model: ir.Model) -> int:
     """Store float32 weights in half, each behind one Cast to float32; return how many.
 
+    Our own Conv converts its weight itself, and has no Cast.
+
     Stored in float32 stay: weights of less than 1024 elements, the scales of quantized layers, and
     what half cannot hold, which is a value beyond 65504, or so much of the weight below 6e-5, where
     half loses digits, that its norm changes by a thousandth.
@@ -136,7 +139,8 @@ def store_half(model: ir.Model) -> int:
     weights = [value for value in graph.initializers.values() if _storable(value)]
     casts = [_stored(graph, value) for value in weights]
     for cast in reversed(casts):
-        graph.insert_before(graph[0], cast)
+        if cast is not None:
+            graph.insert_before(graph[0], cast)
     return len(casts)
 
 
@@ -167,15 +171,16 @@ def _fits(array: NDArray[np.float32], *, clamp: bool = False) -> bool:
     return bool(np.linalg.norm(lost) <= _LOSS * np.linalg.norm(array))
 
 
-def _stored(graph: ir.Graph, value: ir.Value) -> ir.Node:
-    """Put a half initializer and a Cast in the place of a weight."""
+def _stored(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
+    """Put a half initializer in the place of a weight, and a Cast where users want float32."""
     name, tensor = str(value.name), value.const_value
     assert tensor is not None
     users = list(value.uses())
     half = _initializer(name, tensor)
-    cast = _cast(half, ir.DataType.FLOAT, f"{name}/Cast", f"{name}_float32")
+    direct = all(user.node.domain == DOMAIN and user.idx == 1 for user in users)
+    cast = None if direct else _cast(half, ir.DataType.FLOAT, f"{name}/Cast", f"{name}_float32")
     for user in users:
-        user.node.replace_input_with(user.idx, cast.outputs[0])
+        user.node.replace_input_with(user.idx, half if cast is None else cast.outputs[0])
     del graph.initializers[name]
     graph.register_initializer(half)
     return cast

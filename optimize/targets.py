@@ -10,11 +10,15 @@ from types import MappingProxyType
 
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize import Form
+from latentforge.runtime.native import library
 
-__all__ = ["CUDA_ONLY", "TARGETS", "Target"]
+__all__ = ["CUDA_ONLY", "NATIVE", "TARGETS", "Target"]
 
 CUDA_ONLY = frozenset({"fuse-geglu", "fuse-group-norm", "pack-attention", "nhwc-conv"})
 """Passes that make operators which ONNX Runtime's CPU provider lacks, measured with 1.32."""
+
+NATIVE = frozenset({"native-conv", "fuse-conv", "native-product"})
+"""Passes that make operators of latentforge's own library, for ONNX Runtime's CPU provider."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,8 @@ class Target:
 
     Attributes:
         passes: names in PASSES, in the order in which they run.
+        last: of those, which run when a graph has been cut into its parts and no layer of it was
+            quantized.
         half: whether it computes in half precision.
         form: how it takes quantized layers.
         backend: that runs them, most of them when they are compiled.
@@ -32,6 +38,7 @@ class Target:
     half: bool
     form: Form
     backend: str
+    last: tuple[str, ...] = ()
 
     @property
     def portable(self) -> tuple[str, ...]:
@@ -57,6 +64,8 @@ class Target:
 _STANDARD = ("fold-constants", "fuse-layer-norm", "fuse-gelu")
 """What leaves nothing but ONNX's own operators: these engines fuse by themselves."""
 
+_LAST = ("native-conv", "merge-transposes", "fuse-conv", "native-product")
+
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "cpu": Target(
@@ -64,9 +73,13 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             half=False,
             form="onnxruntime",
             backend="onnxruntime",
+            last=_LAST if library() is not None else (),
         ),
         "cuda": Target(
-            passes=tuple(PASSES), half=True, form="onnxruntime", backend="onnxruntime-cuda"
+            passes=tuple(name for name in PASSES if name not in NATIVE),
+            half=True,
+            form="onnxruntime",
+            backend="onnxruntime-cuda",
         ),
         "tensorrt": Target(passes=_STANDARD, half=True, form="qdq", backend="tensorrt"),
         "tensorrt-rtx": Target(passes=_STANDARD, half=True, form="qdq", backend="tensorrt-rtx"),

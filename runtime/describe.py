@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from latentforge.runtime.manifest import Component, Manifest, Stage
+from latentforge.runtime.manifest import Component, FastPlan, Manifest, Stage
 from latentforge.runtime.shapes import sentence
 from latentforge.runtime.tensor import TensorSpec
 
@@ -59,6 +59,8 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         f"{defaults.guidance_scale:g} (rescale {defaults.guidance_rescale:g}), "
         f"{defaults.width}x{defaults.height}"
     )
+    if manifest.fast is not None:
+        yield from _plan(manifest.fast)
     yield ""
     against = "against input" if len(manifest.history) > 1 else "against torch"
     yield f"{'component':<16}{'backend':<14}{'precision':<13}{'size':>11}  {against}"
@@ -77,10 +79,27 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         yield from changes(stage)
 
 
+def _plan(plan: FastPlan) -> Iterator[str]:
+    """What a request does less of unless it is exact, and what that was measured to be."""
+    times = ", ".join(f"{timestep:g}" for timestep in plan.timesteps)
+    parts = [f"{plan.sampler}, {plan.steps} steps" + (f" at {times}" if times else "")]
+    if plan.guidance is not None:
+        parts.append("guidance for sigma from {:g} to {:g}".format(*plan.guidance))
+    if plan.shallow:
+        parts.append(f"shallow evaluations {', '.join(map(str, plan.shallow))}")
+    if plan.unet != "unet":
+        parts.append(f"others by {plan.unet}")
+    yield f"plan        {'; '.join(parts)}: class B, unless exact"
+    if plan.measured:
+        yield f"{'':<12}{_figures(plan.measured)}"
+
+
 def _bound(name: str, component: Component) -> Iterator[str]:
     """What an engine was built for."""
     if component.shapes:
         yield f"{name}: for {sentence(component.shapes)}"
+    if component.at_once is not None:
+        yield f"{name}: fastest with {component.at_once} rows at once"
     for what in (component.device, component.options):
         if what:
             yield f"{name}: {', '.join(f'{key} {value}' for key, value in what.items())}"

@@ -32,7 +32,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profile import Benchmark, Profile, Stopwatch, Timings
 from latentforge.runtime.prompts import Told, tell
 from latentforge.runtime.rng import Generator
-from latentforge.runtime.schedules import Plan
+from latentforge.runtime.schedules import NoiseLevel, Plan
 from latentforge.runtime.settings import Request, Settings, resolve
 from latentforge.runtime.tokenizer import Tokenizer
 from latentforge.runtime.unet import ToldUnet, Unet
@@ -45,6 +45,9 @@ __all__ = ["Pipeline", "Result", "Step", "load", "load_component"]
 Array = NDArray[np.float32]
 
 _log = logging.getLogger("latentforge")
+
+_EVERY_STEP = ("unet", "unet_reduced", "unet_shallow")
+_OF_ROWS = (*_EVERY_STEP, "unet_prompt")
 
 _STRENGTH = 0.8  # of a picture that is given without a mask, as in diffusers
 
@@ -112,7 +115,7 @@ class Pipeline:
             directory: what latentforge build, export, optimize or compile wrote.
             hashes: compare each file with its sha256 in the manifest, not only its size.
             at_once: the most rows of one UNet run, of which guidance takes two an image; None
-                runs all together.
+                is what the manifest says was fastest, or all together where it says nothing.
             low_memory: one row at once, and weights left as they lie in the file, which takes
                 about half the memory and more time.
             options: of the backends, such as threads=2; each takes those that it knows.
@@ -139,15 +142,15 @@ class Pipeline:
         def load_engine(name: str) -> Engine:
             # Pixels take far more memory than latents, so the VAE sees one picture at a time.
             rows = 1 if low_memory else at_once
-            limits = {"unet": rows, "unet_prompt": rows, "vae_decoder": 1, "vae_encoder": 1}
+            limits = {**dict.fromkeys(_OF_ROWS, rows), "vae_decoder": 1, "vae_encoder": 1}
             return load_component(
                 manifest,
                 name,
                 path,
                 options,
-                at_once=limits.get(name),
+                at_once=limits.get(name) or manifest.components[name].at_once,
                 low_memory=low_memory,
-                rare=name != "unet",
+                rare=name not in _EVERY_STEP,
             )
 
         engines = {name: load_engine(name) for name in manifest.needed}
@@ -171,9 +174,11 @@ class Pipeline:
             settings: negative_prompt, images_per_prompt, sampler, steps, guidance_scale,
                 guidance_rescale, height, width, seed, strength (0.8 of a picture without a mask),
                 denoising_start, denoising_end, and for Stable Diffusion XL original_size, crop,
-                target_size, aesthetic_score, negative_aesthetic_score. What is left out comes
-                from the manifest's defaults, height and width from the picture if there is one,
-                and the seed from the system.
+                target_size, aesthetic_score, negative_aesthetic_score; of cheaper evaluations
+                timesteps, guidance_interval, shallow or cache_interval, and unet; exact to leave
+                the engines' plan aside. What is left out comes from that plan and the manifest's
+                defaults, height and width from the picture if there is one, and the seed from
+                the system.
 
         Raises:
             SettingsError: a setting is out of range or unknown.
@@ -197,6 +202,7 @@ class Pipeline:
         """
         complete = self.settings(prompt, image=image, mask=mask, **settings)
         self._check_schedule(complete)
+        self._check_engines(complete)
         return self._steps(complete, self._source(complete, image, mask), self._plan(complete))
 
     def run(
@@ -212,6 +218,7 @@ class Pipeline:
         With ``rows``, as encode() gives them, the UNet is told these in place of the prompts.
         """
         self._check_size(settings)
+        self._check_engines(settings)
         source, plan = self._source(settings, image, mask), self._plan(settings)
         *_, last = self._steps(settings, source, plan, rows)
         return last.result()
@@ -245,7 +252,9 @@ class Pipeline:
             request = {"height": height, "width": width, "strength": strength, **request}
         elif "strength" in request:
             raise SettingsError("strength is that of a picture to start from: give image too")
-        resolved = resolve(self.manifest.defaults, prompt, cast("Request", request))
+        resolved = resolve(
+            self.manifest.defaults, prompt, cast("Request", request), self.manifest.fast
+        )
         self._check_size(resolved)
         return resolved
 
@@ -352,6 +361,8 @@ class Pipeline:
         self, settings: Settings, source: Source, plan: Plan, rows: Told | None = None
     ) -> Iterator[Step]:
         """The denoising loop. Pauses between steps are the caller's and not counted."""
+        for name in _engines_of(settings):
+            self.load_engine(name)
         watch = Stopwatch()
         with watch.running():
             steps = self._sampling(settings, source, plan, watch, rows)
@@ -363,13 +374,27 @@ class Pipeline:
             yield Step(step, self, settings, watch)
 
     def _plan(self, settings: Settings) -> Plan:
-        schedule = self.manifest.schedule
-        plan = samplers.get(settings.sampler).plan(schedule, settings.steps)
+        """The steps of a request: all of its schedule, or a part of them."""
+        plan, schedule = self._whole(settings), self.manifest.schedule
         if settings.denoising_start is None and settings.denoising_end is None:
             return plan.of_strength(settings.strength)
         start = 0.0 if settings.denoising_start is None else settings.denoising_start
         end = 1.0 if settings.denoising_end is None else settings.denoising_end
         return plan.between(schedule, start=start, end=end)
+
+    def _whole(self, settings: Settings) -> Plan:
+        sampler, schedule = samplers.get(settings.sampler), self.manifest.schedule
+        if settings.timesteps:
+            return sampler.along(schedule, settings.timesteps)
+        return sampler.plan(schedule, settings.steps)
+
+    def _check_engines(self, settings: Settings) -> None:
+        """Refuse steps that no engine here can make."""
+        for name in _engines_of(settings):
+            if name not in self.manifest.components and name not in self.engines:
+                raise SettingsError(
+                    f"these engines have no {name}: leave it out, or build some with --fast"
+                )
 
     def _sampling(
         self,
@@ -391,6 +416,8 @@ class Pipeline:
             scale=settings.guidance_scale,
             rescale=settings.guidance_rescale,
             around=canvas.around,
+            interval=settings.guidance_interval or (0.0, 1.0),
+            shallow=self._shallow(settings),
         )
         return samplers.get(settings.sampler).run(
             denoiser,
@@ -410,7 +437,16 @@ class Pipeline:
                 rows = self.encode(settings)
         timesteps = [interval.start.timestep for interval in plan.intervals]
         guided = any(len(array) > settings.count for array in rows.values())
-        return Unet.of(self.engines).told(rows, timesteps, watch), guided
+        unet = Unet.of(self.engines, settings.unet, shallow=bool(settings.shallow))
+        return unet.told(rows, timesteps, watch), guided
+
+    def _shallow(self, settings: Settings) -> frozenset[NoiseLevel]:
+        """The levels of shallow evaluations, which are counted over the whole schedule.
+
+        So a run that starts late or ends early makes the same ones, but that its first is full.
+        """
+        intervals = self._whole(settings).intervals
+        return frozenset(intervals[i].start for i in settings.shallow if i < len(intervals))
 
     def _studio(
         self, settings: Settings, plan: Plan, generator: Generator, watch: Stopwatch
@@ -439,6 +475,11 @@ class Pipeline:
                 assert self._load_engine is not None
                 self.engines[name] = self._load_engine(name)
             return self.engines[name]
+
+
+def _engines_of(settings: Settings) -> tuple[str, ...]:
+    """The components that make the steps of a request."""
+    return (settings.unet, "unet_shallow") if settings.shallow else (settings.unet,)
 
 
 class Step:

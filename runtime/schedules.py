@@ -6,14 +6,16 @@ up to t and alpha**2 + sigma**2 = 1 (Ho et al. 2020, equation 4). Samplers diffe
 timesteps they visit: Lin et al. (2023, arXiv 2305.08891, table 2) name three spacings, and the
 diffusers schedulers, whose choices are followed here to the last rounding, read each in their
 own way. A planner turns a schedule and a number of steps into a Plan; there is one for each way.
+Where the timesteps may be anybody's, a follower makes the Plan of given ones.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import msgspec
@@ -25,7 +27,9 @@ from latentforge.runtime.errors import ManifestError, SettingsError
 
 __all__ = [
     "CLEAN",
+    "FOLLOWERS",
     "BetaKind",
+    "Follower",
     "Interval",
     "NoiseLevel",
     "Plan",
@@ -33,6 +37,11 @@ __all__ = [
     "Prediction",
     "Schedule",
     "Spacing",
+    "follow_ddim",
+    "follow_dpm",
+    "follow_euler",
+    "follow_heun",
+    "follow_lcm",
     "plan_ddim",
     "plan_dpm",
     "plan_dpm_karras",
@@ -171,6 +180,9 @@ class Plan:
 
 Planner = Callable[["Schedule", int], Plan]
 
+Follower = Callable[["Schedule", Sequence[float]], Plan]
+"""Makes a Plan of timesteps, strictly falling, that need not be whole."""
+
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """A checkpoint's noise schedule: plain data, stored in the manifest under "schedule".
@@ -229,6 +241,23 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         square = self.alphas_cumprod[max(index, 0)]
         sigma = math.sqrt(np.float32(1) - square)
         return NoiseLevel(math.sqrt(square), sigma, float(timestep))
+
+    def level(self, timestep: float) -> NoiseLevel:
+        """The level of any timestep: between whole ones, sigma / alpha is on a line."""
+        return self.at(timestep) if timestep == int(timestep) else _levels_at(self, [timestep])[0]
+
+    def check(self, timesteps: Sequence[float]) -> None:
+        """Refuse timesteps that the network was never trained for.
+
+        Raises:
+            SettingsError: one lies outside of the schedule.
+        """
+        for timestep in timesteps:
+            if not 0 <= timestep <= self.train_steps - 1:
+                raise SettingsError(
+                    f"timestep {timestep:g} is not in the schedule, which has those from 0 to "
+                    f"{self.train_steps - 1}"
+                )
 
     def _betas(self) -> NDArray[np.float32]:
         match self.beta_kind:
@@ -317,9 +346,7 @@ def plan_euler(schedule: Schedule, steps: int) -> Plan:
     it is 1: the two ways in which diffusers starts, told apart by the spacing.
     """
     times = _spaced(schedule, _checked(schedule, steps), "linspace").astype(np.float32)
-    levels = _levels(_ratios_at(schedule, times), times)
-    scale = 1.0 if schedule.spacing == "leading" else levels[0].sigma
-    return Plan(_chain(levels), scale)
+    return follow_euler(schedule, times.tolist())
 
 
 def plan_heun(schedule: Schedule, steps: int) -> Plan:
@@ -331,7 +358,7 @@ def plan_dpm(schedule: Schedule, steps: int) -> Plan:
     """Whole timesteps spaced as if the clean latent were one of them, for DPM-Solver and UniPC."""
     extra = schedule.spacing != "trailing"
     times = np.round(_spaced(schedule, _checked(schedule, steps) + extra, "linspace"))[:steps]
-    return Plan(_chain(_levels(_ratios_at(schedule, times), times)))
+    return follow_dpm(schedule, times.tolist())
 
 
 def plan_dpm_karras(schedule: Schedule, steps: int) -> Plan:
@@ -353,7 +380,7 @@ def plan_lcm(schedule: Schedule, steps: int) -> Plan:
         raise SettingsError(f"{steps} steps: a latent consistency model takes at most {limit}")
     skip = schedule.train_steps // limit
     index = np.linspace(0, limit, steps, endpoint=False).astype(np.int64)
-    return Plan(_chain([schedule.at((limit - i) * skip - 1) for i in index.tolist()]))
+    return follow_lcm(schedule, [(limit - i) * skip - 1 for i in index.tolist()])
 
 
 def _plan_squeezed(schedule: Schedule, steps: int, *, count: int, kept: int) -> Plan:
@@ -373,7 +400,7 @@ def _plan_squeezed(schedule: Schedule, steps: int, *, count: int, kept: int) -> 
             f"{steps} steps cannot be squeezed into {count}; take {_SQUEEZED_FROM}, as is usual"
         )
     times = np.append(planned[:kept], stride * np.arange(count - kept, -1, -1))
-    return Plan(_chain(_levels(_ratios_at(schedule, times), times))[:-1])
+    return Plan(_chain(_levels_at(schedule, times.tolist()))[:-1])
 
 
 plan_squeezed_10: Planner = partial(_plan_squeezed, count=10, kept=6)
@@ -381,6 +408,51 @@ plan_squeezed_10: Planner = partial(_plan_squeezed, count=10, kept=6)
 
 plan_squeezed_11: Planner = partial(_plan_squeezed, count=11, kept=7)
 """Deci's squeeze mode "11,7"."""
+
+
+# Followers: levels of timesteps that anybody chose. Each step ends where the next one starts.
+
+
+def follow_ddim(schedule: Schedule, timesteps: Sequence[float]) -> Plan:
+    """Down to what plan_ddim ends on, by the last of the strides."""
+    stride = timesteps[-2] - timesteps[-1] if len(timesteps) > 1 else schedule.train_steps
+    last = schedule.at(min(timesteps[-1] - stride, -1))
+    levels = [*(schedule.level(t) for t in timesteps), last]
+    return Plan(tuple(Interval(*pair) for pair in pairwise(levels)))
+
+
+def follow_euler(schedule: Schedule, timesteps: Sequence[float]) -> Plan:
+    """Down to the clean latent, starting as plan_euler does."""
+    levels = _levels_at(schedule, timesteps)
+    scale = 1.0 if schedule.spacing == "leading" else levels[0].sigma
+    return Plan(_chain(levels), scale)
+
+
+def follow_heun(schedule: Schedule, timesteps: Sequence[float]) -> Plan:
+    """Euler's, without a rescaling to zero terminal SNR."""
+    return follow_euler(replace(schedule, zero_terminal_snr=False), timesteps)
+
+
+def follow_dpm(schedule: Schedule, timesteps: Sequence[float]) -> Plan:
+    """Down to the clean latent, for DPM-Solver and UniPC."""
+    return Plan(_chain(_levels_at(schedule, timesteps)))
+
+
+def follow_lcm(schedule: Schedule, timesteps: Sequence[float]) -> Plan:
+    """Down to the clean latent, whether or not the model was distilled on these."""
+    return Plan(_chain([schedule.level(t) for t in timesteps]))
+
+
+FOLLOWERS: Mapping[Planner, Follower] = MappingProxyType(
+    {
+        plan_ddim: follow_ddim,
+        plan_euler: follow_euler,
+        plan_heun: follow_heun,
+        plan_dpm: follow_dpm,
+        plan_lcm: follow_lcm,
+    }
+)
+"""By the planner whose levels they have. The others' levels are no function of timesteps."""
 
 
 def _checked(schedule: Schedule, steps: int) -> int:
@@ -424,6 +496,12 @@ def _timesteps_of(ratios: NDArray[np.float32], chosen: NDArray[np.float64]) -> N
     below = np.clip(np.searchsorted(logs, target, side="right") - 1, 0, len(logs) - 2)
     weight = np.clip((logs[below] - target) / (logs[below] - logs[below + 1]), 0, 1)
     return np.asarray((1 - weight) * below + weight * (below + 1), np.float64)
+
+
+def _levels_at(schedule: Schedule, timesteps: Sequence[float]) -> list[NoiseLevel]:
+    """The levels of timesteps, with sigma / alpha on a line between those of whole ones."""
+    times = np.array(timesteps, np.float64)
+    return _levels(_ratios_at(schedule, times), times)
 
 
 def _levels(ratios: NDArray[np.float64], times: NDArray[np.floating]) -> list[NoiseLevel]:

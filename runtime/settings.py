@@ -2,13 +2,14 @@
 
 import reprlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from functools import partial
+from typing import Any, TypedDict, get_args
 
 from latentforge.runtime import samplers
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.manifest import Defaults
+from latentforge.runtime.manifest import Defaults, FastPlan, StepEngine, check_plan
 
 __all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
 
@@ -17,6 +18,11 @@ MAX_PROMPT = 16_384
 
 _MAX_STEPS = 1000
 _MAX_SIDE = 16_384
+_MAX_TIMESTEP = 100_000
+
+_PAIRS_AND_LISTS = (
+    "original_size", "crop", "target_size", "timesteps", "guidance_interval", "shallow"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,11 @@ class Settings:
         original_size, crop, target_size: (height, width) or (top, left) in pixels, which
             Stable Diffusion XL is told of; sizes are those of the image where None.
         aesthetic_score, negative_aesthetic_score: from 1 to 10, which its refiner is told of.
+        timesteps: where the steps start, strictly falling, one a step; none are the sampler's own.
+        guidance_interval: the least and the most sigma that has guidance; None is everywhere.
+        shallow: evaluations of the UNet that go on from the last full one's deep feature.
+        unet: what makes the full ones. For these four see manifest.FastPlan.
+        exact: whether the engines' plan, if there is one, was left aside.
     """
 
     prompts: tuple[str, ...]
@@ -52,6 +63,11 @@ class Settings:
     target_size: tuple[int, int] | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+    timesteps: tuple[float, ...] = ()
+    guidance_interval: tuple[float, float] | None = None
+    shallow: tuple[int, ...] = ()
+    unet: StepEngine = "unet"
+    exact: bool = False
 
     def __post_init__(self) -> None:
         samplers.get(str(self.sampler))
@@ -71,6 +87,7 @@ class Settings:
             _check_pair(name, getattr(self, name))
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             _check_number(name, getattr(self, name), 0, 10)
+        _check_evaluations(self)
 
     @property
     def count(self) -> int:
@@ -82,9 +99,18 @@ class Settings:
         """Whether the negative prompts are looked at: as in diffusers, above scale 1."""
         return self.guidance_scale > 1
 
+    @property
+    def cheaper(self) -> bool:
+        """Whether the UNet does less than the sampler asks of it: another picture, class B."""
+        less = self.guidance_interval not in (None, (0, 1)) or self.unet != "unet"
+        return less or bool(self.timesteps or self.shallow)
+
 
 class Request(TypedDict, total=False):
-    """The settings that a caller may give; the manifest's defaults fill in the rest."""
+    """The settings that a caller may give; the manifest's plan and defaults fill in the rest.
+
+    ``cache_interval`` makes every so many-th evaluation a full one, and the others ``shallow``.
+    """
 
     negative_prompt: str | Sequence[str]
     images_per_prompt: int
@@ -103,13 +129,30 @@ class Request(TypedDict, total=False):
     target_size: tuple[int, int]
     aesthetic_score: float
     negative_aesthetic_score: float
+    timesteps: tuple[float, ...]
+    guidance_interval: tuple[float, float]
+    shallow: tuple[int, ...]
+    cache_interval: int
+    unet: StepEngine
+    exact: bool
 
 
-def resolve(defaults: Defaults, prompt: str | Sequence[str], request: Request) -> Settings:
+def resolve(
+    defaults: Defaults,
+    prompt: str | Sequence[str],
+    request: Request,
+    fast: FastPlan | None = None,
+) -> Settings:
     """Fill in what a request leaves out, or gives as None, and check it all.
 
+    Args:
+        defaults: those of the manifest.
+        prompt: one, or several.
+        request: what was asked for.
+        fast: the manifest's plan, which a request follows unless it is to be exact.
+
     Raises:
-        SettingsError: a setting is unknown or out of range.
+        SettingsError: a setting is unknown or out of range, or the plan is for another schedule.
     """
     if unknown := request.keys() - Request.__annotations__.keys():
         known = ", ".join(Request.__annotations__)
@@ -117,12 +160,45 @@ def resolve(defaults: Defaults, prompt: str | Sequence[str], request: Request) -
     given: dict[str, Any] = {key: value for key, value in request.items() if value is not None}
     prompts = _texts(prompt, 1)
     negative = _texts(given.pop("negative_prompt", ()), len(prompts))
-    for name in ("original_size", "crop", "target_size"):
+    for name in _PAIRS_AND_LISTS:
         if isinstance(given.get(name), list):  # as JSON has it
             given[name] = tuple(given[name])
-    return Settings(
-        prompts=prompts, negative_prompts=negative, **{**_from_defaults(defaults), **given}
-    )
+    if isinstance(times := given.get("timesteps"), tuple) and times:
+        given.setdefault("steps", len(times))
+    usual = _from_defaults(defaults)
+    if fast is not None and not given.get("exact"):
+        usual |= _followed(fast, given)
+    complete = {**usual, **given}
+    if (interval := complete.pop("cache_interval", None)) is not None:
+        complete["shallow"] = _between_full(interval, complete["steps"], given)
+    return Settings(prompts=prompts, negative_prompts=negative, **complete)
+
+
+def _followed(plan: FastPlan, given: dict[str, Any]) -> dict[str, Any]:
+    """The plan as settings, where it is for the schedule that was asked for."""
+    own = plan.request
+    asked = {name: given.get(name, own[name]) for name in ("sampler", "steps")}
+    if asked != {name: own[name] for name in asked}:
+        wanted = f"{_shown(asked['sampler'])} of {_shown(asked['steps'])}"
+        raise SettingsError(
+            f"these engines' plan is for {own['sampler']!r} of {own['steps']} steps, not {wanted}: "
+            "ask for no sampler and steps, or leave the plan aside with exact (--exact)"
+        )
+    return own
+
+
+def _between_full(interval: int, steps: int, given: dict[str, Any]) -> tuple[int, ...]:
+    """All evaluations but every interval-th."""
+    if "shallow" in given:
+        raise SettingsError("cache_interval says which evaluations are shallow: give one of both")
+    _check_count("cache_interval", interval, _MAX_STEPS)
+    _check_count("steps", steps, _MAX_STEPS)
+    if interval > steps:
+        raise SettingsError(
+            f"cache_interval {interval} is longer than the run of {steps} steps: take 2 to "
+            f"{steps}, or 1 for full evaluations alone"
+        )
+    return tuple(index for index in range(steps) if index % interval)
 
 
 def _texts(given: str | Sequence[str], count: int) -> tuple[str, ...]:
@@ -184,6 +260,31 @@ def _check_pair(name: str, pair: tuple[int, int] | None) -> None:
     whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(side) is int for side in pair)
     if not whole or not all(0 <= side <= _MAX_SIDE for side in pair):
         raise ShapeError(f"{name} is two whole numbers up to {_MAX_SIDE}, not {_shown(pair)}")
+
+
+def _check_evaluations(settings: Settings) -> None:
+    """Which evaluations are made, and how, is well-formed and fits the number of steps."""
+    interval = settings.guidance_interval
+    timestep = partial(_check_number, least=0, most=_MAX_TIMESTEP)
+    _check_each("timesteps", settings.timesteps, timestep)
+    _check_each("shallow", settings.shallow, partial(_check_count, most=_MAX_STEPS))
+    if interval is not None:
+        _check_each("guidance_interval", interval, partial(_check_number, least=0, most=1))
+        if len(interval) != 2:
+            raise SettingsError(f"guidance_interval is two numbers, not {_shown(interval)}")
+    if settings.unet not in get_args(StepEngine):
+        names = " or ".join(get_args(StepEngine))
+        raise SettingsError(f"unet is {names}, not {_shown(settings.unet)}")
+    if type(settings.exact) is not bool:
+        raise SettingsError(f"exact is True or False, not {_shown(settings.exact)}")
+    check_plan(settings.steps, settings.timesteps, interval, settings.shallow)
+
+
+def _check_each(name: str, values: object, check: Callable[[str, Any], None]) -> None:
+    if not isinstance(values, tuple):
+        raise SettingsError(f"{name} is a tuple of numbers, not {_shown(values)}")
+    for value in values:
+        check(f"each of {name}", value)
 
 
 def _shown(value: object) -> str:

@@ -2,6 +2,9 @@
 
 docs/format.md says what the parts take and give. An engine directory of a whole UNet has the last
 alone.
+
+Where that is split too, a step may leave out the deep layers and go on from what they gave at an
+earlier one: DeepCache, Ma et al. (2023), arXiv 2312.00858.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.engine import Engine
+from latentforge.runtime.manifest import DEEP_FEATURE, StepEngine
 from latentforge.runtime.profile import Stopwatch
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
@@ -29,17 +33,25 @@ class Unet:
         prompt: runs once a request, on rows that are the step's.
         time: runs for all timesteps of a schedule at once, each of them a row, or as many rows as
             the step has where it is told of the prompts too.
+        shallow: the step without its deep layers, if some are to be left out.
     """
 
     step: Engine
     prompt: Engine | None = None
     time: Engine | None = None
+    shallow: Engine | None = None
 
     @classmethod
-    def of(cls, engines: Mapping[str, Engine]) -> "Unet":
-        """The UNet among the loaded components."""
-        prompt, time = engines.get("unet_prompt"), engines.get("unet_time")
-        return cls(step=engines["unet"], prompt=prompt, time=time)
+    def of(
+        cls, engines: Mapping[str, Engine], step: StepEngine = "unet", *, shallow: bool = False
+    ) -> "Unet":
+        """The UNet among the loaded components, with or without shallow steps."""
+        return cls(
+            step=engines[step],
+            prompt=engines.get("unet_prompt"),
+            time=engines.get("unet_time"),
+            shallow=engines["unet_shallow"] if shallow else None,
+        )
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
@@ -69,24 +81,57 @@ class Unet:
 
 
 class ToldUnet:
-    """A UNet that knows its prompts, and keeps what it knows of timesteps, for one request."""
+    """A UNet that knows its prompts, for one request.
+
+    It keeps what it knows of timesteps, and the deep feature of the last full step, which no other
+    request ever sees.
+    """
 
     def __init__(self, unet: Unet, rows: Feeds, watch: Stopwatch) -> None:
         self._unet = unet
         self._rows = rows
-        self._prompts = unet.step.prepared(_only(unet.step, rows))
         self._count = len(next(iter(rows.values())))
+        self._prompts = {self._count: unet.step.prepared(_only(unet.step, rows))}
         self._watch = watch
         self._known: dict[float, tuple[Feeds, Feeds]] = {}
+        self._deep: Array | None = None
 
-    def predict(self, sample: Array, timestep: float) -> Array:
-        """The output for a sample (rows, channels, h, w), with as many rows as it was told of."""
+    def predict(self, sample: Array, timestep: float, *, shallow: bool = False) -> Array:
+        """The output for a sample (rows, channels, h, w), in float32.
+
+        Args:
+            sample: with as many rows as it was told of, or fewer: then they are the last of them.
+            timestep: of all rows.
+            shallow: go on from the deep feature of the last full step. Where that had fewer rows,
+                or there was none, this becomes a full one: right before fast.
+        """
         self.prepare([timestep])
+        count = len(sample)
         rows, shared = self._known[timestep]
-        step = self._unet.step
-        given = {"sample": sample, **self._prompts, **rows}
-        with self._watch.stage("unet"):
-            return step.run(given, {**shared, **_timestep(step, timestep)})["out_sample"]
+        own = {name: _last(array, count) for name, array in rows.items()}
+        given = {"sample": sample, **self._told(count), **own}
+        deep = self._deep
+        if shallow and self._unet.shallow and deep is not None and count <= len(deep):
+            given[DEEP_FEATURE] = _last(deep, count)
+            return self._run_step("unet_shallow", self._unet.shallow, given, shared, timestep)
+        return self._run_step("unet", self._unet.step, given, shared, timestep)
+
+    def _run_step(
+        self, stage: str, engine: Engine, rows: Feeds, shared: Feeds, timestep: float
+    ) -> Array:
+        constant = {**_only(engine, shared), **_timestep(engine, timestep)}
+        with self._watch.stage(stage):
+            outputs = engine.run(_only(engine, rows), constant)
+        if self._unet.shallow and DEEP_FEATURE in outputs:
+            self._deep = outputs[DEEP_FEATURE]
+        return outputs["out_sample"]
+
+    def _told(self, count: int) -> Feeds:
+        """What the last rows are told of the prompts; cut once, as backends know arrays again."""
+        if count not in self._prompts:
+            whole = self._prompts[self._count]
+            self._prompts[count] = {name: _last(array, count) for name, array in whole.items()}
+        return self._prompts[count]
 
     def prepare(self, timesteps: Iterable[float]) -> None:
         """Run the time part for those timesteps that are new."""
@@ -96,9 +141,9 @@ class ToldUnet:
             self._known |= dict.fromkeys(new, ({}, {}))
         elif new:
             with self._watch.stage("unet_time"):
-                self._known |= self._run(time, new)
+                self._known |= self._run_time(time, new)
 
-    def _run(self, time: Engine, timesteps: list[float]) -> dict[float, tuple[Feeds, Feeds]]:
+    def _run_time(self, time: Engine, timesteps: list[float]) -> dict[float, tuple[Feeds, Feeds]]:
         """What the time part gives for each timestep: by row, and shared by all rows."""
         told = _only(time, self._rows)
         rows = self._count if told else 1
@@ -117,6 +162,11 @@ class ToldUnet:
         batch = specs["sample"].shape[0]
         rows = {name: part[name] for name in part if own and specs[name].shape[0] == batch}
         return rows, {name: array[:1] for name, array in part.items() if name not in rows}
+
+
+def _last(array: NDArray[Any], count: int) -> NDArray[Any]:
+    """The last rows of an array; the very same one where that is all of it."""
+    return array if count == len(array) else array[-count:]
 
 
 def _only(engine: Engine, rows: Feeds) -> dict[str, NDArray[Any]]:

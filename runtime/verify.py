@@ -96,7 +96,9 @@ def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: in
         given or size or min(default, limit) // unit * unit
         for given, size, default in zip((height, width), built, usual, strict=True)
     )
-    return pipeline.settings(_PROMPT, sampler="euler", steps=steps, seed=0, height=tall, width=wide)
+    return pipeline.settings(
+        _PROMPT, sampler="euler", steps=steps, seed=0, height=tall, width=wide, exact=True
+    )
 
 
 def _one_step(directory: Path) -> str:

@@ -355,3 +355,20 @@ def test_real_graphs(name: str, tiny_engines: Path, tmp_path: Path) -> None:
     assert 0 < error(run(model, tmp_path, feeds), wanted) < 1e-2
     stored = {str(user.name) for user in users_of_large_weights(model)}
     assert all("time_emb" in user for user in stored) and bool(stored) == (name == "unet")
+
+
+def test_our_own_convolution_takes_half_weights_as_they_are() -> None:
+    text = (
+        HEADER.replace('"other"', '"latentforge"')
+        + """
+    m (float[2,8,8,8] x, float[1,8,3,3,16] w) => (float[2,8,8,16] y)
+    { y = latentforge.Conv<channels = 16, pads = [1,1,1,1], silu = 0, stride = 1, upsample = 1>
+      (x, w) }"""
+    )
+    model = ir.from_onnx_text(text)
+    weight = model.graph.inputs.pop()
+    weight.const_value = ir.tensor(RNG.standard_normal((1, 8, 3, 3, 16)).astype(np.float32))
+    model.graph.register_initializer(weight)
+    assert store_half(model) == 1
+    (conv,) = model.graph
+    assert conv.inputs[1].dtype == ir.DataType.FLOAT16 and conv.inputs[1].is_initializer()

@@ -1,23 +1,55 @@
 """What is in the wheel, and that it runs in an environment of its own."""
 
+import os
+import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from latentforge.runtime.native.build import compiler
+
 ROOT = Path(__file__).parent.parent
+LIBRARY = "latentforge/runtime/native/liblatentforge.so"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the sdist as an installer would."""
     target = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    _build(ROOT, target)
     return next(target.glob("*.whl"))
+
+
+def _build(source: Path, target: Path, *arguments: str, **variables: str) -> str:
+    """Build a distribution, and return what was said."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target)]
+    done = subprocess.run(
+        [*command, *arguments, str(source)],
+        check=True, capture_output=True, text=True, env={**os.environ, **variables},
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_wheel_has_the_kernels_and_says_for_which_platform(wheel: Path) -> None:
+    assert LIBRARY in zipfile.ZipFile(wheel).namelist()
+    assert re.search("-py3-none-(linux|macosx)_", wheel.name)
+
+
+def test_wheel_without_a_compiler_is_of_every_platform(wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(tmp_path.iterdir())
+    said = _build(source, tmp_path, "--wheel", CXX="false")
+    assert "installed without its own kernels and runs on ONNX Runtime's: false failed" in said
+    pure = next(tmp_path.glob("*.whl"))
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert LIBRARY not in zipfile.ZipFile(pure).namelist()
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -30,6 +62,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {f"latentforge/{name}" for name in tracked if not name.endswith("ruff.toml")}
     front = [path for path in (ROOT / "src" / "latentforge").iterdir() if path.is_file()]
     expected |= {f"latentforge/{path.name}" for path in front}
+    expected |= {LIBRARY} & own  # where it could be compiled
     assert own >= expected
     assert {name for name in own - expected if not _scratch(name)} == set()
     assert sum(1 for name in names if name.endswith("licenses/NOTICE")) == 1

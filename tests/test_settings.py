@@ -1,13 +1,14 @@
 """A request is complete and possible, or refused in words that name what is wrong with it."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.manifest import Defaults
+from latentforge.runtime.manifest import Defaults, FastPlan
 from latentforge.runtime.samplers import SAMPLERS
 from latentforge.runtime.settings import MAX_PROMPT, Settings, resolve
 
@@ -79,6 +80,62 @@ def test_refuses(name: str, values: tuple[object, ...]) -> None:
         with pytest.raises(SettingsError, match=f"^{name} is a") as caught:
             request(**{name: value})
         assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+CHEAPER = [
+    ("timesteps", ((), (999.5, 3, 0)), ("9", [9, "9"], (math.nan,), (True,), (-1,), (HUGE,), 3)),
+    ("timesteps", ((5, 4, 3),), ((3, 3, 3), (3, 4, 5), (5, 4), (5, 4, 3, 2))),
+    ("shallow", ((), (1,), (1, 2)), ((0,), (3,), (2, 1), (1, 1), (1.0,), (True,), "1", (HUGE,), 1)),
+    ("guidance_interval", ((0, 1), (0.5, 0.5)), ((1, 0), (0, 1, 1), (0,), (), (-0.1, 1), (0, 2))),
+    ("guidance_interval", (), ((math.nan, 1), (0, HUGE), ("0", 1), "01", 0.5, True, {0: 1})),
+    ("cache_interval", (1, 2, 3), (0, -1, 4, 1.5, True, "2", HUGE)),
+    ("unet", ("unet", "unet_reduced"), ("unet_shallow", "vae_decoder", "", 3, ["unet"])),
+    ("exact", (True, False), (1, 0, "yes")),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), CHEAPER)
+def test_cheaper_evaluations(name: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
+    for value in good:
+        request(steps=3, **{name: value})
+    for value in bad:
+        with pytest.raises(SettingsError) as caught:
+            request(steps=3, **{name: value})
+        message = str(caught.value)
+        assert re.split("[_ ]", name)[0] in message
+        assert len(message) < 200 and "\n" not in message
+
+
+def test_lists_of_json_are_taken() -> None:
+    settings = request(timesteps=[9, 3], shallow=[1], guidance_interval=[0.2, 0.5])
+    assert settings.steps == 2 and settings.timesteps == (9, 3)
+    assert settings.shallow == (1,) and settings.guidance_interval == (0.2, 0.5)
+
+
+def test_what_is_cheaper_than_the_sampler_asks_for() -> None:
+    same: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0, 1)}, {"cache_interval": 1})
+    less = ({"timesteps": (9, 3)}, {"guidance_interval": (0.2, 1)}, {"cache_interval": 2})
+    assert not any(request(**settings).cheaper for settings in same)
+    assert all(request(**settings).cheaper for settings in (*less, {"unet": "unet_reduced"}))
+
+
+PLAN = FastPlan(sampler="unipc", steps=8, guidance=(0.2, 0.9), shallow=(1, 3))
+
+
+@pytest.mark.parametrize("asked", [{}, {"steps": 8}, {"sampler": "unipc", "guidance_scale": 3}])
+def test_a_plan_is_followed(asked: dict[str, Any]) -> None:
+    settings = resolve(DEFAULTS, "a", asked, PLAN)  # type: ignore[arg-type]
+    assert {name: getattr(settings, name) for name in PLAN.request} == PLAN.request
+    assert settings.guidance_scale == asked.get("guidance_scale", DEFAULTS.guidance_scale)
+    exact = resolve(DEFAULTS, "a", {"exact": True, "seed": settings.seed}, PLAN)
+    assert (exact.sampler, exact.steps, exact.shallow) == ("ddim", 20, ())
+
+
+@pytest.mark.parametrize("asked", [{"steps": 9}, {"sampler": "ddim"}, {"steps": HUGE}])
+def test_a_plan_is_for_one_schedule(asked: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="plan is for 'unipc' of 8 steps, not .*--exact") as e:
+        resolve(DEFAULTS, "a", asked, PLAN)  # type: ignore[arg-type]
+    assert len(str(e.value)) < 250 and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["height", "width"])

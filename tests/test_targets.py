@@ -17,7 +17,8 @@ from onnx.reference import ReferenceEvaluator
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.rewriting import MICROSOFT
 from latentforge.optimize.pipeline import optimize
-from latentforge.optimize.targets import CUDA_ONLY, TARGETS
+from latentforge.optimize.targets import CUDA_ONLY, NATIVE, TARGETS
+from latentforge.runtime.native import library
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +38,10 @@ def inputs(model: ir.Model) -> dict[str, Array]:
 
 
 def by_onnxruntime(model: ir.Model, feeds: Mapping[str, Array]) -> Array:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    options = ort.SessionOptions()
+    if (native := library()) is not None:
+        options.register_custom_ops_library(str(native))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     return np.asarray(session.run(None, dict(feeds))[0])
 
 
@@ -52,6 +56,7 @@ def fused(component: Path, target: str, portable: bool) -> tuple[bytes, Counter[
     model = ir.load(component)
     names = TARGETS[target].portable if portable else TARGETS[target].passes
     counts = optimize(model, {name: PASSES[name] for name in names})
+    counts += optimize(model, {name: PASSES[name] for name in TARGETS[target].last})
     return ir.to_proto(model).SerializeToString(), counts
 
 
@@ -77,6 +82,17 @@ def test_the_cpu_graph_has_every_attention_in_one_node(component: Path) -> None:
     model = graph(component, "cpu", portable=True)
     assert sum(node.op_type == "MultiHeadAttention" for node in model.graph) == softmaxes > 0
     assert not any(node.op_type == "Softmax" for node in model.graph)
+
+
+@pytest.mark.skipif(library() is None, reason="the library was not compiled here")
+def test_the_cpu_graph_turns_nothing_between_its_ends(component: Path) -> None:
+    counts, model = fused(component, "cpu", False)[1], graph(component, "cpu")
+    images = any(node.op_type == "Conv" for node in ir.load(component).graph)
+    assert bool(counts["native-conv"]) == bool(counts["fuse-conv"]) == images
+    turned = [node for node in model.graph if node.op_type == "Transpose"]
+    assert len(turned) == 2 * images
+    left = {node.op_type for node in model.graph if node.domain == ""}
+    assert not left & {"Conv", "InstanceNormalization", "Resize"}
 
 
 def test_the_cuda_graph_computes_the_same(component: Path) -> None:
@@ -110,6 +126,7 @@ def test_openvino_takes_its_graph(component: Path, tmp_path: Path) -> None:
 
 def test_targets_name_passes() -> None:
     for target in TARGETS.values():
-        assert set(target.passes) <= set(PASSES)
+        assert {*target.passes, *target.last} <= set(PASSES)
+        assert not NATIVE & set(target.passes)
         assert not CUDA_ONLY & set(target.portable)
     assert set(PASSES) > CUDA_ONLY

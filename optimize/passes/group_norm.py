@@ -1,10 +1,12 @@
-"""Fuse what torch's exporter makes of GroupNorm into com.microsoft's GroupNorm, in NHWC.
+"""Find what torch's exporter makes of GroupNorm, and fuse it into one operator, in NHWC.
 
 onnxscript ships a rule, which takes constant shapes only; our graphs leave batch, height and width
 free. It knows no activation and no input of rank 3 (the VAE's attention) either.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +24,7 @@ from latentforge.optimize.passes.rewriting import (
     vector,
 )
 
-__all__ = ["fuse_group_norm"]
+__all__ = ["GroupNorm", "fuse_group_norm", "match_group_norm", "replace_in_nhwc"]
 
 CHANNELS_PER_THREAD = 2
 """ONNX Runtime's CUDA kernel reads channels in pairs, which must not belong to two groups."""
@@ -31,7 +33,7 @@ _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _GroupNorm:
+class GroupNorm:
     """One group normalization, found.
 
     Attributes:
@@ -54,19 +56,28 @@ class _GroupNorm:
     last: ir.Node
     swish: bool
 
+    @property
+    def paired(self) -> bool:
+        """Whether ONNX Runtime's CUDA kernel can do it."""
+        return int(size(self.x, 1)) % (self.groups * CHANNELS_PER_THREAD) == 0  # type: ignore[arg-type]
+
 
 def fuse_group_norm(model: ir.Model) -> int:
     """Replace Reshape, InstanceNormalization, Reshape, Mul, Add [, SiLU] with one GroupNorm."""
     editor, count = Editor(model.graph), 0
     for node in model.graph:
-        if node.op_type == "InstanceNormalization" and (found := _match(node)) is not None:
-            _fuse(editor, found)
+        if (found := match_group_norm(node)) is not None and found.paired:
+            own = {"activation": int(found.swish), "channels_last": 1}
+            replace_in_nhwc(editor, found, MICROSOFT, own)
             count += 1
     sweep(model)
     return count
 
 
-def _match(norm: ir.Node) -> _GroupNorm | None:
+def match_group_norm(norm: ir.Node) -> GroupNorm | None:
+    """What an InstanceNormalization is a part of, or None."""
+    if norm.op_type != "InstanceNormalization":
+        return None
     grouped, whole = made_by(norm.inputs[0], "Reshape"), only_user(norm.outputs[0])
     scaled = only_user(whole.outputs[0]) if whole is not None else None
     shifted = only_user(scaled.outputs[0]) if scaled is not None else None
@@ -83,7 +94,7 @@ def _match(norm: ir.Node) -> _GroupNorm | None:
     if not (vector(weight, channels, trailing) and vector(bias, channels, trailing)):
         return None
     last = _silu(shifted)
-    return _GroupNorm(
+    return GroupNorm(
         x=x,
         weight=weight,
         bias=bias,
@@ -109,8 +120,7 @@ def _groups(norm: ir.Node, grouped: ir.Node, whole: ir.Node) -> bool:
     wrong += [] if back[:1] and back[0] in rows else back[:1]
     undone = len(back) == len(x.shape) and len(wrong) <= 1 and 0 not in wrong
     plain = bool((scale == 1).all() and (shift == 0).all())
-    paired = isinstance(channels, int) and channels % (count * CHANNELS_PER_THREAD) == 0
-    return undone and plain and paired
+    return undone and plain and isinstance(channels, int) and channels % count == 0
 
 
 def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -131,35 +141,46 @@ def _silu(node: ir.Node) -> ir.Node | None:
     return mul if ends else None
 
 
-def _fuse(editor: Editor, found: _GroupNorm) -> None:
-    """GroupNorm wants rank 4; a single spatial axis gets a second one of size 1."""
+def replace_in_nhwc(
+    editor: Editor, found: GroupNorm, domain: str, attributes: Mapping[str, Any]
+) -> None:
+    """Put Transpose, GroupNorm of a domain, Transpose in the place of what was found.
+
+    The operator wants rank 4: channels by length are taken as the image that was flattened to
+    them, or else as one of a single column.
+    """
     x, before, scope = found.x, found.last, found.scope
     flat = len(x.shape or ()) == 3
-    axes = None
-    if flat:
-        axes = editor.initializer(f"{scope}/axes", np.array([3], np.int64))
-        shape = [*(x.shape or ()), 1]
-        x = editor.add("Unsqueeze", [x, axes], before=before, scope=scope, shape=shape)
-    rows = editor.transpose(x, _TO_NHWC, before=before, scope=scope)
+    image = _image(editor, found) if flat else x
+    rows = editor.transpose(image, _TO_NHWC, before=before, scope=scope)
     weights = [_flat(editor, value) for value in (found.weight, found.bias)]
     normed = editor.add(
         "GroupNorm",
         [rows, *weights],
         before=before,
         scope=scope,
-        domain=MICROSOFT,
+        domain=domain,
         shape=rows.shape,
-        attributes={
-            "activation": int(found.swish),
-            "channels_last": 1,
-            "epsilon": found.epsilon,
-            "groups": found.groups,
-        },
+        attributes={**attributes, "epsilon": found.epsilon, "groups": found.groups},
     )
     result = editor.transpose(normed, _TO_NCHW, before=before, scope=scope)
-    if axes is not None:
-        result = editor.add("Squeeze", [result, axes], before=before, scope=scope)
+    if flat:
+        target = editor.initializer(f"{scope}/flat", np.array([0, 0, -1], np.int64))
+        result = editor.add("Reshape", [result, target], before=before, scope=scope)
     editor.replace(found.last.outputs[0], result)
+
+
+def _image(editor: Editor, found: GroupNorm) -> ir.Value:
+    """Channels by length as an image, (batch, channels, height, width)."""
+    x, before, scope = found.x, found.last, found.scope
+    flattened = made_by(x, "Reshape")
+    image = flattened.inputs[0] if flattened is not None else None
+    if image is not None and image.shape is not None and len(image.shape) == 4:
+        if size(image, 0) == size(x, 0) and size(image, 1) == size(x, 1):
+            return image
+    axes = editor.initializer(f"{scope}/axes", np.array([3], np.int64))
+    shape = [*(x.shape or ()), 1]
+    return editor.add("Unsqueeze", [x, axes], before=before, scope=scope, shape=shape)
 
 
 def _flat(editor: Editor, value: ir.Value) -> ir.Value:

@@ -20,7 +20,7 @@ from latentforge.optimize.passes.rewriting import (
     vector,
 )
 
-__all__ = ["merge_transposes", "nhwc_conv"]
+__all__ = ["TO_NCHW", "TO_NHWC", "merge_transposes", "nhwc_conv"]
 
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -69,13 +69,20 @@ def _to_nhwc(weight: NDArray[np.generic]) -> NDArray[np.generic]:
 def merge_transposes(model: ir.Model) -> int:
     """Let transposes to NCHW sink below what works in any layout, until they meet their inverse.
 
+    Images that are flattened to tokens and turned, or come from such, are turned first: with
+    channels last, nothing is left to turn.
+
     Returns:
-        How many nodes sank and pairs vanished.
+        How many nodes sank, pairs vanished, and turns changed places.
     """
     editor, count = Editor(model.graph), 0
     for node in model.graph:
         if node.op_type == "Transpose":
-            count += _cancel(node)
+            count += _cancel(node) or _to_tokens(editor, node)
+        elif node.op_type == "Reshape":
+            count += _from_tokens(editor, node)
+        elif node.op_type == "Shape":
+            count += _measure(node)
         elif (inputs := _inputs(editor, node)) is not None:
             _sink(editor, node, inputs)
             count += 1
@@ -99,6 +106,62 @@ def _cancel(node: ir.Node) -> bool:
     return True
 
 
+def _to_tokens(editor: Editor, node: ir.Node) -> bool:
+    """Tokens (batch, height * width, channels) of an image that was turned to NCHW before."""
+    flat = made_by(node.inputs[0], "Reshape")
+    image = flat.inputs[0] if flat is not None else None
+    rows, output = _permuted(image, TO_NCHW), node.outputs[0]
+    if image is None or rows is None or tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1):
+        return False
+    channels = size(image, 1)
+    if size(output, 0) != size(image, 0) or size(output, 2) != channels:
+        return False
+    if not isinstance(channels, int):
+        return False
+    target = np.array([0, -1, channels], np.int64)
+    shape = editor.initializer(f"{output.name}/shape", target)
+    tokens = editor.add("Reshape", [rows, shape], before=node, shape=output.shape)
+    editor.replace(output, tokens)
+    return True
+
+
+def _measure(node: ir.Node) -> bool:
+    """Take one size of an image from what it was turned from."""
+    rows, start = _permuted(node.inputs[0], TO_NCHW), node.attributes.get_int("start", 0)
+    if rows is None or not 0 <= start < 4 or node.attributes.get_int("end", 4) != start + 1:
+        return False
+    axis = TO_NCHW[start]
+    node.replace_input_with(0, rows)
+    node.attributes.update(
+        {"start": ir.AttrInt64("start", axis), "end": ir.AttrInt64("end", axis + 1)}
+    )
+    return True
+
+
+def _from_tokens(editor: Editor, node: ir.Node) -> bool:
+    """An image NCHW of tokens that were turned: of these it is made as NHWC, and turned then."""
+    tokens, target = _permuted(node.inputs[0], (0, 2, 1)), node.inputs[1]
+    output = node.outputs[0]
+    if tokens is None or target is None or output.shape is None or len(output.shape) != 4:
+        return False
+    copied = constant(target)
+    if size(output, 0) != size(tokens, 0) or size(output, 1) != size(tokens, 2):
+        return False
+    if copied is not None and 0 in copied[1:]:
+        return False
+    order = editor.initializer(f"{output.name}/order", np.array(TO_NHWC, np.int64))
+    turned = editor.add("Gather", [target, order], before=node, shape=[4])
+    rows = editor.add(
+        "Reshape",
+        [tokens, turned],
+        before=node,
+        shape=[output.shape[axis] for axis in TO_NHWC],
+        attributes={"allowzero": 0},
+    )
+    editor.replace(output, editor.transpose(rows, TO_NCHW, before=node))
+    return True
+
+
 def _inputs(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
     """Inputs in NHWC of a node that may work on these instead, or None."""
     if not any(_permuted(value, TO_NCHW) for value in node.inputs):
@@ -119,6 +182,7 @@ def _can_move(node: ir.Node) -> bool:
         or scalar(value) is not None
         or _channels(value) is not None
         or _spread(value) is not None
+        or _pixel(value)
         or _residual(node, value)
         for value in node.inputs
     )
@@ -149,6 +213,12 @@ def _spread(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node is not None and fits else None
 
 
+def _pixel(value: ir.Value | None) -> bool:
+    """Whether a value is an image of a single pixel."""
+    whole = value is not None and value.shape is not None and len(value.shape) == 4
+    return value is not None and whole and size(value, 2) == size(value, 3) == 1
+
+
 def _moved(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
     if (rows := _permuted(value, TO_NCHW)) is not None or value is None:
         return rows
@@ -160,7 +230,8 @@ def _moved(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value | 
         array = constant(value)
         assert array is not None
         return editor.initializer(f"{value.name}/nhwc", array.reshape(-1))
-    return editor.transpose(value, TO_NHWC, before=node) if _residual(node, value) else value
+    turned = _residual(node, value) or _pixel(value)
+    return editor.transpose(value, TO_NHWC, before=node) if turned else value
 
 
 def _resized(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:

@@ -236,6 +236,11 @@ class Editor:
         new.shape = old.shape if old.shape is not None else new.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
+    def move(self, node: ir.Node, *, before: ir.Node) -> None:
+        """Put a node that is there already right before another."""
+        self._graph.remove(node)
+        self._graph.insert_before(before, node)
+
     def free(self, name: str) -> str:
         """This name, numbered if it is taken."""
         number, found = 1, name

@@ -85,6 +85,7 @@ class Contender:
         exact: whether it is meant to draw the reference's picture; else it is class B however
             near it comes.
         gate: what its pictures have been measured to be, if they are others than the reference's.
+        plan: settings of its own in place of the common ones, which draw another picture.
         install: what to do where it is missing.
     """
 
@@ -95,6 +96,7 @@ class Contender:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = True
     gate: str = ""
+    plan: Mapping[str, Any] = field(default_factory=dict)
     install: str = ""
 
     @property
@@ -103,22 +105,29 @@ class Contender:
         return self.command == _WORKER
 
     @classmethod
-    def of(cls, engines: Path, name: str = "") -> "Contender":
-        """An engine directory, under its own name unless another is given."""
+    def of(cls, engines: Path, name: str = "", *, plain: bool = False) -> "Contender":
+        """An engine directory, under its own name unless another is given.
+
+        It follows the plan of its manifest, if there is one, unless it is to be plain.
+        """
         manifest = Manifest.read(engines, hashes=False)
+        plan = {} if manifest.fast is None or plain else manifest.fast.request
         return cls(
             name=name or engines.resolve().name,
             command=_WORKER,
             model=str(engines),
             role="ours",
-            exact=exact(manifest),
-            gate=_gate(manifest),
+            exact=exact(manifest) and not plan,
+            gate=_gate(manifest, planned=bool(plan)),
+            plan=plan,
         )
 
 
-def _gate(manifest: Manifest) -> str:
-    """What the manifest says of the pictures that its last stage has compared."""
+def _gate(manifest: Manifest, *, planned: bool) -> str:
+    """What the manifest says of the pictures that its last stage, or its plan, has compared."""
     figures = manifest.quality.get("image", {})
+    if planned and manifest.fast is not None:
+        figures = manifest.fast.measured
     shown = (f"{name} {value:.4g}" for name, value in figures.items())
     return f"passed its gate: {', '.join(shown)}" if figures else ""
 

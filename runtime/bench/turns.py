@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def _job(contender: Contender, settings: Settings, threads: int, place: Path, fo
     path = place / f"{contender.name}.json"
     Job(
         model=contender.model,
-        settings=settings,
+        settings=replace(settings, **contender.plan),
         threads=threads,
         picture=str(path.with_suffix(".npy")),
         noise=str(place / "noise.npy"),

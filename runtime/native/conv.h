@@ -142,11 +142,13 @@ class Convolution {
     const int64_t window = Scheme::window(conv_), step = Scheme::step(conv_);
     const int64_t columns = (to - from - 1) * step + window;
     const int64_t wide = smaller(kChunk, conv_.c - chunk * kChunk);
+    float* out = inputs_ + chunk * chunk_stride_ + (from - first_) * kChunk;
+    if (Scheme::kPoints == 1 && taps_ == 1 && step == 1 && conv_.upsample == 1)
+      return activate_pixels(from, to, chunk * kChunk, wide, out);
     float* strip = scratch(kStrip, size_t(window * ((kSpan - 1) * step + window) * kChunk));
     const int64_t row = from / across_ % rows_, x = from % across_;
     fill_strip(strip, from / (across_ * rows_), row * step - conv_.pad_top,
                x * step - conv_.pad_left, window, columns, chunk * kChunk, wide);
-    float* out = inputs_ + chunk * chunk_stride_ + (from - first_) * kChunk;
     for (int64_t tile = 0; tile < to - from; ++tile)
       for (int64_t c = 0; c < wide; c += kWidth)
         Scheme::input(strip + tile * step * kChunk + c, columns, conv_.kernel,
@@ -170,6 +172,17 @@ class Convolution {
         const int64_t pixel = (image * conv_.h + ((y + r) >> shrink)) * conv_.w + ((x + i) >> shrink);
         activate(conv_.x + pixel * conv_.c + c, scale, shift, strip, wide);
       }
+  }
+
+  // Of a 1 x 1 convolution, which needs no window.
+  void activate_pixels(int64_t from, int64_t to, int64_t c, int64_t wide, float* out) {
+    const int64_t pixels = conv_.h * conv_.w;
+    for (int64_t pixel = from; pixel < to; ++pixel, out += kChunk) {
+      const int64_t place = pixel / pixels * conv_.c + c;
+      const float* scale = conv_.scale ? conv_.scale + place : nullptr;
+      activate(conv_.x + pixel * conv_.c + c, scale, conv_.scale ? conv_.shift + place : nullptr,
+               out, wide);
+    }
   }
 
   void activate(const float* x, const float* scale, const float* shift, float* out, int64_t wide) {

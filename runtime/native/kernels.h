@@ -54,11 +54,24 @@ struct GroupNorm {
   float* y;                  // like x; of group_norm alone
 };
 
+// Softmax(query key^T * scale) value, for each head; heads lie next to each other in a row.
+struct Attention {
+  int64_t n, queries, keys, heads, size;  // size of a head
+  float scale;
+  const float* query;        // [n, queries, heads * size]
+  const float* key;          // [n, keys, heads * size]
+  const float* value;        // like key
+  float* y;                  // like query
+};
+
 struct Kernels {
   const char* name;
   void (*conv)(const Conv&, const Parallel&);
+  void (*attention)(const Attention&, const Parallel&);
   void (*group_scale)(const GroupNorm&, const Parallel&);
   void (*group_norm)(const GroupNorm&, const Parallel&);
+  double (*peak)();     // multiplications and additions a second of one thread's registers
+  double (*product)();  // and of the product inside conv
 };
 
 extern const Kernels kPortable;

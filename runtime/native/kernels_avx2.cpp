@@ -1,9 +1,12 @@
+#include "attention.h"
 #include "conv.h"
+#include "measure.h"
 #include "normalize.h"
 
 namespace latentforge {
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", convolve, group_scale, group_norm};
+const Kernels kAvx2 = {"avx2", convolve, attend, group_scale, group_norm,
+                         peak, product};
 
 }  // namespace latentforge

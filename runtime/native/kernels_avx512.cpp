@@ -1,9 +1,12 @@
+#include "attention.h"
 #include "conv.h"
+#include "measure.h"
 #include "normalize.h"
 
 namespace latentforge {
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", convolve, group_scale, group_norm};
+const Kernels kAvx512 = {"avx512", convolve, attend, group_scale, group_norm,
+                         peak, product};
 
 }  // namespace latentforge

@@ -1,9 +1,12 @@
+#include "attention.h"
 #include "conv.h"
+#include "measure.h"
 #include "normalize.h"
 
 namespace latentforge {
 
 extern const Kernels kPortable;
-const Kernels kPortable = {"portable", convolve, group_scale, group_norm};
+const Kernels kPortable = {"portable", convolve, attend, group_scale, group_norm,
+                         peak, product};
 
 }  // namespace latentforge

@@ -255,6 +255,66 @@ struct GroupNormOperator : GroupNormBase {
   }
 };
 
+struct MatMulOperator {
+  static constexpr const char* kName = "MatMul";
+  static constexpr size_t kInputs = 4, kNeeded = 2, kOutputs = 1;
+  int64_t channels;
+
+  explicit MatMulOperator(const OrtKernelInfo* info) : channels(integer(info, "channels")) {}
+
+  void compute(const Run& run) const {
+    const Tensor x = run.input(0), weight = run.input(1), bias = run.input(2),
+                 residual = run.input(3);
+    expect(!x.shape.empty() && x.type == ort::kFloat, "MatMul takes floats of [..., channels]");
+    Conv conv{};
+    conv.n = conv.h = conv.out_h = conv.kernel = conv.stride = conv.upsample = 1;
+    conv.c = x.shape.back(), conv.k = channels, conv.w = 1;
+    expect(weight.shape == std::vector<int64_t>{(channels + kLanes - 1) / kLanes, conv.c, 1, 1,
+                                                kLanes},
+           "MatMul takes weights packed as [channels / 16, input channels, 1, 1, 16]");
+    expect(weight.type == ort::kFloat || weight.type == ort::kHalf,
+           "MatMul takes weights of float or float16");
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = channels;
+    for (size_t i = 0; i + 1 < shape.size(); ++i) conv.w *= shape[i];
+    expect_shape(bias, {channels}, "MatMul takes a bias of one number a channel");
+    expect_shape(residual, shape, "MatMul takes a residual of the output's shape");
+    conv.out_w = conv.w, conv.half = weight.type == ort::kHalf;
+    conv.x = x.floats(), conv.weight = weight.data, conv.bias = bias.floats();
+    conv.residual = residual.floats(), conv.y = run.output(0, shape);
+    if (conv.w > 0) kernels().conv(conv, run.parallel());
+  }
+};
+
+struct AttentionOperator {
+  static constexpr const char* kName = "Attention";
+  static constexpr size_t kInputs = 3, kNeeded = 3, kOutputs = 1;
+  int64_t heads;
+  float scale = 0;
+
+  explicit AttentionOperator(const OrtKernelInfo* info) : heads(integer(info, "heads")) {
+    check(ort::float_attribute(*api, info, "scale", &scale));
+    expect(heads > 0, "Attention takes a number of heads");
+  }
+
+  void compute(const Run& run) const {
+    const Tensor query = run.input(0), key = run.input(1), value = run.input(2);
+    for (const Tensor* each : {&query, &key, &value})
+      expect(each->shape.size() == 3 && each->type == ort::kFloat,
+             "Attention takes floats of [n, tokens, channels]");
+    const auto &q = query.shape, &k = key.shape;
+    expect(k == value.shape && q[0] == k[0] && q[2] == k[2] && q[2] % heads == 0 && k[1] > 0,
+           "Attention takes keys and values alike, and channels that heads divide");
+    Attention attention{};
+    attention.n = q[0], attention.queries = q[1], attention.keys = k[1];
+    attention.heads = heads, attention.size = q[2] / heads;
+    attention.scale = scale;
+    attention.query = query.floats(), attention.key = key.floats(), attention.value = value.floats();
+    attention.y = run.output(0, q);
+    if (q[0] * q[1] > 0) kernels().attention(attention, run.parallel());
+  }
+};
+
 // Fills in the table by which ONNX Runtime knows an operator.
 template <typename Operator>
 struct Entry : OrtCustomOp {
@@ -293,14 +353,15 @@ struct Entry : OrtCustomOp {
 const Entry<ConvOperator> kConv;
 const Entry<GroupScaleOperator> kGroupScale;
 const Entry<GroupNormOperator> kGroupNorm;
+const Entry<MatMulOperator> kMatMul;
+const Entry<AttentionOperator> kAttention;
 
 void register_operators(OrtSessionOptions* options) {
   static OrtCustomOpDomain* domain = [] {  // lives as long as the process: sessions refer to it
     OrtCustomOpDomain* made = nullptr;
     check(ort::create_domain(*api, "latentforge", &made));
-    for (const OrtCustomOp* each : {static_cast<const OrtCustomOp*>(&kConv),
-                                    static_cast<const OrtCustomOp*>(&kGroupScale),
-                                    static_cast<const OrtCustomOp*>(&kGroupNorm)})
+    for (const OrtCustomOp* each : std::initializer_list<const OrtCustomOp*>{
+             &kConv, &kGroupScale, &kGroupNorm, &kMatMul, &kAttention})
       check(ort::add_to_domain(*api, made, each));
     return made;
   }();
@@ -326,3 +387,8 @@ LATENTFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
 
 // The instruction set that the operators run on here: avx512, avx2 or portable.
 LATENTFORGE_EXPORT const char* latentforge_kernels() { return latentforge::kernels().name; }
+
+// Multiplications and additions a second of one thread here: what registers can do, and what the
+// product inside Conv does.
+LATENTFORGE_EXPORT double latentforge_peak() { return latentforge::kernels().peak(); }
+LATENTFORGE_EXPORT double latentforge_product() { return latentforge::kernels().product(); }

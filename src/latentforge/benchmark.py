@@ -31,6 +31,7 @@ def benchmark(
     batches: Sequence[int] = (),
     sizes: Sequence[int] = (),
     layers: bool = False,
+    plain: bool = False,
     repeats: int = 5,
     threads: int = 0,
     alone: bool = False,
@@ -47,6 +48,7 @@ def benchmark(
         checkpoint: for the peers, if not the one that the engines name.
         pythons: interpreters of peers that live in another environment, by name.
         batches, sizes, layers, repeats, folder: see runtime.bench.study.Study.
+        plain: leave aside the plans of engines, which otherwise follow them, as class B.
         threads: of each contender; 0 for every core.
         alone: have only one contender in memory at a time, even if there is room for all.
 
@@ -60,7 +62,7 @@ def benchmark(
     settings = resolve(manifest.defaults, prompt, {"seed": 0, **(request or {})})
     source = checkpoint or manifest.source.checkpoint
     peers = _peers(against, source, settings, pythons or {}) if against else []
-    contenders = _distinct([*peers, *_named(engines)])
+    contenders = _distinct([*peers, *_named(engines, plain=plain)])
     largest = max(Manifest.read(path, hashes=False).size for path in engines)
     together = bool(fit_together([largest] * len(contenders)))  # peers load the same weights
     study = Study(
@@ -94,12 +96,14 @@ def _peers(
     ]
 
 
-def _named(engines: Sequence[Path]) -> list[Contender]:
+def _named(engines: Sequence[Path], *, plain: bool) -> list[Contender]:
     """Each under its folder's name, or its whole path where two are called the same."""
     names = [path.resolve().name for path in engines]
     return [
         Contender.of(
-            path, name if names.count(name) == 1 else str(path).strip("/").replace("/", "-")
+            path,
+            name if names.count(name) == 1 else str(path).strip("/").replace("/", "-"),
+            plain=plain,
         )
         for path, name in zip(engines, names, strict=True)
     ]

@@ -330,11 +330,17 @@ def _painting(loaded: Any, noise: NDArray[np.float32] | None) -> Draw:
         if noise is not None:
             raise SettingsError("--latents are for engines: compare with an engine directory")
         return lambda request: loaded(request).images[0]
+    fast = loaded.manifest.fast
+
+    def own(request: Settings) -> Settings:
+        return request if fast is None or request.exact else replace(request, **fast.request)
+
     if noise is None:
-        return lambda request: loaded.run(request).images[0]
+        return lambda request: loaded.run(own(request)).images[0]
     schedule = loaded.manifest.schedule
 
-    def paint(request: Settings) -> Image.Image:
+    def paint(asked: Settings) -> Image.Image:
+        request = own(asked)
         scale = samplers.get(request.sampler).plan(schedule, request.steps).scale
         # Going on at the very start of the schedule takes latents as the noise that is there.
         start = replace(request, denoising_start=0.0)

@@ -39,6 +39,7 @@ class Evaluation:
         images: how many of each; as many as the file has prompts, or 64, if None.
         seed: of the first image; every further one has the next.
         request: further settings of every image; the first engines' defaults fill in the rest.
+            Engines with a plan follow it, unless the request is to be exact.
         network: efficientnet-lite0, or an ONNX file: see optimize.quality.features.OnnxNetwork.
         inception: the standard Inception's weights: FID, KID and IS use it in place of network.
         clip: a directory or hub id of a CLIP.

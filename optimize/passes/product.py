@@ -1,0 +1,146 @@
+"""Multiply tokens by weights, and attend, with latentforge's own operators of runtime/native.
+
+``native_product`` makes MatMul and Attention of the domain ``latentforge`` of those that they can
+do. Against ONNX Runtime's own this saves no arithmetic: weights are read from the file as they lie
+there, in float16 too, so that loading neither copies nor converts them; what is added is added
+where the product is written; and scores never leave the cache. No library has rules for operators
+that are not its own.
+
+The operators, version 1, take and give float32:
+
+* ``MatMul(x, weight, bias, residual)``, of which the last two may be missing: x of shape
+  (..., inputs) times a weight packed like that of a 1 x 1 ``Conv``, plus bias (outputs) and a
+  residual of the result's shape.
+* ``Attention(query, key, value)`` of shape (batch, tokens, heads * size):
+  softmax(query key^T * scale) value for each of ``heads``.
+"""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from latentforge.optimize.passes.convolution import LANES, pack
+from latentforge.optimize.passes.rewriting import (
+    MICROSOFT,
+    Array,
+    Editor,
+    lazily,
+    only_user,
+    size,
+    sweep,
+    vector,
+)
+from latentforge.runtime.native import DOMAIN
+
+__all__ = ["native_product"]
+
+_BIAS, _RESIDUAL = 2, 3
+
+
+def native_product(model: ir.Model) -> int:
+    """Replace products with a constant weight, what is added to them, and plain attention."""
+    editor, count = Editor(model.graph), 0
+    for node in model.graph:
+        if _is_product(node):
+            _convert(editor, node)
+            count += 1
+        elif _is_attention(node):
+            _attend(editor, node)
+            count += 1
+        elif node.op_type == "Add" and not node.domain:
+            count += _take_sum(editor, node)
+    sweep(model)
+    return count
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node is a MatMul of float tokens with a constant matrix."""
+    if node.op_type != "MatMul" or node.domain:
+        return False
+    x, weight = node.inputs
+    if x is None or weight is None or not weight.is_initializer() or weight.is_graph_input():
+        return False
+    floats = x.dtype == weight.dtype == ir.DataType.FLOAT
+    return floats and len(weight.shape or ()) == 2 and len(x.shape or ()) >= 2
+
+
+def _convert(editor: Editor, node: ir.Node) -> None:
+    x, weight = node.inputs
+    assert x is not None and weight is not None and weight.shape is not None
+    inputs, channels = weight.shape.numpy()
+    shape = [-(-channels // LANES), inputs, 1, 1, LANES]
+    packed = editor.initializer(f"{weight.name}/packed", lazily(_pack, [weight], shape))
+    _replace(editor, node, "MatMul", [x, packed], {"channels": channels})
+
+
+def _pack(weight: Array) -> Array:
+    return pack(weight.T[:, :, None, None])
+
+
+def _is_attention(node: ir.Node) -> bool:
+    """Whether a node is a MultiHeadAttention with nothing but queries, keys and values."""
+    if (node.domain, node.op_type) != (MICROSOFT, "MultiHeadAttention"):
+        return False
+    values = [value for value in node.inputs if value is not None]
+    if len(values) != 3 or None in node.inputs[:3] or any(out.uses() for out in node.outputs[1:]):
+        return False
+    floats = all(v.dtype == ir.DataType.FLOAT and len(v.shape or ()) == 3 for v in values)
+    # heads of keys and values may differ in size there, and not here
+    widths = {size(value, 2) for value in values} if floats else set()
+    whole = len(widths) == 1 and "scale" in node.attributes
+    return whole and not node.attributes.get_int("unidirectional", 0)
+
+
+def _attend(editor: Editor, node: ir.Node) -> None:
+    heads, scale = node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()
+    _replace(editor, node, "Attention", node.inputs[:3], {"heads": heads, "scale": scale})
+
+
+def _replace(
+    editor: Editor,
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, int | float],
+) -> None:
+    output = node.outputs[0]
+    result = editor.add(
+        op_type, inputs, before=node, domain=DOMAIN, shape=output.shape, attributes=attributes
+    )
+    made = result.producer()
+    assert made is not None
+    node.name, made.name = made.name, node.name
+    editor.replace(output, result)
+
+
+def _take_sum(editor: Editor, node: ir.Node) -> bool:
+    """Let a product of ours add what is added to it: a bias, or a tensor like its result."""
+    first, second = node.inputs
+    for value, added in ((first, second), (second, first)):
+        product = value.producer() if value is not None and only_user(value) is node else None
+        if product is None or value is None or added is None:
+            continue
+        if (product.domain, product.op_type) != (DOMAIN, "MatMul"):
+            continue
+        place = _place(product, added, node.outputs[0])
+        if place is not None:
+            product.resize_inputs(max(place + 1, len(product.inputs)))
+            product.replace_input_with(place, added)
+            editor.move(product, before=node)
+            editor.replace(node.outputs[0], value)
+            return True
+    return False
+
+
+def _place(product: ir.Node, added: ir.Value, output: ir.Value) -> int | None:
+    """The input of a product that a summand becomes, if it is free."""
+    taken = [value is not None for value in product.inputs] + [False, False]
+    channels = product.attributes["channels"].as_int()
+    if vector(added, channels, 0) and len(added.shape or ()) == 1 and added.is_initializer():
+        return None if taken[_BIAS] else _BIAS
+    whole = added.shape is not None and output.shape is not None
+    whole = whole and len(added.shape or ()) == len(output.shape or ()) > 1
+    alike = whole and all(
+        size(added, axis) == size(output, axis) for axis in range(len(output.shape or ()))
+    )
+    return _RESIDUAL if alike and not taken[_RESIDUAL] else None
