@@ -129,7 +129,7 @@ Array = NDArray[np.float16]
 def store_half(model: ir.Model) -> int:
     """Store float32 weights in half, each behind one Cast to float32; return how many.
 
-    Our own Conv converts its weight itself, and has no Cast.
+    Our own Conv and MatMul convert their weights themselves, and have no Cast.
 
     Stored in float32 stay: weights of less than 1024 elements, the scales of quantized layers, and
     what half cannot hold, which is a value beyond 65504, or so much of the weight below 6e-5, where
@@ -171,13 +171,18 @@ def _fits(array: NDArray[np.float32], *, clamp: bool = False) -> bool:
     return bool(np.linalg.norm(lost) <= _LOSS * np.linalg.norm(array))
 
 
+def _converts(use: Any) -> bool:
+    """Whether a weight goes into an operator that takes it in half, and computes in float32."""
+    return use.node.domain == DOMAIN and use.node.op_type in ("Conv", "MatMul") and use.idx == 1
+
+
 def _stored(graph: ir.Graph, value: ir.Value) -> ir.Node | None:
     """Put a half initializer in the place of a weight, and a Cast where users want float32."""
     name, tensor = str(value.name), value.const_value
     assert tensor is not None
     users = list(value.uses())
     half = _initializer(name, tensor)
-    direct = all(user.node.domain == DOMAIN and user.idx == 1 for user in users)
+    direct = all(_converts(user) for user in users)
     cast = None if direct else _cast(half, ir.DataType.FLOAT, f"{name}/Cast", f"{name}_float32")
     for user in users:
         user.node.replace_input_with(user.idx, half if cast is None else cast.outputs[0])

@@ -102,47 +102,81 @@ class Convolution {
 
   void run() {
     const int64_t total = conv_.n * rows_ * across_;
-    tile_stride_ = round_up(smaller(cut_.tiles, total), 2) * kChunk + 16;
-    chunk_stride_ = tile_stride_ * Scheme::kPoints;
-    Shared inputs(size_t(chunk_stride_ * chunks_ * taps_));
-    inputs_ = inputs.data();
-    for (int64_t first = 0; first < total; first += cut_.tiles) {
-      first_ = first;
-      count_ = smaller(cut_.tiles, total - first);
-      transform_inputs();
-      multiply_weights();
-    }
+    const int64_t threads = larger<int64_t>(parallel_.threads, 1);
+    if (total >= 4 * kRows * threads)
+      apart(total, threads);
+    else
+      together(total);
   }
 
  private:
+  // A block of output tiles, and their inputs as they are multiplied.
+  struct Block {
+    int64_t first, count, tile_stride, chunk_stride;
+    float* inputs;
+
+    Block(int64_t first, int64_t count)
+        : first(first),
+          count(count),
+          tile_stride(round_up(count, 2) * kChunk + 16),  // not a power of 2: caches have sets
+          chunk_stride(tile_stride * Scheme::kPoints),
+          inputs(nullptr) {}
+  };
+
   const Conv& conv_;
   const Parallel& parallel_;
   const int64_t rows_, across_, taps_, chunks_;
   const Blocking cut_;
-  int64_t tile_stride_ = 0, chunk_stride_ = 0, first_ = 0, count_ = 0;
-  float* inputs_ = nullptr;
 
   Blocking blocking() const;
 
-  // First turn: spans of neighbouring tiles, by chunk of channels.
-  void transform_inputs() {
-    const int64_t begin = first_ / across_, end = ceil_div(first_ + count_, across_);
-    const int64_t spans = ceil_div(across_, kSpan);
-    parallel_((end - begin) * spans * chunks_, [&](int64_t task) {
-      const int64_t chunk = task % chunks_, place = task / chunks_;
-      const int64_t row = begin + place / spans, x = place % spans * kSpan;
-      const int64_t from = larger(row * across_ + x, first_);
-      const int64_t to =
-          smaller(row * across_ + smaller(x + kSpan, across_), first_ + count_);
-      if (from < to) transform_span(from, to, chunk);
+  size_t floats(const Block& block) const { return size_t(block.chunk_stride * chunks_ * taps_); }
+
+  // Each thread makes blocks of its own and waits for no other.
+  void apart(int64_t total, int64_t threads) {
+    const int64_t blocks = round_up(ceil_div(total, cut_.tiles), threads);
+    parallel_(blocks, [&](int64_t task) {
+      const int64_t first = task * total / blocks;
+      Block block(first, (task + 1) * total / blocks - first);
+      block.inputs = scratch(kInputs, floats(block));
+      for (int64_t part = 0; part < parts(block); ++part) transform_part(block, part);
+      const int64_t wide = round_up(conv_.k, 16);
+      for (int64_t k = 0; k < wide; k += cut_.columns)
+        multiply_columns(block, k, smaller(cut_.columns, wide - k));
     });
   }
 
-  void transform_span(int64_t from, int64_t to, int64_t chunk) {
+  // Of few tiles: all threads share one block after the other, and divide output channels.
+  void together(int64_t total) {
+    for (int64_t first = 0; first < total; first += cut_.tiles) {
+      Block block(first, smaller(cut_.tiles, total - first));
+      Shared inputs(floats(block));
+      block.inputs = inputs.data();
+      parallel_(parts(block), [&](int64_t part) { transform_part(block, part); });
+      multiply_weights(block);
+    }
+  }
+
+  // Spans of neighbouring tiles, by chunk of channels.
+  int64_t parts(const Block& block) const {
+    const int64_t lines = ceil_div(block.first + block.count, across_) - block.first / across_;
+    return lines * ceil_div(across_, kSpan) * chunks_;
+  }
+
+  void transform_part(const Block& block, int64_t part) const {
+    const int64_t spans = ceil_div(across_, kSpan), end = block.first + block.count;
+    const int64_t chunk = part % chunks_, place = part / chunks_;
+    const int64_t row = block.first / across_ + place / spans, x = place % spans * kSpan;
+    const int64_t from = larger(row * across_ + x, block.first);
+    const int64_t to = smaller(row * across_ + smaller(x + kSpan, across_), end);
+    if (from < to) transform_span(block, from, to, chunk);
+  }
+
+  void transform_span(const Block& block, int64_t from, int64_t to, int64_t chunk) const {
     const int64_t window = Scheme::window(conv_), step = Scheme::step(conv_);
     const int64_t columns = (to - from - 1) * step + window;
     const int64_t wide = smaller(kChunk, conv_.c - chunk * kChunk);
-    float* out = inputs_ + chunk * chunk_stride_ + (from - first_) * kChunk;
+    float* out = block.inputs + chunk * block.chunk_stride + (from - block.first) * kChunk;
     if (Scheme::kPoints == 1 && taps_ == 1 && step == 1 && conv_.upsample == 1)
       return activate_pixels(from, to, chunk * kChunk, wide, out);
     float* strip = scratch(kStrip, size_t(window * ((kSpan - 1) * step + window) * kChunk));
@@ -152,12 +186,12 @@ class Convolution {
     for (int64_t tile = 0; tile < to - from; ++tile)
       for (int64_t c = 0; c < wide; c += kWidth)
         Scheme::input(strip + tile * step * kChunk + c, columns, conv_.kernel,
-                      out + tile * kChunk + c, tile_stride_, chunks_ * chunk_stride_);
+                      out + tile * kChunk + c, block.tile_stride, chunks_ * block.chunk_stride);
   }
 
   // Pixels (rows, columns) from (y, x) on, which may lie outside, of so many channels.
   void fill_strip(float* strip, int64_t image, int64_t y, int64_t x, int64_t rows, int64_t columns,
-                  int64_t c, int64_t wide) {
+                  int64_t c, int64_t wide) const {
     const int64_t height = conv_.h * conv_.upsample, width = conv_.w * conv_.upsample;
     const float* scale = conv_.scale ? conv_.scale + image * conv_.c + c : nullptr;
     const float* shift = conv_.scale ? conv_.shift + image * conv_.c + c : nullptr;
@@ -175,7 +209,7 @@ class Convolution {
   }
 
   // Of a 1 x 1 convolution, which needs no window.
-  void activate_pixels(int64_t from, int64_t to, int64_t c, int64_t wide, float* out) {
+  void activate_pixels(int64_t from, int64_t to, int64_t c, int64_t wide, float* out) const {
     const int64_t pixels = conv_.h * conv_.w;
     for (int64_t pixel = from; pixel < to; ++pixel, out += kChunk) {
       const int64_t place = pixel / pixels * conv_.c + c;
@@ -185,7 +219,7 @@ class Convolution {
     }
   }
 
-  void activate(const float* x, const float* scale, const float* shift, float* out, int64_t wide) {
+  void activate(const float* x, const float* scale, const float* shift, float* out, int64_t wide) const {
     for (int64_t c = 0; c < wide; c += kWidth) {
       Vec value = load_some(x + c, wide - c);
       if (scale) value = value * load_some(scale + c, wide - c) + load_some(shift + c, wide - c);
@@ -193,45 +227,45 @@ class Convolution {
     }
   }
 
-  // Second turn: groups of output channels, so many that threads end together.
-  void multiply_weights() {
+  // Groups of output channels, so many that threads end together.
+  void multiply_weights(const Block& block) {
     const int64_t panels = ceil_div(conv_.k, kPanel), each = cut_.columns / kPanel;
     const int64_t threads = larger<int64_t>(parallel_.threads, 1);
     const int64_t groups = smaller(panels, round_up(ceil_div(panels, each), threads));
     parallel_(groups, [&](int64_t group) {
       const int64_t begin = group * panels / groups, end = (group + 1) * panels / groups;
       const int64_t k = begin * kPanel;
-      multiply_columns(k, smaller(end * kPanel, round_up(conv_.k, 16)) - k);
+      multiply_columns(block, k, smaller(end * kPanel, round_up(conv_.k, 16)) - k);
     });
   }
 
-  void multiply_columns(int64_t k, int64_t columns) {
-    const int64_t point_stride = round_up(count_, 2) * columns + 16;
+  void multiply_columns(const Block& block, int64_t k, int64_t columns) const {
+    const int64_t point_stride = round_up(block.count, 2) * columns + 16;
     constexpr int64_t kEach = Scheme::kPoints / Scheme::kParts;
     float* weights = scratch(kWeights, size_t(kEach * cut_.depth * columns));
     float* products = scratch(kProducts, size_t(Scheme::kPoints * point_stride));
     for (int64_t tap = 0; tap < taps_; ++tap)
       for (int64_t c = 0; c < conv_.c; c += cut_.depth) {
         const int64_t depth = smaller(cut_.depth, conv_.c - c);
-        const float* inputs = inputs_ + (tap * chunks_ + c / kChunk) * chunk_stride_;
+        const float* inputs = block.inputs + (tap * chunks_ + c / kChunk) * block.chunk_stride;
         for (int64_t part = 0; part < Scheme::kParts; ++part) {
           transform_weights(k, columns, tap + part, c, depth, weights);
           for (int64_t each = 0; each < kEach; ++each) {
             const int64_t point = part * kEach + each;
             for (int64_t j = 0; j < columns; j += kPanel)
-              multiply_panel(inputs + point * tile_stride_, chunk_stride_,
+              multiply_panel(inputs + point * block.tile_stride, block.chunk_stride,
                              weights + (each * columns + j) * depth, depth,
-                             products + point * point_stride + j, columns, count_,
+                             products + point * point_stride + j, columns, block.count,
                              smaller(kPanel, columns - j), tap > 0 || c > 0);
           }
         }
       }
-    write_outputs(products, point_stride, k, columns);
+    write_outputs(block, products, point_stride, k, columns);
   }
 
   // A tap, or a row of points, as [points][panels][depth][panel].
   void transform_weights(int64_t k, int64_t columns, int64_t which, int64_t c, int64_t depth,
-                         float* out) {
+                         float* out) const {
     const int64_t taps = conv_.kernel * conv_.kernel;
     for (int64_t lane = 0; lane < columns; lane += kWidth) {
       const int64_t panel = lane / kPanel * kPanel, wide = smaller(kPanel, columns - panel);
@@ -249,15 +283,16 @@ class Convolution {
 
   template <auto Load, typename T>
   void transform_lane(const T* from, int64_t which, int64_t depth, float* to, int64_t wide,
-                      int64_t stride) {
+                      int64_t stride) const {
     const int64_t step = conv_.kernel * conv_.kernel * kLanes;
     for (int64_t i = 0; i < depth; ++i, from += step, to += wide)
       Scheme::weights([from](int64_t tap) { return Load(from + tap * kLanes); }, which, to, stride);
   }
 
-  void write_outputs(const float* products, int64_t stride, int64_t k, int64_t columns) {
-    for (int64_t tile = 0; tile < count_; ++tile) {
-      const int64_t place = first_ + tile, image = place / (across_ * rows_);
+  void write_outputs(const Block& block, const float* products, int64_t stride, int64_t k,
+                     int64_t columns) const {
+    for (int64_t tile = 0; tile < block.count; ++tile) {
+      const int64_t place = block.first + tile, image = place / (across_ * rows_);
       const int64_t y = place / across_ % rows_ * Scheme::kTile;
       const int64_t x = place % across_ * Scheme::kTile;
       for (int64_t j = 0; j < columns && k + j < conv_.k; j += kWidth) {
@@ -268,7 +303,7 @@ class Convolution {
     }
   }
 
-  void write_tile(const Vec* values, int64_t image, int64_t y, int64_t x, int64_t k) {
+  void write_tile(const Vec* values, int64_t image, int64_t y, int64_t x, int64_t k) const {
     const int64_t count = conv_.k - k;
     Vec more = conv_.bias ? load_some(conv_.bias + k, count) : Vec{};
     if (conv_.row) more += load_some(conv_.row + image * conv_.row_stride + k, count);
@@ -289,8 +324,8 @@ Blocking Convolution<Scheme>::blocking() const {
 #ifdef LATENTFORGE_TUNE
   if (lf_tiles) return {lf_tiles, lf_columns, lf_depth};
 #endif
-  constexpr int64_t kInputs = 1 << 20, kMost = 8;
-  const int64_t fitting = kInputs / (Scheme::kPoints * taps_ * conv_.c) / kRows;
+  constexpr int64_t kFloats = 1 << 20, kMost = 8;
+  const int64_t fitting = kFloats / (Scheme::kPoints * taps_ * conv_.c) / kRows;
   const int64_t most = Scheme::kPoints == 1 ? 4 * kMost : kMost;
   return {larger<int64_t>(smaller(fitting, most), 2) * kRows, 2 * kPanel, 192};
 }

@@ -5,7 +5,7 @@
 
 namespace latentforge {
 
-enum ScratchUse { kStrip, kWeights, kProducts, kRowsOfHead, kScratchUses };
+enum ScratchUse { kInputs, kStrip, kWeights, kProducts, kRowsOfHead, kScratchUses };
 
 // At least so many floats of this thread's own, aligned to 64 bytes; what is in them is lost with
 // the next request for the same use. Throws std::bad_alloc.
