@@ -1,5 +1,6 @@
 """latentforge's own operators: their numbers, their build, and what is said where they lack."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from conftest import Handmade
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_operators import convolution, group_scale, silu
+from native_operators import attention, convolution, group_scale, product, silu
 
 from latentforge.optimize.component import save_part
 from latentforge.optimize.hoist import Part
@@ -202,6 +203,78 @@ def test_normalizes(shape: tuple[int, int, int, int], groups: int) -> None:
     normed = x * wanted[0][:, None, None] + wanted[1][:, None, None]
     close(ran("GroupNorm", [x, *weights], silu=0, **given), normed)
     close(ran("GroupNorm", [x, *weights], silu=1, **given), silu(normed))
+
+
+@built
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("added", ["nothing", "bias", "residual", "both"])
+@pytest.mark.parametrize(
+    "shape, channels", [((1, 3), 5), ((2, 7, 20), 33), ((3, 77, 64), 48), ((2, 300, 96), 128)]
+)
+def test_multiplies(shape: tuple[int, ...], channels: int, added: str, half: bool) -> None:
+    weight = pack(some(channels, shape[-1], 1, 1, seed=1) / shape[-1] ** 0.5)
+    inputs = [
+        some(*shape),
+        weight.astype(np.float16) if half else weight,
+        some(channels, seed=2) if added in ("bias", "both") else None,
+        some(*shape[:-1], channels, seed=3) if added in ("residual", "both") else None,
+    ]
+    wanted = product(*inputs, channels=channels)  # type: ignore[arg-type]
+    close(ran("MatMul", inputs, channels=channels), wanted)
+
+
+@built
+@pytest.mark.parametrize("size", [6, 16, 40, 64, 80])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (5, 77), (64, 64), (130, 300), (300, 5)])
+def test_attends(queries: int, keys: int, size: int) -> None:
+    heads, scale = 3, size**-0.5
+    query = 3 * some(2, queries, heads * size)  # some scores far above the others
+    key, value = (some(2, keys, heads * size, seed=seed) for seed in (1, 2))
+    wanted = attention(query, key, value, heads=heads, scale=scale)
+    # through the graph's inputs, as tokens come: ran() makes constants of the second and third
+    close(ran("Attention", [query, key, value], heads=heads, scale=scale), wanted)
+
+
+@built
+def test_scores_may_be_large() -> None:
+    query, key = 100 * some(1, 20, 32), 100 * some(1, 200, 32, seed=1)
+    value = some(1, 200, 32, seed=2)
+    wanted = attention(query, key, value, heads=2, scale=1.0)
+    close(ran("Attention", [query, key, value], heads=2, scale=1.0), wanted)
+
+
+@built
+def test_refuses_what_does_not_fit() -> None:
+    x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
+    given = {"channels": 16, "pads": (1, 1, 1, 1), "silu": 0, "stride": 1, "upsample": 1}
+    with pytest.raises(Exception, match="Conv takes weights packed as"):
+        ran("Conv", [x, weight[:, :16], None], **given)
+    with pytest.raises(Exception, match="a residual of the output's shape"):
+        ran("Conv", [x, weight, None, None, None, None, some(1, 4, 4, 16)], **given)
+    with pytest.raises(Exception, match="a stride and an upsample of 1 or 2"):
+        ran("Conv", [x, weight, None], **{**given, "stride": 3})
+    with pytest.raises(Exception, match="channels that groups divide"):
+        ran("GroupNorm", [x, some(32), some(32)], groups=5, epsilon=1e-5, silu=0)
+    with pytest.raises(Exception, match="keys and values alike"):
+        ran("Attention", [some(1, 4, 8), some(1, 4, 8), some(1, 5, 8)], heads=2, scale=1.0)
+
+
+@built
+@pytest.mark.parametrize("kernels", ["portable", "avx2"])
+def test_other_instructions_give_the_same(kernels: str) -> None:
+    """What another processor would run; one that lacks avx2 runs the portable ones twice."""
+    numbers = Path(__file__).parent / "test_native.py"
+    run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(numbers)]
+    only = "test_convolves or test_multiplies or test_attends or test_normalizes"
+    skipped = " and not whatever and not large"
+    done = subprocess.run(
+        [*run, "-k", f"({only}){skipped}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LATENTFORGE_KERNELS": kernels},
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 @built

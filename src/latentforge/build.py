@@ -1,5 +1,7 @@
 """From a checkpoint to engines in one go: export, optimize, compile, and choose what is fastest.
 
+With ``fast`` a plan of cheaper evaluations is searched for them too.
+
 The stages meet on disk alone; this is the one place that knows all of them.
 """
 
@@ -15,6 +17,7 @@ from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import is_exported
 from latentforge.export.stage import export
+from latentforge.fast import Fast, accelerate, check
 from latentforge.optimize.job import plan as plan_optimization
 from latentforge.optimize.recipe import near_miss, read_recipe
 from latentforge.optimize.stage import optimize_into
@@ -44,6 +47,7 @@ def build(
     recipe: str = "fp32",
     sizes: Sizes | None = None,
     options: Sequence[str] = (),
+    fast: Fast | None = None,
     overwrite: bool = False,
     quiet: bool = True,
     **optimization: Any,
@@ -57,6 +61,7 @@ def build(
         recipe: the name of one that comes with the package, or a TOML file.
         sizes: to build for; nothing leaves them free where the backend allows that.
         options: of the backend, each KEY=VALUE.
+        fast: what to ask of the search for a plan; None searches none.
         overwrite: replace an engine directory that is there already.
         quiet: show no progress.
         optimization: gate, prompts, calibrate, request and repeats of optimize().
@@ -67,11 +72,13 @@ def build(
     wanted = sizes or Sizes()
     _targets(target)
     read_recipe(recipe)  # a typo should not cost an export
+    if fast is not None:
+        check(fast, checkpoint, target)
     with staged_directory(engines, overwrite=overwrite) as directory:
         exported = directory / "exported"
         try:
             export(checkpoint, exported, dimensions=dimensions(wanted), quiet=quiet)
-            return finish(
+            manifest = finish(
                 exported,
                 directory,
                 target=target,
@@ -83,6 +90,7 @@ def build(
             )
         finally:
             shutil.rmtree(exported, ignore_errors=True)
+        return manifest if fast is None else accelerate(directory, fast, quiet=quiet)
 
 
 def finish(
@@ -123,16 +131,23 @@ def finish(
 
 
 def outlook(
-    checkpoint: str, *, target: str = "cpu", recipe: str = "fp32", sizes: Sizes | None = None
+    checkpoint: str,
+    *,
+    target: str = "cpu",
+    recipe: str = "fp32",
+    sizes: Sizes | None = None,
+    fast: Fast | None = None,
 ) -> Iterator[str]:
     """What build() would do and about what it takes, line by line, from a checkpoint's headers.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of a kind we refuse.
-        SettingsError: no such target or recipe.
+        SettingsError: no such target or recipe, or a plan could not be judged.
     """
     targets = _targets(target)
     read_recipe(recipe)
+    if fast is not None:
+        check(fast, checkpoint, target)
     source = open_checkpoint(checkpoint)
     family = family_of(source)
     weights = _weights(source, family)
@@ -154,6 +169,8 @@ def outlook(
     yield f"disk: up to {size_text((2 + len(targets)) * sum(weights.values()))}"
     if len(targets) > 1:
         yield "4. time them in turns, and take the fastest of each component"
+    if fast is not None:
+        yield f"at last: {fast}"
     if free is not None and memory > free:
         yield "WARNING: that is more memory than there is: close other programs, or expect to fail"
 
