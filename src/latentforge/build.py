@@ -27,6 +27,7 @@ from latentforge.runtime.choose import choose_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
 from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.native import library
 from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.staging import size_text, staged_directory
 
@@ -156,6 +157,11 @@ def outlook(
     yield from (f"  {name}: {size_text(size)} of weights in fp32" for name, size in weights.items())
     memory = int(_EXPORT_MEMORY * sum(weights.values()))
     yield f"1. export: up to {size_text(memory)} of memory"
+    if library() is None and "cpu" in targets:
+        yield (
+            "without latentforge's own kernels, which were not compiled when it was installed: with "
+            "a C++ compiler, python -m latentforge.runtime.native does so now"
+        )
     yield f"2. optimize by recipe {recipe}, for {', '.join(targets)}; pictures judge the result"
     for name in targets:
         if TARGETS[name].runs_as_it_is and not (sizes and sizes.asdict()):
