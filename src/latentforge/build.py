@@ -159,8 +159,8 @@ def outlook(
     yield f"1. export: up to {size_text(memory)} of memory"
     if library() is None and "cpu" in targets:
         yield (
-            "without latentforge's own kernels, which were not compiled when it was installed: with "
-            "a C++ compiler, python -m latentforge.runtime.native does so now"
+            "without latentforge's own kernels, which were not compiled when it was installed: "
+            "with a C++ compiler, python -m latentforge.runtime.native does so now"
         )
     yield f"2. optimize by recipe {recipe}, for {', '.join(targets)}; pictures judge the result"
     for name in targets:
