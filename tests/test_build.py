@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import Handmade
 
 from latentforge.__main__ import main
 from latentforge.build import build, dimensions, finish, outlook
 from latentforge.export.onnx import Dimensions
 from latentforge.runtime import backends
 from latentforge.runtime.backends import _cuda
-from latentforge.runtime.choose import choose_into
+from latentforge.runtime.choose import choose_into, prefer_rows
 from latentforge.runtime.compiler import compile_into, plan
 from latentforge.runtime.errors import (
     BackendError,
@@ -20,7 +21,7 @@ from latentforge.runtime.errors import (
     SettingsError,
 )
 from latentforge.runtime.image import psnr
-from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.manifest import Defaults, Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.shapes import Sizes, parse_ranges
 
@@ -180,3 +181,40 @@ def test_the_faster_component_is_taken(tiny_engines: Path, tmp_path: Path, copy:
     chosen = manifest.history[-1].options["chosen"]
     assert chosen["vae_decoder"] == chosen["vae_encoder"] == "nothing"
     assert Manifest.read(target).components["vae_decoder"].file == "engines/null/vae_decoder.null"
+
+
+# Multiplies each row of all images with each other one: what two take is four times one's.
+GROWING = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states)
+  => (float[batch, 4, h, w] out_sample)
+<int64[2] flat = {-1, 64}, int64[2] times = {12, 1}, float none = {0}>
+{
+  rows = Reshape(sample, flat)
+  tall = Tile(rows, times)
+  turned = Transpose<perm = [1, 0]>(tall)
+  square = MatMul(tall, turned)
+  most = ReduceMax<keepdims = 0>(square)
+  zero = Mul(most, none)
+  out_sample = Add(sample, zero)
+}"""
+PLAIN = GROWING.split("{\n")[0].split("<int64")[0] + "{ out_sample = Identity(sample) }"
+
+
+@pytest.mark.parametrize("unet, rows", [(GROWING, 1), (PLAIN, None)])
+def test_prefers_single_rows_where_they_are_faster(
+    unet: str, rows: int | None, handmade: Handmade
+) -> None:
+    defaults = Defaults(
+        sampler="ddim", steps=4, guidance_scale=7.5, guidance_rescale=0.0, height=512, width=512
+    )
+    directory = handmade(onnx={"unet": unet}, defaults=defaults)
+    assert prefer_rows(directory, repeats=2).components["unet"].at_once == rows
+    assert Manifest.read(directory).components["unet"].at_once == rows
+
+
+def test_leaves_rows_alone_without_guidance(handmade: Handmade) -> None:
+    defaults = Defaults(
+        sampler="ddim", steps=4, guidance_scale=1.0, guidance_rescale=0.0, height=512, width=512
+    )
+    directory = handmade(onnx={"unet": GROWING}, defaults=defaults)
+    assert prefer_rows(directory).components["unet"].at_once is None

@@ -23,7 +23,7 @@ from latentforge.optimize.recipe import near_miss, read_recipe
 from latentforge.optimize.stage import optimize_into
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends, compiler
-from latentforge.runtime.choose import choose_into
+from latentforge.runtime.choose import choose_into, prefer_rows
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
 from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Manifest
@@ -91,6 +91,8 @@ def build(
             )
         finally:
             shutil.rmtree(exported, ignore_errors=True)
+        if repeats := optimization.get("repeats", 3):
+            manifest = prefer_rows(directory, repeats=repeats)
         return manifest if fast is None else accelerate(directory, fast, quiet=quiet)
 
 
