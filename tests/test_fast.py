@@ -238,6 +238,7 @@ def test_engines_are_cut_for_a_plan_with_shallow_steps(
         assert psnr(exact.latents, original("red apple", **request).latents) > 80
 
 
+@pytest.mark.slow
 def test_large_images_may_have_less_attention(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
