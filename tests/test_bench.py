@@ -1,5 +1,7 @@
 """Contenders in processes of their own: taking turns, failing, being compared."""
 
+import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -171,6 +173,23 @@ def test_what_it_started_ends_with_it(make: Make, tmp_path: Path) -> None:
     pid = (tmp_path / "log").read_text().split()[0]
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_an_interrupt_amid_its_start_leaves_no_process(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, started, popen = tmp_path / "job.json", [], subprocess.Popen
+
+    def interrupted(*command: object, **options: object) -> object:
+        started.append(popen(*command, **options))  # type: ignore[call-overload]
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    Job(model=str(tmp_path / "log"), settings=SETTINGS, threads=1, picture="").write(job)
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Process(make("a", "time.sleep(60)"), job, threads=1)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_conversion_is_not_part_of_the_load(make: Make) -> None:

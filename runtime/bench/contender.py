@@ -18,8 +18,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -166,11 +168,7 @@ class Process:
 
     def close(self) -> None:
         """End it, and what it started: compilers of torch.compile, for one."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.communicate()
+        _end(self._process)
 
     @property
     def peak_memory(self) -> int:
@@ -243,9 +241,10 @@ def _seconds(timings: Timings) -> dict[str, float]:
 
 def _started(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[bytes]:
     """In a group of its own, so that it can be ended whole."""
-    with log.open("w") as errors:
-        try:
-            return subprocess.Popen(
+    process = None
+    try:
+        with log.open("w") as errors, _undisturbed():
+            process = subprocess.Popen(
                 command,
                 bufsize=0,
                 stdin=subprocess.PIPE,
@@ -254,5 +253,34 @@ def _started(command: Sequence[str], log: Path, threads: int) -> subprocess.Pope
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 start_new_session=True,
             )
-        except OSError as error:
-            raise BackendError(f"{command[0]} does not start: {error.strerror}") from error
+        return process
+    except OSError as error:
+        raise BackendError(f"{command[0]} does not start: {error.strerror}") from error
+    except BaseException:
+        if process is not None:
+            _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let interrupts wait: one that hits Popen leaves a process that nobody has a handle of."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main one
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda which, _: came.append(which)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
+    for one in came[:1]:
+        signal.raise_signal(one)
