@@ -153,6 +153,9 @@ def changes(stage: Stage) -> Iterator[str]:
     if "backends" in stage.options:
         yield from _compiled(stage)
         return
+    if "tried" in stage.options:
+        yield from _searched(stage)
+        return
     if "recipe" in stage.options:
         yield f"recipe {stage.options['recipe']} for {stage.options['target']}"
     yield from (f"  {name}: {count}" for name, count in stage.passes.items())
@@ -161,6 +164,8 @@ def changes(stage: Stage) -> Iterator[str]:
         yield f"{'component':<16}{'nodes':>14}{'size in MB':>20}{'':>8}{'error':>9}{'PSNR':>11}"
     for name, measured in parts.items():
         yield _change(name, measured)
+    added = {n: m for n, m in stage.measured.items() if n not in (*parts, "image")}
+    yield from (f"{name}: {_figures(measured)}" for name, measured in added.items())
     totals = [sum(m[f"bytes_{when}"] for m in parts.values()) for when in ("before", "after")]
     if parts:
         yield f"{'together':<30}{_megabytes(*totals)}"
@@ -175,6 +180,13 @@ def _choice(stage: Stage) -> Iterator[str]:
         shown = ", ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
         yield f"{name}, times faster than {reference}: {shown}"
     yield from (f"{name} was refused: {why}" for name, why in stage.options["refused"].items())
+
+
+def _searched(stage: Stage) -> Iterator[str]:
+    """How many plans were judged, and which was taken."""
+    count, gate = len(stage.options["tried"]), stage.options["gate"]
+    taken = stage.options["plan"] or "none, the engines stay exact"
+    yield f"{count} plans judged by {gate}; taken: {taken}"
 
 
 def _compiled(stage: Stage) -> Iterator[str]:
@@ -221,7 +233,7 @@ def _verdict(stage: Stage) -> Iterator[str]:
             f"pairs), UNet step {image['unet_step_speedup']:.2f}x, memory "
             f"{image['memory_before'] / 1e6:.0f} -> {image['memory_after'] / 1e6:.0f} MB"
         )
-    elif stage.measured:
+    elif "image" in stage.measured or any("bytes_before" in m for m in stage.measured.values()):
         yield "not timed"
     for name, figures in stage.options.get("candidates", {}).items():
         yield _candidate(name, figures, chosen=name == stage.options["chosen"])

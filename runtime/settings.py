@@ -3,7 +3,7 @@
 import reprlib
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict, get_args
 
@@ -104,6 +104,10 @@ class Settings:
         """Whether the UNet does less than the sampler asks of it: another picture, class B."""
         less = self.guidance_interval not in (None, (0, 1)) or self.unet != "unet"
         return less or bool(self.timesteps or self.shallow)
+
+    def following(self, plan: FastPlan) -> "Settings":
+        """The same picture asked for by a plan."""
+        return replace(self, exact=False, **plan.request)
 
 
 class Request(TypedDict, total=False):

@@ -56,6 +56,16 @@ SIGNATURES = {
         {"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
     ),
 }
+# Each token id t becomes (t/20, t/20), so that the mean of an embedding tells its prompt.
+TEXT_ENCODER = """<ir_version: 9, opset_import: ["" : 17]>
+m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
+<float scale = {0.05}, int64[1] axis = {2}>
+{
+  ids = Cast<to = 1>(input_ids)
+  small = Mul(ids, scale)
+  column = Unsqueeze(small, axis)
+  last_hidden_state = Concat<axis = 2>(column, column)
+}"""
 TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 
 

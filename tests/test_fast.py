@@ -14,6 +14,7 @@ from latentforge.fast import Fast, FastGate, accelerate, check, told
 from latentforge.optimize.plans import EXACT, Candidate, Costs, Variant, candidates, fastest
 from latentforge.optimize.stage import optimize
 from latentforge.runtime import samplers
+from latentforge.runtime.describe import changes
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import psnr
 from latentforge.runtime.manifest import Manifest
@@ -184,6 +185,8 @@ def test_the_plan_is_in_the_manifest_with_what_it_was_measured_to_be(planned: Pa
     assert any(found["steps"] == plan.steps for found in stage.options["timesteps"])
     lines = list(told(manifest))
     assert stage.options["plan"] in lines[0] and "class B" in lines[1]
+    (line,) = changes(stage)
+    assert line.endswith(f"taken: {stage.options['plan']}")
 
 
 def test_only_what_the_plan_takes_is_left(planned: Path) -> None:

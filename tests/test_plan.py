@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from conftest import TEXT_ENCODER, Handmade
 from numpy.typing import NDArray
 
 pytest.importorskip("onnxruntime")
@@ -28,19 +29,7 @@ from latentforge.runtime.samplers import SAMPLERS
 from latentforge.runtime.schedules import Plan, Schedule, Spacing
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
-Handmade = Callable[..., Path]
 Array = NDArray[np.floating]
-
-# Each token id t becomes (t/20, t/20), so that the mean of an embedding tells its prompt.
-TEXT_ENCODER = """<ir_version: 9, opset_import: ["" : 17]>
-m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
-<float scale = {0.05}, int64[1] axis = {2}>
-{
-  ids = Cast<to = 1>(input_ids)
-  small = Mul(ids, scale)
-  column = Unsqueeze(small, axis)
-  last_hidden_state = Concat<axis = 2>(column, column)
-}"""
 
 # With m the mean of the embedding, the deep feature is the sample times m - 1. The output is that
 # and the sample times m times a share, which is all that a shallow step computes anew.

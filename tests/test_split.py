@@ -24,6 +24,7 @@ from latentforge.optimize.shapes import Specs, specs_of
 from latentforge.optimize.split import SHALLOW, add_shallow, count_levels, split
 from latentforge.optimize.survey import before, macs, settled_shapes
 from latentforge.optimize.targets import TARGETS
+from latentforge.runtime.describe import changes
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import DEEP_FEATURE, FileEntry, Manifest
@@ -356,6 +357,8 @@ def test_its_history_says_what_was_done(unet: Unet, tmp_path: Path) -> None:
     assert written.defaults.height == 16 * written.latent.downscale
     cost = [macs(each.model, each.inputs, sizes) for each in split(part, 0)]
     assert stage.measured[SHALLOW]["share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
+    (line,) = changes(stage)
+    assert line.startswith(f"{SHALLOW}: share {cost[1] / cost[0]:.3g}")
     assert 0.02 < stage.measured[SHALLOW]["share"] < 0.3
 
 

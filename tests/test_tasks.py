@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Handmade
 from numpy.typing import NDArray
 from PIL import Image
 from test_loop import NETWORKS
@@ -18,8 +19,6 @@ from latentforge.runtime.image import open_picture, to_array, to_mask
 from latentforge.runtime.pipeline import Pipeline
 
 pytest.importorskip("onnxruntime")
-
-Handmade = Callable[..., Path]
 
 # The mean of each 8 x 8 pixels, a fourth channel of zeros, and no variance worth the name.
 ENCODER = """<ir_version: 9, opset_import: ["" : 17]>

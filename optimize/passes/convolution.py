@@ -18,6 +18,7 @@ The operators, version 1, take float32 of shape (batch, height, width, channels)
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,13 @@ from latentforge.optimize.passes.group_norm import match_group_norm, replace_in_
 from latentforge.optimize.passes.nhwc import TO_NCHW, TO_NHWC
 from latentforge.optimize.passes.rewriting import (
     Editor,
+    given,
+    is_native,
     lazily,
     made_by,
-    only_user,
     size,
     sweep,
+    take_sum,
 )
 from latentforge.runtime.native import DOMAIN
 
@@ -90,7 +93,7 @@ def _ints(node: ir.Node, name: str, default: int, count: int = 2) -> tuple[int, 
 
 
 def _convert(editor: Editor, node: ir.Node) -> None:
-    x, weight, bias = node.inputs[0], node.inputs[1], _input(node, 2)
+    x, weight, bias = node.inputs[0], node.inputs[1], given(node, 2)
     assert x is not None and weight is not None and weight.shape is not None
     channels, *rest = weight.shape.numpy()
     shape = [-(-channels // LANES), *rest, LANES]
@@ -136,28 +139,14 @@ def fuse_conv(model: ir.Model) -> int:
     """
     editor, count = Editor(model.graph), 0
     for node in model.graph:
-        if _is_ours(node, "Conv"):
+        if is_native(node, "Conv"):
             count += _take_resize(node)
-        elif _is_ours(node, "GroupNorm"):
+        elif is_native(node, "GroupNorm"):
             count += _give_norm(editor, node)
         elif node.op_type == "Add" and not node.domain:
-            count += _take_sum(editor, node)
+            count += take_sum(editor, node, "Conv", partial(_place, editor))
     sweep(model)
     return count
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def _give(node: ir.Node, index: int, value: ir.Value | None) -> None:
-    """Set an input, with missing ones before it."""
-    node.resize_inputs(max(index + 1, len(node.inputs)))
-    node.replace_input_with(index, value)
-
-
-def _is_ours(node: ir.Node | None, op_type: str) -> bool:
-    return node is not None and (node.domain, node.op_type) == (DOMAIN, op_type)
 
 
 def _take_resize(conv: ir.Node) -> bool:
@@ -167,7 +156,7 @@ def _take_resize(conv: ir.Node) -> bool:
         return False
     if conv.attributes.get_int("stride", 1) != 1 or conv.attributes.get_int("upsample", 1) != 1:
         return False
-    if not _doubles(resize) or _input(conv, _SCALE) is not None:
+    if not _doubles(resize) or given(conv, _SCALE) is not None:
         return False
     conv.replace_input_with(_X, resize.inputs[0])
     conv.attributes.add(ir.AttrInt64("upsample", 2))
@@ -191,8 +180,8 @@ def _give_norm(editor: Editor, norm: ir.Node) -> bool:
     """Let those who use a normalization do it themselves, if all of them can."""
     x, output = norm.inputs[0], norm.outputs[0]
     users = [(use.node, use.idx) for use in output.uses()]
-    able = all(_is_ours(user, "Conv") and index == _X for user, index in users)
-    fed = any(_input(user, _SCALE) is not None for user, _ in users)
+    able = all(is_native(user, "Conv") and index == _X for user, index in users)
+    fed = any(given(user, _SCALE) is not None for user, _ in users)
     if x is None or not users or not able or fed or output.is_graph_output():
         return False
     attributes = {name: norm.attributes[name].value for name in ("epsilon", "groups")}
@@ -211,38 +200,20 @@ def _give_norm(editor: Editor, norm: ir.Node) -> bool:
     shift.name, shift.type, shift.shape = editor.free(f"{scale.name}_1"), scale.type, scale.shape
     for user, _ in users:
         for index, value in ((_X, x), (_SCALE, scale), (_SCALE + 1, shift)):
-            _give(user, index, value)
+            editor.give(user, index, value)
         user.attributes.add(ir.AttrInt64("silu", norm.attributes.get_int("silu", 0)))
     return True
 
 
-def _take_sum(editor: Editor, node: ir.Node) -> bool:
-    """Let a Conv add what is added to its output, a row for all pixels or a whole image."""
-    first, second = node.inputs
-    for value, added in ((first, second), (second, first)):
-        conv = value.producer() if value is not None and only_user(value) is node else None
-        if conv is None or added is None or value is None or not _is_ours(conv, "Conv"):
-            continue
-        if _takes(editor, conv, added, node):
-            editor.move(conv, before=node)
-            editor.replace(node.outputs[0], value)
-            return True
-    return False
-
-
-def _takes(editor: Editor, conv: ir.Node, added: ir.Value, node: ir.Node) -> bool:
-    """Give a Conv what is added to its output, if it has room for such a thing."""
-    output = node.outputs[0]
+def _place(editor: Editor, conv: ir.Node, added: ir.Value) -> tuple[int, ir.Value] | None:
+    """A row for all pixels, or an image like the output, is the input of that name, if free."""
+    output = conv.outputs[0]
     if added.shape is None or output.shape is None or len(added.shape) != 4:
-        return False
-    if _input(conv, _ROW) is None and _is_row(added, output):
-        _give(conv, _ROW, _row(editor, added, node))
-        return True
+        return None
+    if given(conv, _ROW) is None and _is_row(added, output):
+        return _ROW, _row(editor, added, before=output.consumers()[0])
     whole = all(size(added, axis) == size(output, axis) for axis in range(4))
-    if _input(conv, _RESIDUAL) is None and whole:
-        _give(conv, _RESIDUAL, added)
-        return True
-    return False
+    return (_RESIDUAL, added) if given(conv, _RESIDUAL) is None and whole else None
 
 
 def _is_row(value: ir.Value, output: ir.Value) -> bool:
@@ -251,7 +222,7 @@ def _is_row(value: ir.Value, output: ir.Value) -> bool:
     return alike and size(value, 1) == size(value, 2) == 1
 
 
-def _row(editor: Editor, value: ir.Value, before: ir.Node) -> ir.Value:
+def _row(editor: Editor, value: ir.Value, *, before: ir.Node) -> ir.Value:
     """A row as (batch, channels), taken from before it was given axes or turned."""
     if (made := made_by(value, "Unsqueeze")) is not None and made.inputs[0] is not None:
         if len(made.inputs[0].shape or ()) == 2:

@@ -24,10 +24,11 @@ from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
     Array,
     Editor,
+    given,
     lazily,
-    only_user,
     size,
     sweep,
+    take_sum,
     vector,
 )
 from latentforge.runtime.native import DOMAIN
@@ -48,7 +49,7 @@ def native_product(model: ir.Model) -> int:
             _attend(editor, node)
             count += 1
         elif node.op_type == "Add" and not node.domain:
-            count += _take_sum(editor, node)
+            count += take_sum(editor, node, "MatMul", _place)
     sweep(model)
     return count
 
@@ -113,34 +114,14 @@ def _replace(
     editor.replace(output, result)
 
 
-def _take_sum(editor: Editor, node: ir.Node) -> bool:
-    """Let a product of ours add what is added to it: a bias, or a tensor like its result."""
-    first, second = node.inputs
-    for value, added in ((first, second), (second, first)):
-        product = value.producer() if value is not None and only_user(value) is node else None
-        if product is None or value is None or added is None:
-            continue
-        if (product.domain, product.op_type) != (DOMAIN, "MatMul"):
-            continue
-        place = _place(product, added, node.outputs[0])
-        if place is not None:
-            product.resize_inputs(max(place + 1, len(product.inputs)))
-            product.replace_input_with(place, added)
-            editor.move(product, before=node)
-            editor.replace(node.outputs[0], value)
-            return True
-    return False
-
-
-def _place(product: ir.Node, added: ir.Value, output: ir.Value) -> int | None:
-    """The input of a product that a summand becomes, if it is free."""
-    taken = [value is not None for value in product.inputs] + [False, False]
-    channels = product.attributes["channels"].as_int()
+def _place(product: ir.Node, added: ir.Value) -> tuple[int, ir.Value] | None:
+    """A bias, or a tensor like the result, is the input of that name, if it is free."""
+    output, channels = product.outputs[0], product.attributes["channels"].as_int()
     if vector(added, channels, 0) and len(added.shape or ()) == 1 and added.is_initializer():
-        return None if taken[_BIAS] else _BIAS
+        return None if given(product, _BIAS) else (_BIAS, added)
     whole = added.shape is not None and output.shape is not None
     whole = whole and len(added.shape or ()) == len(output.shape or ()) > 1
     alike = whole and all(
         size(added, axis) == size(output, axis) for axis in range(len(output.shape or ()))
     )
-    return _RESIDUAL if alike and not taken[_RESIDUAL] else None
+    return (_RESIDUAL, added) if alike and not given(product, _RESIDUAL) else None

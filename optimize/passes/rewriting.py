@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import constant
+from latentforge.runtime.native import DOMAIN
 
 __all__ = [
     "MICROSOFT",
@@ -16,6 +17,8 @@ __all__ = [
     "Editor",
     "Size",
     "apply_named",
+    "given",
+    "is_native",
     "lazily",
     "made_by",
     "only_user",
@@ -24,6 +27,7 @@ __all__ = [
     "sizes",
     "split_scalar",
     "sweep",
+    "take_sum",
     "vector",
 ]
 
@@ -45,6 +49,16 @@ def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in op_types:
         return None
     return node
+
+
+def is_native(node: ir.Node | None, op_type: str) -> bool:
+    """Whether a node is this operator of latentforge's own."""
+    return node is not None and (node.domain, node.op_type) == (DOMAIN, op_type)
+
+
+def given(node: ir.Node, index: int) -> ir.Value | None:
+    """An input, or None where it is missing or the node has fewer."""
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def only_user(value: ir.Value) -> ir.Node | None:
@@ -241,6 +255,11 @@ class Editor:
         self._graph.remove(node)
         self._graph.insert_before(before, node)
 
+    def give(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
+        """Set an input, with missing ones before it."""
+        node.resize_inputs(max(index + 1, len(node.inputs)))
+        node.replace_input_with(index, value)
+
     def free(self, name: str) -> str:
         """This name, numbered if it is taken."""
         number, found = 1, name
@@ -292,6 +311,25 @@ def apply_named(apply: Callable[[ir.Model], Any], model: ir.Model) -> int:
             node.name = maker.name if alike else editor.free(name)
             node.metadata_props.clear()
     return int(count)
+
+
+Place = Callable[[ir.Node, ir.Value], tuple[int, ir.Value] | None]
+"""Tells which input of a node a summand of its output becomes, and in which form; None if none."""
+
+
+def take_sum(editor: Editor, add: ir.Node, op_type: str, place: Place) -> bool:
+    """Let an operator of latentforge's own add what an Add adds to its output."""
+    first, second = add.inputs
+    for value, added in ((first, second), (second, first)):
+        node = value.producer() if value is not None and only_user(value) is add else None
+        if node is None or value is None or added is None or not is_native(node, op_type):
+            continue
+        if (found := place(node, added)) is not None:
+            editor.give(node, *found)
+            editor.move(node, before=add)
+            editor.replace(add.outputs[0], value)
+            return True
+    return False
 
 
 def sweep(model: ir.Model) -> None:

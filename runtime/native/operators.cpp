@@ -118,7 +118,7 @@ class Run {
         work.failed = true;
       }
     };
-    check(ort::parallel_for(*api, static_cast<OrtKernelContext*>(context), one, count, 0, &work));
+    check(ort::parallel_for(*api, static_cast<OrtKernelContext*>(context), one, count, count, &work));
     if (work.failed) throw std::bad_alloc();
   }
 };

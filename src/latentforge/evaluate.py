@@ -333,7 +333,7 @@ def _painting(loaded: Any, noise: NDArray[np.float32] | None) -> Draw:
     fast = loaded.manifest.fast
 
     def own(request: Settings) -> Settings:
-        return request if fast is None or request.exact else replace(request, **fast.request)
+        return request if fast is None or request.exact else request.following(fast)
 
     if noise is None:
         return lambda request: loaded.run(own(request)).images[0]

@@ -345,7 +345,7 @@ class _Exam:
 
     def figures(self, pipeline: Pipeline, plan: FastPlan, note: Note) -> dict[str, float]:
         """What a plan's pictures are beside the reference's."""
-        results = _drawn(pipeline, [_following(r, plan) for r in self.requests], note)
+        results = _drawn(pipeline, [r.following(plan) for r in self.requests], note)
         exact, pictures = ([r.images[0] for r in some] for some in (self.drawn, results))
         rows = compare_pairs(exact, pictures, self._judges.distances)
         errors = rows.pop("error")
@@ -370,10 +370,6 @@ def _drawn(pipeline: Pipeline, requests: Sequence[Settings], note: Note) -> list
         results.append(pipeline.run(request))
         note(len(results), len(requests))
     return results
-
-
-def _following(request: Settings, plan: FastPlan) -> Settings:
-    return replace(request, exact=False, **plan.request)
 
 
 class _Search:
