@@ -12,8 +12,10 @@
 namespace latentforge {
 namespace {
 
-constexpr int64_t kQueries = 4 * kRows;  // rows of a task
+constexpr int64_t kQueries = 8 * kRows;  // rows of a task
 constexpr int64_t kKeys = 4 * kChunk;    // keys of a block
+constexpr int64_t kStep = 2 * kWidth;    // scores that are looked at together
+constexpr float kLeast = -3.0e38f;
 
 class Attending {
  public:
@@ -21,7 +23,7 @@ class Attending {
       : a_(attention),
         parallel_(parallel),
         width_(a_.heads * a_.size),
-        wide_(round_up(a_.size, 16)),
+        wide_(round_up(a_.size, kWidth)),
         depth_(round_up(a_.size, kChunk)),
         chunks_(ceil_div(a_.keys, kChunk)) {}
 
@@ -48,6 +50,12 @@ class Attending {
     return (head / a_.heads * tokens + token) * width_ + head % a_.heads * a_.size;
   }
 
+  // Columns of a panel of values: three vectors at the end rather than one alone.
+  int64_t wide_of(int64_t panel) const {
+    const int64_t left = wide_ - panel;
+    return left == kWidth || left == 3 * kWidth ? left : 2 * kWidth;
+  }
+
   // kChunk keys as [panels][size][panel], and their values as [panels][keys][panel].
   void pack(int64_t task) {
     const int64_t head = task / chunks_, first = task % chunks_ * kChunk;
@@ -58,8 +66,8 @@ class Attending {
       float* to = keys + i / kPanel * kPanel * a_.size + i % kPanel;
       for (int64_t d = 0; d < a_.size; ++d) to[d * kPanel] = i < count ? from[d] : 0;
     }
-    for (int64_t panel = 0; panel < wide_; panel += kPanel) {
-      const int64_t wide = smaller(kPanel, wide_ - panel);
+    for (int64_t panel = 0; panel < wide_; panel += wide_of(panel)) {
+      const int64_t wide = wide_of(panel);
       float* to = values_ + (head * chunks_ * wide_ + panel * chunks_) * kChunk + first * wide;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t d = 0; d < wide; d += kWidth)
@@ -73,86 +81,94 @@ class Attending {
     const int64_t count = smaller(kQueries, a_.queries - first);
     float* query = scratch(kStrip, size_t(kQueries * depth_));
     float* scores = scratch(kProducts, size_t(kQueries * kKeys));
-    float* sums = scratch(kRowsOfHead, size_t(kQueries * (wide_ + 2)));
-    float *most = sums + kQueries * wide_, *total = most + kQueries;
+    float* sums = scratch(kRowsOfHead, size_t(kQueries * (wide_ + kWidth + 1)));
+    float *totals = sums + kQueries * wide_, *most = totals + kQueries * kWidth;
     take_queries(head, first, count, query);
-    for (int64_t r = 0; r < count; ++r) most[r] = -3.0e38f, total[r] = 0;
+    for (int64_t r = 0; r < count; ++r) most[r] = kLeast, store(totals + r * kWidth, Vec{});
     for (int64_t key = 0; key < a_.keys; key += kKeys) {
       const int64_t keys = smaller(kKeys, a_.keys - key);
       score(head, key, keys, count, query, scores);
-      for (int64_t r = 0; r < count; ++r)
-        soften(scores + r * kChunk, count * kChunk, keys, sums + r * wide_, key > 0, most[r],
-               total[r]);
+      for (int64_t r = 0; r < count; ++r) {
+        const float now = most_of(scores + r * kChunk, count * kChunk, keys, most[r]);
+        if (key > 0 && now > most[r])
+          shrink(power_of_two(all(most[r] - now)), sums + r * wide_, totals + r * kWidth);
+        most[r] = now;
+        soften(scores + r * kChunk, count * kChunk, keys, now, totals + r * kWidth);
+      }
       sum_values(head, key, keys, count, scores, sums);
     }
     for (int64_t r = 0; r < count; ++r) {
       float* y = a_.y + place(head, first + r, a_.queries);
+      const float total = sum_of(load(totals + r * kWidth));
       for (int64_t d = 0; d < a_.size; d += kWidth)
-        store_some(y + d, load(sums + r * wide_ + d) / total[r], a_.size - d);
+        store_some(y + d, load(sums + r * wide_ + d) / total, a_.size - d);
     }
   }
 
-  // Scaled, as [chunks of the head's size][rows][kChunk].
+  // Scaled, and for powers of two, as [chunks of the head's size][rows][kChunk].
   void take_queries(int64_t head, int64_t first, int64_t count, float* out) const {
+    constexpr float kLog2 = 1.44269504f;
     for (int64_t r = 0; r < count; ++r) {
       const float* from = a_.query + place(head, first + r, a_.queries);
       for (int64_t d = 0; d < a_.size; d += kWidth)
         store(out + d / kChunk * count * kChunk + r * kChunk + d % kChunk,
-              load_some(from + d, a_.size - d) * a_.scale);
+              load_some(from + d, a_.size - d) * (a_.scale * kLog2));
     }
   }
 
-  // To [chunks of keys][rows][kChunk].
+  // To [chunks of keys][rows][kChunk]; past the last key, what becomes nothing.
   void score(int64_t head, int64_t key, int64_t keys, int64_t count, const float* query,
              float* scores) const {
     for (int64_t chunk = 0; chunk * kChunk < keys; ++chunk) {
       const float* packed = keys_ + (head * chunks_ + key / kChunk + chunk) * kChunk * a_.size;
-      const int64_t left = round_up(smaller(kChunk, keys - chunk * kChunk), 16);
-      for (int64_t j = 0; j < left; j += kPanel)
-        multiply_panel(query, count * kChunk, packed + j * a_.size, a_.size,
-                       scores + chunk * count * kChunk + j, kChunk, count, kPanel, false);
+      const int64_t left = smaller(kChunk, keys - chunk * kChunk), wide = round_up(left, kStep);
+      float* out = scores + chunk * count * kChunk;
+      for (int64_t j = 0; j < wide; j += kPanel)
+        multiply_panel(query, count * kChunk, packed + j * a_.size, a_.size, out + j, kChunk, count,
+                       kPanel, false);
+      for (int64_t r = 0; left < wide && r < count; ++r)
+        for (int64_t j = left; j < wide; ++j) out[r * kChunk + j] = kLeast;
     }
   }
 
-  // One row of scores becomes e^(score - most); sums and total follow a most that grows.
-  void soften(float* scores, int64_t stride, int64_t keys, float* sums, bool again, float& most,
-              float& total) const {
-    Vec largest = all(most);
-    for (int64_t i = 0; i < keys; i += kWidth) {
-      const Vec row = valid(scores + i / kChunk * stride + i % kChunk, keys - i);
-      largest = pick(row > largest, row, largest);
-    }
-    float now = largest[0];
-    for (int lane = 1; lane < kWidth; ++lane) now = larger(now, largest[lane]);
-    Vec sum{};
-    for (int64_t i = 0; i < keys; i += kWidth) {
-      float* place = scores + i / kChunk * stride + i % kChunk;
-      const Vec power = exponential(valid(place, keys - i) - now);
-      sum += keys - i >= kWidth ? power : load_some(reinterpret_cast<const float*>(&power), keys - i);
-      store(place, power);
-    }
-    const float shrink = again ? exponential(all(most - now))[0] : 0;
-    for (int64_t d = 0; d < wide_; d += kWidth) store(sums + d, again ? load(sums + d) * shrink : Vec{});
-    float added = 0;
-    for (int lane = 0; lane < kWidth; ++lane) added += sum[lane];
-    total = total * shrink + added;
-    most = now;
+  // The largest score of a row, or what was so before.
+  static float most_of(const float* scores, int64_t stride, int64_t keys, float most) {
+    Vec even = all(most), odd = even;
+    for (; keys > 0; keys -= kChunk, scores += stride)
+      for (int64_t i = 0; i < smaller(keys, kChunk); i += kStep) {
+        even = larger(load(scores + i), even);
+        odd = larger(load(scores + i + kWidth), odd);
+      }
+    return largest(larger(even, odd));
   }
 
-  static Vec valid(const float* scores, int64_t count) {
-    if (count >= kWidth) return load(scores);
-    Vec row = all(-3.0e38f);
-    for (int64_t lane = 0; lane < count; ++lane) row[lane] = scores[lane];
-    return row;
+  void shrink(Vec factor, float* sums, float* totals) const {
+    for (int64_t d = 0; d < wide_; d += kWidth) store(sums + d, load(sums + d) * factor);
+    store(totals, load(totals) * factor);
+  }
+
+  // A row of scores becomes 2^(score - most).
+  static void soften(float* scores, int64_t stride, int64_t keys, float most, float* totals) {
+    Vec even = load(totals), odd{};
+    for (; keys > 0; keys -= kChunk, scores += stride)
+      for (int64_t i = 0; i < smaller(keys, kChunk); i += kStep) {
+        const Vec one = power_of_two(load(scores + i) - most);
+        const Vec other = power_of_two(load(scores + i + kWidth) - most);
+        store(scores + i, one);
+        store(scores + i + kWidth, other);
+        even += one;
+        odd += other;
+      }
+    store(totals, even + odd);
   }
 
   void sum_values(int64_t head, int64_t key, int64_t keys, int64_t count, const float* scores,
                   float* sums) const {
-    for (int64_t panel = 0; panel < wide_; panel += kPanel) {
-      const int64_t wide = smaller(kPanel, wide_ - panel);
+    for (int64_t panel = 0; panel < wide_; panel += wide_of(panel)) {
+      const int64_t wide = wide_of(panel);
       const float* packed =
           values_ + (head * chunks_ * wide_ + panel * chunks_) * kChunk + key * wide;
-      multiply_panel(scores, count * kChunk, packed, keys, sums + panel, wide_, count, wide, true);
+      multiply_panel(scores, count * kChunk, packed, keys, sums + panel, wide_, count, wide, key > 0);
     }
   }
 };

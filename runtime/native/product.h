@@ -1,6 +1,8 @@
 // The product of a few rows of activations with a panel of weights.
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 namespace latentforge {
@@ -17,7 +19,7 @@ template <int Rows, int Columns>
 void multiply(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
               int64_t m_stride, bool add) {
   Vec sum[Rows][Columns];
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; ++j)
@@ -28,7 +30,7 @@ void multiply(const float* a, int64_t a_chunk, const float* b, int64_t depth, fl
       Vec column[Columns];
 #pragma GCC unroll 4
       for (int j = 0; j < Columns; ++j) column[j] = load(b + j * kWidth);
-#pragma GCC unroll 16
+#pragma GCC unroll 28
       for (int r = 0; r < Rows; ++r) {
         const float value = p[r * kChunk];
 #pragma GCC unroll 4
@@ -36,7 +38,7 @@ void multiply(const float* a, int64_t a_chunk, const float* b, int64_t depth, fl
       }
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 28
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; ++j) store(m + r * m_stride + j * kWidth, sum[r][j]);
@@ -44,36 +46,39 @@ void multiply(const float* a, int64_t a_chunk, const float* b, int64_t depth, fl
 
 using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
 
+template <int Columns, typename Rows>
+struct Table;
+
 template <int Columns, int... Rows>
-struct Table {
-  static constexpr Multiply entries[] = {multiply<Rows, Columns>...};
+struct Table<Columns, std::integer_sequence<int, Rows...>> {
+  static constexpr Multiply entries[] = {multiply<Rows + 1, Columns>...};
 };
 
+// Rows of the tile of so many vectors of columns that fills the registers.
 template <int Columns>
-Multiply multiply_rows(int64_t rows) {
-#if defined(__AVX512F__)
-  using T = Table<Columns, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
-#elif defined(__AVX2__)
-  using T = Table<Columns, 1, 2, 3, 4, 5, 6>;
-#else
-  using T = Table<Columns, 1, 2, 3, 4>;
-#endif
-  return T::entries[rows - 1];
-}
+constexpr int kTallest = kRows * int(kPanel) / kWidth / Columns;
 
 // The same for any number of rows, cut into parts as equal as can be.
-//
-// columns: of this panel, 16 or kPanel.
-inline void multiply_panel(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
-                           int64_t m_stride, int64_t rows, int64_t columns, bool add) {
-  const int64_t parts = ceil_div(rows, kRows);
+template <int Columns>
+void multiply_rows(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
+                   int64_t m_stride, int64_t rows, bool add) {
+  using T = Table<Columns, std::make_integer_sequence<int, kTallest<Columns>>>;
+  const int64_t parts = ceil_div(rows, kTallest<Columns>);
   for (int64_t part = 0, done = 0; part < parts; ++part) {
     const int64_t now = ceil_div(rows - done, parts - part);
-    const Multiply run = columns == kPanel ? multiply_rows<kPanel / kWidth>(now)
-                                           : multiply_rows<16 / kWidth>(now);
-    run(a + done * kChunk, a_chunk, b, depth, m + done * m_stride, m_stride, add);
+    T::entries[now - 1](a + done * kChunk, a_chunk, b, depth, m + done * m_stride, m_stride, add);
     done += now;
   }
+}
+
+// columns: of this panel, kPanel or one to three vectors.
+inline void multiply_panel(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
+                           int64_t m_stride, int64_t rows, int64_t columns, bool add) {
+  const auto run = columns == kPanel       ? multiply_rows<kPanel / kWidth>
+                   : columns == kWidth     ? multiply_rows<1>
+                   : columns == 2 * kWidth ? multiply_rows<2>
+                                           : multiply_rows<3>;
+  run(a, a_chunk, b, depth, m, m_stride, rows, add);
 }
 
 }  // namespace

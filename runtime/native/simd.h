@@ -79,6 +79,34 @@ inline Vec load_half(const uint16_t* p) {
 #endif
 }
 
+// a > b ? a : b, which is b where one is no number.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_max_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__)
+  return Vec(_mm256_max_ps(__m256(a), __m256(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The largest lane.
+inline float largest(Vec v) {
+  float lanes[kWidth];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int half = kWidth / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] = larger(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+inline float sum_of(Vec v) {
+  float sum = 0;
+  for (int lane = 0; lane < kWidth; ++lane) sum += v[lane];
+  return sum;
+}
+
 inline Vec pick(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 // e^x by 2^n e^f with |f| <= ln 2 / 2 and a polynomial for e^f, to 2 ulp, between e^-87 and e^88.
@@ -96,6 +124,21 @@ inline Vec exponential(Vec x) {
   p = p * f + 0.5f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
+  return Vec(IntVec(p) + (IntVec(shifted) << 23));
+}
+
+// 2^x for x <= 0, and 2^-125 for all below -125: 2^n 2^f with |f| <= 1/2, and for 2^f the polynomial
+// of degree 5 with the least relative error (7.5e-8), by Remez' algorithm.
+inline Vec power_of_two(Vec x) {
+  x = larger(all(-125.0f), x);
+  const Vec magic = all(12582912.0f);
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = f * 1.3276472e-3f + 9.6755410e-3f;
+  p = p * f + 5.5507131e-2f;
+  p = p * f + 2.4022120e-1f;
+  p = p * f + 6.9314694e-1f;
+  p = p * f + 1.0000001f;
   return Vec(IntVec(p) + (IntVec(shifted) << 23));
 }
 
