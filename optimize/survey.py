@@ -96,7 +96,9 @@ def _standard(model: ir.Model) -> ir.Model:
         elif (node.domain, node.op_type) in ((_MICROSOFT, "NhwcConv"), (DOMAIN, "Conv")):
             _replace(node, _standard_conv(node, _dummy(copy.graph, node, _kernel(node))))
         elif (node.domain, node.op_type) == (DOMAIN, "MatMul"):
-            weight = _dummy(copy.graph, node, _kernel(node)[1::-1])
+            channels, inputs = _kernel(node)[:2]
+            columns = channels // 2 if node.attributes.get_int("gated", 0) else channels
+            weight = _dummy(copy.graph, node, (inputs, columns))
             _replace(node, [ir.node("MatMul", [node.inputs[0], weight])])
     return copy
 

@@ -1,11 +1,12 @@
 """latentforge's own operators in numpy and float64, from their definitions: the tests' oracle."""
 
+import math
 from typing import Any
 
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-__all__ = ["OPERATORS", "attention", "convolution", "group_scale", "product", "silu"]
+__all__ = ["OPERATORS", "attention", "convolution", "gelu", "group_scale", "product", "silu"]
 
 Array = np.ndarray[Any, Any]
 
@@ -13,6 +14,12 @@ Array = np.ndarray[Any, Any]
 def silu(x: Array) -> Array:
     """x * sigmoid(x)."""
     return x / (1 + np.exp(-x))
+
+
+def gelu(x: Array) -> Array:
+    """x / 2 (1 + erf(x / sqrt 2)), in float64."""
+    tails = [math.erfc(-value / math.sqrt(2)) for value in x.astype(np.float64).flat]
+    return x * np.reshape(tails, x.shape) / 2
 
 
 def convolution(
@@ -72,11 +79,14 @@ def attention(query: Array, key: Array, value: Array, *, heads: int, scale: floa
 
 def product(
     x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None,
-    *, channels: int,
+    *, channels: int, gated: bool = False,
 ) -> Array:  # fmt: skip
     """What MatMul gives, in float64: a 1 x 1 convolution of tokens."""
     tokens = x.reshape(1, 1, -1, x.shape[-1])
     y = convolution(tokens, weight, bias, channels=channels).reshape(*x.shape[:-1], channels)
+    if gated:
+        pairs = y.reshape(*x.shape[:-1], channels // 32, 2, 16)
+        y = (pairs[..., 0, :] * gelu(pairs[..., 1, :])).reshape(*x.shape[:-1], channels // 2)
     return y if residual is None else y + residual
 
 
@@ -147,8 +157,10 @@ class MatMul(OpRun):
         bias: Array | None = None,
         residual: Array | None = None,
         channels: int = 0,
+        gated: int = 0,
     ) -> tuple[Array]:
-        return (product(x, weight, bias, residual, channels=channels).astype(np.float32),)
+        y = product(x, weight, bias, residual, channels=channels, gated=bool(gated))
+        return (y.astype(np.float32),)
 
 
 class Attention(OpRun):

@@ -15,7 +15,7 @@ import pytest
 from conftest import Handmade
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_operators import attention, convolution, group_scale, product, silu
+from native_operators import attention, convolution, gelu, group_scale, product, silu
 
 from latentforge.optimize.component import save_part
 from latentforge.optimize.hoist import Part
@@ -223,6 +223,46 @@ def test_multiplies(shape: tuple[int, ...], channels: int, added: str, half: boo
     close(ran("MatMul", inputs, channels=channels), wanted)
 
 
+def check_gated(
+    x: Array, half: int, scale: float = 1.0, *, bias: bool = True, float16: bool = False
+) -> None:
+    """Compare a gated MatMul with its definition."""
+    weight = scale * some(2 * half, x.shape[-1], seed=1) / x.shape[-1] ** 0.5
+    weight = weight.astype(np.float16 if float16 else np.float32)
+    added = some(2 * half, seed=2) if bias else None
+    y = x.astype(np.float64) @ weight.T.astype(np.float64) + (0 if added is None else added)
+    turns = np.arange(2 * half).reshape(2, -1, 16).swapaxes(0, 1).reshape(-1)
+    packed = pack(weight[turns][:, :, None, None])
+    inputs = [x, packed, None if added is None else added[turns]]
+    got = ran("MatMul", inputs, channels=2 * half, gated=1)
+    close(got, y[..., :half] * gelu(y[..., half:]))
+
+
+@built
+@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("half", [16, 48, 320])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 20), (1, 77, 64), (2, 300, 33)])
+def test_multiplies_gated(shape: tuple[int, ...], half: int, bias: bool, float16: bool) -> None:
+    check_gated(some(*shape), half, bias=bias, float16=float16)
+
+
+@built
+@pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
+def test_multiplies_gated_far_from_one(scale: float) -> None:
+    check_gated(some(40, 24), 48, scale)
+
+
+@built
+def test_multiplies_gated_by_extremes() -> None:
+    gates = [-1e38, -1e10, -1e4, -100, -20, -10, -0.0, 1e-30, 10, 20, 100, 1e4, 1e10, 1e38]
+    right = np.array([*gates, np.inf, np.nan], np.float32)
+    bias = np.concatenate([np.ones(16, np.float32), right])  # which is all there is: x is zero
+    x, weight = np.zeros((1, 8), np.float32), pack(some(32, 8, 1, 1))
+    got = ran("MatMul", [x, weight, bias], channels=32, gated=1)
+    np.testing.assert_allclose(got[0], np.maximum(right, 0), rtol=1e-6, atol=1e-6)
+
+
 @built
 @pytest.mark.parametrize("size", [6, 16, 40, 64, 80])
 @pytest.mark.parametrize("queries, keys", [(1, 1), (5, 77), (64, 64), (130, 300), (300, 5)])
@@ -253,6 +293,11 @@ def test_refuses_what_does_not_fit() -> None:
         ran("Conv", [x, weight, None, None, None, None, some(1, 4, 4, 16)], **given)
     with pytest.raises(Exception, match="a stride and an upsample of 1 or 2"):
         ran("Conv", [x, weight, None], **{**given, "stride": 3})
+    tokens, packed = some(3, 32), pack(some(32, 32, 1, 1))
+    with pytest.raises(Exception, match="a gated MatMul takes no residual"):
+        ran("MatMul", [tokens, packed, None, some(3, 16)], channels=32, gated=1)
+    with pytest.raises(Exception, match="a gated MatMul takes channels in pairs of 16"):
+        ran("MatMul", [tokens, packed[:1], None], channels=16, gated=1)
     with pytest.raises(Exception, match="channels that groups divide"):
         ran("GroupNorm", [x, some(32), some(32)], groups=5, epsilon=1e-5, silu=0)
     with pytest.raises(Exception, match="keys and values alike"):

@@ -293,6 +293,22 @@ def test_cost_of_our_own_product() -> None:
     assert cost == tokens * 4 * 20 + 2 * tokens * tokens * 20
 
 
+def test_cost_of_our_own_gated_product() -> None:
+    part = small(
+        """shape = Constant<value_ints = [0, -1, 4]>()
+        tokens = Reshape(sample, shape)
+        hidden = latentforge.MatMul<channels = 64, gated = 1>(tokens, k)
+        back = latentforge.MatMul<channels = 4>(hidden, b)
+        out_sample = Relu(sample)""",
+        LAST,
+        4,
+        ", float[4, 4, 1, 1, 16] k, float[1, 32, 1, 1, 16] b",
+    )
+    sizes = {"batch": 1, "h": 4, "w": 6}
+    assert settled_shapes(part.model, part.inputs, sizes)["hidden"] == (1, 24, 32)
+    assert macs(part.model, part.inputs, sizes) == 24 * (4 * 64 + 32 * 4)
+
+
 def test_cost_of_what_is_not_known() -> None:
     part = small(
         "a = NonZero(sample) f = Cast<to = 1>(a) b = MatMul(f, f) out_sample = Relu(sample)"

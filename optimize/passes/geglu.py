@@ -16,7 +16,7 @@ from latentforge.optimize.passes.rewriting import (
     vector,
 )
 
-__all__ = ["HALVES", "fuse_geglu"]
+__all__ = ["HALVES", "fuse_geglu", "match_geglu"]
 
 HALVES = frozenset({1280, 2560, 5120})
 """Output channels that ONNX Runtime's CUDA kernel is compiled for; it refuses others when it runs.
@@ -29,12 +29,12 @@ def fuse_geglu(model: ir.Model) -> int:
     """Replace left * gelu(right), the halves of x + bias, with BiasSplitGelu(x, bias)."""
     editor, count = Editor(model.graph), 0
     for node in model.graph:
-        if node.op_type != "Gelu" or (found := _match(node)) is None:
+        if (found := match_geglu(node)) is None or (summands := _summands(found[0])) is None:
             continue
-        x, bias, mul = found
+        _, mul = found
         output = mul.outputs[0]
         fused = editor.add(
-            "BiasSplitGelu", [x, bias], before=mul, domain=MICROSOFT, shape=output.shape
+            "BiasSplitGelu", summands, before=mul, domain=MICROSOFT, shape=output.shape
         )
         editor.replace(output, fused)
         count += 1
@@ -42,30 +42,36 @@ def fuse_geglu(model: ir.Model) -> int:
     return count
 
 
-def _match(gelu: ir.Node) -> tuple[ir.Value, ir.Value, ir.Node] | None:
-    split, mul = made_by(gelu.inputs[0], "Split"), only_user(gelu.outputs[0])
-    exact = gelu.attributes.get_string("approximate", "none") == "none"
-    if split is None or mul is None or mul.op_type != "Mul" or not exact or not _halves(split):
+def match_geglu(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The Split and the Mul of left * gelu(right), halves of the last axis, if a node is its Gelu.
+
+    The Split's outputs may have other users; the Gelu's has none.
+    """
+    if node.op_type != "Gelu" or node.attributes.get_string("approximate", "none") != "none":
+        return None
+    split, mul = made_by(node.inputs[0], "Split"), only_user(node.outputs[0])
+    if split is None or mul is None or mul.op_type != "Mul" or not _halves(split):
         return None
     left, right = split.outputs
-    if gelu.inputs[0] is not right or left not in mul.inputs:
-        return None
-    added = made_by(split.inputs[0], "Add")
-    for x, bias in (added.inputs, added.inputs[::-1]) if added is not None else ():
-        if x is not None and bias is not None and vector(bias, 2 * int(_last(left)), 0):
-            return x, bias, mul
-    return None
-
-
-def _last(value: ir.Value) -> int:
-    last = size(value, -1) if value.shape is not None and len(value.shape) == 3 else 0
-    return last if isinstance(last, int) else 0
+    return (split, mul) if node.inputs[0] is right and left in mul.inputs else None
 
 
 def _halves(split: ir.Node) -> bool:
-    """Whether a Split cuts the last of three axes into halves that the kernel takes."""
-    if len(split.outputs) != 2 or split.attributes.get_int("axis", 0) not in (-1, 2):
+    """Whether a Split cuts the last axis into halves of known size."""
+    last = len(split.outputs[0].shape or ()) - 1
+    if len(split.outputs) != 2 or split.attributes.get_int("axis", 0) not in (-1, last):
         return False
-    half = _last(split.outputs[0])
+    half, other = (size(value, -1) for value in split.outputs)
     given = sizes(split.inputs[1]) if len(split.inputs) > 1 else [half, half]
-    return half in HALVES and given == [half, half] and _last(split.outputs[1]) == half
+    return isinstance(half, int) and given == [half, half] and other == half
+
+
+def _summands(split: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """x and the bias of their sum, if a Split cuts it and the kernel takes its sizes."""
+    half, added = size(split.outputs[0], -1), made_by(split.inputs[0], "Add")
+    if half not in HALVES or len(split.outputs[0].shape or ()) != 3:
+        return None
+    for x, bias in (added.inputs, added.inputs[::-1]) if added is not None else ():
+        if x is not None and bias is not None and vector(bias, 2 * int(half), 0):
+            return x, bias
+    return None

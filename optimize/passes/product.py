@@ -3,29 +3,35 @@
 ``native_product`` makes MatMul and Attention of the domain ``latentforge`` of those that they can
 do. Against ONNX Runtime's own this saves no arithmetic: weights are read from the file as they lie
 there, in float16 too, so that loading neither copies nor converts them; what is added is added
-where the product is written; and scores never leave the cache. No library has rules for operators
-that are not its own.
+where the product is written, and so is a feed-forward's gate applied; and scores never leave the
+cache. No library has rules for operators that are not its own.
 
 The operators, version 1, take and give float32:
 
 * ``MatMul(x, weight, bias, residual)``, of which the last two may be missing: x of shape
   (..., inputs) times a weight packed like that of a 1 x 1 ``Conv``, plus bias (outputs) and a
-  residual of the result's shape.
+  residual of the result's shape. With ``gated`` it gives left * gelu(right), the halves of that:
+  weight and bias have 16 outputs of left, then those of right that they meet, and so on, and there
+  is no residual.
 * ``Attention(query, key, value)`` of shape (batch, tokens, heads * size):
   softmax(query key^T * scale) value for each of ``heads``.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import onnx_ir as ir
 
 from latentforge.optimize.passes.convolution import LANES, pack
+from latentforge.optimize.passes.geglu import match_geglu
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
     Array,
     Editor,
     given,
+    is_native,
     lazily,
+    only_user,
     size,
     sweep,
     take_sum,
@@ -35,11 +41,13 @@ from latentforge.runtime.native import DOMAIN
 
 __all__ = ["native_product"]
 
-_BIAS, _RESIDUAL = 2, 3
+_WEIGHT, _BIAS, _RESIDUAL = 1, 2, 3
 
 
 def native_product(model: ir.Model) -> int:
-    """Replace products with a constant weight, what is added to them, and plain attention."""
+    """Replace products with a constant weight, what is added to them or gates them, and plain
+    attention.
+    """
     editor, count = Editor(model.graph), 0
     for node in model.graph:
         if _is_product(node):
@@ -50,6 +58,8 @@ def native_product(model: ir.Model) -> int:
             count += 1
         elif node.op_type == "Add" and not node.domain:
             count += take_sum(editor, node, "MatMul", _place)
+        elif node.op_type == "Gelu":
+            count += _take_gate(editor, node)
     sweep(model)
     return count
 
@@ -116,6 +126,8 @@ def _replace(
 
 def _place(product: ir.Node, added: ir.Value) -> tuple[int, ir.Value] | None:
     """A bias, or a tensor like the result, is the input of that name, if it is free."""
+    if product.attributes.get_int("gated", 0):
+        return None
     output, channels = product.outputs[0], product.attributes["channels"].as_int()
     if vector(added, channels, 0) and len(added.shape or ()) == 1 and added.is_initializer():
         return None if given(product, _BIAS) else (_BIAS, added)
@@ -125,3 +137,42 @@ def _place(product: ir.Node, added: ir.Value) -> tuple[int, ir.Value] | None:
         size(added, axis) == size(output, axis) for axis in range(len(output.shape or ()))
     )
     return (_RESIDUAL, added) if alike and not given(product, _RESIDUAL) else None
+
+
+def _take_gate(editor: Editor, gelu: ir.Node) -> bool:
+    """Let a product of ours multiply the left half of what it gives by the GELU of the right."""
+    found = match_geglu(gelu)
+    product = _halved(found[0]) if found is not None else None
+    if found is None or product is None:
+        return False
+    split, mul = found
+    pairs = product.attributes["channels"].as_int() // (2 * LANES)
+    for index in (_WEIGHT, _BIAS):
+        if (value := given(product, index)) is not None:
+            product.replace_input_with(index, _in_turn(editor, value, pairs))
+    product.attributes.add(ir.AttrInt64("gated", 1))
+    product.outputs[0].shape = split.outputs[0].shape
+    editor.replace(mul.outputs[0], product.outputs[0])
+    return True
+
+
+def _halved(split: ir.Node) -> ir.Node | None:
+    """The product of ours that a Split cuts, in whole blocks, if nobody else uses it or a half."""
+    whole = split.inputs[0]
+    product = whole.producer() if whole is not None else None
+    if whole is None or product is None or not is_native(product, "MatMul"):
+        return None
+    alone = all(only_user(value) is not None for value in (whole, *split.outputs))
+    blocks = product.attributes["channels"].as_int() % (2 * LANES) == 0
+    return product if alone and blocks and given(product, _RESIDUAL) is None else None
+
+
+def _in_turn(editor: Editor, value: ir.Value, pairs: int) -> ir.Value:
+    """A packed weight or a bias with its blocks of left and of right in turn."""
+    assert value.shape is not None
+    mixed = lazily(partial(_mix, pairs), [value], value.shape.numpy())
+    return editor.initializer(f"{value.name}/gated", mixed)
+
+
+def _mix(pairs: int, array: Array) -> Array:
+    return array.reshape(2, pairs, -1).swapaxes(0, 1)

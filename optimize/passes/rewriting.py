@@ -255,6 +255,10 @@ class Editor:
         self._graph.remove(node)
         self._graph.insert_before(before, node)
 
+    def drop(self, node: ir.Node) -> None:
+        """Remove a node that nothing uses any more: it is no user of its inputs from now on."""
+        self._graph.remove(node, safe=True)
+
     def give(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
         """Set an input, with missing ones before it."""
         node.resize_inputs(max(index + 1, len(node.inputs)))
@@ -328,6 +332,7 @@ def take_sum(editor: Editor, add: ir.Node, op_type: str, place: Place) -> bool:
             editor.give(node, *found)
             editor.move(node, before=add)
             editor.replace(add.outputs[0], value)
+            editor.drop(add)
             return True
     return False
 

@@ -227,15 +227,16 @@ class Convolution {
     }
   }
 
-  // Groups of output channels, so many that threads end together.
+  // Groups of output channels, so many that threads end together; pairs stay in one group.
   void multiply_weights(const Block& block) {
-    const int64_t panels = ceil_div(conv_.k, kPanel), each = cut_.columns / kPanel;
+    const int64_t panel = conv_.gated ? kPair : kPanel;
+    const int64_t panels = ceil_div(conv_.k, panel), each = cut_.columns / panel;
     const int64_t threads = larger<int64_t>(parallel_.threads, 1);
     const int64_t groups = smaller(panels, round_up(ceil_div(panels, each), threads));
     parallel_(groups, [&](int64_t group) {
       const int64_t begin = group * panels / groups, end = (group + 1) * panels / groups;
-      const int64_t k = begin * kPanel;
-      multiply_columns(block, k, smaller(end * kPanel, round_up(conv_.k, 16)) - k);
+      const int64_t k = begin * panel;
+      multiply_columns(block, k, smaller(end * panel, round_up(conv_.k, 16)) - k);
     });
   }
 
@@ -291,6 +292,7 @@ class Convolution {
 
   void write_outputs(const Block& block, const float* products, int64_t stride, int64_t k,
                      int64_t columns) const {
+    if (conv_.gated) return write_gated(block, products, k, columns);
     for (int64_t tile = 0; tile < block.count; ++tile) {
       const int64_t place = block.first + tile, image = place / (across_ * rows_);
       const int64_t y = place / across_ % rows_ * Scheme::kTile;
@@ -300,6 +302,22 @@ class Convolution {
         Scheme::output(products + tile * columns + j, stride, values);
         write_tile(values, image, y, x, k + j);
       }
+    }
+  }
+
+  // Of tiles that are a pixel: k and columns are of whole pairs.
+  void write_gated(const Block& block, const float* products, int64_t k, int64_t columns) const {
+    for (int64_t tile = 0; tile < block.count; ++tile, products += columns) {
+      float* y = conv_.y + ((block.first + tile) * conv_.k + k) / 2;
+      for (int64_t pair = 0; pair < columns; pair += kPair)
+        for (int64_t j = pair; j < pair + kLanes; j += kWidth, y += kWidth) {
+          Vec left = load(products + j), right = load(products + j + kLanes);
+          if (conv_.bias) {
+            left += load(conv_.bias + k + j);
+            right += load(conv_.bias + k + j + kLanes);
+          }
+          store(y, left * gelu(right));
+        }
     }
   }
 
@@ -318,16 +336,18 @@ class Convolution {
   }
 };
 
-// Weights and products of a task fit the second cache, inputs of a block the third.
+// Weights and products of a task fit the second cache, inputs of a block the third. Without a
+// transform a task is wide, since memory takes long pieces of a row better than short ones.
 template <typename Scheme>
 Blocking Convolution<Scheme>::blocking() const {
 #ifdef LATENTFORGE_TUNE
   if (lf_tiles) return {lf_tiles, lf_columns, lf_depth};
 #endif
-  constexpr int64_t kFloats = 1 << 20, kMost = 8;
+  constexpr int64_t kFloats = 4 << 20, kMost = Scheme::kPoints == 1 ? 32 : 8;
+  constexpr int64_t kColumns = Scheme::kPoints == 1 ? 320 : 2 * kPanel;
+  static_assert(kColumns % kPair == 0 && kColumns % kPanel == 0, "a task has both of a pair");
   const int64_t fitting = kFloats / (Scheme::kPoints * taps_ * conv_.c) / kRows;
-  const int64_t most = Scheme::kPoints == 1 ? 4 * kMost : kMost;
-  return {larger<int64_t>(smaller(fitting, most), 2) * kRows, 2 * kPanel, 192};
+  return {larger<int64_t>(smaller(fitting, kMost), 2) * kRows, kColumns, 192};
 }
 
 // About how much a scheme does: products, and what transforms cost in products.

@@ -10,6 +10,7 @@
 namespace latentforge {
 
 constexpr int64_t kLanes = 16;  // output channels of one block of packed weights
+constexpr int64_t kPair = 2 * kLanes;  // and of left and right of a gated product
 
 // Runs body(data, i) for every i below count, on as many threads as the host has.
 struct Parallel {
@@ -31,6 +32,8 @@ struct Conv {
   int64_t kernel, stride, pad_top, pad_left, upsample;
   bool silu;                 // with scale and shift: x * scale + shift, then this, before padding
   bool half;                 // weights are float16
+  bool gated;                // blocks are left and right in turn, and y is left * gelu(right), of
+                             // k / 2 channels; of products alone, without row and residual
   const float* x;
   const void* weight;
   const float* bias;         // [k], or none, as all of the following

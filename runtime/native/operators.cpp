@@ -47,6 +47,15 @@ int64_t integer(const OrtKernelInfo* info, const char* name) {
   return value;
 }
 
+// One that came later, or 0: graphs written before lack it.
+int64_t later_integer(const OrtKernelInfo* info, const char* name) {
+  int64_t value = 0;
+  OrtStatus* missing = ort::int_attribute(*api, info, name, &value);
+  if (missing == nullptr) return value;
+  ort::release_status(*api, missing);
+  return 0;
+}
+
 struct Tensor {
   const void* data = nullptr;
   std::vector<int64_t> shape;
@@ -258,13 +267,28 @@ struct GroupNormOperator : GroupNormBase {
 struct MatMulOperator {
   static constexpr const char* kName = "MatMul";
   static constexpr size_t kInputs = 4, kNeeded = 2, kOutputs = 1;
-  int64_t channels;
+  int64_t channels, gated;
 
-  explicit MatMulOperator(const OrtKernelInfo* info) : channels(integer(info, "channels")) {}
+  explicit MatMulOperator(const OrtKernelInfo* info)
+      : channels(integer(info, "channels")), gated(later_integer(info, "gated")) {
+    expect(!gated || channels % kPair == 0, "a gated MatMul takes channels in pairs of 16");
+  }
 
   void compute(const Run& run) const {
     const Tensor x = run.input(0), weight = run.input(1), bias = run.input(2),
                  residual = run.input(3);
+    Conv conv = describe(x, weight);
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = gated ? channels / 2 : channels;
+    expect_shape(bias, {channels}, "MatMul takes a bias of one number a channel");
+    expect_shape(residual, shape, "MatMul takes a residual of the output's shape");
+    expect(!gated || !residual, "a gated MatMul takes no residual");
+    conv.bias = bias.floats(), conv.residual = residual.floats();
+    conv.y = run.output(0, shape);
+    if (conv.w > 0) kernels().conv(conv, run.parallel());
+  }
+
+  Conv describe(const Tensor& x, const Tensor& weight) const {
     expect(!x.shape.empty() && x.type == ort::kFloat, "MatMul takes floats of [..., channels]");
     Conv conv{};
     conv.n = conv.h = conv.out_h = conv.kernel = conv.stride = conv.upsample = 1;
@@ -274,15 +298,10 @@ struct MatMulOperator {
            "MatMul takes weights packed as [channels / 16, input channels, 1, 1, 16]");
     expect(weight.type == ort::kFloat || weight.type == ort::kHalf,
            "MatMul takes weights of float or float16");
-    std::vector<int64_t> shape = x.shape;
-    shape.back() = channels;
-    for (size_t i = 0; i + 1 < shape.size(); ++i) conv.w *= shape[i];
-    expect_shape(bias, {channels}, "MatMul takes a bias of one number a channel");
-    expect_shape(residual, shape, "MatMul takes a residual of the output's shape");
-    conv.out_w = conv.w, conv.half = weight.type == ort::kHalf;
-    conv.x = x.floats(), conv.weight = weight.data, conv.bias = bias.floats();
-    conv.residual = residual.floats(), conv.y = run.output(0, shape);
-    if (conv.w > 0) kernels().conv(conv, run.parallel());
+    for (size_t i = 0; i + 1 < x.shape.size(); ++i) conv.w *= x.shape[i];
+    conv.out_w = conv.w, conv.half = weight.type == ort::kHalf, conv.gated = gated != 0;
+    conv.x = x.floats(), conv.weight = weight.data;
+    return conv;
   }
 };
 

@@ -144,5 +144,17 @@ inline Vec power_of_two(Vec x) {
 
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
 
+// x / 2 (1 + erf(x / sqrt 2)), with erf by Abramowitz and Stegun 7.1.26: off by at most 1.5e-7.
+inline Vec gelu(Vec x) {
+  const Vec z = pick(x < all(0.0f), -x, x) * 0.70710678f;
+  const Vec t = 1.0f / (1.0f + 0.3275911f * z);
+  Vec p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vec tail = 0.5f * p * t * exponential(-z * z);  // (1 - erf(z)) / 2
+  return x * pick(x < all(0.0f), tail, 1.0f - tail);
+}
+
 }  // namespace
 }  // namespace latentforge
