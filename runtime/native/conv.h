@@ -18,11 +18,15 @@ namespace {
 
 constexpr int64_t kSpan = 16;  // tiles of a row that are transformed together
 
+// A distance between arrays of so many floats that is no power of 2: caches have sets.
+constexpr int64_t spread(int64_t floats) { return floats + 16; }
+
 // What a convolution with 3 x 3 weights and stride 1 is done by.
 template <int Tile>
 struct Fast {
   static constexpr int kTile = Tile, kWindow = Tile + 2, kPoints = kWindow * kWindow;
-  static constexpr int kParts = kWindow;  // rows of points, whose weights are made together
+  static constexpr int kLines = 2;  // rows of points whose weights are made together
+  static constexpr int kParts = kWindow / kLines;
   static int64_t taps(const Conv&) { return 1; }
   static int64_t window(const Conv&) { return kWindow; }
   static int64_t step(const Conv&) { return Tile; }
@@ -41,16 +45,23 @@ struct Fast {
     for (int point = 0; point < kPoints; ++point) store(out + point * stride, made[point]);
   }
 
-  // Row y of the transformed weights, of w(0) to w(8), to out[x * stride].
+  // A part's rows of the transformed weights, of w(0) to w(8), to out[point * stride].
   template <typename Taps>
-  static void weights(const Taps& w, int64_t y, float* out, int64_t stride) {
-    const float* g = Winograd<Tile>::kG[y];
-    Vec row[3], made[kWindow];
+  static void weights(const Taps& w, int64_t part, float* out, int64_t stride) {
+    Vec taps[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) taps[tap] = w(tap);
+#pragma GCC unroll 2
+    for (int y = 0; y < kLines; ++y) {
+      const float* g = Winograd<Tile>::kG[part * kLines + y];
+      Vec row[3], made[kWindow];
 #pragma GCC unroll 4
-    for (int x = 0; x < 3; ++x) row[x] = g[0] * w(x) + g[1] * w(3 + x) + g[2] * w(6 + x);
-    Winograd<Tile>::weights(row, made);
+      for (int x = 0; x < 3; ++x)
+        row[x] = g[0] * taps[x] + g[1] * taps[3 + x] + g[2] * taps[6 + x];
+      Winograd<Tile>::weights(row, made);
 #pragma GCC unroll 8
-    for (int x = 0; x < kWindow; ++x) store(out + x * stride, made[x]);
+      for (int x = 0; x < kWindow; ++x) store(out + (y * kWindow + x) * stride, made[x]);
+    }
   }
 
   static void output(const float* products, int64_t stride, Vec* out) {
@@ -118,7 +129,7 @@ class Convolution {
     Block(int64_t first, int64_t count)
         : first(first),
           count(count),
-          tile_stride(round_up(count, 2) * kChunk + 16),  // not a power of 2: caches have sets
+          tile_stride(spread(round_up(count, 2) * kChunk)),
           chunk_stride(tile_stride * Scheme::kPoints),
           inputs(nullptr) {}
   };
@@ -241,9 +252,9 @@ class Convolution {
   }
 
   void multiply_columns(const Block& block, int64_t k, int64_t columns) const {
-    const int64_t point_stride = round_up(block.count, 2) * columns + 16;
+    const int64_t point_stride = spread(round_up(block.count, 2) * columns);
     constexpr int64_t kEach = Scheme::kPoints / Scheme::kParts;
-    float* weights = scratch(kWeights, size_t(kEach * cut_.depth * columns));
+    float* weights = scratch(kWeights, size_t(kEach * spread(cut_.depth * columns)));
     float* products = scratch(kProducts, size_t(Scheme::kPoints * point_stride));
     for (int64_t tap = 0; tap < taps_; ++tap)
       for (int64_t c = 0; c < conv_.c; c += cut_.depth) {
@@ -255,7 +266,7 @@ class Convolution {
             const int64_t point = part * kEach + each;
             for (int64_t j = 0; j < columns; j += kPanel)
               multiply_panel(inputs + point * block.tile_stride, block.chunk_stride,
-                             weights + (each * columns + j) * depth, depth,
+                             weights + each * spread(depth * columns) + j * depth, depth,
                              products + point * point_stride + j, columns, block.count,
                              smaller(kPanel, columns - j), tap > 0 || c > 0);
           }
@@ -268,17 +279,16 @@ class Convolution {
   void transform_weights(int64_t k, int64_t columns, int64_t which, int64_t c, int64_t depth,
                          float* out) const {
     const int64_t taps = conv_.kernel * conv_.kernel;
-    for (int64_t lane = 0; lane < columns; lane += kWidth) {
+    for (int64_t lane = 0; lane < columns; lane += kLanes) {
       const int64_t panel = lane / kPanel * kPanel, wide = smaller(kPanel, columns - panel);
-      const int64_t block = (k + lane) / kLanes;
-      const int64_t from = (block * conv_.c + c) * taps * kLanes + (k + lane) % kLanes;
+      const int64_t from = ((k + lane) / kLanes * conv_.c + c) * taps * kLanes;
       float* to = out + panel * depth + (lane - panel);
       if (conv_.half)
         transform_lane<load_half>(static_cast<const uint16_t*>(conv_.weight) + from, which, depth,
-                                  to, wide, depth * columns);
+                                  to, wide, spread(depth * columns));
       else
         transform_lane<load>(static_cast<const float*>(conv_.weight) + from, which, depth, to,
-                             wide, depth * columns);
+                             wide, spread(depth * columns));
     }
   }
 
@@ -287,7 +297,9 @@ class Convolution {
                       int64_t stride) const {
     const int64_t step = conv_.kernel * conv_.kernel * kLanes;
     for (int64_t i = 0; i < depth; ++i, from += step, to += wide)
-      Scheme::weights([from](int64_t tap) { return Load(from + tap * kLanes); }, which, to, stride);
+      for (int64_t lane = 0; lane < kLanes; lane += kWidth)
+        Scheme::weights([=](int64_t tap) { return Load(from + tap * kLanes + lane); }, which,
+                        to + lane, stride);
   }
 
   void write_outputs(const Block& block, const float* products, int64_t stride, int64_t k,
@@ -340,14 +352,13 @@ class Convolution {
 // transform a task is wide, since memory takes long pieces of a row better than short ones.
 template <typename Scheme>
 Blocking Convolution<Scheme>::blocking() const {
-#ifdef LATENTFORGE_TUNE
-  if (lf_tiles) return {lf_tiles, lf_columns, lf_depth};
-#endif
-  constexpr int64_t kFloats = 4 << 20, kMost = Scheme::kPoints == 1 ? 32 : 8;
-  constexpr int64_t kColumns = Scheme::kPoints == 1 ? 320 : 2 * kPanel;
+  constexpr bool kPlain = Scheme::kPoints == 1;
+  constexpr int64_t kFloats = 4 << 20, kMost = kPlain ? 32 : 8;
+  constexpr int64_t kColumns = kPlain ? 320 : 2 * kPanel, kDepth = kPlain ? 192 : 128;
   static_assert(kColumns % kPair == 0 && kColumns % kPanel == 0, "a task has both of a pair");
+  static_assert(kDepth % kChunk == 0, "inputs lie in chunks");
   const int64_t fitting = kFloats / (Scheme::kPoints * taps_ * conv_.c) / kRows;
-  return {larger<int64_t>(smaller(fitting, kMost), 2) * kRows, kColumns, 192};
+  return {larger<int64_t>(smaller(fitting, kMost), 2) * kRows, kColumns, kDepth};
 }
 
 // About how much a scheme does: products, and what transforms cost in products.
