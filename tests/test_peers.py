@@ -359,14 +359,16 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.peers
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "pndm"])
+@pytest.mark.parametrize(
+    ("sampler", "guidance"), [("ddim", 1.5), ("euler", 1.5), ("pndm", 1.5), ("ddim", 1.0)]
+)
 @pytest.mark.parametrize("name", ["optimum-ort", "optimum-openvino", "openvino-genai"])
 def test_a_peer_draws_the_reference(
-    name: str, sampler: str, eager: Any, kept: Path, tmp_path: Path
+    name: str, sampler: str, guidance: float, eager: Any, kept: Path, tmp_path: Path
 ) -> None:
     python = peers.environment(peers.ENVIRONMENTS[name])
     made = contender(name, DEMO, sampler=sampler, python=str(python))
-    settings = replace(SETTINGS, sampler=sampler)
+    settings = replace(SETTINGS, sampler=sampler, guidance_scale=guidance)
     path = job(tmp_path, settings=settings, scheduler=made.scheduler, own=kept / name)
     process = Process(made, path, threads=2)
     try:
