@@ -130,13 +130,13 @@ def _place(product: ir.Node, added: ir.Value) -> tuple[int, ir.Value] | None:
         return None
     output, channels = product.outputs[0], product.attributes["channels"].as_int()
     if vector(added, channels, 0) and len(added.shape or ()) == 1 and added.is_initializer():
-        return None if given(product, _BIAS) else (_BIAS, added)
+        return (_BIAS, added) if given(product, _BIAS) is None else None
     whole = added.shape is not None and output.shape is not None
     whole = whole and len(added.shape or ()) == len(output.shape or ()) > 1
     alike = whole and all(
         size(added, axis) == size(output, axis) for axis in range(len(output.shape or ()))
     )
-    return (_RESIDUAL, added) if alike and not given(product, _RESIDUAL) else None
+    return (_RESIDUAL, added) if alike and given(product, _RESIDUAL) is None else None
 
 
 def _take_gate(editor: Editor, gelu: ir.Node) -> bool:
