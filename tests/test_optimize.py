@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import latentforge
-from latentforge.__main__ import TARGETS as NAMED
+from latentforge.commands.arguments import TARGETS as NAMED
 from latentforge.optimize.stage import optimize
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.errors import BackendError, GateError, ManifestError, SettingsError

@@ -121,7 +121,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_target_and_extra_is_there() -> None:
-    from latentforge.__main__ import TARGETS
+    from latentforge.commands.arguments import TARGETS
     from latentforge.runtime.backends import BACKENDS
 
     section = README.split("## Targets")[1].split("\n## ")[0]
