@@ -64,10 +64,12 @@ def add_table(parser: Any, title: str, rows: Mapping[str, str], advice: str = ""
 
 
 def names(text: str) -> tuple[str, ...]:
+    """What a list with commas names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_stage(parser: Any) -> None:
+    """What is read and what is written, of stages that begin with a checkpoint."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -86,10 +88,12 @@ def add_stage(parser: Any) -> None:
 
 
 def add_overwrite(parser: Any) -> None:
+    """Leave to replace what is there."""
     parser.add_argument("--overwrite", action="store_true", help="replace an engine directory")
 
 
 def add_recipe(parser: Any, name: str, default: str | None) -> None:
+    """A recipe under a name, its gate and calibration; recipe_of() reads the latter."""
     said = f" (default: {default})" if default else ""
     parser.add_argument(
         name, default=default, metavar="NAME|FILE", help=f"what to do; a TOML file of yours{said}"
@@ -117,10 +121,12 @@ def add_recipe(parser: Any, name: str, default: str | None) -> None:
 
 
 def recipe_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What optimize() takes beside the recipe itself."""
     return {name: getattr(options, name) for name in ("gate", "prompts", "calibrate", "repeats")}
 
 
 def add_sizes(parser: Any) -> None:
+    """The sizes that are built for; sizes_of() reads them."""
     said = (
         "N for one size alone, N,N,... for several, LEAST:USUAL:MOST for a range; all "
         "combinations are built for. Default: any, or the model's own where a backend has to know."
@@ -134,6 +140,7 @@ def add_sizes(parser: Any) -> None:
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
+    """The sizes that were given, which may be ranges or several."""
     from latentforge.runtime.shapes import Sizes, parse_ranges
 
     given = {name: getattr(options, name) for name in ("height", "width", "batch")}
@@ -141,6 +148,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
 
 
 def add_option(parser: Any) -> None:
+    """Options of backends."""
     parser.add_argument(
         "--option",
         action="append",
@@ -151,12 +159,14 @@ def add_option(parser: Any) -> None:
 
 
 def add_dry_run(parser: Any) -> None:
+    """Leave to only say it."""
     parser.add_argument(
         "--dry-run", action="store_true", help="only say what would be done, and what it takes"
     )
 
 
 def add_request(parser: Any) -> None:
+    """What every image is asked for with; request_of() reads it."""
     parser.add_argument("--steps", type=int, metavar="N", help="of denoising")
     parser.add_argument(
         "--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt; 1 is off"
@@ -189,15 +199,18 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def add_threads(parser: Any) -> None:
+    """Threads of engines."""
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: every core")
 
 
 def add_exact(parser: Any) -> None:
+    """Leave to draw as the engines did before a plan was found."""
     parser.add_argument(
         "--exact", action="store_true", default=None, help="leave aside the plans of build --fast"
     )
 
 
 def add_result_files(parser: Any) -> None:
+    """Where figures go; output.emit_results() writes them."""
     parser.add_argument("--json", metavar="FILE", help="the figures as JSON; - for standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="the figures as a page")

@@ -56,6 +56,7 @@ def _export(options: argparse.Namespace) -> None:
 def export_engines(
     options: argparse.Namespace, components: Sequence[str], dimensions: Dimensions
 ) -> None:
+    """Export as the arguments of add_stage() say."""
     output.quiet_libraries()
     from latentforge.export.stage import export
 

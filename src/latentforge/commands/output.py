@@ -39,12 +39,14 @@ def quiet_libraries() -> None:
 
 
 def check_writable(*paths: str | Path) -> None:
+    """Before long work, that what it gives can be written."""
     for path in map(Path, paths):
         if not path.absolute().parent.is_dir() or path.is_dir():
             raise TargetError(f"cannot write {path}: no such directory, or it is one itself")
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all."""
     from latentforge.runtime.staging import staged_file
 
     with staged_file(Path(path)) as partial:
@@ -63,7 +65,7 @@ def emit(data: Any, destination: str | None, text: str) -> None:
 
 
 def check_result_files(options: argparse.Namespace) -> None:
-    """Before hours of measuring, that what they give can be written."""
+    """The same for what bench and eval write."""
     check_writable(*(path for path in (options.json, options.html) if path and path != "-"))
 
 
@@ -87,10 +89,12 @@ def called() -> str:
 
 
 def say_what_is_next(engines: Path) -> None:
+    """The command that one goes on with."""
     print(f'\nnext: latentforge run {engines} "a prompt of yours" -o image.png')
 
 
 def say_what_changed(manifest: Manifest) -> None:
+    """What the last stage did to the graphs."""
     from latentforge.runtime.describe import changes
 
     print("\n".join(changes(manifest.history[-1])))
