@@ -35,7 +35,7 @@ REDUCED = f"{UNET}_reduced"
 STAGE = "reduce"
 """The name in a manifest's history."""
 
-LEAST = 4096
+LEAST = 2048
 """Tokens from which on it pays, by benchmarks/attention.py."""
 
 _FUSED = ((MICROSOFT, "MultiHeadAttention"), (DOMAIN, "Attention"))

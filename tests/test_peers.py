@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import avx2
 import numpy as np
+import onnxruntime
 import peers
 import pytest
 
@@ -388,3 +391,38 @@ def test_sd_cpp_says_that_the_demo_is_not_for_it(tmp_path: Path) -> None:
     made = contender("sd-cpp", DEMO, sampler="ddim", python=str(python))
     with pytest.raises(BackendError, match="this is another: blocks of \\[48, 96, 160\\]"):
         Process(made, job(tmp_path, scheduler=made.scheduler), threads=2)
+
+
+# benchmarks/avx2.py
+
+XGETBV, CLEAR, CUT = b"\x0f\x01\xd0", b"\x89\xc0", b"\x24\x1f"
+
+
+@pytest.mark.parametrize("shift", [b"", b"\x48\xc1\xe2\x20"])
+def test_an_answer_of_xgetbv_is_cut(shift: bytes) -> None:
+    code = b"\x90" + XGETBV + shift + CLEAR + b"\x90"
+    assert avx2.without_avx512(code) == (b"\x90" + XGETBV + shift + CUT + b"\x90", 1)
+    assert avx2.without_avx512(b"\x90" + CLEAR + XGETBV) == (b"\x90" + CLEAR + XGETBV, 0)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of processors that have AVX-512")
+def test_the_copy_of_a_library_computes(tmp_path: Path) -> None:
+    assert avx2.copy(Path(onnxruntime.__path__[0]), tmp_path) == 2
+    program = """
+import numpy as np, onnxruntime as ort, onnx.parser, sys
+assert ort.__file__.startswith(sys.argv[1]), ort.__file__
+text = '<ir_version: 9, opset_import: ["" : 17]> m (float[n,64] a, float[64,k] b) => (float[n,k] c) {c = MatMul(a, b)}'
+session = ort.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+a, b = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
+assert np.allclose(session.run(None, {"a": a, "b": b})[0], a @ b, atol=1e-4)
+"""  # noqa: E501
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=environment)
+
+
+def test_a_library_that_asks_in_another_way_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "openvino"
+    (package / "libs").mkdir(parents=True)
+    (package / "libs" / "libopenvino_intel_cpu_plugin.so").write_bytes(b"\x90" * 64)
+    with pytest.raises(SystemExit, match="not known here"):
+        avx2.copy(package, tmp_path / "copies")

@@ -21,28 +21,32 @@ constexpr int64_t kSpan = 16;  // tiles of a row that are transformed together
 // A distance between arrays of so many floats that is no power of 2: caches have sets.
 constexpr int64_t spread(int64_t floats) { return floats + 16; }
 
-// What a convolution with 3 x 3 weights and stride 1 is done by.
-template <int Tile>
-struct Fast {
-  static constexpr int kTile = Tile, kWindow = Tile + 2, kPoints = kWindow * kWindow;
-  static constexpr int kLines = 2;  // rows of points whose weights are made together
-  static constexpr int kParts = kWindow / kLines;
+// Minimal filtering, by the transforms of a row.
+template <int Tile, int Step, int Window, int Points, int Lines, typename Row>
+struct Filtering {
+  static constexpr int kTile = Tile, kWindow = Window, kSeen = Window * Window;
+  static constexpr int kPoints = Points * Points;
+  static constexpr int kLines = Lines;  // rows of points whose weights are made together
+  static constexpr int kParts = Points / Lines;
   static int64_t taps(const Conv&) { return 1; }
-  static int64_t window(const Conv&) { return kWindow; }
-  static int64_t step(const Conv&) { return Tile; }
+  static int64_t window(const Conv&) { return Window; }
+  static int64_t step(const Conv&) { return Step; }
+  static constexpr int source(int point) {
+    return Row::source(point / Points) * Window + Row::source(point % Points);
+  }
 
   // One tile's and vector's window in a strip of so many columns, to out[point * stride].
   static void input(const float* strip, int64_t columns, int64_t, float* out, int64_t stride,
                     int64_t) {
-    Vec window[kPoints], made[kPoints];
+    Vec window[kSeen], made[kSeen];
 #pragma GCC unroll 8
     for (int y = 0; y < kWindow; ++y)
 #pragma GCC unroll 8
       for (int x = 0; x < kWindow; ++x)
         window[y * kWindow + x] = load(strip + (y * columns + x) * kChunk);
-    both_ways<kWindow, kWindow, Winograd<Tile>::input>(window, made);
+    both_ways<kWindow, kWindow, Row::input>(window, made);
 #pragma GCC unroll 36
-    for (int point = 0; point < kPoints; ++point) store(out + point * stride, made[point]);
+    for (int point = 0; point < kSeen; ++point) store(out + point * stride, made[point]);
   }
 
   // A part's rows of the transformed weights, of w(0) to w(8), to out[point * stride].
@@ -53,14 +57,14 @@ struct Fast {
     for (int tap = 0; tap < 9; ++tap) taps[tap] = w(tap);
 #pragma GCC unroll 2
     for (int y = 0; y < kLines; ++y) {
-      const float* g = Winograd<Tile>::kG[part * kLines + y];
-      Vec row[3], made[kWindow];
+      const float* g = Row::kG[part * kLines + y];
+      Vec row[3], made[Points];
 #pragma GCC unroll 4
       for (int x = 0; x < 3; ++x)
         row[x] = g[0] * taps[x] + g[1] * taps[3 + x] + g[2] * taps[6 + x];
-      Winograd<Tile>::weights(row, made);
+      Row::weights(row, made);
 #pragma GCC unroll 8
-      for (int x = 0; x < kWindow; ++x) store(out + (y * kWindow + x) * stride, made[x]);
+      for (int x = 0; x < Points; ++x) store(out + (y * Points + x) * stride, made[x]);
     }
   }
 
@@ -68,16 +72,29 @@ struct Fast {
     Vec values[kPoints];
 #pragma GCC unroll 36
     for (int point = 0; point < kPoints; ++point) values[point] = load(products + point * stride);
-    both_ways<kWindow, Tile, Winograd<Tile>::output>(values, out);
+    both_ways<Points, Tile, Row::output>(values, out);
   }
+};
+
+// With 3 x 3 weights and stride 1.
+template <int Tile>
+struct Fast : Filtering<Tile, Tile, Tile + 2, Tile + 2, 2, Winograd<Tile>> {
+  static int64_t enlarged(const Conv& conv) { return conv.upsample; }
+};
+
+// The same of an image enlarged by 2 with a pixel of padding before it, by the image as it is.
+struct Raised : Filtering<4, 2, 4, 5, 1, Doubled> {
+  static int64_t enlarged(const Conv&) { return 1; }
 };
 
 // What any other is done by: a tile is a pixel, and each tap a part of the sum.
 struct Plain {
-  static constexpr int kTile = 1, kPoints = 1, kParts = 1;
+  static constexpr int kTile = 1, kSeen = 1, kPoints = 1, kParts = 1;
   static int64_t taps(const Conv& conv) { return conv.kernel * conv.kernel; }
   static int64_t window(const Conv& conv) { return conv.kernel; }
   static int64_t step(const Conv& conv) { return conv.stride; }
+  static int64_t enlarged(const Conv& conv) { return conv.upsample; }
+  static constexpr int source(int point) { return point; }
 
   static void input(const float* strip, int64_t columns, int64_t kernel, float* out, int64_t,
                     int64_t tap_stride) {
@@ -130,7 +147,7 @@ class Convolution {
         : first(first),
           count(count),
           tile_stride(spread(round_up(count, 2) * kChunk)),
-          chunk_stride(tile_stride * Scheme::kPoints),
+          chunk_stride(tile_stride * Scheme::kSeen),
           inputs(nullptr) {}
   };
 
@@ -203,10 +220,11 @@ class Convolution {
   // Pixels (rows, columns) from (y, x) on, which may lie outside, of so many channels.
   void fill_strip(float* strip, int64_t image, int64_t y, int64_t x, int64_t rows, int64_t columns,
                   int64_t c, int64_t wide) const {
-    const int64_t height = conv_.h * conv_.upsample, width = conv_.w * conv_.upsample;
+    const int64_t upsample = Scheme::enlarged(conv_);
+    const int64_t height = conv_.h * upsample, width = conv_.w * upsample;
     const float* scale = conv_.scale ? conv_.scale + image * conv_.c + c : nullptr;
     const float* shift = conv_.scale ? conv_.shift + image * conv_.c + c : nullptr;
-    const int shrink = conv_.upsample == 2 ? 1 : 0;
+    const int shrink = upsample == 2 ? 1 : 0;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < columns; ++i, strip += kChunk) {
         const bool outside = y + r < 0 || y + r >= height || x + i < 0 || x + i >= width;
@@ -265,7 +283,8 @@ class Convolution {
           for (int64_t each = 0; each < kEach; ++each) {
             const int64_t point = part * kEach + each;
             for (int64_t j = 0; j < columns; j += kPanel)
-              multiply_panel(inputs + point * block.tile_stride, block.chunk_stride,
+              multiply_panel(inputs + Scheme::source(int(point)) * block.tile_stride,
+                             block.chunk_stride,
                              weights + each * spread(depth * columns) + j * depth, depth,
                              products + point * point_stride + j, columns, block.count,
                              smaller(kPanel, columns - j), tap > 0 || c > 0);
@@ -357,7 +376,7 @@ Blocking Convolution<Scheme>::blocking() const {
   constexpr int64_t kColumns = kPlain ? 320 : 2 * kPanel, kDepth = kPlain ? 192 : 128;
   static_assert(kColumns % kPair == 0 && kColumns % kPanel == 0, "a task has both of a pair");
   static_assert(kDepth % kChunk == 0, "inputs lie in chunks");
-  const int64_t fitting = kFloats / (Scheme::kPoints * taps_ * conv_.c) / kRows;
+  const int64_t fitting = kFloats / (Scheme::kSeen * taps_ * conv_.c) / kRows;
   return {larger<int64_t>(smaller(fitting, kMost), 2) * kRows, kColumns, kDepth};
 }
 
@@ -371,15 +390,25 @@ int64_t work(const Conv& conv) {
   return sums * (conv.c * conv.k * (tiles + kWeights) + tiles * kTransforms * (conv.c + conv.k));
 }
 
+template <typename Scheme>
+void run(const Conv& conv, const Parallel& parallel) {
+  Convolution<Scheme>(conv, parallel).run();
+}
+
 void convolve(const Conv& conv, const Parallel& parallel) {
-  const bool fast = conv.kernel == 3 && conv.stride == 1;
-  const int64_t plain = work<Plain>(conv), two = work<Fast<2>>(conv), four = work<Fast<4>>(conv);
-  if (!fast || plain < smaller(two, four))
-    Convolution<Plain>(conv, parallel).run();
-  else if (two < four)
-    Convolution<Fast<2>>(conv, parallel).run();
-  else
-    Convolution<Fast<4>>(conv, parallel).run();
+  struct Way {
+    int64_t work;
+    void (*run)(const Conv&, const Parallel&);
+  };
+  Way best{work<Plain>(conv), run<Plain>};
+  const auto consider = [&](Way other) { best = other.work < best.work ? other : best; };
+  if (conv.kernel == 3 && conv.stride == 1) {
+    consider({work<Fast<2>>(conv), run<Fast<2>>});
+    consider({work<Fast<4>>(conv), run<Fast<4>>});
+    if (conv.upsample == 2 && conv.pad_top == 1 && conv.pad_left == 1)
+      consider({work<Raised>(conv), run<Raised>});
+  }
+  best.run(conv, parallel);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Minimal filtering F(m x m, 3 x 3): m x m outputs from (m + 2)^2 products a channel.
 //
 // Lavin and Gray (2015), arXiv 1509.09308, sections 4.1 and 4.3, whose matrices these are:
-// output = A^T [(G w G^T) * (B^T d B)] A.
+// output = A^T [(G w G^T) * (B^T d B)] A. Images that are enlarged first have a scheme of their own.
 #pragma once
 
 #include "simd.h"
@@ -14,6 +14,7 @@ struct Winograd;
 
 template <>
 struct Winograd<2> {
+  static constexpr int source(int point) { return point; }  // the input that a product is of
   static inline void input(const Vec* d, Vec* out) {
     out[0] = d[0] - d[2];
     out[1] = d[1] + d[2];
@@ -36,6 +37,7 @@ struct Winograd<2> {
 
 template <>
 struct Winograd<4> {
+  static constexpr int source(int point) { return point; }
   static inline void input(const Vec* d, Vec* out) {
     const Vec a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1];
     const Vec c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
@@ -68,6 +70,32 @@ struct Winograd<4> {
     out[1] = b + 2.0f * d;
     out[2] = a + 4.0f * c;
     out[3] = b + 8.0f * d + m[5];
+  }
+};
+
+// A row of 4 outputs, of 4 pixels a, b, c, d each of which stands twice: a window of a b b c c d.
+//
+// Outputs of even places are F(2, 2) of w0 and w1 + w2, those of odd places of w0 + w1 and w2, and
+// each of the two takes 3 products. At the points 0, 1, -1 and infinity they share that at 1, which
+// makes 5 of them, of 4 different inputs: those of F(2 x 2, 3 x 3) for pixels that stand once.
+struct Doubled {
+  static inline void input(const Vec* d, Vec* out) { Winograd<2>::input(d, out); }
+  static constexpr int source(int point) { return point < 3 ? point : point - 1; }
+  static constexpr float kG[5][3] = {
+      {1, 0, 0}, {0.5f, 0.5f, 0.5f}, {-0.5f, 0.5f, 0.5f}, {0.5f, 0.5f, -0.5f}, {0, 0, 1}};
+  static inline void weights(const Vec* w, Vec* out) {
+    const Vec all = 0.5f * (w[0] + w[1] + w[2]);
+    out[0] = w[0];
+    out[1] = all;
+    out[2] = all - w[0];
+    out[3] = all - w[2];
+    out[4] = w[2];
+  }
+  static inline void output(const Vec* m, Vec* out) {
+    out[0] = m[0] + m[1] - m[2];
+    out[1] = m[1] - m[3];
+    out[2] = m[1] + m[2];
+    out[3] = m[1] + m[3] - m[4];
   }
 };
 
