@@ -1,7 +1,7 @@
 """Copies of ONNX Runtime and OpenVINO that take any processor for one without AVX-512.
 
     python benchmarks/avx2.py FOLDER
-    export PYTHONPATH=FOLDER LATENTFORGE_KERNELS=avx2
+    export PYTHONPATH=$PWD/FOLDER LATENTFORGE_KERNELS=avx2
     export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
     latentforge bench ...
 
