@@ -47,13 +47,17 @@ def copy(package: Path, folder: Path) -> int:
 
     Returns:
         In how many places.
+
+    Raises:
+        SystemExit: in none, and then nothing was copied.
     """
-    made = Path(shutil.copytree(package, folder / package.name, dirs_exist_ok=True))
-    (library,) = made.glob(_LIBRARIES[package.name])
+    (library,) = package.glob(_LIBRARIES[package.name])
     code, count = without_avx512(library.read_bytes())
     if not count:
-        raise SystemExit(f"{library} asks in a way that is not known here: nothing was changed")
-    library.write_bytes(code)
+        raise SystemExit(f"{library} asks in a way that is not known here: nothing was copied")
+    made = folder / package.name
+    shutil.copytree(package, made, dirs_exist_ok=True)
+    (made / library.relative_to(package)).write_bytes(code)
     return count
 
 

@@ -426,3 +426,4 @@ def test_a_library_that_asks_in_another_way_is_refused(tmp_path: Path) -> None:
     (package / "libs" / "libopenvino_intel_cpu_plugin.so").write_bytes(b"\x90" * 64)
     with pytest.raises(SystemExit, match="not known here"):
         avx2.copy(package, tmp_path / "copies")
+    assert not (tmp_path / "copies").exists()

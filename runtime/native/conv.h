@@ -31,7 +31,8 @@ struct Filtering {
   static int64_t taps(const Conv&) { return 1; }
   static int64_t window(const Conv&) { return Window; }
   static int64_t step(const Conv&) { return Step; }
-  static constexpr int source(int point) {
+  // The input that a product is of.
+  static constexpr int64_t source(int64_t point) {
     return Row::source(point / Points) * Window + Row::source(point % Points);
   }
 
@@ -88,13 +89,12 @@ struct Raised : Filtering<4, 2, 4, 5, 1, Doubled> {
 };
 
 // What any other is done by: a tile is a pixel, and each tap a part of the sum.
-struct Plain {
+struct Plain : Distinct {
   static constexpr int kTile = 1, kSeen = 1, kPoints = 1, kParts = 1;
   static int64_t taps(const Conv& conv) { return conv.kernel * conv.kernel; }
   static int64_t window(const Conv& conv) { return conv.kernel; }
   static int64_t step(const Conv& conv) { return conv.stride; }
   static int64_t enlarged(const Conv& conv) { return conv.upsample; }
-  static constexpr int source(int point) { return point; }
 
   static void input(const float* strip, int64_t columns, int64_t kernel, float* out, int64_t,
                     int64_t tap_stride) {
@@ -283,8 +283,7 @@ class Convolution {
           for (int64_t each = 0; each < kEach; ++each) {
             const int64_t point = part * kEach + each;
             for (int64_t j = 0; j < columns; j += kPanel)
-              multiply_panel(inputs + Scheme::source(int(point)) * block.tile_stride,
-                             block.chunk_stride,
+              multiply_panel(inputs + Scheme::source(point) * block.tile_stride, block.chunk_stride,
                              weights + each * spread(depth * columns) + j * depth, depth,
                              products + point * point_stride + j, columns, block.count,
                              smaller(kPanel, columns - j), tap > 0 || c > 0);

@@ -9,12 +9,16 @@
 namespace latentforge {
 namespace {
 
+// Each product is of an input of its own.
+struct Distinct {
+  static constexpr int64_t source(int64_t point) { return point; }
+};
+
 template <int Tile>
 struct Winograd;
 
 template <>
-struct Winograd<2> {
-  static constexpr int source(int point) { return point; }  // the input that a product is of
+struct Winograd<2> : Distinct {
   static inline void input(const Vec* d, Vec* out) {
     out[0] = d[0] - d[2];
     out[1] = d[1] + d[2];
@@ -36,8 +40,7 @@ struct Winograd<2> {
 };
 
 template <>
-struct Winograd<4> {
-  static constexpr int source(int point) { return point; }
+struct Winograd<4> : Distinct {
   static inline void input(const Vec* d, Vec* out) {
     const Vec a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1];
     const Vec c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
@@ -80,7 +83,7 @@ struct Winograd<4> {
 // makes 5 of them, of 4 different inputs: those of F(2 x 2, 3 x 3) for pixels that stand once.
 struct Doubled {
   static inline void input(const Vec* d, Vec* out) { Winograd<2>::input(d, out); }
-  static constexpr int source(int point) { return point < 3 ? point : point - 1; }
+  static constexpr int64_t source(int64_t point) { return point < 3 ? point : point - 1; }
   static constexpr float kG[5][3] = {
       {1, 0, 0}, {0.5f, 0.5f, 0.5f}, {-0.5f, 0.5f, 0.5f}, {0.5f, 0.5f, -0.5f}, {0, 0, 1}};
   static inline void weights(const Vec* w, Vec* out) {

@@ -17,13 +17,13 @@ __all__ = [
     "add_dry_run",
     "add_exact",
     "add_option",
-    "add_overwrite",
     "add_recipe",
     "add_request",
     "add_result_files",
     "add_sizes",
     "add_stage",
     "add_table",
+    "add_target",
     "add_threads",
     "command",
     "names",
@@ -76,7 +76,6 @@ def add_stage(parser: Any) -> None:
         help="a diffusers directory, a hub id such as org/model (or org/model@revision), demo, or "
         "a directory that optimum-onnx exported, whose graphs are taken as they are",
     )
-    parser.add_argument("engines", type=Path, metavar="ENGINES", help="the directory to write")
     parser.add_argument(
         "--layout",
         default="plain",
@@ -84,11 +83,12 @@ def add_stage(parser: Any) -> None:
         help="optimum: arrange the engines so that optimum-onnx's pipelines load the directory "
         "too, with from_pretrained(ENGINES, export=False) (default: plain)",
     )
-    add_overwrite(parser)
+    add_target(parser)
 
 
-def add_overwrite(parser: Any) -> None:
-    """Leave to replace what is there."""
+def add_target(parser: Any) -> None:
+    """What is written, and leave to replace what is there."""
+    parser.add_argument("engines", type=Path, metavar="ENGINES", help="the directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an engine directory")
 
 

@@ -103,11 +103,12 @@ def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:
         "sizes": sizes,
         "fast": _fast(options, how),
     }
+    if not options.dry_run:
+        check_target(options.engines, overwrite=options.overwrite)
+    said = "\n".join(outlook(options.checkpoint, **what))
+    print(said, file=sys.stdout if options.dry_run else sys.stderr)
     if options.dry_run:
-        print("\n".join(outlook(options.checkpoint, **what)))
         return
-    check_target(options.engines, overwrite=options.overwrite)
-    print("\n".join(outlook(options.checkpoint, **what)), file=sys.stderr)
     what |= {"options": options.option, "overwrite": options.overwrite, **how}
     _say_what_was_built(build(options.checkpoint, options.engines, **what, quiet=False))
 

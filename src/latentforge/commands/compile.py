@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "nothing else. What needs a GPU to run and finds none is built where that is possible.",
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="what optimize or export wrote")
-    parser.add_argument("engines", type=Path, metavar="ENGINES", help="the directory to write")
+    arguments.add_target(parser)
     parser.add_argument(
         "--backend",
         action="append",
@@ -35,7 +35,6 @@ def add(commands: Any) -> None:
     arguments.add_option(parser)
     arguments.add_sizes(parser)
     arguments.add_dry_run(parser)
-    arguments.add_overwrite(parser)
     rows = {name: f"pip install 'latentforge[{each.extra}]'" for name, each in BACKENDS.items()}
     advice = "an --option that is not there is refused with the list of those that are"
     arguments.add_table(parser, "backends", rows, advice)

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "Needs pip install 'latentforge[optimize]'.",
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="what export wrote")
-    parser.add_argument("engines", type=Path, metavar="ENGINES", help="the directory to write")
+    arguments.add_target(parser)
     parser.add_argument(
         "--target",
         default="cpu",
@@ -38,7 +38,6 @@ def add(commands: Any) -> None:
             "Calibration, gate and timing follow it. Default: the manifest's.",
         )
     )
-    arguments.add_overwrite(parser)
     arguments.add_table(parser, "recipes", {name: summary(name) for name in names()})
 
 

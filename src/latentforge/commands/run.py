@@ -63,9 +63,7 @@ def _add_plan_arguments(parser: Any) -> None:
         "be exact. What is given here takes the place of the plan's."
     )
     group = parser.add_argument_group("doing less for an image", arguments.wrapped(said))
-    group.add_argument(
-        "--exact", action="store_true", default=None, help="leave the engines' plan aside"
-    )
+    arguments.add_exact(group)
     group.add_argument(
         "--guidance-interval",
         type=_interval,
