@@ -24,7 +24,7 @@ slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 optimum: $(VENV)/ready  ## beside optimum-onnx, in a second environment that this makes: minutes
 	$(BIN)/python -m pytest -m optimum
 
-$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/native/*.cpp runtime/native/*.h)
+$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -16,7 +16,7 @@ class NativeBuildHook(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        native = runpy.run_path(str(Path(self.root) / "runtime" / "native" / "build.py"))
+        native = runpy.run_path(str(Path(self.root) / "runtime" / "kernels" / "compiler.py"))
         if failure := native["build"]():
             self.app.display_warning(
                 f"latentforge is installed without its own kernels and runs on ONNX Runtime's: "
@@ -26,4 +26,4 @@ class NativeBuildHook(BuildHookInterface[Any]):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
-        build_data["artifacts"].append(f"/runtime/native/{native['LIBRARY'].name}")
+        build_data["artifacts"].append(f"/runtime/kernels/{native['LIBRARY'].name}")

@@ -113,7 +113,7 @@ def _classes(architecture: Architecture) -> dict[str, list[str]]:
         "scheduler": ["diffusers", architecture.scheduler[0]],
         **texts,
         **tokenizers,
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        "denoiser": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
 

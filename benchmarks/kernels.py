@@ -19,8 +19,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from latentforge.optimize.passes.convolution import pack
-from latentforge.runtime.native import DOMAIN, needed_library
+from latentforge.optimize.passes.native.convolution import pack
+from latentforge.runtime.kernels import DOMAIN, needed_library
 
 Array = np.ndarray[Any, Any]
 

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from latentforge.export.peers import PEERS
+from latentforge.measure.peers import PEERS
+from latentforge.measure.results import BenchResult, Results
 from latentforge.runtime.image import MAX_PSNR
-from latentforge.runtime.results import Entry, Results
 
 __all__ = ["ENVIRONMENTS", "environment", "main", "table"]
 
@@ -74,12 +74,12 @@ def bench(arguments: Sequence[str], folder: Path = FOLDER) -> int:
     return subprocess.run(command).returncode
 
 
-COLUMNS: Mapping[str, Callable[[Entry], str]] = {
+COLUMNS: Mapping[str, Callable[[BenchResult], str]] = {
     "": lambda entry: entry.name,
     "computes in": lambda entry: entry.precision,
     "image, s": lambda entry: _seconds(entry, "total"),
     "text, s": lambda entry: _seconds(entry, "text_encoder"),
-    "UNet step, s": lambda entry: _seconds(entry, "unet step"),
+    "UNet step, s": lambda entry: _seconds(entry, "denoiser step"),
     "VAE, s": lambda entry: _seconds(entry, "vae_decoder"),
     "speed (95 %)": lambda entry: _speed(entry),
     "peak memory": lambda entry: _gigabytes(entry.peak_memory),
@@ -109,18 +109,18 @@ def _lines(results: Results) -> Iterator[str]:
             yield from ("", f"{entry.name}: {entry.status}: {entry.message}")
 
 
-def _rows(entries: Sequence[Entry]) -> Iterator[str]:
+def _rows(entries: Sequence[BenchResult]) -> Iterator[str]:
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
     for entry in sorted(entries, key=lambda entry: entry.slowness):
         yield f"| {' | '.join(show(entry) for show in COLUMNS.values())} |"
 
 
-def _seconds(entry: Entry, stage: str) -> str:
+def _seconds(entry: BenchResult, stage: str) -> str:
     return f"{entry.median[stage]:.3g}" if stage in entry.median else ""
 
 
-def _speed(entry: Entry) -> str:
+def _speed(entry: BenchResult) -> str:
     ratio = entry.ratio.get("total")
     if ratio is None or entry.role == "reference":
         return "1" if entry.role == "reference" else ""
@@ -128,7 +128,7 @@ def _speed(entry: Entry) -> str:
     return f"{ratio.value:.2f}×{bounds}"
 
 
-def _decibels(entry: Entry) -> str:
+def _decibels(entry: BenchResult) -> str:
     if entry.psnr is None or entry.role == "reference":
         return ""
     return "identical" if entry.psnr >= MAX_PSNR else f"{entry.psnr:.1f}"

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from latentforge.export.demo import CHECKPOINT as DEMO
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import hash_file
+from latentforge.runtime.text import one_line
 
-__all__ = ["SIDECAR", "Checkpoint", "brief", "open_checkpoint", "read_json", "sha256_of"]
+__all__ = ["SIDECAR", "Checkpoint", "open_checkpoint", "read_json", "sha256_of"]
 
 SIDECAR = "latentforge.json"
 """A file that a checkpoint may carry for us: {"name", "license", "defaults": {...}}."""
@@ -29,7 +30,6 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 _MAX_JSON = 64 << 20
 _MAX_CARD = 64 << 10
-_BRIEF = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +158,6 @@ def sha256_of(digests: Sequence[str]) -> str:
     )
 
 
-def brief(error: BaseException) -> str:
-    """What an error of another library says, in one line; what it is called if that is nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 3]}..."
-
-
 def _find(name: str) -> Path:
     if name == "demo":
         return DEMO
@@ -206,7 +200,7 @@ def _download(name: str) -> Path:
         return Path(fetch(allow_patterns=["*/*.safetensors"], ignore_patterns=ignored))
     except Exception as error:  # a dozen kinds, from the hub, the network and the disk
         raise CheckpointError(
-            f"no directory {name}, and it could not be fetched from the hub: {brief(error)}"
+            f"no directory {name}, and it could not be fetched from the hub: {one_line(error)}"
         ) from error
 
 
@@ -245,7 +239,7 @@ def _check_safetensors(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or cut short ({brief(error)}): fetch it again"
+            f"{path} is damaged or cut short ({one_line(error)}): fetch it again"
         ) from error
 
 

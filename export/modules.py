@@ -11,8 +11,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from latentforge.export.checkpoint import Checkpoint, brief
+from latentforge.export.checkpoint import Checkpoint
 from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.text import one_line
 
 __all__ = ["check_finite", "load_module", "quiet"]
 
@@ -55,7 +56,7 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
                 output_loading_info=True,
             )
         except Exception as error:  # each library has its own, and a bad config raises any of them
-            reason = _mismatch(f"{error}\n{said()}") or brief(error)
+            reason = _mismatch(f"{error}\n{said()}") or one_line(error)
             raise CheckpointError(f"cannot load {path}: {reason}") from error
     _check_keys(checkpoint, folder, info)
     check_finite(checkpoint, folder, module)

@@ -18,17 +18,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx
 
-from latentforge.export.checkpoint import Checkpoint, brief, sha256_of
-from latentforge.export.families import ComponentPlan, Plan
+from latentforge.export.checkpoint import Checkpoint, sha256_of
+from latentforge.export.families import ComponentPlan, ExportPlan
 from latentforge.export.families.parts import TextEncoder
 from latentforge.export.onnx import fix_dimensions
 from latentforge.export.tokenizers import special_tokens
 from latentforge.runtime.errors import CheckpointError, SettingsError
 from latentforge.runtime.manifest import Component, FileEntry, Manifest
 from latentforge.runtime.tensor import DTYPES, TensorSpec
+from latentforge.runtime.text import one_line
 
 __all__ = [
-    "Graph",
+    "OptimumGraph",
     "Layout",
     "check_layout",
     "graph_file",
@@ -64,7 +65,7 @@ Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graph:
+class OptimumGraph:
     """A component that optimum exported, checked against what its configuration says of it.
 
     Attributes:
@@ -92,7 +93,7 @@ class Graph:
 
     def copy(self, directory: Path) -> Component:
         """Copy its files, as they are, to directory/NAME, and describe them for the manifest."""
-        target = directory / self.plan.name
+        target = directory / folder_of(self.plan.name)
         for file in (_MODEL, *self.data):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / file, target / file)
@@ -119,14 +120,14 @@ def is_exported(checkpoint: Checkpoint) -> bool:
     return (unet / _MODEL).is_file() and not any(unet.glob("*.safetensors"))
 
 
-def present(checkpoint: Checkpoint, plan: Plan) -> Plan:
+def present(checkpoint: Checkpoint, plan: ExportPlan) -> ExportPlan:
     """The plan without the VAE's encoder where there is none: text to image does without it.
 
     Raises:
         CheckpointError: the UNet is one that optimum cannot have exported.
     """
     unet = _unet(plan)
-    if unet.folder != unet.name:
+    if unet.folder != folder_of(unet.name):
         raise CheckpointError(
             f"{checkpoint.name}: a {checkpoint.pipeline_class} is made from its weights, and "
             "these are graphs: name the original checkpoint"
@@ -138,21 +139,21 @@ def present(checkpoint: Checkpoint, plan: Plan) -> Plan:
     return replace(plan, components=kept)
 
 
-def read_graph(checkpoint: Checkpoint, plan: ComponentPlan) -> Graph:
+def read_graph(checkpoint: Checkpoint, plan: ComponentPlan) -> OptimumGraph:
     """Look at a component's graph without loading its weights from the files beside it.
 
     Raises:
         CheckpointError: it is missing or damaged, does not fit the plan, or names weights that
             are not in its folder.
     """
-    folder = checkpoint.path / plan.name
+    folder = checkpoint.path / folder_of(plan.name)
     path = _inside(folder, _MODEL)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # the disk's, protobuf's or onnx's own
-        raise CheckpointError(f"{path} is no ONNX file ({brief(error)}): {_AGAIN}") from error
+        raise CheckpointError(f"{path} is no ONNX file ({one_line(error)}): {_AGAIN}") from error
     inputs, outputs, sizes = _signature(path, model.graph, plan)
-    return Graph(
+    return OptimumGraph(
         plan=plan,
         folder=folder,
         data=_data_files(folder, model),
@@ -290,7 +291,7 @@ def _messages(message: Any) -> Iterator[Any]:
 # Writing ours
 
 
-def check_layout(layout: Layout, name: str, plan: Plan) -> None:
+def check_layout(layout: Layout, name: str, plan: ExportPlan) -> None:
     """Refuse a layout that isn't there, and a model that none of optimum's pipelines runs.
 
     Raises:
@@ -299,7 +300,7 @@ def check_layout(layout: Layout, name: str, plan: Plan) -> None:
     if layout not in get_args(Layout):
         raise SettingsError(f"no layout {layout!r}; there are {', '.join(get_args(Layout))}")
     unet = _unet(plan)
-    if layout == "optimum" and unet.folder != unet.name:
+    if layout == "optimum" and unet.folder != folder_of(unet.name):
         raise SettingsError(
             f"no pipeline of optimum's knows the UNet of {name}: export it without --layout optimum"
         )
@@ -307,7 +308,12 @@ def check_layout(layout: Layout, name: str, plan: Plan) -> None:
 
 def graph_file(name: str, layout: Layout) -> str:
     """Where a component's graph lies in the engine directory."""
-    return f"{name}/{_MODEL}" if layout == "optimum" else f"{name}.onnx"
+    return f"{folder_of(name)}/{_MODEL}" if layout == "optimum" else f"{name}.onnx"
+
+
+def folder_of(component: str) -> str:
+    """Return the folder in which optimum's exports keep a component."""
+    return "unet" if component == "denoiser" else component
 
 
 def spaced(size: int | str) -> int | str:
@@ -317,7 +323,7 @@ def spaced(size: int | str) -> int | str:
     return size.replace("//", " / ").replace("*", " * ")
 
 
-def with_outputs(plan: Plan) -> Plan:
+def with_outputs(plan: ExportPlan) -> ExportPlan:
     """The plan with all outputs of text encoders that optimum's have, in its order.
 
     Its pipelines take the first one to be the context, or the pooled output if there is one, and
@@ -345,7 +351,7 @@ def _with_outputs(plan: ComponentPlan) -> ComponentPlan:
 
 
 def write_companions(
-    checkpoint: Checkpoint, plan: Plan, components: Sequence[str], directory: Path
+    checkpoint: Checkpoint, plan: ExportPlan, components: Sequence[str], directory: Path
 ) -> None:
     """Write what optimum's pipelines read beside the graphs, and beside our tokenizer.json files.
 
@@ -353,7 +359,8 @@ def write_companions(
         CheckpointError: a configuration or tokenizer of the checkpoint is missing or malformed.
     """
     for name in components:
-        _write_json(directory / name / _CONFIG, _config(checkpoint, plan, name))
+        folder = folder_of(name)
+        _write_json(directory / folder / _CONFIG, _config(checkpoint, plan, folder))
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     _write_json(directory / "scheduler" / "scheduler_config.json", _unnamed(scheduler))
     for folder in plan.tokenizers:
@@ -362,7 +369,7 @@ def write_companions(
     _write_json(directory / "model_index.json", index)
 
 
-def _config(checkpoint: Checkpoint, plan: Plan, name: str) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
     """The checkpoint's own, with what optimum guesses wrongly or warns of where it is left out."""
     config = _unnamed(checkpoint.config("vae" if name in _VAE else name))
     if name in _VAE:
@@ -375,9 +382,9 @@ def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in config.items() if key not in ("_name_or_path", "auto_map")}
 
 
-def _index(checkpoint: Checkpoint, plan: Plan, scheduler: str) -> dict[str, Any]:
+def _index(checkpoint: Checkpoint, plan: ExportPlan, scheduler: str) -> dict[str, Any]:
     """model_index.json. Classes come from us: what is named here, optimum imports."""
-    here = {part.name for part in plan.components} | {"vae", *plan.tokenizers}
+    here = {folder_of(part.name) for part in plan.components} | {"vae", *plan.tokenizers}
     classes = {
         name: pair if name in here else (None, None)
         for name, pair in _CLASSES.items()
@@ -419,8 +426,8 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: str, target: Path) -> None:
     (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _unet(plan: Plan) -> ComponentPlan:
-    return next(part for part in plan.components if part.name == "unet")
+def _unet(plan: ExportPlan) -> ComponentPlan:
+    return next(part for part in plan.components if part.name == "denoiser")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

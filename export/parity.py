@@ -19,7 +19,13 @@ from latentforge.runtime.image import psnr, relative_error
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["MAX_RELATIVE_ERROR", "LazyModules", "Recording", "TorchSession", "check_parity"]
+__all__ = [
+    "MAX_RELATIVE_ERROR",
+    "LazyModules",
+    "ComponentRecording",
+    "TorchSession",
+    "check_parity",
+]
 
 MAX_RELATIVE_ERROR = 1e-3
 """The most that an fp32 engine may differ from torch, as a fraction of the largest output."""
@@ -28,7 +34,7 @@ Outputs = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass
-class Recording:
+class ComponentRecording:
     """What went into a component during a denoising run, and what came out of torch."""
 
     runs: list[tuple[Feeds, Outputs]] = field(default_factory=list)
@@ -65,7 +71,7 @@ class TorchSession:
 
     def __init__(self, plan: ComponentPlan, modules: LazyModules) -> None:
         self.plan = plan
-        self.recording = Recording()
+        self.recording = ComponentRecording()
         self._modules = modules
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
@@ -92,7 +98,7 @@ class TorchSession:
 
 
 def check_parity(
-    name: str, component: Component, directory: Path, recording: Recording
+    name: str, component: Component, directory: Path, recording: ComponentRecording
 ) -> dict[str, float]:
     """Run the exported component on recorded inputs and compare with torch's outputs.
 
@@ -104,7 +110,7 @@ def check_parity(
         GateError: the error is above MAX_RELATIVE_ERROR.
     """
     # One row at a time and weights as they lie: less memory, and the same operators.
-    engine = Engine.load(name, component, directory, {}, at_once=1, low_memory=True)
+    engine = Engine.load(name, component, directory, {}, max_rows=1, low_memory=True)
     worst, lowest = 0.0, np.inf
     for feeds, expected in recording.runs:
         shared = {key: value for key, value in feeds.items() if key == "timestep"}

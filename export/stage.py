@@ -11,10 +11,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-import latentforge
 from latentforge.export import optimum
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
-from latentforge.export.families import ComponentPlan, Family, Plan, family_of
+from latentforge.export.families import ComponentPlan, ExportPlan, Family, family_of
 from latentforge.export.onnx import (
     OPSET,
     Dimensions,
@@ -22,10 +21,12 @@ from latentforge.export.onnx import (
     component_entry,
     export_onnx,
 )
-from latentforge.export.optimum import Graph, Layout
+from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
-from latentforge.export.scheduler import default_sampler, prediction_of, schedule_of
+from latentforge.export.schedulers import default_sampler, prediction_of, schedule_of
 from latentforge.export.tokenizers import write_tokenizer
+from latentforge.runtime.compile.verify import trial
+from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import (
     CheckpointError,
@@ -33,19 +34,18 @@ from latentforge.runtime.errors import (
     SettingsError,
     ShapeError,
 )
+from latentforge.runtime.files import check_space, check_target, staged_directory
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import (
     Component,
-    Defaults,
     Manifest,
-    Source,
+    RequestDefaults,
     Stage,
+    WeightSource,
 )
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.staging import check_space, check_target, staged_directory
-from latentforge.runtime.tokenizer import Tokenizer
-from latentforge.runtime.verify import trial
+from latentforge.runtime.version import __version__
 
 __all__ = ["export"]
 
@@ -59,11 +59,11 @@ class _Job:
 
     checkpoint: Checkpoint
     family: Family
-    plan: Plan
+    plan: ExportPlan
     components: tuple[ComponentPlan, ...]
     dimensions: Dimensions
     layout: Layout
-    graphs: Mapping[str, Graph] = field(default_factory=dict)
+    graphs: Mapping[str, OptimumGraph] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -153,7 +153,7 @@ def _job(source: str, names: Sequence[str], dimensions: Dimensions, layout: Layo
     return job
 
 
-def _plan(checkpoint: Checkpoint, family: Family, layout: Layout) -> Plan:
+def _plan(checkpoint: Checkpoint, family: Family, layout: Layout) -> ExportPlan:
     """The family's plan of a checkpoint, as its kind and the layout would have it."""
     plan = family.plan(checkpoint)
     optimum.check_layout(layout, family.name, plan)
@@ -170,7 +170,7 @@ def _with_graphs(job: _Job) -> _Job:
             "batch, export from the original checkpoint"
         )
     graphs = {plan.name: optimum.read_graph(job.checkpoint, plan) for plan in job.components}
-    sizes = graphs["unet"].sizes if "unet" in graphs else {}
+    sizes = graphs["denoiser"].sizes if "denoiser" in graphs else {}
     scale = job.plan.latent.downscale
     sides = {
         side: sizes[f"latent_{side}"] * scale
@@ -199,7 +199,7 @@ def _draft(job: _Job, directory: Path) -> Manifest:
     return Manifest(
         name=checkpoint.sidecar.get("name") or Path(checkpoint.name).name,
         family=job.family.name,
-        source=Source(
+        source=WeightSource(
             checkpoint=checkpoint.name,
             license=checkpoint.license,
             sha256={folder: checkpoint.sha256(folder) for folder in folders},
@@ -214,7 +214,7 @@ def _draft(job: _Job, directory: Path) -> Manifest:
     )
 
 
-def _defaults(job: _Job, scheduler: Mapping[str, Any]) -> Defaults:
+def _defaults(job: _Job, scheduler: Mapping[str, Any]) -> RequestDefaults:
     usual = job.plan.defaults
     defaults = {
         "sampler": usual.sampler or default_sampler(scheduler),
@@ -226,7 +226,7 @@ def _defaults(job: _Job, scheduler: Mapping[str, Any]) -> Defaults:
     }
     given = job.checkpoint.sidecar.get("defaults", {})
     try:
-        return msgspec.convert({**defaults, **given}, Defaults)
+        return msgspec.convert({**defaults, **given}, RequestDefaults)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{job.checkpoint.name}: defaults: {error}") from error
 
@@ -367,6 +367,6 @@ def _history(job: _Job, start: float) -> Stage:
     return Stage(
         name="import" if job.graphs else "export",
         options={**kind, **chosen, **layout, **fixed},
-        tools={"latentforge": latentforge.__version__, **tools},
+        tools={"latentforge": __version__, **tools},
         seconds=round(time.perf_counter() - start, 1),
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
-from latentforge.export.checkpoint import Checkpoint, brief
+from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.modules import quiet
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry, hash_file
+from latentforge.runtime.text import one_line
 
 __all__ = ["special_tokens", "write_tokenizer"]
 
@@ -35,7 +36,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
             length=length, pad_id=int(clip.pad_token_id), pad_token=str(clip.pad_token)
         )
     except Exception as error:  # missing vocab, bad merges: each library has its own
-        reason = brief(error)
+        reason = one_line(error)
         raise CheckpointError(f"cannot load {checkpoint.path / folder}: {reason}") from error
     _check_merges(checkpoint.path / folder, tokenizer)
     _check_encoder(checkpoint, folder, tokenizer, length)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.native import DOMAIN, needed_library
+from latentforge.runtime.kernels import DOMAIN, needed_library
 
-__all__ = ["Layer", "add_constant", "constant", "dependencies", "layers", "lend"]
+__all__ = ["GraphLayer", "add_constant", "constant", "dependencies", "layers", "lend"]
 __all__ += ["matches", "module", "open_session", "operands", "save", "set_weight", "tidy"]
 
 Array = NDArray[np.generic]
@@ -54,7 +54,7 @@ def operands(node: ir.Node) -> Iterator[ir.Value | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class GraphLayer:
     """A Conv, MatMul or Gemm with a constant weight.
 
     Attributes:
@@ -99,25 +99,25 @@ class Layer:
         return self.node.op_type != "Conv"
 
 
-def layers(graph: ir.Graph) -> list[Layer]:
+def layers(graph: ir.Graph) -> list[GraphLayer]:
     """Every layer of a graph with a floating point weight, in the order in which they run."""
     return [layer for node in graph if (layer := _layer(node)) is not None]
 
 
-def _layer(node: ir.Node) -> Layer | None:
+def _layer(node: ir.Node) -> GraphLayer | None:
     if node.domain != "" or len(node.inputs) < 2 or node.inputs[1] is None:
         return None
     weight = node.inputs[1]
     if not weight.is_initializer() or weight.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return None
     if node.op_type == "Conv":
-        return Layer(node=node, out_axis=0, in_axis=1)
+        return GraphLayer(node=node, out_axis=0, in_axis=1)
     rank = len(weight.shape or ())
     if node.op_type == "MatMul" and rank == 2:
-        return Layer(node=node, out_axis=1, in_axis=0)
+        return GraphLayer(node=node, out_axis=1, in_axis=0)
     if node.op_type == "Gemm" and not node.attributes.get_int("transA", 0):
         transposed = node.attributes.get_int("transB", 0)
-        return Layer(node=node, out_axis=1 - transposed, in_axis=transposed)
+        return GraphLayer(node=node, out_axis=1 - transposed, in_axis=transposed)
     return None
 
 

@@ -32,7 +32,7 @@ from onnx_ir.passes import common
 
 from latentforge.optimize.graph import constant, matches, module
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.native import DOMAIN
+from latentforge.runtime.kernels import DOMAIN
 
 __all__ = ["TIME", "compute_half", "store_half"]
 

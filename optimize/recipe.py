@@ -1,27 +1,27 @@
 """Recipes: what an optimization does, as data. TOML files that anyone can read and write."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 
+from latentforge.optimize.gate.gate import Gate
 from latentforge.optimize.prune import Prune, Sparsity
-from latentforge.optimize.quality.gate import Gate
 from latentforge.optimize.quantize import Int8, Scan, WeightOnly
 from latentforge.optimize.recipes import names, text, tomllib
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.manifest import Record
+from latentforge.runtime.record import Record
+from latentforge.runtime.text import near_miss
 
-__all__ = ["Calibration", "Precision", "Recipe", "near_miss", "read_recipe"]
+__all__ = ["CalibrationSettings", "Precision", "Recipe", "read_recipe"]
 
 Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights"]
 
 _MAX_BYTES = 1 << 20
 
 
-class Calibration(Record, frozen=True, kw_only=True):
+class CalibrationSettings(Record, frozen=True, kw_only=True):
     """The denoising runs from which ranges and scores are taken.
 
     Attributes:
@@ -68,13 +68,13 @@ class Recipe(Record, frozen=True, kw_only=True):
     scan: Scan | None = None
     prune: Prune | None = None
     sparsity: Sparsity | None = None
-    calibration: Calibration = Calibration()
+    calibration: CalibrationSettings = CalibrationSettings()
     gate: Gate = Gate()
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs to know what goes into the UNet."""
-        int8 = self.precision_of("unet") == "int8"
+        int8 = self.precision_of("denoiser") == "int8"
         scored = self.sparsity is not None and self.sparsity.score == "activation"
         return int8 or scored or self.prune is not None
 
@@ -101,14 +101,6 @@ def read_recipe(name: str) -> Recipe:
         return msgspec.convert(data, Recipe)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, SettingsError) as error:
         raise SettingsError(f"recipe {name}: {error}") from error
-
-
-def near_miss(word: str, known: Iterable[str]) -> str:
-    """What a mistyped word may have meant, and all that there is."""
-    words = list(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    return f"{meant}there are {', '.join(words)}"
 
 
 def _text(name: str) -> str:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize import Form
-from latentforge.runtime.native import library
+from latentforge.runtime.kernels import library
 
 __all__ = ["CUDA_ONLY", "NATIVE", "TARGETS", "Target"]
 

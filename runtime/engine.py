@@ -24,7 +24,7 @@ class Engine:
     """A component and its session.
 
     An engine that takes only some numbers of rows serves every request: a larger one in several
-    runs, a smaller one padded by repeating its last row. Where it takes more, ``at_once`` limits
+    runs, a smaller one padded by repeating its last row. Where it takes more, ``max_rows`` limits
     the rows of one run, which saves memory.
     """
 
@@ -34,12 +34,12 @@ class Engine:
         component: Component,
         session: backends.Session,
         *,
-        at_once: int | None = None,
+        max_rows: int | None = None,
     ) -> None:
         self.name = name
         self.component = component
         self.session = session
-        self.at_once = at_once
+        self.max_rows = max_rows
 
     @classmethod
     def load(
@@ -49,7 +49,7 @@ class Engine:
         directory: Path,
         options: backends.Options,
         *,
-        at_once: int | None = None,
+        max_rows: int | None = None,
         low_memory: bool = False,
         rare: bool = False,
     ) -> "Engine":
@@ -65,7 +65,7 @@ class Engine:
         known = {key: value for key, value in given.items() if key in backend.OPTIONS}
         own = {k: v for k, v in component.options.items() if k not in backends.ONLY_AT_LOAD}
         session = backend.load(directory / component.file, component, {**own, **known})
-        return cls(name, component, session, at_once=at_once)
+        return cls(name, component, session, max_rows=max_rows)
 
     def run(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[np.float32]]:
         """Run on all rows and return every output with as many rows, in float32.
@@ -106,7 +106,7 @@ class Engine:
         allowed = self._allowed(given)
         parts, start = [], 0
         while start < count:
-            size = _run_of(count - start, allowed, self.at_once)
+            size = _run_of(count - start, allowed, self.max_rows)
             parts.append(self.session.run({**_part(given, start, size), **shared}))
             start += size
         return {key: _joined([part[key] for part in parts])[:count] for key in parts[0]}
@@ -156,11 +156,11 @@ def _holds(shapes: Shapes, sizes: Mapping[str, int], *, but: str) -> bool:
     return all(sizes.get(name, 0) in allowed for name, allowed in others.items())
 
 
-def _run_of(left: int, allowed: Sequence[Range], at_once: int | None) -> int:
+def _run_of(left: int, allowed: Sequence[Range], max_rows: int | None) -> int:
     """How many rows the next run has: the most that there are, or else the least it takes."""
-    limit = min(left, at_once or left)
-    fitting = [min(limit, rows.most) for rows in allowed if rows.least <= limit]
-    return max(fitting, default=min(rows.least for rows in allowed))
+    limit = min(left, max_rows or left)
+    fitting = [min(limit, rows.max) for rows in allowed if rows.min <= limit]
+    return max(fitting, default=min(rows.min for rows in allowed))
 
 
 def _part(rows: Feeds, start: int, size: int) -> dict[str, NDArray[np.generic]]:

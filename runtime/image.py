@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
-from latentforge.runtime.staging import staged_file
+from latentforge.runtime.files import staged_file
 
 __all__ = [
     "MAX_PSNR",

@@ -14,10 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentforge.runtime import backends, samplers
-from latentforge.runtime.canvas import Picture, Source, Studio, sample_posterior, size_of
-from latentforge.runtime.denoiser import EngineDenoiser
-from latentforge.runtime.describe import rebuild_hint
+from latentforge.runtime import backends
+from latentforge.runtime.compile.rebuild import rebuild_hint
+from latentforge.runtime.conditioning.encode import ConditioningInputs, encode_conditioning
+from latentforge.runtime.conditioning.tokenizer import Tokenizer
+from latentforge.runtime.denoising.denoiser import EngineDenoiser
+from latentforge.runtime.denoising.initial_latents import (
+    InitImage,
+    LatentInitializer,
+    Picture,
+    sample_posterior,
+    size_of,
+)
+from latentforge.runtime.denoising.step_engines import ConditionedDenoiser, StepEngines
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import (
     DeviceError,
@@ -29,25 +38,23 @@ from latentforge.runtime.errors import (
 from latentforge.runtime.image import from_array
 from latentforge.runtime.machine import resident_memory
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.profile import Benchmark, Profile, Stopwatch, Timings
-from latentforge.runtime.prompts import Told, tell
+from latentforge.runtime.profiling import Benchmark, Profile, Stopwatch, Timings
 from latentforge.runtime.rng import Generator
-from latentforge.runtime.schedules import NoiseLevel, Plan
+from latentforge.runtime.sampling import samplers
+from latentforge.runtime.sampling.schedule import NoiseLevel, NoisePlan
 from latentforge.runtime.settings import Request, Settings, resolve
-from latentforge.runtime.tokenizer import Tokenizer
-from latentforge.runtime.unet import ToldUnet, Unet
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["Pipeline", "Result", "Step", "load", "load_component"]
+__all__ = ["Pipeline", "Result", "DenoisingStep", "load", "load_component"]
 
 Array = NDArray[np.float32]
 
 _log = logging.getLogger("latentforge")
 
-_EVERY_STEP = ("unet", "unet_reduced", "unet_shallow")
-_OF_ROWS = (*_EVERY_STEP, "unet_prompt")
+_EVERY_STEP = ("denoiser", "denoiser_reduced", "denoiser_cached")
+_OF_ROWS = (*_EVERY_STEP, "denoiser_prompt")
 
 _STRENGTH = 0.8  # of a picture that is given without a mask, as in diffusers
 
@@ -105,7 +112,7 @@ class Pipeline:
         directory: str | Path,
         *,
         hashes: bool = True,
-        at_once: int | None = None,
+        max_rows: int | None = None,
         low_memory: bool = False,
         **options: Any,
     ) -> Pipeline:
@@ -114,7 +121,7 @@ class Pipeline:
         Args:
             directory: what latentforge build, export, optimize or compile wrote.
             hashes: compare each file with its sha256 in the manifest, not only its size.
-            at_once: the most rows of one UNet run, of which guidance takes two an image; None
+            max_rows: the most rows of one UNet run, of which guidance takes two an image; None
                 is what the manifest says was fastest, or all together where it says nothing.
             low_memory: one row at once, and weights left as they lie in the file, which takes
                 about half the memory and more time.
@@ -128,8 +135,8 @@ class Pipeline:
                 the command that builds it for this one.
             SettingsError: no backend of these engines has such an option.
         """
-        if at_once is not None and at_once < 1:
-            raise SettingsError(f"at_once is a number of rows from 1 up, not {at_once}")
+        if max_rows is not None and max_rows < 1:
+            raise SettingsError(f"max_rows is a number of rows from 1 up, not {max_rows}")
         path = Path(directory)
         manifest = Manifest.read(path, hashes=hashes)
         if missing := [name for name in manifest.needed if name not in manifest.components]:
@@ -141,14 +148,14 @@ class Pipeline:
 
         def load_engine(name: str) -> Engine:
             # Pixels take far more memory than latents, so the VAE sees one picture at a time.
-            rows = 1 if low_memory else at_once
+            rows = 1 if low_memory else max_rows
             limits = {**dict.fromkeys(_OF_ROWS, rows), "vae_decoder": 1, "vae_encoder": 1}
             return load_component(
                 manifest,
                 name,
                 path,
                 options,
-                at_once=limits.get(name) or manifest.components[name].at_once,
+                max_rows=limits.get(name) or manifest.components[name].max_rows,
                 low_memory=low_memory,
                 rare=name not in _EVERY_STEP,
             )
@@ -175,7 +182,7 @@ class Pipeline:
                 guidance_rescale, height, width, seed, strength (0.8 of a picture without a mask),
                 denoising_start, denoising_end, and for Stable Diffusion XL original_size, crop,
                 target_size, aesthetic_score, negative_aesthetic_score; of cheaper evaluations
-                timesteps, guidance_interval, shallow or cache_interval, and unet; exact to leave
+                timesteps, guidance_interval, cached_steps or cache_interval, and variant; exact to leave
                 the engines' plan aside. What is left out comes from that plan and the manifest's
                 defaults, height and width from the picture if there is one, and the seed from
                 the system.
@@ -195,7 +202,7 @@ class Pipeline:
         image: Picture | None = None,
         mask: Image.Image | None = None,
         **settings: Unpack[Request],
-    ) -> Iterator[Step]:
+    ) -> Iterator[DenoisingStep]:
         """Do the same step by step; stop asking for more, and nothing more is computed.
 
         The settings are checked at once, the work begins with the first step.
@@ -211,7 +218,7 @@ class Pipeline:
         *,
         image: Picture | None = None,
         mask: Image.Image | None = None,
-        rows: Told | None = None,
+        rows: ConditioningInputs | None = None,
     ) -> Result:
         """Make the pictures of a request that is complete, such as an earlier result's.
 
@@ -223,13 +230,13 @@ class Pipeline:
         *_, last = self._steps(settings, source, plan, rows)
         return last.result()
 
-    def encode(self, settings: Settings) -> Told:
+    def encode(self, settings: Settings) -> ConditioningInputs:
         """What the UNet is told of a request: its inputs by name, with a row an image.
 
         Where there is guidance, the rows of the negative prompts come first: twice the images.
         """
-        unet = Unet.of(self.engines)
-        rows, negative = tell(
+        unet = StepEngines.of(self.engines)
+        rows, negative = encode_conditioning(
             settings, self.manifest.conditioning, unet.inputs, self.engines, self.tokenizers
         )
         if negative is None:
@@ -253,7 +260,7 @@ class Pipeline:
         elif "strength" in request:
             raise SettingsError("strength is that of a picture to start from: give image too")
         resolved = resolve(
-            self.manifest.defaults, prompt, cast("Request", request), self.manifest.fast
+            self.manifest.defaults, prompt, cast("Request", request), self.manifest.acceleration
         )
         self._check_size(resolved)
         return resolved
@@ -329,7 +336,7 @@ class Pipeline:
         for name, side in zip(("height", "width"), asked, strict=True):
             if side % unit:
                 raise ShapeError(f"{name} is a multiple of {unit} for this model, not {side}")
-        built = latent.sides(self.engines["unet"].component)
+        built = latent.sides(self.engines["denoiser"].component)
         if built and not any(asked[0] in height and asked[1] in width for height, width in built):
             fits = ", ".join(f"{height}x{width}" for height, width in built)
             raise ShapeError(
@@ -339,7 +346,7 @@ class Pipeline:
 
     def _check_schedule(self, settings: Settings) -> None:
         """Ask for new ranges of 8-bit activations where the schedule is not the one of theirs."""
-        known, asked = self.manifest.components["unet"].calibration, settings
+        known, asked = self.manifest.components["denoiser"].calibration, settings
         if known and (known.sampler, known.steps) != (asked.sampler, asked.steps):
             _log.warning(
                 "the 8-bit engines were calibrated for %s of %d steps, and this is %s of %d: for "
@@ -349,17 +356,21 @@ class Pipeline:
 
     def _source(
         self, settings: Settings, image: Picture | None, mask: Image.Image | None
-    ) -> Source:
+    ) -> InitImage:
         """Check what a run is to start from before any work is done for it."""
-        source = Source.of(image, mask, settings, self.manifest.latent)
+        source = InitImage.of(image, mask, settings, self.manifest.latent)
         encoder = "vae_encoder" in self.manifest.components
         if source.pixels is not None and not (encoder or "vae_encoder" in self.engines):
             raise ManifestError("these engines have no vae_encoder, which pictures need: export it")
         return source
 
     def _steps(
-        self, settings: Settings, source: Source, plan: Plan, rows: Told | None = None
-    ) -> Iterator[Step]:
+        self,
+        settings: Settings,
+        source: InitImage,
+        plan: NoisePlan,
+        rows: ConditioningInputs | None = None,
+    ) -> Iterator[DenoisingStep]:
         """The denoising loop. Pauses between steps are the caller's and not counted."""
         for name in _engines_of(settings):
             self.load_engine(name)
@@ -371,9 +382,9 @@ class Pipeline:
                 step = next(steps, None)
             if step is None:
                 return
-            yield Step(step, self, settings, watch)
+            yield DenoisingStep(step, self, settings, watch)
 
-    def _plan(self, settings: Settings) -> Plan:
+    def _plan(self, settings: Settings) -> NoisePlan:
         """The steps of a request: all of its schedule, or a part of them."""
         plan, schedule = self._whole(settings), self.manifest.schedule
         if settings.denoising_start is None and settings.denoising_end is None:
@@ -382,10 +393,10 @@ class Pipeline:
         end = 1.0 if settings.denoising_end is None else settings.denoising_end
         return plan.between(schedule, start=start, end=end)
 
-    def _whole(self, settings: Settings) -> Plan:
+    def _whole(self, settings: Settings) -> NoisePlan:
         sampler, schedule = samplers.get(settings.sampler), self.manifest.schedule
         if settings.timesteps:
-            return sampler.along(schedule, settings.timesteps)
+            return sampler.plan_from_timesteps(schedule, settings.timesteps)
         return sampler.plan(schedule, settings.steps)
 
     def _check_engines(self, settings: Settings) -> None:
@@ -399,11 +410,11 @@ class Pipeline:
     def _sampling(
         self,
         settings: Settings,
-        source: Source,
-        plan: Plan,
+        source: InitImage,
+        plan: NoisePlan,
         watch: Stopwatch,
-        rows: Told | None,
-    ) -> Iterator[samplers.Step]:
+        rows: ConditioningInputs | None,
+    ) -> Iterator[samplers.SamplerStep]:
         """Encode prompts and picture, draw the noise and start the sampler."""
         generator = Generator(settings.seed)
         unet, guided = self._told(settings, plan, watch, rows)
@@ -417,7 +428,7 @@ class Pipeline:
             rescale=settings.guidance_rescale,
             around=canvas.around,
             interval=settings.guidance_interval or (0.0, 1.0),
-            shallow=self._shallow(settings),
+            cached_steps=self._shallow(settings),
         )
         return samplers.get(settings.sampler).run(
             denoiser,
@@ -429,16 +440,16 @@ class Pipeline:
         )
 
     def _told(
-        self, settings: Settings, plan: Plan, watch: Stopwatch, rows: Told | None
-    ) -> tuple[ToldUnet, bool]:
+        self, settings: Settings, plan: NoisePlan, watch: Stopwatch, rows: ConditioningInputs | None
+    ) -> tuple[ConditionedDenoiser, bool]:
         """The UNet, told of the prompts and of the plan, and whether there is guidance."""
         if rows is None:
             with watch.stage("text_encoder"):
                 rows = self.encode(settings)
         timesteps = [interval.start.timestep for interval in plan.intervals]
         guided = any(len(array) > settings.count for array in rows.values())
-        unet = Unet.of(self.engines, settings.unet, shallow=bool(settings.shallow))
-        return unet.told(rows, timesteps, watch), guided
+        unet = StepEngines.of(self.engines, settings.variant, shallow=bool(settings.cached_steps))
+        return unet.conditioned(rows, timesteps, watch), guided
 
     def _shallow(self, settings: Settings) -> frozenset[NoiseLevel]:
         """The levels of shallow evaluations, which are counted over the whole schedule.
@@ -446,11 +457,11 @@ class Pipeline:
         So a run that starts late or ends early makes the same ones, but that its first is full.
         """
         intervals = self._whole(settings).intervals
-        return frozenset(intervals[i].start for i in settings.shallow if i < len(intervals))
+        return frozenset(intervals[i].start for i in settings.cached_steps if i < len(intervals))
 
     def _studio(
-        self, settings: Settings, plan: Plan, generator: Generator, watch: Stopwatch
-    ) -> Studio:
+        self, settings: Settings, plan: NoisePlan, generator: Generator, watch: Stopwatch
+    ) -> LatentInitializer:
         latent = self.manifest.latent
         height, width = settings.height // latent.downscale, settings.width // latent.downscale
 
@@ -459,11 +470,11 @@ class Pipeline:
                 parameters = self.load_engine("vae_encoder").run({"sample": pixels})
             return sample_posterior(parameters["latent_parameters"], latent, generator.randn)
 
-        return Studio(
+        return LatentInitializer(
             settings=settings,
             plan=plan,
             shape=(settings.count, latent.channels, height, width),
-            paints_into=latent.leaves_room(self.engines["unet"].component),
+            inpainting_channels=latent.takes_extra_channels(self.engines["denoiser"].component),
             draw=generator.randn,
             encode=encode,
         )
@@ -479,10 +490,10 @@ class Pipeline:
 
 def _engines_of(settings: Settings) -> tuple[str, ...]:
     """The components that make the steps of a request."""
-    return (settings.unet, "unet_shallow") if settings.shallow else (settings.unet,)
+    return (settings.variant, "denoiser_cached") if settings.cached_steps else (settings.variant,)
 
 
-class Step:
+class DenoisingStep:
     """One step of the denoising loop, done.
 
     Attributes:
@@ -494,7 +505,7 @@ class Step:
     """
 
     def __init__(
-        self, step: samplers.Step, pipeline: Pipeline, settings: Settings, watch: Stopwatch
+        self, step: samplers.SamplerStep, pipeline: Pipeline, settings: Settings, watch: Stopwatch
     ) -> None:
         self.index = step.index
         self.count = step.count

@@ -7,9 +7,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict, get_args
 
-from latentforge.runtime import samplers
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.manifest import Defaults, FastPlan, StepEngine, check_plan
+from latentforge.runtime.manifest import (
+    AccelerationPlan,
+    DenoiserVariant,
+    RequestDefaults,
+    check_plan,
+)
+from latentforge.runtime.sampling import samplers
 
 __all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
 
@@ -21,7 +26,7 @@ _MAX_SIDE = 16_384
 _MAX_TIMESTEP = 100_000
 
 _PAIRS_AND_LISTS = (
-    "original_size", "crop", "target_size", "timesteps", "guidance_interval", "shallow"
+    "original_size", "crop", "target_size", "timesteps", "guidance_interval", "cached_steps"
 )  # fmt: skip
 
 
@@ -40,9 +45,9 @@ class Settings:
         aesthetic_score, negative_aesthetic_score: from 1 to 10, which its refiner is told of.
         timesteps: where the steps start, strictly falling, one a step; none are the sampler's own.
         guidance_interval: the least and the most sigma that has guidance; None is everywhere.
-        shallow: evaluations of the UNet that go on from the last full one's deep feature.
-        unet: what makes the full ones. For these four see manifest.FastPlan.
-        exact: whether the engines' plan, if there is one, was left aside.
+        cached_steps: evaluations of the UNet that go on from the last full one's deep feature.
+        variant: what makes the full ones. For these four see manifest.FastPlan.
+        unaccelerated: whether the engines' plan, if there is one, was left aside.
     """
 
     prompts: tuple[str, ...]
@@ -65,9 +70,9 @@ class Settings:
     negative_aesthetic_score: float = 2.5
     timesteps: tuple[float, ...] = ()
     guidance_interval: tuple[float, float] | None = None
-    shallow: tuple[int, ...] = ()
-    unet: StepEngine = "unet"
-    exact: bool = False
+    cached_steps: tuple[int, ...] = ()
+    variant: DenoiserVariant = "denoiser"
+    unaccelerated: bool = False
 
     def __post_init__(self) -> None:
         samplers.get(str(self.sampler))
@@ -100,14 +105,14 @@ class Settings:
         return self.guidance_scale > 1
 
     @property
-    def cheaper(self) -> bool:
+    def accelerated(self) -> bool:
         """Whether the UNet does less than the sampler asks of it: another picture, class B."""
-        less = self.guidance_interval not in (None, (0, 1)) or self.unet != "unet"
-        return less or bool(self.timesteps or self.shallow)
+        less = self.guidance_interval not in (None, (0, 1)) or self.variant != "denoiser"
+        return less or bool(self.timesteps or self.cached_steps)
 
-    def following(self, plan: FastPlan) -> "Settings":
+    def following(self, plan: AccelerationPlan) -> "Settings":
         """The same picture asked for by a plan."""
-        return replace(self, exact=False, **plan.request)
+        return replace(self, unaccelerated=False, **plan.request)
 
 
 class Request(TypedDict, total=False):
@@ -135,17 +140,17 @@ class Request(TypedDict, total=False):
     negative_aesthetic_score: float
     timesteps: tuple[float, ...]
     guidance_interval: tuple[float, float]
-    shallow: tuple[int, ...]
+    cached_steps: tuple[int, ...]
     cache_interval: int
-    unet: StepEngine
-    exact: bool
+    variant: DenoiserVariant
+    unaccelerated: bool
 
 
 def resolve(
-    defaults: Defaults,
+    defaults: RequestDefaults,
     prompt: str | Sequence[str],
     request: Request,
-    fast: FastPlan | None = None,
+    fast: AccelerationPlan | None = None,
 ) -> Settings:
     """Fill in what a request leaves out, or gives as None, and check it all.
 
@@ -170,15 +175,15 @@ def resolve(
     if isinstance(times := given.get("timesteps"), tuple) and times:
         given.setdefault("steps", len(times))
     usual = _from_defaults(defaults)
-    if fast is not None and not given.get("exact"):
+    if fast is not None and not given.get("unaccelerated"):
         usual |= _followed(fast, given)
     complete = {**usual, **given}
     if (interval := complete.pop("cache_interval", None)) is not None:
-        complete["shallow"] = _between_full(interval, complete["steps"], given)
+        complete["cached_steps"] = _between_full(interval, complete["steps"], given)
     return Settings(prompts=prompts, negative_prompts=negative, **complete)
 
 
-def _followed(plan: FastPlan, given: dict[str, Any]) -> dict[str, Any]:
+def _followed(plan: AccelerationPlan, given: dict[str, Any]) -> dict[str, Any]:
     """The plan as settings, where it is for the schedule that was asked for."""
     own = plan.request
     asked = {name: given.get(name, own[name]) for name in ("sampler", "steps")}
@@ -186,14 +191,14 @@ def _followed(plan: FastPlan, given: dict[str, Any]) -> dict[str, Any]:
         wanted = f"{_shown(asked['sampler'])} of {_shown(asked['steps'])}"
         raise SettingsError(
             f"these engines' plan is for {own['sampler']!r} of {own['steps']} steps, not {wanted}: "
-            "ask for no sampler and steps, or leave the plan aside with exact (--exact)"
+            "ask for no sampler and steps, or leave the plan aside with unaccelerated (--unaccelerated)"
         )
     return own
 
 
 def _between_full(interval: int, steps: int, given: dict[str, Any]) -> tuple[int, ...]:
     """All evaluations but every interval-th."""
-    if "shallow" in given:
+    if "cached_steps" in given:
         raise SettingsError("cache_interval says which evaluations are shallow: give one of both")
     _check_count("cache_interval", interval, _MAX_STEPS)
     _check_count("steps", steps, _MAX_STEPS)
@@ -214,7 +219,7 @@ def _texts(given: str | Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _from_defaults(defaults: Defaults) -> dict[str, Any]:
+def _from_defaults(defaults: RequestDefaults) -> dict[str, Any]:
     return {key: getattr(defaults, key) for key in defaults.__struct_fields__}
 
 
@@ -271,17 +276,17 @@ def _check_evaluations(settings: Settings) -> None:
     interval = settings.guidance_interval
     timestep = partial(_check_number, least=0, most=_MAX_TIMESTEP)
     _check_each("timesteps", settings.timesteps, timestep)
-    _check_each("shallow", settings.shallow, partial(_check_count, most=_MAX_STEPS))
+    _check_each("cached_steps", settings.cached_steps, partial(_check_count, most=_MAX_STEPS))
     if interval is not None:
         _check_each("guidance_interval", interval, partial(_check_number, least=0, most=1))
         if len(interval) != 2:
             raise SettingsError(f"guidance_interval is two numbers, not {_shown(interval)}")
-    if settings.unet not in get_args(StepEngine):
-        names = " or ".join(get_args(StepEngine))
-        raise SettingsError(f"unet is {names}, not {_shown(settings.unet)}")
-    if type(settings.exact) is not bool:
-        raise SettingsError(f"exact is True or False, not {_shown(settings.exact)}")
-    check_plan(settings.steps, settings.timesteps, interval, settings.shallow)
+    if settings.variant not in get_args(DenoiserVariant):
+        names = " or ".join(get_args(DenoiserVariant))
+        raise SettingsError(f"variant is {names}, not {_shown(settings.variant)}")
+    if type(settings.unaccelerated) is not bool:
+        raise SettingsError(f"unaccelerated is True or False, not {_shown(settings.unaccelerated)}")
+    check_plan(settings.steps, settings.timesteps, interval, settings.cached_steps)
 
 
 def _check_each(name: str, values: object, check: Callable[[str, Any], None]) -> None:

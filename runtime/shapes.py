@@ -12,7 +12,16 @@ import msgspec
 
 from latentforge.runtime.errors import SettingsError, ShapeError
 
-__all__ = ["ANY", "Range", "Shapes", "Sizes", "hull", "nearest", "parse_ranges", "sentence"]
+__all__ = [
+    "ANY",
+    "Range",
+    "Shapes",
+    "Sizes",
+    "bounding_range",
+    "nearest",
+    "parse_ranges",
+    "sentence",
+]
 
 _MOST = 16_384
 
@@ -20,14 +29,14 @@ _MOST = 16_384
 class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The sizes of a dimension: the least, the one to be fastest at, and the most."""
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.usual <= self.most:
-            given = f"{self.least}:{self.usual}:{self.most}"
-            raise SettingsError(f"a range is LEAST:USUAL:MOST, in order and from 1 up, not {given}")
+        if not 1 <= self.min <= self.opt <= self.max:
+            given = f"{self.min}:{self.opt}:{self.max}"
+            raise SettingsError(f"a range is MIN:OPT:MAX, in order and from 1 up, not {given}")
 
     @classmethod
     def of(cls, size: int) -> "Range":
@@ -37,19 +46,19 @@ class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     @property
     def fixed(self) -> bool:
         """Whether it holds a single size."""
-        return self.least == self.most
+        return self.min == self.max
 
     def scaled(self, *, up: int = 1, down: int = 1) -> "Range":
         """The range of a dimension that is so many times larger, or smaller."""
-        return Range(*(size * up // down for size in (self.least, self.usual, self.most)))
+        return Range(*(size * up // down for size in (self.min, self.opt, self.max)))
 
     def __contains__(self, size: int) -> bool:
-        return self.least <= size <= self.most
+        return self.min <= size <= self.max
 
     def __str__(self) -> str:
         if self == ANY:
             return "any"
-        return str(self.least) if self.fixed else f"{self.least}:{self.usual}:{self.most}"
+        return str(self.min) if self.fixed else f"{self.min}:{self.opt}:{self.max}"
 
 
 ANY = Range(1, 1, 1 << 30)
@@ -71,7 +80,7 @@ def parse_ranges(text: str) -> tuple[Range, ...]:
 def _range(part: str, text: str) -> Range:
     sizes = part.split(":")
     if len(sizes) not in (1, 3) or not all(s.isascii() and s.isdigit() for s in sizes):
-        raise SettingsError(f"sizes are N, N,N,... or LEAST:USUAL:MOST, not {text!r}")
+        raise SettingsError(f"sizes are N, N,N,... or MIN:OPT:MAX, not {text!r}")
     least, usual, most = (int(size[:9]) for size in (sizes if len(sizes) == 3 else sizes * 3))
     if most > _MOST:
         raise SettingsError(f"a size is at most {_MOST}, and {text!r} has {most}")
@@ -151,17 +160,17 @@ def nearest(shapes: Sequence[Shapes], sizes: Mapping[str, int]) -> int | None:
 
 def _spare(shapes: Shapes, sizes: Mapping[str, int]) -> tuple[int, int]:
     """How far a run is from what it is built for, and how much more it would hold."""
-    away = sum(abs(sizes[name] - allowed.usual) for name, allowed in shapes.items())
-    return away, sum(allowed.most - allowed.least for allowed in shapes.values())
+    away = sum(abs(sizes[name] - allowed.opt) for name, allowed in shapes.items())
+    return away, sum(allowed.max - allowed.min for allowed in shapes.values())
 
 
-def hull(shapes: Sequence[Shapes]) -> Shapes:
+def bounding_range(shapes: Sequence[Shapes]) -> Shapes:
     """The one range of each dimension that holds all of them, fastest where the first is."""
     return {
         name: Range(
-            min(each[name].least for each in shapes),
-            first.usual,
-            max(each[name].most for each in shapes),
+            min(each[name].min for each in shapes),
+            first.opt,
+            max(each[name].max for each in shapes),
         )
         for name, first in (shapes[0] if shapes else {}).items()
     }

@@ -16,16 +16,16 @@ from tokenizers.processors import BertProcessing
 from latentforge.runtime.manifest import (
     Component,
     Conditioning,
-    Defaults,
-    Encoder,
     FileEntry,
     Latent,
     Manifest,
-    Source,
+    RequestDefaults,
+    TextEncoding,
     TokenizerEntry,
+    WeightSource,
     hash_file,
 )
-from latentforge.runtime.schedules import Schedule
+from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.tensor import TensorSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
@@ -42,7 +42,7 @@ SIGNATURES = {
         {"input_ids": TensorSpec("int64", ("batch", TOKENS))},
         {"last_hidden_state": TEXT},
     ),
-    "unet": (
+    "denoiser": (
         {
             "sample": LATENT,
             "timestep": TensorSpec("float32", (1,)),
@@ -66,7 +66,7 @@ m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
   column = Unsqueeze(small, axis)
   last_hidden_state = Concat<axis = 2>(column, column)
 }"""
-TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
+TEXT_TO_IMAGE = ("text_encoder", "denoiser", "vae_decoder")
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def handmade(tmp_path: Path) -> Handmade:
         manifest = {
             "name": name,
             "family": "stable_diffusion",
-            "source": Source(checkpoint="none", sha256={}),
+            "source": WeightSource(checkpoint="none", sha256={}),
             "prediction": "epsilon",
             "latent": Latent(channels=4, scaling_factor=0.5, downscale=8, multiple=2),
             "conditioning": Conditioning(
-                encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
+                encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
             ),
             "schedule": Schedule(
                 beta_kind="scaled_linear",
@@ -103,7 +103,7 @@ def handmade(tmp_path: Path) -> Handmade:
                 zero_terminal_snr=False,
                 final_alpha_one=False,
             ),
-            "defaults": Defaults(
+            "defaults": RequestDefaults(
                 sampler="ddim",
                 steps=4,
                 guidance_scale=7.5,

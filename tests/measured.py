@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from latentforge.runtime.bench.statistics import medians, ratios
-from latentforge.runtime.results import (
-    Entry,
-    Layer,
+from latentforge.measure.bench.statistics import medians, ratios
+from latentforge.measure.results import (
+    BenchResult,
+    LayerTiming,
     Metric,
     Picture,
     Point,
     ProfileTable,
     Results,
-    Run,
+    TimedRun,
 )
 
 __all__ = ["BENCH", "EVAL", "HEAD", "entry", "metric", "runs"]
@@ -31,14 +31,14 @@ HEAD = {
 _DRIFT = (1.0, 1.02, 0.99, 1.05, 0.98)
 
 
-def runs(seconds: float, *, jitter: float = 0.0) -> tuple[Run, ...]:
+def runs(seconds: float, *, jitter: float = 0.0) -> tuple[TimedRun, ...]:
     """Five runs on a machine that drifts, with noise of their own on top; stages are 90 %."""
     noise = 1 + jitter * np.random.default_rng(5).uniform(-1, 1, len(_DRIFT))
     totals = [seconds * drift * float(own) for drift, own in zip(_DRIFT, noise, strict=True)]
     return tuple(
-        Run(
+        TimedRun(
             seconds={
-                "text_encoder": 0.1 * t, "unet": 0.6 * t, "unet step": 0.03 * t,
+                "text_encoder": 0.1 * t, "denoiser": 0.6 * t, "denoiser step": 0.03 * t,
                 "vae_decoder": 0.2 * t, "total": t,
             }
         )
@@ -49,12 +49,12 @@ def runs(seconds: float, *, jitter: float = 0.0) -> tuple[Run, ...]:
 REFERENCE = runs(4.0)
 
 
-def entry(name: str, seconds: float, *, jitter: float = 0.01, **more: object) -> Entry:
+def entry(name: str, seconds: float, *, jitter: float = 0.01, **more: object) -> BenchResult:
     """One that ran beside the reference, which takes 4 seconds; ours and of class A unless said."""
     taken = runs(seconds, jitter=jitter)
     given: dict[str, object] = {"role": "ours", "speed_class": "A", "psnr": 60.0} | more
     figures = {"runs": taken, "median": medians(taken), "ratio": ratios(REFERENCE, taken)}
-    return Entry(name=name, **{**figures, **given})  # type: ignore[arg-type]
+    return BenchResult(name=name, **{**figures, **given})  # type: ignore[arg-type]
 
 
 def metric(subject: str, value: float, **more: object) -> Metric:
@@ -71,11 +71,11 @@ BENCH = Results(
         entry("eager", 4.0, jitter=0, role="reference", psnr=200.0, peak_memory=3_000_000_000),
         entry("peer-a", 2.5, role="peer", prepare_seconds=61.0, versions={"lib": "1.2.3"}),
         entry("ours-a", 2.0, peak_memory=1_500_000_000, file_bytes=700_000_000,
-              ready_seconds=(0.5, 0.6, 0.7), first=Run(seconds={"total": 2.75})),
+              ready_seconds=(0.5, 0.6, 0.7), first=TimedRun(seconds={"total": 2.75})),
         entry("ours-b", 1.0, speed_class="B", psnr=25.0, gate="psnr of 20 dB", precision="int8"),
         entry("peer-b", 5.0, role="peer", speed_class="B", psnr=12.0),
-        Entry(name="broken", role="peer", status="failed", message="out of memory: use less"),
-        Entry(name="absent", role="peer", status="missing", message="pip install absent==1"),
+        BenchResult(name="broken", role="peer", status="failed", message="out of memory: use less"),
+        BenchResult(name="absent", role="peer", status="missing", message="pip install absent==1"),
     ),
     scaling=tuple(
         Point(name=name, batch=batch, height=side, width=side, total=seconds * batch * side / 512,
@@ -88,9 +88,9 @@ BENCH = Results(
             name="ours-a",
             total=2.0,
             layers=(
-                Layer(component="unet", layer="conv_7", operator="Conv", seconds=0.75),
-                Layer(component="unet", layer="conv_8", operator="Conv", seconds=0.25),
-                Layer(component="unet", layer="attend", operator="MatMul", seconds=0.5),
+                LayerTiming(component="denoiser", layer="conv_7", operator="Conv", seconds=0.75),
+                LayerTiming(component="denoiser", layer="conv_8", operator="Conv", seconds=0.25),
+                LayerTiming(component="denoiser", layer="attend", operator="MatMul", seconds=0.5),
             ),
         ),
     ),

@@ -30,7 +30,7 @@ from latentforge.export.demo import COLORS, GUIDANCE, NAMES, models
 from latentforge.export.demo.data import caption, captions, pictures
 from latentforge.export.demo.optimizer import Muon, groups
 
-__all__ = ["STAGES", "Run", "Settings", "main", "train"]
+__all__ = ["STAGES", "TrainingRun", "TrainSettings", "main", "train"]
 
 #: The stages in order, each with its share of the time when all are run.
 STAGES = {"autoencoder": 0.2, "denoiser": 0.65, "decoder": 0.15}
@@ -39,7 +39,7 @@ _COLORS = list(COLORS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TrainSettings:
     """What the command line sets."""
 
     package: Path
@@ -53,7 +53,7 @@ class Settings:
     threads: int = 2
 
 
-class Run:
+class TrainingRun:
     """A model in training: its running average, its optimizer, its state file."""
 
     def __init__(self, model: nn.Module, rate: float, file: Path) -> None:
@@ -107,7 +107,11 @@ class Run:
 
 
 def train(
-    run: Run, objective: Callable[[float], Tensor], minutes: float, cooldown: float, title: str
+    run: TrainingRun,
+    objective: Callable[[float], Tensor],
+    minutes: float,
+    cooldown: float,
+    title: str,
 ) -> bool:
     """Minimize ``objective`` (given the share of time gone) for ``minutes``; False if interrupted.
 
@@ -140,7 +144,7 @@ def train(
 class Workshop:
     """The pictures, the networks and the stages which train them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrainSettings) -> None:
         """Read the pictures; make or load the tokenizer and the autoencoder."""
         self.settings = settings
         settings.state.mkdir(parents=True, exist_ok=True)
@@ -157,8 +161,8 @@ class Workshop:
                 self._run("autoencoder", self.vae, settings.rate).save()
         self.vae.to(memory_format=torch.channels_last)
 
-    def _run(self, stage: str, model: nn.Module, rate: float) -> Run:
-        return Run(model, rate, self.settings.state / f"{stage}.pt")
+    def _run(self, stage: str, model: nn.Module, rate: float) -> TrainingRun:
+        return TrainingRun(model, rate, self.settings.state / f"{stage}.pt")
 
     def _some(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw the numbers of ``count`` names and colours."""
@@ -344,7 +348,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _work(settings: Settings) -> bool:
+def _work(settings: TrainSettings) -> bool:
     """Run the stages asked for, exporting after each; False if interrupted."""
     workshop = Workshop(settings)
     if settings.stage == "export":
@@ -387,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when the time is up, 130 when interrupted."""
-    settings = Settings(**vars(_parser().parse_args(arguments)))
+    settings = TrainSettings(**vars(_parser().parse_args(arguments)))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -4,10 +4,10 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.decidiffusion import DECIDIFFUSION
 from latentforge.export.families.stable_diffusion import STABLE_DIFFUSION
 from latentforge.export.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
-from latentforge.export.families.types import ComponentPlan, Family, Plan
+from latentforge.export.families.types import ComponentPlan, ExportPlan, Family
 from latentforge.runtime.errors import CheckpointError
 
-__all__ = ["FAMILIES", "ComponentPlan", "Family", "Plan", "family_of"]
+__all__ = ["FAMILIES", "ComponentPlan", "Family", "ExportPlan", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, DECIDIFFUSION)
 

@@ -8,10 +8,10 @@ from transformers import CLIPTextModel
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families import parts
-from latentforge.export.families.types import Defaults, Family, Plan, Reference
+from latentforge.export.families.types import ExportPlan, Family, FamilyDefaults, Reference
 from latentforge.export.models.flexible_unet import load_flexible_unet, structure_of
-from latentforge.export.scheduler import corrected
-from latentforge.runtime.manifest import Conditioning, Encoder
+from latentforge.export.schedulers import corrected
+from latentforge.runtime.manifest import Conditioning, TextEncoding
 
 __all__ = ["DECIDIFFUSION"]
 
@@ -19,11 +19,11 @@ _FOLDER = "flexible_unet"
 
 # Of the two releases' own pipelines, told apart by the mid block that only the first one has.
 # The second one's steps are counted before its solver squeezes them.
-_FIRST = Defaults(steps=30, guidance_rescale=0.7)
-_SECOND = Defaults(sampler="squeezed_10", steps=16, guidance_rescale=0.8)
+_FIRST = FamilyDefaults(steps=30, guidance_rescale=0.7)
+_SECOND = FamilyDefaults(sampler="squeezed_10", steps=16, guidance_rescale=0.8)
 
 
-def _plan(checkpoint: Checkpoint) -> Plan:
+def _plan(checkpoint: Checkpoint) -> ExportPlan:
     with parts.reading(checkpoint):
         structure = structure_of(checkpoint, _FOLDER)
         latent = parts.latent_space(checkpoint, structure.multiple)
@@ -39,10 +39,10 @@ def _plan(checkpoint: Checkpoint) -> Plan:
             folder=_FOLDER,
             module=load_flexible_unet,
         )
-        return Plan(
+        return ExportPlan(
             components=(text, unet, *parts.vae(latent)),
             conditioning=Conditioning(
-                encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
+                encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
             ),
             latent=latent,
             sample_size=structure.sample_size * latent.downscale,

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from latentforge.export.checkpoint import Checkpoint
-from latentforge.export.families.types import ComponentPlan, Defaults
+from latentforge.export.families.types import ComponentPlan, FamilyDefaults
 from latentforge.export.modules import load_module
 from latentforge.runtime.errors import CheckpointError, ManifestError
 from latentforge.runtime.manifest import Latent
@@ -81,7 +81,7 @@ class UNet(nn.Module):
         return output[0]
 
 
-class Decoder(nn.Module):
+class VaeDecoder(nn.Module):
     """Latents (batch, channels, h, w), divided by the scaling factor, to pixels in -1..1."""
 
     def __init__(self, model: Any) -> None:
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         return self.model.decode(latent_sample, return_dict=False)[0]
 
 
-class Encoder(nn.Module):
+class VaeEncoder(nn.Module):
     """Pixels in -1..1 to the mean and log variance of their latents, stacked by channel."""
 
     def __init__(self, model: Any) -> None:
@@ -163,7 +163,7 @@ def unet(
     size = ("latent_height", "latent_width")
     context = ("batch", tokens, config["cross_attention_dim"])
     return ComponentPlan(
-        name="unet",
+        name="denoiser",
         folder=folder,
         part="unet",
         module=module or partial(load_module, folder=folder, kind=UNet2DConditionModel),
@@ -198,14 +198,14 @@ def vae(latent: Latent, *, overflows: bool = False) -> tuple[ComponentPlan, Comp
     }
     decoder = ComponentPlan(
         name="vae_decoder",
-        wrap=Decoder,
+        wrap=VaeDecoder,
         inputs={"latent_sample": TensorSpec("float32", shape)},
         outputs={"sample": TensorSpec("float32", pixels)},
         **shared,
     )
     encoder = ComponentPlan(
         name="vae_encoder",
-        wrap=Encoder,
+        wrap=VaeEncoder,
         inputs={"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
         outputs={"latent_parameters": TensorSpec("float32", moments)},
         multiples={"height": scale, "width": scale},
@@ -228,7 +228,7 @@ def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
     )
 
 
-def defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
+def defaults(checkpoint: Checkpoint, usual: FamilyDefaults) -> FamilyDefaults:
     """What requests get: the usual, or what a student that was distilled to few steps needs.
 
     Latent consistency models have a LCMScheduler, and mostly a guidance input (Luo et al. 2023);
@@ -238,14 +238,14 @@ def defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     kind = scheduler.get("_class_name")
     if checkpoint.config("unet").get("time_cond_proj_dim"):
-        return Defaults(sampler="lcm", steps=4, guidance_scale=8.5)
+        return FamilyDefaults(sampler="lcm", steps=4, guidance_scale=8.5)
     if kind == "LCMScheduler":
-        return Defaults(steps=4, guidance_scale=1.0)
+        return FamilyDefaults(steps=4, guidance_scale=1.0)
     euler = kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
     noise = scheduler.get("prediction_type", "epsilon") == "epsilon"
     last = scheduler.get("timestep_spacing") == "trailing"
     if euler and noise and last and not scheduler.get("rescale_betas_zero_snr"):
-        return Defaults(steps=1, guidance_scale=0.0)
+        return FamilyDefaults(steps=1, guidance_scale=0.0)
     return usual
 
 

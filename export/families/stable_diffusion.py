@@ -9,14 +9,14 @@ from transformers import CLIPTextModel
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families import parts
-from latentforge.export.families.types import Defaults, Family, Plan, Reference
-from latentforge.export.scheduler import corrected
-from latentforge.runtime.manifest import Conditioning, Encoder
+from latentforge.export.families.types import ExportPlan, Family, FamilyDefaults, Reference
+from latentforge.export.schedulers import corrected
+from latentforge.runtime.manifest import Conditioning, TextEncoding
 
 __all__ = ["STABLE_DIFFUSION"]
 
 
-def _plan(checkpoint: Checkpoint) -> Plan:
+def _plan(checkpoint: Checkpoint) -> ExportPlan:
     """One text encoder, whose last hidden states are all that the UNet is told of a prompt."""
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
@@ -25,14 +25,14 @@ def _plan(checkpoint: Checkpoint) -> Plan:
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
         parts.check_context(checkpoint, [text], config["cross_attention_dim"])
         unet = parts.unet(config, latent, tokens=parts.tokens(text))
-        return Plan(
+        return ExportPlan(
             components=(text, unet, *parts.vae(latent)),
             conditioning=Conditioning(
-                encoders=(Encoder(component="text_encoder", tokenizer="tokenizer"),)
+                encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
             ),
             latent=latent,
             sample_size=int(config["sample_size"]) * latent.downscale,
-            defaults=parts.defaults(checkpoint, Defaults()),
+            defaults=parts.defaults(checkpoint, FamilyDefaults()),
         )
 
 

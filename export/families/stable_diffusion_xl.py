@@ -12,9 +12,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families import parts
-from latentforge.export.families.types import ComponentPlan, Defaults, Family, Plan, Reference
+from latentforge.export.families.types import (
+    ComponentPlan,
+    ExportPlan,
+    Family,
+    FamilyDefaults,
+    Reference,
+)
 from latentforge.runtime.errors import CheckpointError
-from latentforge.runtime.manifest import Conditioning, Encoder, TimeId
+from latentforge.runtime.manifest import Conditioning, TextEncoding, TimeId
 
 __all__ = ["STABLE_DIFFUSION_XL"]
 
@@ -23,7 +29,7 @@ _BASE: tuple[TimeId, ...] = (*_CROP, "target_height", "target_width")
 _REFINER: tuple[TimeId, ...] = (*_CROP, "aesthetic_score")
 
 
-def _plan(checkpoint: Checkpoint) -> Plan:
+def _plan(checkpoint: Checkpoint) -> ExportPlan:
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
         parts.check_unet(checkpoint, config, text_time=True)
@@ -39,7 +45,7 @@ def _plan(checkpoint: Checkpoint) -> Plan:
         )
         # Its pipelines take a VAE to overflow in half unless the configuration says no.
         upcast = bool(checkpoint.config("vae").get("force_upcast", True))
-        return Plan(
+        return ExportPlan(
             components=(*texts, unet, *parts.vae(latent, overflows=upcast)),
             conditioning=Conditioning(
                 encoders=tuple(_encoder(text) for text in texts),
@@ -48,7 +54,7 @@ def _plan(checkpoint: Checkpoint) -> Plan:
             ),
             latent=latent,
             sample_size=int(config["sample_size"]) * latent.downscale,
-            defaults=parts.defaults(checkpoint, Defaults(guidance_scale=5.0)),
+            defaults=parts.defaults(checkpoint, FamilyDefaults(guidance_scale=5.0)),
         )
 
 
@@ -67,9 +73,9 @@ def _text_encoders(checkpoint: Checkpoint) -> tuple[ComponentPlan, ...]:
     return tuple(plans)
 
 
-def _encoder(text: ComponentPlan) -> Encoder:
+def _encoder(text: ComponentPlan) -> TextEncoding:
     context, *pooled = text.outputs
-    return Encoder(
+    return TextEncoding(
         component=text.name,
         tokenizer=text.name.replace("text_encoder", "tokenizer"),
         context=context,

@@ -10,7 +10,7 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.runtime.manifest import Conditioning, Latent
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["ComponentPlan", "Defaults", "Family", "Plan", "Reference"]
+__all__ = ["ComponentPlan", "FamilyDefaults", "Family", "ExportPlan", "Reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ComponentPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
+class FamilyDefaults:
     """What a family's requests get; None for the sampler is that of the checkpoint's scheduler."""
 
     sampler: str | None = None
@@ -56,7 +56,7 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ExportPlan:
     """How one checkpoint is cut up.
 
     Attributes:
@@ -71,7 +71,7 @@ class Plan:
     conditioning: Conditioning
     latent: Latent
     sample_size: int
-    defaults: Defaults
+    defaults: FamilyDefaults
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -109,6 +109,6 @@ class Family:
 
     name: str
     pipelines: tuple[str, ...]
-    plan: Callable[[Checkpoint], Plan]
+    plan: Callable[[Checkpoint], ExportPlan]
     reference: Reference
     scheduler: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_it_is

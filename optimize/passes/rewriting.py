@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import constant
-from latentforge.runtime.native import DOMAIN
+from latentforge.runtime.kernels import DOMAIN
 
 __all__ = [
     "MICROSOFT",

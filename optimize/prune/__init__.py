@@ -10,7 +10,7 @@ from latentforge.optimize.prune.heads import prune_heads
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.sparsity import Sparse, Sparsity, is_sparse24, sparsify
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.manifest import Record
+from latentforge.runtime.record import Record
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Prune", "Removed", "Sparse", "Sparsity", "is_sparse24", "prune", "sparsify"]

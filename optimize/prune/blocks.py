@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import add_constant, layers, matches, open_session
+from latentforge.optimize.prune.averages import need_feeds
 from latentforge.optimize.prune.records import Removed
-from latentforge.optimize.prune.statistics import need_feeds
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Branch", "branches", "parameters", "prune_blocks"]

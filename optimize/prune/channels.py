@@ -8,11 +8,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import Layer, constant, layers, matches, module
+from latentforge.optimize.graph import GraphLayer, constant, layers, matches, module
+from latentforge.optimize.prune.averages import mean_squares, need_feeds
 from latentforge.optimize.prune.blocks import parameters
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.slicing import Indices, replace, resize, size, take, take_outputs
-from latentforge.optimize.prune.statistics import mean_squares, need_feeds
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Mlp", "mlps", "prune_channels"]
@@ -46,8 +46,8 @@ class Mlp:
         hidden: how many channels there are.
     """
 
-    first: Layer
-    second: Layer
+    first: GraphLayer
+    second: GraphLayer
     between: tuple[ir.Node, ...]
     hidden: int
 
@@ -68,7 +68,7 @@ def mlps(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Mlp]:
     ]
 
 
-def _mlp(second: Layer, linear: dict[ir.Node, Layer]) -> Mlp | None:
+def _mlp(second: GraphLayer, linear: dict[ir.Node, GraphLayer]) -> Mlp | None:
     """Follow a layer's input back to the one layer that it is computed from."""
     between: list[ir.Node] = []
     sources: set[ir.Node] = set()
@@ -162,7 +162,7 @@ def _staying(hidden: int, share: float, multiple: int) -> int:
     return min(hidden, max(1, -(-int(hidden - share * hidden) // multiple)) * multiple)
 
 
-def _norms(layer: Layer) -> NDArray[np.float64]:
+def _norms(layer: GraphLayer) -> NDArray[np.float64]:
     """By input channel, the squared norm of its weights."""
     weight = layer.array.astype(np.float64)
     return np.asarray(np.square(weight).sum(axis=1 - layer.in_axis))

@@ -8,7 +8,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import Layer, constant, layers, matches, set_weight
+from latentforge.optimize.graph import GraphLayer, constant, layers, matches, set_weight
+from latentforge.optimize.prune.averages import grams, need_feeds
 from latentforge.optimize.prune.blocks import parameters
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.slicing import (
@@ -19,7 +20,6 @@ from latentforge.optimize.prune.slicing import (
     take,
     take_outputs,
 )
-from latentforge.optimize.prune.statistics import grams, need_feeds
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Attention", "attentions", "prune_heads"]
@@ -39,8 +39,8 @@ class Attention:
         splits: of attention in parts, the three Reshapes to (batch, tokens, heads, size).
     """
 
-    inputs: tuple[tuple[Layer, ir.Node | None], ...]
-    output: Layer
+    inputs: tuple[tuple[GraphLayer, ir.Node | None], ...]
+    output: GraphLayer
     heads: int
     node: ir.Node | None = None
     splits: tuple[ir.Node, ...] = ()
@@ -69,7 +69,7 @@ def attentions(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Attention]:
     ]
 
 
-def _attention(output: Layer, linear: dict[ir.Node, Layer]) -> Attention | None:
+def _attention(output: GraphLayer, linear: dict[ir.Node, GraphLayer]) -> Attention | None:
     node = output.input.producer()
     if node is None or single_user(output.input) is None:
         return None
@@ -78,7 +78,9 @@ def _attention(output: Layer, linear: dict[ir.Node, Layer]) -> Attention | None:
     return _in_parts(node, output, linear) if node.op_type == "Reshape" else None
 
 
-def _fused(node: ir.Node, output: Layer, linear: dict[ir.Node, Layer]) -> Attention | None:
+def _fused(
+    node: ir.Node, output: GraphLayer, linear: dict[ir.Node, GraphLayer]
+) -> Attention | None:
     inputs = [*node.inputs, *[None] * 8]
     mask = inputs[5]
     if any(value is not None for value in (inputs[3], *inputs[6:])) or len(node.outputs) > 1:
@@ -91,8 +93,8 @@ def _fused(node: ir.Node, output: Layer, linear: dict[ir.Node, Layer]) -> Attent
 
 
 def _made(
-    projections: Sequence[tuple[Layer, ir.Node | None] | None],
-    output: Layer,
+    projections: Sequence[tuple[GraphLayer, ir.Node | None] | None],
+    output: GraphLayer,
     heads: int,
     *,
     node: ir.Node | None = None,
@@ -107,8 +109,8 @@ def _made(
 
 
 def _projection(
-    value: ir.Value | None, linear: dict[ir.Node, Layer]
-) -> tuple[Layer, ir.Node | None] | None:
+    value: ir.Value | None, linear: dict[ir.Node, GraphLayer]
+) -> tuple[GraphLayer, ir.Node | None] | None:
     """The layer that a value comes from and the Add of its bias, if nothing else uses them."""
     node = value.producer() if value is not None and single_user(value) else None
     if node is None or node in linear:
@@ -124,7 +126,9 @@ def _projection(
     return (layer, node) if array.shape[-1:] == (layer.array.shape[layer.out_axis],) else None
 
 
-def _in_parts(join: ir.Node, output: Layer, linear: dict[ir.Node, Layer]) -> Attention | None:
+def _in_parts(
+    join: ir.Node, output: GraphLayer, linear: dict[ir.Node, GraphLayer]
+) -> Attention | None:
     """Attention from the Reshape that joins heads back to the three that split them."""
     product = _transposed(join.inputs[0])
     if product is None or product.op_type != "MatMul":

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, constant, set_weight
+from latentforge.optimize.graph import GraphLayer, constant, set_weight
 
 __all__ = ["Indices", "replace", "resize", "single_user", "size", "take", "take_outputs"]
 
@@ -33,7 +33,7 @@ def take(graph: ir.Graph, node: ir.Node, index: int, indices: Indices, axis: int
     replace(graph, node, index, np.take(array, indices, axis))
 
 
-def take_outputs(graph: ir.Graph, layer: Layer, indices: Indices) -> None:
+def take_outputs(graph: ir.Graph, layer: GraphLayer, indices: Indices) -> None:
     """Keep only some output channels of a linear layer, and of its bias if it is a Gemm."""
     take(graph, layer.node, 1, indices, layer.out_axis)
     if len(layer.node.inputs) > 2 and layer.node.inputs[2] is not None:

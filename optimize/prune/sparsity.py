@@ -14,11 +14,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from latentforge.optimize.graph import Layer, layers, matches
+from latentforge.optimize.graph import GraphLayer, layers, matches
+from latentforge.optimize.prune.averages import mean_squares, need_feeds
 from latentforge.optimize.prune.slicing import replace, size
-from latentforge.optimize.prune.statistics import mean_squares, need_feeds
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.manifest import Record
+from latentforge.runtime.record import Record
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Sparse", "Sparsity", "is_sparse24", "sparsify"]
@@ -94,7 +94,7 @@ def sparsify(model: ir.Model, settings: Sparsity, *, feeds: Sequence[Feeds] = ()
     return made
 
 
-def _eligible(layer: Layer, keep: Sequence[str]) -> bool:
+def _eligible(layer: GraphLayer, keep: Sequence[str]) -> bool:
     if matches(layer.name, keep):
         return False
     grouped = layer.node.attributes.get_int("group", 1) > 1
@@ -105,7 +105,7 @@ def _eligible(layer: Layer, keep: Sequence[str]) -> bool:
 
 def _norms(
     model: ir.Model,
-    chosen: Sequence[Layer],
+    chosen: Sequence[GraphLayer],
     settings: Sparsity,
     feeds: Sequence[Feeds],
 ) -> dict[str, NDArray[np.float64]]:
@@ -118,7 +118,7 @@ def _norms(
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 
-def _sparsified(graph: ir.Graph, layer: Layer, norms: NDArray[np.float64] | None) -> Sparse:
+def _sparsified(graph: ir.Graph, layer: GraphLayer, norms: NDArray[np.float64] | None) -> Sparse:
     weight, axis = layer.array, layer.in_axis
     scores = np.abs(weight, dtype=np.float64)
     if norms is not None:

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, add_constant, module
-from latentforge.optimize.quantize.build import add_node, add_twin, replace
+from latentforge.optimize.graph import GraphLayer, add_constant, module
+from latentforge.optimize.quantize.nodes import add_node, add_variant, replace
 
 __all__ = ["differ", "parts", "split"]
 
@@ -30,7 +30,7 @@ _THROUGH = (
 """Nodes whose first input's channels are the output's."""
 
 
-def parts(layer: Layer) -> tuple[int, ...]:
+def parts(layer: GraphLayer) -> tuple[int, ...]:
     """The channels of each part of the concatenation that a Conv reads, also through a norm."""
     if layer.linear or layer.node.attributes.get_int("group", 1) != 1:
         return ()
@@ -71,7 +71,7 @@ def differ(peaks: Array, sizes: tuple[int, ...], ratio: float) -> bool:
     return len(sizes) > 1 and max(tops) > ratio * min(tops)
 
 
-def split(graph: ir.Graph, layer: Layer, sizes: tuple[int, ...]) -> list[ir.Node]:
+def split(graph: ir.Graph, layer: GraphLayer, sizes: tuple[int, ...]) -> list[ir.Node]:
     """Replace a Conv by one for each part of its input's channels, and the sum of them.
 
     Returns:
@@ -91,7 +91,7 @@ def split(graph: ir.Graph, layer: Layer, sizes: tuple[int, ...]) -> list[ir.Node
 
 
 def _convolutions(
-    graph: ir.Graph, layer: Layer, halves: Sequence[ir.Value], sizes: tuple[int, ...]
+    graph: ir.Graph, layer: GraphLayer, halves: Sequence[ir.Value], sizes: tuple[int, ...]
 ) -> Iterator[ir.Value]:
     node, array, ends = layer.node, layer.array, np.cumsum((0, *sizes))
     bias = list(node.inputs[2:3])
@@ -99,7 +99,7 @@ def _convolutions(
         half.type, half.shape = layer.input.type, _resized(layer.input.shape, int(stop - start))
         weight = add_constant(graph, array[:, start:stop], f"{layer.weight.name}.part")
         name = layer.name if start == 0 else f"{layer.name}_{start}"
-        yield add_twin(node, [half, weight, *bias], name)
+        yield add_variant(node, [half, weight, *bias], name)
         bias = []
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from latentforge.optimize.graph import Layer, dependencies, layers, matches, tidy
-from latentforge.optimize.quantize.build import check_float
+from latentforge.optimize.graph import GraphLayer, dependencies, layers, matches, tidy
 from latentforge.optimize.quantize.concat import differ, parts, split
+from latentforge.optimize.quantize.nodes import check_float
+from latentforge.optimize.quantize.options import Form, Int8
 from latentforge.optimize.quantize.ranges import Spread, channel_peaks, grid, spreads
-from latentforge.optimize.quantize.settings import Form, Int8
 from latentforge.optimize.quantize.smooth import smooth
 from latentforge.optimize.quantize.weights import store_in_channels
 from latentforge.optimize.quantize.write import Planned, Writer, plain
@@ -74,7 +74,7 @@ def plan(
     return planned, counts
 
 
-def _choose(graph: ir.Graph, settings: Int8) -> tuple[list[Layer], int]:
+def _choose(graph: ir.Graph, settings: Int8) -> tuple[list[GraphLayer], int]:
     """The layers to quantize, and how many more there are that could be."""
     reached = _reached(graph)
     possible = [layer for layer in _floats(graph) if layer.input in reached and plain(layer)]
@@ -82,7 +82,7 @@ def _choose(graph: ir.Graph, settings: Int8) -> tuple[list[Layer], int]:
     return chosen, len(possible) - len(chosen)
 
 
-def _beside(graph: ir.Graph, settings: Int8) -> list[Layer]:
+def _beside(graph: ir.Graph, settings: Int8) -> list[GraphLayer]:
     """The layers that the sample does not reach, save those to keep."""
     reached = _reached(graph)
     return [
@@ -92,7 +92,7 @@ def _beside(graph: ir.Graph, settings: Int8) -> list[Layer]:
     ]
 
 
-def _floats(graph: ir.Graph) -> list[Layer]:
+def _floats(graph: ir.Graph) -> list[GraphLayer]:
     return [layer for layer in layers(graph) if layer.weight.dtype == ir.DataType.FLOAT]
 
 
@@ -105,11 +105,11 @@ def _reached(graph: ir.Graph) -> set[ir.Value]:
 
 def _prepare(
     model: ir.Model,
-    chosen: Sequence[Layer],
+    chosen: Sequence[GraphLayer],
     feeds: Sequence[Feeds],
     settings: Int8,
     counts: Counter[str],
-) -> dict[Layer, str]:
+) -> dict[GraphLayer, str]:
     """Smooth linear layers and split convolutions; the layers that then are, and their names."""
     linears = [layer for layer in chosen if layer.linear and settings.smooth]
     joined = {layer: sizes for layer in chosen if settings.split_concat and (sizes := parts(layer))}
@@ -118,24 +118,26 @@ def _prepare(
     counts["smoothed"] = smooth(
         model.graph, linears, peaks, settings.smooth, everywhere=settings.smooth_everywhere
     )
-    named: dict[Layer, str] = {}
+    named: dict[GraphLayer, str] = {}
     for layer in chosen:
         nodes = [layer.node]
         if layer in joined and differ(peaks[layer.input], joined[layer], settings.split_concat):
             nodes = split(model.graph, layer, joined[layer])
             counts["split"] += 1
         for node in nodes:  # anew: a layer remembers the weight that it had
-            named[Layer(node=node, out_axis=layer.out_axis, in_axis=layer.in_axis)] = layer.name
+            named[GraphLayer(node=node, out_axis=layer.out_axis, in_axis=layer.in_axis)] = (
+                layer.name
+            )
     return named
 
 
-def _view(layer: Layer) -> tuple[int, ...]:
+def _view(layer: GraphLayer) -> tuple[int, ...]:
     """What Reshape makes of a layer's input, so that its channels are axis 1."""
     return (-1, layer.array.shape[layer.in_axis]) if layer.linear else (0, 0, -1)
 
 
 def _planned(
-    layer: Layer, name: str, seen: Mapping[ir.Value, Spread], settings: Int8, form: Form
+    layer: GraphLayer, name: str, seen: Mapping[ir.Value, Spread], settings: Int8, form: Form
 ) -> Planned:
     signed = form == "qdq"
     output = None if signed or layer.linear else seen[layer.output]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentforge.optimize.graph import add_constant, open_session
-from latentforge.optimize.quantize.settings import Int8
+from latentforge.optimize.quantize.options import Int8
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Grid", "Spread", "channel_peaks", "grid", "spreads"]

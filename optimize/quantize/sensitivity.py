@@ -14,9 +14,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from latentforge.optimize.graph import add_constant, layers, module, open_session
-from latentforge.optimize.quantize.build import add_node, add_twin, replace
+from latentforge.optimize.quantize.nodes import add_node, add_variant, replace
+from latentforge.optimize.quantize.options import Form, Int8, Scan
 from latentforge.optimize.quantize.qdq import plan, quantize
-from latentforge.optimize.quantize.settings import Form, Int8, Scan
 from latentforge.optimize.quantize.write import Planned, Writer
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.tensor import Feeds
@@ -160,7 +160,7 @@ def _add_switches(
             _mixed(x, writer.rounded(x, each.input, node, scope), on, node),
             _mixed(w, writer.weight(each), on, node),
         ]
-        y = add_twin(node, [*mixed, *node.inputs[2:]])
+        y = add_variant(node, [*mixed, *node.inputs[2:]])
         if each.output is not None:
             y = _mixed(y, writer.rounded(y, each.output, node, scope), on, node)
         replace(each.layer.output, y)

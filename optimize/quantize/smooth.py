@@ -11,8 +11,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, add_constant, constant, layers, module, set_weight
-from latentforge.optimize.quantize.build import add_node
+from latentforge.optimize.graph import (
+    GraphLayer,
+    add_constant,
+    constant,
+    layers,
+    module,
+    set_weight,
+)
+from latentforge.optimize.quantize.nodes import add_node
 
 __all__ = ["smooth"]
 
@@ -24,7 +31,7 @@ _NORMS = {"LayerNormalization": (1, 2), "SkipLayerNormalization": (2, 3)}
 
 def smooth(
     graph: ir.Graph,
-    chosen: Sequence[Layer],
+    chosen: Sequence[GraphLayer],
     peaks: Mapping[ir.Value, Array],
     alpha: float,
     *,
@@ -46,8 +53,8 @@ def smooth(
     Returns:
         How many layers were smoothed.
     """
-    groups: defaultdict[ir.Value, list[Layer]] = defaultdict(list)
-    readers: defaultdict[ir.Value, list[Layer]] = defaultdict(list)
+    groups: defaultdict[ir.Value, list[GraphLayer]] = defaultdict(list)
+    readers: defaultdict[ir.Value, list[GraphLayer]] = defaultdict(list)
     for layer in chosen:
         groups[layer.input].append(layer)
     for layer in layers(graph):
@@ -66,7 +73,7 @@ def smooth(
     return count
 
 
-def _factors(group: Sequence[Layer], peaks: Array, alpha: float) -> NDArray[np.float32]:
+def _factors(group: Sequence[GraphLayer], peaks: Array, alpha: float) -> NDArray[np.float32]:
     """Equation 4: s = max |x|^alpha / max |w|^(1 - alpha), by input channel; 1 for dead ones."""
     tops = [np.abs(layer.array).max(axis=layer.out_axis) for layer in group]
     weights = np.max(tops, axis=0).astype(np.float64)
@@ -75,7 +82,7 @@ def _factors(group: Sequence[Layer], peaks: Array, alpha: float) -> NDArray[np.f
     return np.asarray(x**alpha / w ** (1 - alpha), np.float32)
 
 
-def _multiply(graph: ir.Graph, layer: Layer, factors: Array) -> None:
+def _multiply(graph: ir.Graph, layer: GraphLayer, factors: Array) -> None:
     """Multiply a weight by a factor an input channel."""
     shape = [1, 1]
     shape[layer.in_axis] = -1
@@ -83,7 +90,7 @@ def _multiply(graph: ir.Graph, layer: Layer, factors: Array) -> None:
     set_weight(graph, layer.node, 1, scaled, f"{layer.weight.name}.smooth")
 
 
-def _divide(graph: ir.Graph, value: ir.Value, group: Sequence[Layer], factors: Array) -> None:
+def _divide(graph: ir.Graph, value: ir.Value, group: Sequence[GraphLayer], factors: Array) -> None:
     """Divide an activation by a factor a channel, as far as a group of layers sees it."""
     inverse = add_constant(graph, (1 / factors).astype(np.float32), f"{value.name}.smooth")
     first = group[0].node
@@ -92,7 +99,7 @@ def _divide(graph: ir.Graph, value: ir.Value, group: Sequence[Layer], factors: A
         layer.node.replace_input_with(0, product)
 
 
-def _fold(graph: ir.Graph, value: ir.Value, readers: Sequence[Layer], factors: Array) -> bool:
+def _fold(graph: ir.Graph, value: ir.Value, readers: Sequence[GraphLayer], factors: Array) -> bool:
     """Divide the constants of a normalization, written as one node or as Mul and Add.
 
     Returns:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentforge.optimize.graph import (
-    Layer,
+    GraphLayer,
     add_constant,
     constant,
     layers,
@@ -17,8 +17,8 @@ from latentforge.optimize.graph import (
     module,
     tidy,
 )
-from latentforge.optimize.quantize.build import add_node, check_float, replace
-from latentforge.optimize.quantize.settings import Form, WeightOnly
+from latentforge.optimize.quantize.nodes import add_node, check_float, replace
+from latentforge.optimize.quantize.options import Form, WeightOnly
 from latentforge.optimize.quantize.write import plain, round_weight, take_bias
 from latentforge.runtime.errors import SettingsError
 
@@ -90,14 +90,14 @@ def quantize_weights(
     return len(chosen) + len(tables)
 
 
-def _fit(blocks: _Blocks, layer: Layer, form: Form) -> bool:
+def _fit(blocks: _Blocks, layer: GraphLayer, form: Form) -> bool:
     """Whether there are blocks, and a layer's weight can be stored in them."""
     if not blocks.size:
         return False
     return form == "onnxruntime" or layer.array.shape[layer.in_axis] % blocks.size == 0
 
 
-def store_in_channels(graph: ir.Graph, layer: Layer) -> None:
+def store_in_channels(graph: ir.Graph, layer: GraphLayer) -> None:
     """A weight from int8 with a scale an output channel."""
     integers, scale = round_weight(layer.array, layer.out_axis, 127)
     name, weight = module(layer.name), layer.weight
@@ -136,7 +136,7 @@ def _is_table(node: ir.Node) -> bool:
     )
 
 
-def _in_blocks(model: ir.Model, layer: Layer, blocks: _Blocks, form: Form) -> None:
+def _in_blocks(model: ir.Model, layer: GraphLayer, blocks: _Blocks, form: Form) -> None:
     """A weight in few bits with a scale for every few inputs of an output."""
     graph = model.graph
     array = layer.array.T if layer.in_axis == 0 else layer.array  # (outputs, inputs)
@@ -172,7 +172,9 @@ def _round_blocks(array: Array, blocks: _Blocks) -> tuple[NDArray[np.int8], Arra
     return integers.reshape(outputs, -1)[:, :inputs], scale.reshape(outputs, count)
 
 
-def _by_bits(graph: ir.Graph, layer: Layer, integers: Array, scale: Array, blocks: _Blocks) -> None:
+def _by_bits(
+    graph: ir.Graph, layer: GraphLayer, integers: Array, scale: Array, blocks: _Blocks
+) -> None:
     """Replace a layer and the Add of its bias by com.microsoft's MatMulNBits."""
     outputs, inputs = integers.shape
     count, bits = scale.shape[1], blocks.bits

@@ -7,10 +7,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from latentforge.optimize.graph import Layer, add_constant, constant, module
-from latentforge.optimize.quantize.build import add_node, add_twin, replace
+from latentforge.optimize.graph import GraphLayer, add_constant, constant, module
+from latentforge.optimize.quantize.nodes import add_node, add_variant, replace
+from latentforge.optimize.quantize.options import Form
 from latentforge.optimize.quantize.ranges import Grid
-from latentforge.optimize.quantize.settings import Form
 
 __all__ = ["Planned", "Writer", "plain", "round_weight", "take_bias"]
 
@@ -30,7 +30,7 @@ class Planned:
         output: the grid of its output, where the form needs one.
     """
 
-    layer: Layer
+    layer: GraphLayer
     name: str
     input: Grid
     output: Grid | None
@@ -97,7 +97,7 @@ class Writer:
         weight, bias = self.weight(each), list(node.inputs[2:])
         if each.output is not None and bias:
             weight, bias = self._with_integer_bias(each)
-        y = add_twin(node, [x, weight, *bias])
+        y = add_variant(node, [x, weight, *bias])
         if each.output is not None:
             y = self.rounded(y, each.output, node, scope)
         return layer.output, y
@@ -166,7 +166,7 @@ class Writer:
         return self._grids[grid]
 
 
-def take_bias(layer: Layer) -> tuple[ir.Value, ir.Value | None]:
+def take_bias(layer: GraphLayer) -> tuple[ir.Value, ir.Value | None]:
     """What a linear layer and the Add of its bias give, and that bias."""
     node = layer.node
     if len(node.inputs) > 2:
@@ -181,7 +181,7 @@ def take_bias(layer: Layer) -> tuple[ir.Value, ir.Value | None]:
     return (total.outputs[0], bias) if fits else (layer.output, None)
 
 
-def plain(layer: Layer) -> bool:
+def plain(layer: GraphLayer) -> bool:
     """Whether a Gemm is a product and one bias an output, and nothing is scaled."""
     node = layer.node
     if node.op_type != "Gemm":

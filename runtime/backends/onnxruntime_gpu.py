@@ -49,12 +49,12 @@ from latentforge.runtime.backends import (
     Report,
     check_options,
 )
-from latentforge.runtime.backends._ort import (
+from latentforge.runtime.backends.ort.library import (
     LOG_NOTHING,
     TURN,
     DeviceSession,
+    LayerRecording,
     Place,
-    Recording,
     copy_graph,
     fixed_sizes,
     new_settings,
@@ -63,7 +63,7 @@ from latentforge.runtime.backends._ort import (
 )
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.shapes import Shapes, hull
+from latentforge.runtime.shapes import Shapes, bounding_range
 
 __all__ = [
     "OPTIONS",
@@ -219,8 +219,8 @@ def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
         )
     if not component.free:
         return {}
-    every = component.shapes if provider.several else (hull(component.shapes),)
-    kinds = {"min": "least", "opt": "usual", "max": "most"}
+    every = component.shapes if provider.several else (bounding_range(component.shapes),)
+    kinds = {"min": "min", "opt": "opt", "max": "max"}
     told = {
         f"{provider.profiles}_{kind}_shapes": ",".join(_inputs_at(component, every, which))
         for kind, which in kinds.items()
@@ -310,7 +310,7 @@ def _opened(
     for name, size in fixed_sizes(path, component).items():
         settings.add_free_dimension_override_by_name(name, size)
     place, providers = _provide(settings, component.backend, options.get("gpu", 0), told)
-    record = Recording(settings) if options.get("profile") else None
+    record = LayerRecording(settings) if options.get("profile") else None
     try:
         session = open_session(path, settings, providers)
         _check_nodes(session, component)

@@ -43,7 +43,7 @@ from latentforge.runtime.backends import (
 )
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component, hash_file
-from latentforge.runtime.shapes import ANY, Shapes, hull
+from latentforge.runtime.shapes import ANY, Shapes, bounding_range
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
 __all__ = ["OPTIONS", "SUFFIX", "compile", "load"]
@@ -242,8 +242,8 @@ def _fitted(model: Any, component: Component, shapes: Shapes) -> Any:
 
 
 def _bounds(spec: TensorSpec, free: Shapes) -> Any:
-    least = spec.resolve({name: allowed.least for name, allowed in free.items()})
-    most = spec.resolve({name: allowed.most for name, allowed in free.items()})
+    least = spec.resolve({name: allowed.min for name, allowed in free.items()})
+    most = spec.resolve({name: allowed.max for name, allowed in free.items()})
     sizes = zip(least, most, strict=True)
     return ov.PartialShape([ov.Dimension(a, b if b < _UNBOUNDED else -1) for a, b in sizes])
 
@@ -307,7 +307,9 @@ def compile(
         model = _read(onnx, "onnx")
         _check_signature(model, component, onnx)
         report("setting the sizes", 1, 3)
-        _check_signature(_fitted(model, component, hull(component.shapes)), component, onnx)
+        _check_signature(
+            _fitted(model, component, bounding_range(component.shapes)), component, onnx
+        )
         report("writing the engine", 2, 3)
         ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
         _read(target, "ir")  # a disk that is full is no error to the library

@@ -38,13 +38,13 @@ from latentforge.runtime.backends import (
     CACHE,
     Options,
     Report,
-    _cuda,
     check_options,
+    cuda,
     differences,
 )
-from latentforge.runtime.backends._trt import CHOICES, RTX, Log
-from latentforge.runtime.backends._trt_build import PARTS, Build, known_capabilities
-from latentforge.runtime.backends._trt_session import TensorrtSession
+from latentforge.runtime.backends.trt.builder import PARTS, Build, known_capabilities
+from latentforge.runtime.backends.trt.library import CHOICES, RTX, Log
+from latentforge.runtime.backends.trt.session import TensorrtSession
 from latentforge.runtime.errors import BackendError, DeviceError, ForeignEngineError, SettingsError
 from latentforge.runtime.manifest import Component
 
@@ -134,12 +134,12 @@ def _check(options: Options) -> None:
         raise SettingsError("workspace is in megabytes, from 1 up: leave it out for no limit")
 
 
-def _gpu_for(backend: str, options: Options) -> _cuda.Gpu | None:
+def _gpu_for(backend: str, options: Options) -> cuda.Gpu | None:
     """The GPU to build on, once it is clear that these options can be built there."""
     for name, reason in _REFUSED[backend].items():
         if options.get(name):
             raise SettingsError(f"{backend} does not take {name}: {reason}")
-    gpu = _cuda.gpu()
+    gpu = cuda.gpu()
     for name in ("strip", "refit"):
         if gpu is None and options.get(name):
             raise SettingsError(
@@ -150,7 +150,7 @@ def _gpu_for(backend: str, options: Options) -> _cuda.Gpu | None:
 
 
 def _capabilities(
-    library: Any, backend: str, options: Options, gpu: _cuda.Gpu | None
+    library: Any, backend: str, options: Options, gpu: cuda.Gpu | None
 ) -> tuple[str, ...]:
     """The compute capabilities to build for."""
     if backend != RTX:
@@ -168,9 +168,9 @@ def _capabilities(
     return wanted
 
 
-def _found() -> _cuda.Gpu:
+def _found() -> cuda.Gpu:
     try:
-        return _cuda.found()
+        return cuda.found()
     except DeviceError as error:
         raise DeviceError(f"{error}; tensorrt-rtx builds without one") from error
 
@@ -203,7 +203,7 @@ def load(path: Path, component: Component, options: Options) -> "TensorrtSession
             f"{path} is version-compatible, and so holds code that runs on the host: load it with "
             "host_code=True if you trust whoever built it"
         )
-    gpu = _cuda.found()
+    gpu = cuda.found()
     here = {
         "library": _version(library),
         "compute capability": gpu.capability,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from latentforge.runtime.bench.contender import Contender
-from latentforge.runtime.bench.study import Study, run
+from latentforge.measure.bench.protocol import Participant
+from latentforge.measure.bench.study import Study, run
+from latentforge.measure.results import Results
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.results import Results
 from latentforge.runtime.settings import Request, Settings, resolve
 
 __all__ = ["PROMPT", "benchmark"]
@@ -43,14 +43,14 @@ def benchmark(
 
     Args:
         engines: directories; the first one's defaults fill in the request.
-        against: names of export.peers.PEERS. The first is the reference of all ratios; without
+        against: names of measure.peers.PEERS. The first is the reference of all ratios; without
             peers the first of the engines is.
         checkpoint: for the peers, if not the one that the engines name.
         pythons: interpreters of peers that live in another environment, by name.
-        batches, sizes, layers, repeats, folder: see runtime.bench.study.Study.
+        batches, sizes, layers, repeats, folder: see measure.bench.study.Study.
         plain: leave aside the plans of engines, which otherwise follow them, as class B.
-        threads: of each contender; 0 for every core.
-        alone: have only one contender in memory at a time, even if there is room for all.
+        threads: of each participant; 0 for every core.
+        alone: have only one participant in memory at a time, even if there is room for all.
 
     Raises:
         SettingsError: no such peer, or a number out of range.
@@ -62,11 +62,11 @@ def benchmark(
     settings = resolve(manifest.defaults, prompt, {"seed": 0, **(request or {})})
     source = checkpoint or manifest.source.checkpoint
     peers = _peers(against, source, settings, pythons or {}) if against else []
-    contenders = _distinct([*peers, *_named(engines, plain=plain)])
+    participants = _distinct([*peers, *_named(engines, plain=plain)])
     largest = max(Manifest.read(path, hashes=False).size for path in engines)
-    together = bool(fit_together([largest] * len(contenders)))  # peers load the same weights
+    together = bool(fit_together([largest] * len(participants)))  # peers load the same weights
     study = Study(
-        contenders=[replace(contenders[0], role="reference"), *contenders[1:]],
+        participants=[replace(participants[0], role="reference"), *participants[1:]],
         settings=settings,
         latent=manifest.latent,
         threads=threads or available_cores(),
@@ -84,23 +84,23 @@ def benchmark(
 
 def _peers(
     names: Sequence[str], checkpoint: str, settings: Settings, pythons: Mapping[str, str]
-) -> list[Contender]:
+) -> list[Participant]:
     from latentforge.export.checkpoint import open_checkpoint
-    from latentforge.export.peers import contender
+    from latentforge.measure.peers import participant
 
     model = open_checkpoint(checkpoint).path
     sampler, steps = settings.sampler, settings.steps
     return [
-        contender(name, model, sampler=sampler, steps=steps, python=pythons.get(name))
+        participant(name, model, sampler=sampler, steps=steps, python=pythons.get(name))
         for name in names
     ]
 
 
-def _named(engines: Sequence[Path], *, plain: bool) -> list[Contender]:
+def _named(engines: Sequence[Path], *, plain: bool) -> list[Participant]:
     """Each under its folder's name, or its whole path where two are called the same."""
     names = [path.resolve().name for path in engines]
     return [
-        Contender.of(
+        Participant.of(
             path,
             name if names.count(name) == 1 else str(path).strip("/").replace("/", "-"),
             plain=plain,
@@ -109,13 +109,13 @@ def _named(engines: Sequence[Path], *, plain: bool) -> list[Contender]:
     ]
 
 
-def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
+def _distinct(participants: Sequence[Participant]) -> list[Participant]:
     """The same, with a number behind a name that was there before: A against A is worth a look."""
     seen: Counter[str] = Counter()
     distinct = []
-    for contender in contenders:
-        seen[contender.name] += 1
-        number = seen[contender.name]
-        name = contender.name if number == 1 else f"{contender.name}-{number}"
-        distinct.append(replace(contender, name=name))
+    for participant in participants:
+        seen[participant.name] += 1
+        number = seen[participant.name]
+        name = participant.name if number == 1 else f"{participant.name}-{number}"
+        distinct.append(replace(participant, name=name))
     return distinct

@@ -17,21 +17,23 @@ from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import is_exported
 from latentforge.export.stage import export
-from latentforge.fast import Fast, accelerate, check
-from latentforge.optimize.job import plan as plan_optimization
-from latentforge.optimize.recipe import near_miss, read_recipe
-from latentforge.optimize.stage import optimize_into
+from latentforge.optimize.recipe import read_recipe
+from latentforge.optimize.search.backends import select_backends, tune_rows
+from latentforge.optimize.search.search import SearchRequest, accelerate, check
+from latentforge.optimize.stage.job import plan as plan_optimization
+from latentforge.optimize.stage.stage import optimize_into
 from latentforge.optimize.targets import TARGETS
-from latentforge.runtime import backends, compiler
-from latentforge.runtime.choose import choose_into, prefer_rows
+from latentforge.runtime import backends
+from latentforge.runtime.compile import stage as compiler
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
+from latentforge.runtime.files import staged_directory
+from latentforge.runtime.kernels import library
 from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.native import library
 from latentforge.runtime.shapes import Range, Sizes
-from latentforge.runtime.staging import size_text, staged_directory
+from latentforge.runtime.text import near_miss, size_text
 
-__all__ = ["AUTO", "build", "dimensions", "finish", "outlook"]
+__all__ = ["AUTO", "build", "dimensions", "optimize_and_compile", "estimate"]
 
 AUTO = "auto"
 """The target that measures what can run on this machine."""
@@ -48,7 +50,7 @@ def build(
     recipe: str = "fp32",
     sizes: Sizes | None = None,
     options: Sequence[str] = (),
-    fast: Fast | None = None,
+    fast: SearchRequest | None = None,
     overwrite: bool = False,
     quiet: bool = True,
     **optimization: Any,
@@ -79,7 +81,7 @@ def build(
         exported = directory / "exported"
         try:
             export(checkpoint, exported, dimensions=dimensions(wanted), quiet=quiet)
-            manifest = finish(
+            manifest = optimize_and_compile(
                 exported,
                 directory,
                 target=target,
@@ -92,11 +94,11 @@ def build(
         finally:
             shutil.rmtree(exported, ignore_errors=True)
         if repeats := optimization.get("repeats", 3):
-            manifest = prefer_rows(directory, repeats=repeats)
+            manifest = tune_rows(directory, repeats=repeats)
         return manifest if fast is None else accelerate(directory, fast, quiet=quiet)
 
 
-def finish(
+def optimize_and_compile(
     exported: Path,
     directory: Path,
     *,
@@ -114,7 +116,7 @@ def finish(
     """
     targets = _targets(target)
     make = partial(
-        _made, exported, recipe=recipe, sizes=sizes or Sizes(), options=options, quiet=quiet
+        _build_target, exported, recipe=recipe, sizes=sizes or Sizes(), options=options, quiet=quiet
     )
     if target != AUTO:
         return make(target, directory, **optimization)
@@ -130,16 +132,16 @@ def finish(
         if not made:
             raise GateError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
         repeats = optimization.get("repeats", 3) or 1
-        return choose_into(made, directory, refused=refused, repeats=repeats, quiet=quiet)
+        return select_backends(made, directory, refused=refused, repeats=repeats, quiet=quiet)
 
 
-def outlook(
+def estimate(
     checkpoint: str,
     *,
     target: str = "cpu",
     recipe: str = "fp32",
     sizes: Sizes | None = None,
-    fast: Fast | None = None,
+    fast: SearchRequest | None = None,
 ) -> Iterator[str]:
     """What build() would do and about what it takes, line by line, from a checkpoint's headers.
 
@@ -162,7 +164,7 @@ def outlook(
     if library() is None and "cpu" in targets:
         yield (
             "without latentforge's own kernels, which were not compiled when it was installed: "
-            "with a C++ compiler, python -m latentforge.runtime.native does so now"
+            "with a C++ compiler, python -m latentforge.runtime.kernels does so now"
         )
     yield f"2. optimize by recipe {recipe}, for {', '.join(targets)}; pictures judge the result"
     for name in targets:
@@ -209,7 +211,7 @@ def _targets(target: str) -> list[str]:
 def dimensions(sizes: Sizes) -> Dimensions:
     """What graphs can be fixed to: each size that is the only one."""
     only = {
-        name: ranges[0].least
+        name: ranges[0].min
         for name, ranges in (
             ("height", sizes.height),
             ("width", sizes.width),
@@ -230,7 +232,7 @@ def _scratch(directory: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _made(
+def _build_target(
     exported: Path,
     name: str,
     directory: Path,

@@ -17,20 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentforge.judges import Evaluation, distance_of, judges_of, metrics_of, path_metric
-from latentforge.optimize.quality import mlperf
-from latentforge.optimize.quality.catalogue import METRICS
-from latentforge.optimize.quality.path_length import path_lengths
-from latentforge.optimize.quality.scores import Judges, scores
-from latentforge.optimize.recording import read_prompts
-from latentforge.runtime import samplers
+from latentforge.measure.prompts import read_prompts
+from latentforge.measure.quality import mlperf
+from latentforge.measure.quality.catalogue import METRICS
+from latentforge.measure.quality.judges import (
+    Evaluation,
+    distance_of,
+    load_metric_inputs,
+    metrics_of,
+    path_metric,
+)
+from latentforge.measure.quality.path_length import path_lengths
+from latentforge.measure.quality.scores import MetricInputs, scores
+from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import open_picture, save, to_array
 from latentforge.runtime.machine import available_cores, described
 from latentforge.runtime.manifest import FILENAME, Manifest, hash_file
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.results import Metric, Picture, Results
+from latentforge.runtime.sampling import samplers
 from latentforge.runtime.settings import Request, Settings, resolve
 
 __all__ = ["Evaluation", "evaluate", "judge", "summary"]
@@ -61,7 +67,7 @@ def evaluate(
     manifest = Manifest.read(engines[0])
     texts = _texts(evaluation, manifest)
     requests = _requests(evaluation, manifest, texts)
-    judges = judges_of(evaluation, manifest, requests)
+    judges = load_metric_inputs(evaluation, manifest, requests)
     able = judges.can(reference=evaluation.against is not None)
     if evaluation.preset:
         mlperf.check(
@@ -126,7 +132,7 @@ def _row(metric: Metric) -> tuple[str, ...]:
 def _method(evaluation: Evaluation, count: int) -> str:
     noise = "one noise for all" if evaluation.latents else "the same seed for all"
     return (
-        f"{count} requests of one image each, {noise} contenders; intervals of 95 % by resampling "
+        f"{count} requests of one image each, {noise} participants; intervals of 95 % by resampling "
         "the images, of shares by Wilson's score."
     )
 
@@ -178,7 +184,7 @@ class _Gallery(Sequence[Image.Image]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Painter:
+class _ImageSource:
     """Somebody who draws.
 
     Attributes:
@@ -192,7 +198,7 @@ class _Painter:
     load: Callable[[], Any]
 
 
-def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_Painter]:
+def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_ImageSource]:
     """The reference first, if there is one."""
     directories = list(engines)
     against = evaluation.against
@@ -203,7 +209,7 @@ def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_Painter]
         ]
     names = [_EAGER, *(path.resolve().name for path in directories)]
     ours = [
-        _Painter(
+        _ImageSource(
             name=name if names.count(name) == 1 else str(path.resolve())[1:].replace("/", "-"),
             mark=hash_file(path / FILENAME),
             load=partial(Pipeline.load, path, threads=evaluation.threads),
@@ -215,7 +221,7 @@ def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_Painter]
     return [_eager(against, evaluation.threads), *ours]
 
 
-def _eager(name: str, threads: int) -> _Painter:
+def _eager(name: str, threads: int) -> _ImageSource:
     from latentforge.export.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(name)
@@ -223,7 +229,7 @@ def _eager(name: str, threads: int) -> _Painter:
     def load() -> Any:
         import torch
 
-        from latentforge.export.eager import EagerPipeline
+        from latentforge.export.reference.eager import EagerPipeline
 
         if threads:
             torch.set_num_threads(threads)
@@ -231,7 +237,7 @@ def _eager(name: str, threads: int) -> _Painter:
 
     stats = [(str(path), path.stat()) for path in sorted(checkpoint.path.rglob("*.safetensors"))]
     mark = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-    return _Painter(name=_EAGER, mark=mark, load=load)
+    return _ImageSource(name=_EAGER, mark=mark, load=load)
 
 
 @contextmanager
@@ -250,9 +256,9 @@ class _Study:
 
     evaluation: Evaluation
     requests: Sequence[Settings]
-    judges: Judges
+    judges: MetricInputs
     metrics: Sequence[str]
-    painters: Sequence[_Painter]
+    painters: Sequence[_ImageSource]
 
     @property
     def reference(self) -> str:
@@ -287,7 +293,7 @@ class _Study:
 
     def _draw(
         self,
-        painter: _Painter,
+        painter: _ImageSource,
         loaded: Any,
         paths: Sequence[Path],
         noise: NDArray[np.float32] | None,
@@ -330,10 +336,10 @@ def _painting(loaded: Any, noise: NDArray[np.float32] | None) -> Draw:
         if noise is not None:
             raise SettingsError("--latents are for engines: compare with an engine directory")
         return lambda request: loaded(request).images[0]
-    fast = loaded.manifest.fast
+    fast = loaded.manifest.acceleration
 
     def own(request: Settings) -> Settings:
-        return request if fast is None or request.exact else request.following(fast)
+        return request if fast is None or request.unaccelerated else request.following(fast)
 
     if noise is None:
         return lambda request: loaded.run(own(request)).images[0]

@@ -2,14 +2,14 @@
 
 import pytest
 
-from latentforge.runtime.backends import _cuda
+from latentforge.runtime.backends import cuda
 from latentforge.runtime.errors import DeviceError
 
 
 @pytest.fixture(scope="session", autouse=True)
-def gpu() -> _cuda.Gpu:
+def gpu() -> cuda.Gpu:
     """The GPU that is here."""
     try:
-        return _cuda.found()
+        return cuda.found()
     except DeviceError as error:
         pytest.skip(str(error))

@@ -65,7 +65,7 @@ def no_report(what: str, done: int, total: int) -> None:
 def save(path: Path, operator: str = "Conv") -> None:
     """operator(x + c, weights), of free sizes."""
 
-    def told(name: str, spec: TensorSpec) -> Any:
+    def conditioned(name: str, spec: TensorSpec) -> Any:
         return onnx.helper.make_tensor_value_info(name, 1, list(spec.shape))
 
     nodes = [
@@ -73,7 +73,7 @@ def save(path: Path, operator: str = "Conv") -> None:
         onnx.helper.make_node(operator, ["s", "w"], ["y"]),
     ]
     tensor = onnx.numpy_helper.from_array(WEIGHTS, "w")
-    inputs, outputs = [told("x", IMAGE), told("c", CONTEXT)], [told("y", OUT)]
+    inputs, outputs = [conditioned("x", IMAGE), conditioned("c", CONTEXT)], [conditioned("y", OUT)]
     graph = onnx.helper.make_graph(nodes, "m", inputs, outputs, [tensor])
     opset = [onnx.helper.make_opsetid("", 17)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
@@ -132,7 +132,7 @@ def test_sizes_may_change_with_every_run(load: Load) -> None:
 
 def test_one_size(name: str, load: Load) -> None:
     shapes = ({"batch": Range.of(2), "side": Range.of(16)},)
-    session = load(component(name, shapes=()).built_for(shapes))
+    session = load(component(name, shapes=()).specialize(shapes))
     for seed in range(4):
         check(session, feeds(seed=seed))
 

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from test_tensorrt import LIBRARIES, RTX, Watch, component, node, specs, write
 
 from latentforge.runtime import backends
-from latentforge.runtime.backends import _cuda, _trt_build, _trt_session
+from latentforge.runtime.backends import cuda
+from latentforge.runtime.backends.trt import builder as trt_builder
+from latentforge.runtime.backends.trt import session as trt_session
 from latentforge.runtime.errors import BackendError, DeviceError, ShapeError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Range, Shapes
 
-Load = Callable[..., _trt_session.TensorrtSession]
+Load = Callable[..., trt_session.TensorrtSession]
 
 SHAPES: tuple[Shapes, ...] = (
     {"batch": Range(1, 2, 4), "n": Range(1, 3, 8)},
@@ -40,10 +42,10 @@ TOLERANCE = 2e-2  # TF32 is allowed to products
 
 
 @pytest.fixture(params=LIBRARIES)
-def name(request: pytest.FixtureRequest, gpu: _cuda.Gpu) -> str:
+def name(request: pytest.FixtureRequest, gpu: cuda.Gpu) -> str:
     """Each of the two that is installed and serves this GPU."""
     library = pytest.importorskip(backends.BACKENDS[request.param].library, exc_type=ImportError)
-    if request.param == RTX and gpu.capability not in _trt_build.known_capabilities(library):
+    if request.param == RTX and gpu.capability not in trt_builder.known_capabilities(library):
         pytest.skip(f"{RTX} does not serve {gpu.name}, of compute capability {gpu.capability}")
     return str(request.param)
 
@@ -108,7 +110,7 @@ def test_any_size_of_any_profile(
 
 def test_sizes_beyond_what_stays_ready_are_made_again(load: Load) -> None:
     session = load()
-    most = len(SHAPES) + _trt_session._SPARE
+    most = len(SHAPES) + trt_session._SPARE
     for n in (*range(1, 9), 1):
         given = feeds(2, n)
         check(session.run(given), given)
@@ -128,14 +130,14 @@ def test_captures_a_graph(name: str, load: Load, caplog: pytest.LogCaptureFixtur
 
 def test_a_read_only_input_is_sent_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    upload = _cuda.Buffer.upload
+    upload = cuda.Buffer.upload
 
-    def counted(self: _cuda.Buffer, size: int, stream: _cuda.Stream) -> None:
+    def counted(self: cuda.Buffer, size: int, stream: cuda.Stream) -> None:
         sent.append(size)
         upload(self, size, stream)
 
     session = load()
-    monkeypatch.setattr(_cuda.Buffer, "upload", counted)
+    monkeypatch.setattr(cuda.Buffer, "upload", counted)
     given = feeds()
     given["x"].setflags(write=False)
     for _ in range(3):
@@ -197,10 +199,10 @@ def test_closing_while_others_run(load: Load) -> None:
 
 def test_closing_gives_the_memory_back(load: Load) -> None:
     load().close()  # what the library takes once and keeps
-    before = _cuda.free_memory()
+    before = cuda.free_memory()
     for _ in range(10):
         load().close()
-    after = _cuda.free_memory()
+    after = cuda.free_memory()
     assert before is not None and after is not None and before - after < 64 << 20
 
 

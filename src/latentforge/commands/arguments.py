@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TARGETS",
     "add_dry_run",
-    "add_exact",
+    "add_unaccelerated",
     "add_option",
     "add_recipe",
     "add_request",
@@ -128,7 +128,7 @@ def recipe_of(options: argparse.Namespace) -> dict[str, Any]:
 def add_sizes(parser: Any) -> None:
     """The sizes that are built for; sizes_of() reads them."""
     said = (
-        "N for one size alone, N,N,... for several, LEAST:USUAL:MOST for a range; all "
+        "N for one size alone, N,N,... for several, MIN:OPT:MAX for a range; all "
         "combinations are built for. Default: any, or the model's own where a backend has to know."
     )
     group = parser.add_argument_group("sizes", wrapped(said))
@@ -190,7 +190,7 @@ def request_of(options: argparse.Namespace) -> Request:
         "seed": "seed",
         "images": "images_per_prompt",
         "strength": "strength",
-        "exact": "exact",
+        "unaccelerated": "unaccelerated",
         "guidance_interval": "guidance_interval",
         "cache_interval": "cache_interval",
     }
@@ -203,10 +203,13 @@ def add_threads(parser: Any) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: every core")
 
 
-def add_exact(parser: Any) -> None:
+def add_unaccelerated(parser: Any) -> None:
     """Leave to draw as the engines did before a plan was found."""
     parser.add_argument(
-        "--exact", action="store_true", default=None, help="leave aside the plans of build --fast"
+        "--unaccelerated",
+        action="store_true",
+        default=None,
+        help="leave aside the plans of build --fast",
     )
 
 

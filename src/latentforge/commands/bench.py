@@ -17,14 +17,14 @@ _ADVICE = "python benchmarks/peers.py env makes environments for those that need
 
 
 def add(commands: Any) -> None:
-    from latentforge.export.peers import PEERS
+    from latentforge.measure.peers import PEERS
 
     parser = arguments.command(
         commands,
         "bench",
         _bench,
         "Time engines, and others on the same checkpoint beside them",
-        "Each contender has its own process and the same threads, and they take turns, so that "
+        "Each participant has its own process and the same threads, and they take turns, so that "
         "a drifting machine hits all alike. Ratios are medians over neighbouring runs, and "
         "pictures are compared too. A peer that fails, or isn't installed, becomes a row.",
     )
@@ -68,7 +68,7 @@ def _add_peer_arguments(parser: Any) -> None:
 
 def _add_measuring_arguments(parser: Any) -> None:
     group = parser.add_argument_group("what is measured")
-    arguments.add_exact(group)
+    arguments.add_unaccelerated(group)
     group.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="counted runs of each (default: 5)"
     )
@@ -84,7 +84,7 @@ def _add_measuring_arguments(parser: Any) -> None:
     group.add_argument(
         "--one-at-a-time",
         action="store_true",
-        help="start a contender anew for each turn; done unasked where not all fit in memory",
+        help="start a participant anew for each turn; done unasked where not all fit in memory",
     )
     arguments.add_threads(group)
 
@@ -98,7 +98,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _bench(options: argparse.Namespace) -> None:
     from latentforge.benchmark import PROMPT, benchmark
-    from latentforge.runtime.bench.summary import summary
+    from latentforge.measure.bench.summary import summary
 
     output.check_result_files(options)
     results = benchmark(
@@ -111,7 +111,7 @@ def _bench(options: argparse.Namespace) -> None:
         batches=options.batches,
         sizes=options.sizes,
         layers=options.layers,
-        plain=bool(options.exact),
+        plain=bool(options.unaccelerated),
         repeats=options.repeats,
         threads=options.threads,
         alone=options.one_at_a_time,

@@ -13,7 +13,7 @@ from latentforge.commands.verify import verify_engines
 from latentforge.runtime.errors import DeviceError, SettingsError
 
 if TYPE_CHECKING:
-    from latentforge.fast import Fast
+    from latentforge.optimize.search.search import SearchRequest
     from latentforge.runtime.manifest import Manifest
     from latentforge.runtime.shapes import Sizes
 
@@ -56,7 +56,7 @@ def _add_fast_arguments(parser: Any) -> None:
         "fewer steps at timesteps made for this model, guidance on some of them, shallow steps "
         "between, less attention in large images. Then --gate is the plan's (default: psnr=20); "
         "the demo has colour=N and retrieval=N too, how many points of a hundred may be lost. "
-        "run follows the plan, and run --exact does not. Without such a plan engines stay exact."
+        "run follows the plan, and run --unaccelerated does not. Without such a plan engines stay exact."
     )
     group = parser.add_argument_group("another picture, faster", arguments.wrapped(said))
     group.add_argument("--fast", action="store_true", help="search a plan when all else is built")
@@ -92,8 +92,8 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:
-    from latentforge.build import build, outlook
-    from latentforge.runtime.staging import check_target
+    from latentforge.build import build, estimate
+    from latentforge.runtime.files import check_target
 
     output.quiet_libraries()
     how = arguments.recipe_of(options)
@@ -105,7 +105,7 @@ def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:
     }
     if not options.dry_run:
         check_target(options.engines, overwrite=options.overwrite)
-    said = "\n".join(outlook(options.checkpoint, **what))
+    said = "\n".join(estimate(options.checkpoint, **what))
     print(said, file=sys.stdout if options.dry_run else sys.stderr)
     if options.dry_run:
         return
@@ -113,9 +113,9 @@ def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:
     _say_what_was_built(build(options.checkpoint, options.engines, **what, quiet=False))
 
 
-def _fast(options: argparse.Namespace, how: dict[str, Any]) -> Fast | None:
+def _fast(options: argparse.Namespace, how: dict[str, Any]) -> SearchRequest | None:
     """What is asked of the search, if there is to be one: the gate is taken from the recipe's."""
-    from latentforge.fast import Fast
+    from latentforge.optimize.search.search import SearchRequest
 
     asked = {name: getattr(options, name) for name in ("effort", "network", "retrieval")}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -124,18 +124,18 @@ def _fast(options: argparse.Namespace, how: dict[str, Any]) -> Fast | None:
             raise SettingsError(f"--{next(iter(given))} is for the search of a plan: give --fast")
         return None
     gate, how["gate"] = how["gate"], []
-    return Fast(gate=gate, prompts=options.prompts, repeats=options.repeats, **given)
+    return SearchRequest(gate=gate, prompts=options.prompts, repeats=options.repeats, **given)
 
 
 def _say_what_was_built(manifest: Manifest) -> None:
     """What the last stage did to graphs, and then what came of the search for a plan."""
-    from latentforge.fast import STAGES, told
-    from latentforge.runtime.describe import changes
+    from latentforge.commands.describe import changes
+    from latentforge.optimize.search.search import STAGES, summary_lines
 
     *_, last = (stage for stage in manifest.history if stage.name not in STAGES)
     print("\n".join(changes(last)))
     if manifest.history[-1] is not last:
-        print("\n".join(told(manifest)))
+        print("\n".join(summary_lines(manifest)))
 
 
 def _build_for_optimum(options: argparse.Namespace, sizes: Sizes) -> None:

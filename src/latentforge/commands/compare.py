@@ -33,8 +33,8 @@ def add(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from latentforge.runtime.regression import judge
-    from latentforge.runtime.results import Results
+    from latentforge.measure.regression import judge
+    from latentforge.measure.results import Results
 
     if not 0 <= options.tolerance <= 100:
         raise SettingsError(f"--tolerance is 0 to 100 percent, not {options.tolerance:g}")

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    from latentforge.runtime.compiler import compile_engines, plan
+    from latentforge.runtime.compile.stage import compile_engines, plan
 
     usual = [text for text in options.backend if "=" not in text]
     if len(usual) != 1:

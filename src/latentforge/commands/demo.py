@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 def _demo(options: argparse.Namespace) -> None:
     output.quiet_libraries()
     from latentforge.build import build
-    from latentforge.export.showcase import showcase
+    from latentforge.demo import showcase
 
     def make(engines: Path) -> None:
         build("demo", engines, overwrite=engines.exists(), quiet=False, repeats=0)

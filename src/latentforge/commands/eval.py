@@ -12,7 +12,7 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
-    from latentforge.optimize.quality.catalogue import METRICS
+    from latentforge.measure.quality.catalogue import METRICS
 
     parser = arguments.command(
         commands,
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep the pictures, and go on from those there"
     )
-    arguments.add_exact(parser)
+    arguments.add_unaccelerated(parser)
     _add_judge_arguments(parser)
     arguments.add_request(parser)
     arguments.add_threads(parser)

@@ -72,7 +72,7 @@ def export_engines(
 
 
 def _inspect_plainly(engines: Path) -> None:
-    from latentforge.runtime.describe import describe
+    from latentforge.commands.describe import describe
     from latentforge.runtime.manifest import Manifest
 
     print(describe(Manifest.read(engines, hashes=False)))

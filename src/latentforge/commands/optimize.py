@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 
 
 def _optimize(options: argparse.Namespace) -> None:
-    from latentforge.optimize.stage import optimize
+    from latentforge.optimize.stage.stage import optimize
 
     manifest = optimize(
         options.source,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from latentforge.runtime.errors import TargetError
 
 if TYPE_CHECKING:
+    from latentforge.measure.results import Results
     from latentforge.runtime.manifest import Manifest
-    from latentforge.runtime.results import Results
 
 __all__ = [
     "called",
@@ -47,7 +47,7 @@ def check_writable(*paths: str | Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all."""
-    from latentforge.runtime.staging import staged_file
+    from latentforge.runtime.files import staged_file
 
     with staged_file(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -72,7 +72,7 @@ def check_result_files(options: argparse.Namespace) -> None:
 def emit_results(results: Results, options: argparse.Namespace, text: str) -> None:
     """Draw, write and print what was measured, as the options ask."""
     if options.html:
-        from latentforge.runtime.report import render
+        from latentforge.measure.report import render
 
         write_text(options.html, render(results))
     if options.json == "-":
@@ -95,6 +95,6 @@ def say_what_is_next(engines: Path) -> None:
 
 def say_what_changed(manifest: Manifest) -> None:
     """What the last stage did to the graphs."""
-    from latentforge.runtime.describe import changes
+    from latentforge.commands.describe import changes
 
     print("\n".join(changes(manifest.history[-1])))

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         _report,
         "Draw a page of what bench and eval have written",
         "Several files share the page, and quality is then drawn against speed by the names of "
-        "the contenders. It loads nothing from anywhere. Needs pip install 'latentforge[report]'.",
+        "the participants. It loads nothing from anywhere. Needs pip install 'latentforge[report]'.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="their --json")
     parser.add_argument(
@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from latentforge.runtime.report import render
-    from latentforge.runtime.results import Results
+    from latentforge.measure.report import render
+    from latentforge.measure.results import Results
 
     output.check_writable(options.output)
     output.write_text(options.output, render(*map(Results.read, options.files)))

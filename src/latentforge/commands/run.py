@@ -13,7 +13,7 @@ from latentforge.commands import arguments
 from latentforge.runtime.errors import SettingsError
 
 if TYPE_CHECKING:
-    from latentforge.runtime.pipeline import Result, Step
+    from latentforge.runtime.pipeline import DenoisingStep, Result
 
 __all__ = ["add"]
 
@@ -23,7 +23,7 @@ _HANDED_ON = ("steps", "sampler", "seed", "timesteps")  # what a base and its re
 
 
 def add(commands: Any) -> None:
-    from latentforge.runtime.samplers import SAMPLERS
+    from latentforge.runtime.sampling.samplers import SAMPLERS
 
     parser = arguments.command(
         commands,
@@ -63,7 +63,7 @@ def _add_plan_arguments(parser: Any) -> None:
         "be exact. What is given here takes the place of the plan's."
     )
     group = parser.add_argument_group("doing less for an image", arguments.wrapped(said))
-    arguments.add_exact(group)
+    arguments.add_unaccelerated(group)
     group.add_argument(
         "--guidance-interval",
         type=_interval,
@@ -160,7 +160,7 @@ def _finished(
     options: argparse.Namespace,
     request: dict[str, Any],
     what: str,
-    finish: Callable[[Step], T],
+    finish: Callable[[DenoisingStep], T],
 ) -> T:
     """Run a request to its last step, and make of that what is wanted while engines are loaded."""
     from latentforge.runtime.pipeline import Pipeline

@@ -29,7 +29,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def verify_engines(engines: Path) -> None:
     """Check them, with a line for each thing that holds."""
-    from latentforge.runtime.verify import verify
+    from latentforge.runtime.compile.verify import verify
 
     for line in verify(engines):
         print(f"ok  {line}", flush=True)

@@ -1,0 +1,199 @@
+"""The diffusers pipeline itself, on the same settings: the reference for all we claim.
+
+``python -m latentforge.export.reference.eager [compile] JOB`` serves it to a benchmark, as it is or by
+torch.compile: see measure/bench/worker.py.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from latentforge.export.checkpoint import Checkpoint, open_checkpoint
+from latentforge.export.families import family_of
+from latentforge.export.schedulers import SCHEDULERS, schedule_of
+from latentforge.measure.bench.protocol import BenchJob
+from latentforge.measure.bench.worker import Loaded, serve
+from latentforge.runtime.image import from_array
+from latentforge.runtime.pipeline import Result
+from latentforge.runtime.profiling import Stopwatch
+from latentforge.runtime.settings import Settings
+
+__all__ = ["EagerPipeline"]
+
+
+class EagerPipeline:
+    """A family's diffusers pipelines in float32 on the CPU, with our settings and timings."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        family = family_of(checkpoint)
+        plan = family.plan(checkpoint)
+        scheduler = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
+        self._config = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+        self._index = checkpoint.index
+        self._reference = family.reference
+        modules = {component.part: component.module for component in plan.components}
+        self._parts: dict[str, Any] = {part: load(checkpoint) for part, load in modules.items()}
+        for name in plan.tokenizers:
+            self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
+        channels = plan.latent.channels
+        self._inpainting_channels = self._parts["unet"].config.in_channels != channels
+        self._texts = [encoder.component for encoder in plan.conditioning.encoders]
+
+    def __call__(
+        self,
+        settings: Settings,
+        *,
+        image: Image.Image | torch.Tensor | None = None,
+        mask: Image.Image | torch.Tensor | None = None,
+    ) -> Result:
+        """Make the pictures of one request; same seed, same noise, same steps as ours."""
+        if image is None and self._inpainting_channels:
+            size = settings.height, settings.width
+            image, mask = torch.full((1, 3, *size), 0.5), torch.ones((1, 1, *size))
+        pipe = self._pipeline(settings, image, mask)
+        watch = Stopwatch()
+        with watch.running(), torch.inference_mode(), self._timed(watch):
+            latents = pipe(**self._arguments(settings, pipe, image, mask)).images
+            with watch.stage("vae_decoder"):
+                images = self._decode(latents)
+        return Result(
+            images=from_array(images),
+            latents=latents.numpy(),
+            timings=watch.timings(),
+            settings=settings,
+        )
+
+    def compile(self) -> None:
+        """Let torch.compile make kernels of every module, on its first run at each size."""
+        for module in (self._parts[part] for part in (*self._texts, "unet")):
+            module.compile()
+        vae = self._parts["vae"]
+        vae.decode = torch.compile(vae.decode)
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take."""
+        modules = (self._parts[part] for part in (*self._texts, "unet", "vae"))
+        return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+
+    def _pipeline(self, settings: Settings, image: Any, mask: Any) -> Any:
+        """The pipeline for the task at hand, given what its signature asks for."""
+        kinds = self._reference
+        name = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
+        kind = getattr(diffusers, name)
+        parts = {**self._parts, "scheduler": self._scheduler(settings.sampler)}
+        given: dict[str, Any] = {}
+        for key, parameter in inspect.signature(kind.__init__).parameters.items():
+            if key in parts:
+                given[key] = parts[key]
+            elif isinstance(self._index.get(key), bool):
+                given[key] = self._index[key]
+            elif key != "self" and parameter.default is parameter.empty:
+                given[key] = None  # a safety checker, the refiner's first text encoder
+        given |= {"requires_safety_checker": False} if "safety_checker" in given else {}
+        pipe: Any = kind(**given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _scheduler(self, sampler: str) -> Any:
+        """The diffusers scheduler of our sampler's name.
+
+        It is told to start at its first step. Left alone it looks the step up by its timestep,
+        and misses it where Karras levels of a cosine schedule have the same one twice.
+        """
+        row = SCHEDULERS[sampler]
+        scheduler = getattr(diffusers, row.scheduler).from_config(self._config, **row.options)
+        plan = scheduler.set_timesteps
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
+            plan(*args, **kwargs)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)
+
+        scheduler.set_timesteps = functools.wraps(plan)(set_timesteps)
+        return scheduler
+
+    def _arguments(self, settings: Settings, pipe: Any, image: Any, mask: Any) -> Mapping[str, Any]:
+        """Our settings under diffusers' names, as far as the pipeline knows them."""
+        given = {
+            "prompt": list(settings.prompts),
+            "negative_prompt": list(settings.negative_prompts) or None,
+            "num_images_per_prompt": settings.images_per_prompt,
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "guidance_rescale": settings.guidance_rescale,
+            "height": settings.height,
+            "width": settings.width,
+            "generator": torch.Generator().manual_seed(settings.seed),
+            "output_type": "latent",
+            "image": image,
+            "mask_image": mask,
+            "strength": settings.strength,
+            "denoising_start": settings.denoising_start,
+            "denoising_end": settings.denoising_end,
+            "original_size": settings.original_size,
+            "crops_coords_top_left": settings.crop,
+            "target_size": settings.target_size,
+            "aesthetic_score": settings.aesthetic_score,
+            "negative_aesthetic_score": settings.negative_aesthetic_score,
+        }
+        if timesteps := SCHEDULERS[settings.sampler].timesteps:
+            given["timesteps"] = timesteps(schedule_of(self._config), settings.steps)
+        known = inspect.signature(pipe.__call__).parameters
+        return {name: value for name, value in given.items() if name in known}
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+        vae = self._parts["vae"]
+        pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+        return pixels.numpy()
+
+    @contextmanager
+    def _timed(self, watch: Stopwatch) -> Iterator[None]:
+        """Time the text encoders and the UNet while in the block."""
+        stages = {**dict.fromkeys(self._texts, "text_encoder"), "unet": "denoiser"}
+        with ExitStack() as stack:
+            for part, stage in stages.items():
+                module = self._parts[part]
+                module.forward = _timed(module.forward, watch, stage)
+                stack.callback(delattr, module, "forward")
+            yield
+
+    @staticmethod
+    def versions() -> dict[str, str]:
+        """The libraries that made the pictures."""
+        return {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+
+
+def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with watch.stage(stage):
+            return forward(*args, **kwargs)
+
+    return timed
+
+
+def _load(job: BenchJob) -> Loaded:
+    torch.set_num_threads(job.threads)
+    pipeline = EagerPipeline(open_checkpoint(job.model))
+    if "compile" in sys.argv[1:-1]:
+        pipeline.compile()
+    ready = {
+        "versions": pipeline.versions(),
+        "precision": "fp32",
+        "bytes": pipeline.bytes,
+    }
+    return pipeline, ready
+
+
+if __name__ == "__main__":
+    serve(_load)

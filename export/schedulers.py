@@ -1,0 +1,151 @@
+"""A checkpoint's scheduler_config.json, in our terms."""
+
+import logging
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from latentforge.runtime.errors import CheckpointError, ManifestError
+from latentforge.runtime.sampling.schedule import (
+    Planner,
+    Prediction,
+    Schedule,
+    plan_squeezed_10,
+    plan_squeezed_11,
+)
+
+__all__ = [
+    "SCHEDULERS",
+    "Counterpart",
+    "corrected",
+    "default_sampler",
+    "prediction_of",
+    "schedule_of",
+]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counterpart:
+    """The diffusers scheduler that a sampler of ours follows.
+
+    Attributes:
+        scheduler: the name of its class.
+        options: what to give its from_config beside the checkpoint's own config.
+        timesteps: those to give its set_timesteps in place of a number of steps, by schedule and
+            number of steps; None where it finds them itself.
+    """
+
+    scheduler: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    timesteps: Callable[[Schedule, int], list[int]] | None = None
+
+
+def _squeezed(planner: Planner) -> Counterpart:
+    """DeciDiffusion 2.0's own scheduler, as settings of the one that it extends."""
+
+    def timesteps(schedule: Schedule, steps: int) -> list[int]:
+        return [int(start.timestep) for start, _ in planner(schedule, steps).intervals]
+
+    options = {
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "heun",
+        "solver_order": 2,
+        "final_sigmas_type": "sigma_min",
+        "rescale_betas_zero_snr": False,
+    }
+    return Counterpart(scheduler=_DPM, options=options, timesteps=timesteps)
+
+
+_DPM = "DPMSolverMultistepScheduler"
+_KARRAS = {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+SCHEDULERS: Mapping[str, Counterpart] = {
+    "ddim": Counterpart(scheduler="DDIMScheduler"),
+    "pndm": Counterpart(scheduler="PNDMScheduler", options={"skip_prk_steps": True}),
+    "euler": Counterpart(scheduler="EulerDiscreteScheduler"),
+    "euler_ancestral": Counterpart(scheduler="EulerAncestralDiscreteScheduler"),
+    "heun": Counterpart(scheduler="HeunDiscreteScheduler"),
+    "dpmpp_2m": Counterpart(scheduler=_DPM),
+    "dpmpp_2m_karras": Counterpart(scheduler=_DPM, options=_KARRAS),
+    "dpmpp_2m_sde": Counterpart(scheduler=_DPM, options=_SDE),
+    "dpmpp_2m_sde_karras": Counterpart(scheduler=_DPM, options={**_SDE, **_KARRAS}),
+    "unipc": Counterpart(scheduler="UniPCMultistepScheduler"),
+    "squeezed_10": _squeezed(plan_squeezed_10),
+    "squeezed_11": _squeezed(plan_squeezed_11),
+    "lcm": Counterpart(scheduler="LCMScheduler"),
+}
+"""The diffusers scheduler that each of our samplers follows."""
+
+_OPTIONS = {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}
+
+
+def corrected(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json as StableDiffusionPipeline reads it.
+
+    Some files are older than two options that latent diffusion needs at one value; diffusers
+    sets them when the pipeline is made, and says so.
+    """
+    return {**config, "steps_offset": 1, "clip_sample": False}
+
+
+def schedule_of(config: Mapping[str, Any]) -> Schedule:
+    """The noise schedule that a scheduler_config.json describes.
+
+    Raises:
+        CheckpointError: it is not a schedule of latent diffusion that we know.
+    """
+    betas = config.get("trained_betas")
+    if config.get("thresholding"):
+        raise CheckpointError("the scheduler's thresholding is for pixels, and we denoise latents")
+    fields = {
+        "train_steps": config.get("num_train_timesteps", 1000),
+        "beta_kind": "explicit" if betas else config.get("beta_schedule", "linear"),
+        "beta_start": config.get("beta_start", 0.0001),
+        "beta_end": config.get("beta_end", 0.02),
+        "betas": betas or (),
+        "spacing": config.get("timestep_spacing"),
+        "offset": config.get("steps_offset", 0),
+        "zero_terminal_snr": config.get("rescale_betas_zero_snr", False),
+        "final_alpha_one": config.get("set_alpha_to_one"),
+    }
+    try:
+        return msgspec.convert(fields, Schedule)
+    except (ManifestError, msgspec.ValidationError) as error:
+        raise CheckpointError(f"scheduler_config.json: {error}") from error
+
+
+def prediction_of(config: Mapping[str, Any]) -> Prediction:
+    """What the UNet was trained to predict.
+
+    Raises:
+        CheckpointError: something that our denoiser does not know.
+    """
+    match config.get("prediction_type", "epsilon"):
+        case "epsilon":
+            return "epsilon"
+        case "v_prediction":
+            return "v_prediction"
+        case other:
+            raise CheckpointError(
+                f"scheduler_config.json: prediction_type {reprlib.repr(other)} is not epsilon or "
+                "v_prediction"
+            )
+
+
+def default_sampler(config: Mapping[str, Any]) -> str:
+    """Our sampler for the scheduler that a checkpoint comes with."""
+    wanted = {key: config.get(key, default) for key, default in _OPTIONS.items()}
+    for name, reference in SCHEDULERS.items():
+        ours = {key: reference.options.get(key, default) for key, default in _OPTIONS.items()}
+        if reference.scheduler != config.get("_class_name") or reference.timesteps:
+            continue
+        if reference.scheduler != _DPM or ours == wanted:
+            return name
+    _log.warning("no sampler follows %s; taking dpmpp_2m", config.get("_class_name"))
+    return "dpmpp_2m"

@@ -1,0 +1,292 @@
+"""How far one set of pictures is from another, by a network's features: FID, KID, IS, CMMD.
+
+The values of FID, KID and IS are torchmetrics'. Intervals come from resampling the images, which
+repeats some of them, and all these figures grow by that alone; so only the spread of the resampled
+figures is taken, around the value. They say how much the choice of images matters, and nothing of
+the bias that FID, IS and CMMD have towards few images.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from latentforge.measure.quality import intervals
+from latentforge.measure.results import ConfidenceInterval
+from latentforge.runtime.errors import SettingsError, ShapeError
+
+__all__ = ["Statistics", "clip_score", "cmmd", "fid", "inception_score", "kid"]
+
+Array = NDArray[np.floating]
+Kernel = Callable[[Array, Array], NDArray[np.float64]]
+Mean = Callable[[Array, Array], NDArray[np.float64]]
+
+_FID_DRAWS = 50  # each costs an eigenvalue problem as wide as the features
+_SUBSETS, _SUBSET = 100, 1000  # of KID: Bińkowski et al. (2018), as everybody sets them
+_SPLITS, _SPLIT_FROM = 10, 5000  # of IS: Salimans et al. (2016) split 50,000 into ten
+_KERNEL_IMAGES = 4000  # a kernel matrix of more does not fit every memory
+_CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """A normal distribution of features, as FID keeps of pictures that are not at hand.
+
+    Attributes:
+        mu: mean, (width,).
+        sigma: covariance, (width, width).
+    """
+
+    mu: Array
+    sigma: Array
+
+    @classmethod
+    def read(cls, path: Path) -> "Statistics":
+        """Read the ``.npz`` of ``mu`` and ``sigma`` that pytorch-fid and its kin write.
+
+        Raises:
+            SettingsError: there is no such file, or it holds something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise SettingsError(f"{path} is no .npz of mu and sigma: {reason}") from error
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+            raise SettingsError(f"{path}: mu is (width,) and sigma (width, width), finite")
+        return cls(mu=mu, sigma=sigma)
+
+
+def fid(
+    ours: Array, theirs: Array | Statistics, *, paired: bool = False, seed: int = 0
+) -> ConfidenceInterval:
+    """Fréchet distance of normal distributions: Heusel et al. (2017), arXiv 1706.08500, eq. 6.
+
+    The interval is the value and 1.96 standard deviations of 50 resampled figures.
+
+    Args:
+        ours: features (n, width).
+        theirs: features (m, width), or the distribution itself.
+        paired: both are of the same prompts and seeds in order, and resampled together.
+        seed: of the resampling.
+
+    Raises:
+        ShapeError: fewer than two images, or features of another width.
+    """
+    if isinstance(theirs, Statistics):
+        _check("fid", ours, theirs.mu[None].repeat(2, axis=0))
+        value = _torch_fid(ours, theirs)
+        spread = [_closed_form(_moments(ours, w), theirs) for w in _draws(ours, seed)]
+    else:
+        _check("fid", ours, theirs)
+        ours, theirs = _in_span(ours, theirs)
+        value = _torch_fid(ours, theirs)
+        pairs = zip(_draws(ours, seed), _draws(theirs, seed if paired else seed + 1), strict=True)
+        spread = [_closed_form(_moments(ours, v), _moments(theirs, w)) for v, w in pairs]
+    half = 1.96 * float(np.std(spread, ddof=1))
+    return ConfidenceInterval(value=value, low=max(0.0, value - half), high=value + half)
+
+
+def kid(ours: Array, theirs: Array, *, paired: bool = False, seed: int = 0) -> ConfidenceInterval:
+    """Squared MMD of a cubic kernel, unbiased: Bińkowski et al. (2018), arXiv 1801.01401.
+
+    Over 100 subsets of 1,000 images, or once over all where there are no more. In the resampled
+    figures no image meets itself, as in the value.
+
+    Raises:
+        ShapeError: fewer than two images, or features of another width.
+    """
+    _check("kid", ours, theirs)
+    size = min(len(ours), len(theirs), _SUBSET)
+    once = len(ours) == len(theirs) == size
+    with _quiet(seed):
+        metric = KernelInceptionDistance(
+            feature=torch.nn.Identity(), subsets=1 if once else _SUBSETS, subset_size=size
+        )
+        metric.update(_tensor(ours), real=False)
+        metric.update(_tensor(theirs), real=True)
+        value = float(metric.compute()[0])
+    draws = _resampled(_cubic, ours, theirs, mean=_mean_apart, paired=paired, seed=seed)
+    return intervals.around(value, draws)
+
+
+def cmmd(ours: Array, theirs: Array, *, paired: bool = False, seed: int = 0) -> ConfidenceInterval:
+    """1,000 times the squared MMD of CLIP embeddings: Jayasumana et al. (2024), arXiv 2401.09603.
+
+    A Gaussian kernel of sigma 10 on unit vectors, every image meeting itself, as in the authors'
+    implementation. The figures published are of ViT-L/14 at 336 pixels.
+
+    Raises:
+        ShapeError: fewer than two images, or embeddings of another width.
+    """
+    _check("cmmd", ours, theirs)
+    a, b = _unit(ours), _unit(theirs)
+    value = _gaussian(a, a).mean() + _gaussian(b, b).mean() - 2 * _gaussian(a, b).mean()
+    draws = _resampled(_gaussian, a, b, mean=_mean_of_all, paired=paired, seed=seed)
+    found = intervals.around(_CMMD_SCALE * max(0.0, float(value)), _CMMD_SCALE * draws)
+    return ConfidenceInterval(value=found.value, low=max(0.0, found.low or 0.0), high=found.high)
+
+
+def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
+    """exp of the mean KL divergence to the mean: Salimans et al. (2016), arXiv 1606.03498.
+
+    The mean of ten splits from 5,000 images on, else of one.
+
+    Args:
+        logits: (n, classes) before the softmax.
+        seed: of the splits and of the resampling.
+
+    Raises:
+        ShapeError: fewer than two images.
+    """
+    _check("is", logits, logits)
+    with _quiet(seed):
+        metric = InceptionScore(
+            feature=torch.nn.Identity(), splits=_SPLITS if len(logits) >= _SPLIT_FROM else 1
+        )
+        metric.update(_tensor(logits))
+        value = float(metric.compute()[0])
+    shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
+    p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    weights = intervals.drawn(len(p), seed=seed) / len(p)
+    divergence = weights @ _plogp(p).sum(axis=1) - _plogp(weights @ p).sum(axis=1)
+    return intervals.around(value, np.exp(divergence))
+
+
+def clip_score(pictures: Array, texts: Array, *, seed: int = 0) -> ConfidenceInterval:
+    """100 times the mean cosine of embeddings (n, width), 0 at least: Hessel et al. (2021).
+
+    arXiv 2104.08718 scales by 2.5; 100 is what torchmetrics and MLPerf say.
+    """
+    _check("clip", pictures, texts, least=1)
+    cosines = (_unit(pictures) * _unit(texts)).sum(axis=1)
+    return intervals.mean(100 * np.maximum(cosines, 0), seed=seed)
+
+
+def _check(name: str, ours: Array, theirs: Array, *, least: int = 2) -> None:
+    if min(len(ours), len(theirs)) < least:
+        raise ShapeError(f"{name} takes {least} images or more: make more with --images")
+    if ours.shape[1] != theirs.shape[1]:
+        raise ShapeError(
+            f"{name}: features of {ours.shape[1]} and {theirs.shape[1]} numbers cannot be "
+            "compared: use the network that the others were made by"
+        )
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.float64))
+
+
+@contextmanager
+def _quiet(seed: int) -> Iterator[None]:
+    """Without the library's remarks, and with random numbers of a seed that nobody else sees."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
+
+
+def _torch_fid(ours: Array, theirs: Array | Statistics) -> float:
+    network = torch.nn.Identity()
+    network.num_features = ours.shape[1]
+    metric = FrechetInceptionDistance(feature=network)
+    metric.update(_tensor(ours), real=False)
+    if isinstance(theirs, Statistics):
+        mu, sigma = _tensor(theirs.mu), _tensor(theirs.sigma)
+        # What two pictures of this mean and covariance would have left.
+        metric.real_features_sum = 2 * mu
+        metric.real_features_cov_sum = sigma + 2 * torch.outer(mu, mu)
+        metric.real_features_num_samples = torch.tensor(2)
+    else:
+        metric.update(_tensor(theirs), real=True)
+    return max(0.0, float(metric.compute()))
+
+
+def _in_span(ours: Array, theirs: Array) -> tuple[Array, Array]:
+    """The same distances in fewer numbers: no feature leaves the span of them all."""
+    both = np.concatenate([ours, theirs]).astype(np.float64)
+    if len(both) >= both.shape[1]:
+        return ours, theirs
+    basis, _ = np.linalg.qr(both.T)
+    return both[: len(ours)] @ basis, both[len(ours) :] @ basis
+
+
+def _draws(features: Array, seed: int) -> NDArray[np.float64]:
+    return intervals.drawn(len(features), draws=_FID_DRAWS, seed=seed)
+
+
+def _moments(features: Array, weights: Array) -> Statistics:
+    n = weights.sum()
+    mu = weights @ features / n
+    centred = (features - mu) * np.sqrt(weights / (n - 1))[:, None]
+    return Statistics(mu=mu, sigma=centred.T @ centred)
+
+
+def _closed_form(a: Statistics, b: Statistics) -> float:
+    """The distance, by eigenvalues of symmetric matrices alone."""
+    values, vectors = np.linalg.eigh(b.sigma)
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    inner = np.linalg.eigvalsh(root @ a.sigma @ root)
+    traces = np.trace(a.sigma) + np.trace(b.sigma)
+    return float(np.square(a.mu - b.mu).sum() + traces - 2 * np.sqrt(np.maximum(inner, 0)).sum())
+
+
+def _cubic(a: Array, b: Array) -> NDArray[np.float64]:
+    kernel: NDArray[np.float64] = (a.astype(np.float64) @ b.T / a.shape[1] + 1) ** 3
+    return kernel
+
+
+def _gaussian(a: Array, b: Array) -> NDArray[np.float64]:
+    squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * a @ b.T
+    kernel: NDArray[np.float64] = np.exp(-squares / (2 * _CMMD_SIGMA**2))
+    return kernel
+
+
+def _resampled(
+    kernel: Kernel, ours: Array, theirs: Array, *, mean: Mean, paired: bool, seed: int
+) -> NDArray[np.float64]:
+    """Squared MMDs of resamples, of the first 4,000 images, scaled to how many there are."""
+    a, b = ours[:_KERNEL_IMAGES], theirs[:_KERNEL_IMAGES]
+    v = intervals.drawn(len(a), seed=seed)
+    w = v if paired else intervals.drawn(len(b), seed=seed + 1)
+    cross = ((v @ kernel(a, b)) * w).sum(axis=1) / (len(a) * len(b))
+    draws = mean(v, kernel(a, a)) + mean(w, kernel(b, b)) - 2 * cross
+    shrunk: NDArray[np.float64] = draws * np.sqrt(len(a) / len(ours))
+    return shrunk
+
+
+def _mean_of_all(weights: Array, kernel: Array) -> NDArray[np.float64]:
+    """The weighted mean of a kernel over all pairs, (draws,)."""
+    mean: NDArray[np.float64] = ((weights @ kernel) * weights).sum(axis=1) / len(kernel) ** 2
+    return mean
+
+
+def _mean_apart(weights: Array, kernel: Array) -> NDArray[np.float64]:
+    """The same over pairs of two different images; NaN where there are none."""
+    pairs = weights.sum(axis=1) ** 2 - np.square(weights).sum(axis=1)
+    whole = ((weights @ kernel) * weights).sum(axis=1)
+    apart: NDArray[np.float64] = whole - np.square(weights) @ np.diag(kernel)
+    mean: NDArray[np.float64] = np.full_like(apart, np.nan)
+    np.divide(apart, pairs, out=mean, where=pairs > 0)
+    return mean
+
+
+def _unit(vectors: Array) -> NDArray[np.float64]:
+    wide = np.asarray(vectors, np.float64)
+    unit: NDArray[np.float64] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return unit
+
+
+def _plogp(p: Array) -> NDArray[np.float64]:
+    wide = np.asarray(p, np.float64)
+    logs: NDArray[np.float64] = wide * np.log(np.maximum(wide, np.finfo(np.float64).tiny))
+    return logs

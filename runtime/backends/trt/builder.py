@@ -1,0 +1,252 @@
+"""A TensorRT engine being built: the network, its sizes, and how far it has come."""
+
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentforge.runtime.backends import NO_MEMORY, Options, Report
+from latentforge.runtime.backends.trt.library import (
+    CHOICES,
+    RTX,
+    Log,
+    Profile,
+    check_links,
+    check_signature,
+    dtype_of,
+    implemented,
+    profiles,
+    write_cache,
+)
+from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.manifest import Component
+
+__all__ = ["PARTS", "Build", "Phases", "check_range", "known_capabilities"]
+
+PARTS = 1000  # of a progress bar
+_FLAGS = {
+    "sparse": "SPARSE_WEIGHTS",
+    "weight_streaming": "WEIGHT_STREAMING",
+    "strip": "STRIP_PLAN",
+    "refit": "REFIT",
+    "version_compatible": "VERSION_COMPATIBLE",
+}
+_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|alloc\w* failed|map file to memory", re.IGNORECASE)
+
+
+class Build:
+    """A parsed network, and what it is to become."""
+
+    def __init__(self, library: Any, onnx: Path, component: Component, options: Options) -> None:
+        self._library = library
+        self._onnx = onnx
+        self._component = component
+        self._log = Log(library)
+        self._profiles = profiles(component)
+        self._builder = library.Builder(self._log.sink)
+        flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        self._network = self._builder.create_network(0 if flag is None else 1 << int(flag))
+        self._parse()
+        self._check_tensors()
+        self._config = self._builder.create_builder_config()
+        self._configure(options)
+
+    def _parse(self) -> None:
+        check_links(self._onnx.parent)
+        parser = self._parser = self._library.OnnxParser(self._network, self._log.sink)
+        if not parser.parse_from_file(str(self._onnx)):
+            found = parser.get_error(0) if parser.num_errors else None
+            node = f"{found.node_operator()} {found.node_name()}".strip() if found else ""
+            raise self._refused(f"{node}: " if node else "")
+
+    def _check_tensors(self) -> None:
+        network = self._network
+        self._inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        outputs = [network.get_output(index) for index in range(network.num_outputs)]
+        for kind, specs, tensors in (
+            ("input", self._component.inputs, self._inputs),
+            ("output", self._component.outputs, outputs),
+        ):
+            found = {t.name: (dtype_of(t.dtype), tuple(t.shape)) for t in tensors}
+            check_signature(f"{self._onnx}: {kind}", specs, found)
+
+    def _configure(self, options: Options) -> None:
+        library, config = self._library, self._config
+        for name, flag in _FLAGS.items():
+            if options.get(name):
+                config.set_flag(getattr(library.BuilderFlag, flag))
+        if "level" in options:
+            config.builder_optimization_level = options["level"]
+        if "workspace" in options:
+            pool = library.MemoryPoolType.WORKSPACE
+            config.set_memory_pool_limit(pool, options["workspace"] << 20)
+        if compatible := options.get("hardware_compatible"):
+            level = CHOICES["hardware_compatible"][compatible]
+            config.hardware_compatibility_level = getattr(library.HardwareCompatibilityLevel, level)
+        for shapes in self._profiles:
+            self._check_ranges(shapes)
+            if any(-1 in tensor.shape for tensor in self._inputs):
+                self._add_profile(shapes)
+
+    def _check_ranges(self, shapes: "Profile") -> None:
+        for tensor in self._inputs:
+            least, _, most = shapes[tensor.name]
+            check_range(f"{self._onnx}: {tensor.name}", tuple(tensor.shape), least, most)
+
+    def _add_profile(self, shapes: "Profile") -> None:
+        profile = self._builder.create_optimization_profile()
+        for tensor in self._inputs:
+            if -1 in tensor.shape:
+                profile.set_shape(tensor.name, *shapes[tensor.name])
+        if self._config.add_optimization_profile(profile) < 0:
+            raise self._refused("sizes: ")
+
+    def aim_at(self, capabilities: tuple[str, ...]) -> None:
+        """Build for GPUs of these compute capabilities."""
+        known = known_capabilities(self._library)
+        self._config.num_compute_capabilities = len(capabilities)
+        for index, each in enumerate(capabilities):
+            if not self._config.set_compute_capability(known[each], index):
+                raise self._refused(f"compute capability {each}: ")
+
+    def run(self, timing: Path, report: Report) -> Any:
+        """Build, and return the engine as a buffer of the library's.
+
+        In a thread of its own, so that Ctrl-C is heard here and not inside the library. What
+        report raises ends the build, too.
+        """
+        ended: list[BaseException] = []
+        self._config.progress_monitor = _monitor(self._library, report, ended)
+        if self._component.backend != RTX:
+            _read_timing(self._config, timing)
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(self._builder.build_serialized_network, self._network, self._config)
+            try:
+                plan = work.result()
+            except BaseException as error:
+                ended.append(error)
+                raise
+        if ended:
+            raise ended[0]
+        if plan is None:
+            raise self._refused()
+        if self._component.backend != RTX:
+            write_cache(timing, self._config.get_timing_cache().serialize())
+        report("built", PARTS, PARTS)
+        return plan
+
+    def _refused(self, what: str = "") -> BackendError:
+        reason = self._log.said() or "it does not say why"
+        if _MEMORY.search(reason):
+            reason = f"{reason}: {NO_MEMORY}"
+        return BackendError(f"{self._library.__name__} refuses {self._onnx}: {what}{reason}")
+
+
+def known_capabilities(library: Any) -> dict[str, Any]:
+    """The library's values by compute capability: SM120 is 12.0."""
+    members = library.ComputeCapability.__members__.items()
+    return {f"{key[2:-1]}.{key[-1]}": each for key, each in members if key.startswith("SM")}
+
+
+def check_range(
+    what: str, shape: tuple[int, ...], least: tuple[int, ...], most: tuple[int, ...]
+) -> None:
+    """Refuse to build for sizes of a dimension that the graph has fixed to another."""
+    for size, low, high in zip(shape, least, most, strict=True):
+        if size != -1 and not low == size == high:
+            raise SettingsError(
+                f"{what} is to be built for sizes {low} to {high}, and the graph is fixed to "
+                f"{size}: export it again with that dimension free, or build for {size}"
+            )
+
+
+def _read_timing(config: Any, path: Path) -> None:
+    """Take kernels' times from an earlier build on this GPU, or begin anew."""
+    try:
+        known = path.read_bytes()
+    except OSError:
+        known = b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+class Phases:
+    """How far nested phases of a build have come together, as one number that never falls.
+
+    How many phases a step has is known only afterwards, so each of them takes half of what is
+    left of it.
+
+    Attributes:
+        reached: from 0 to 1.
+    """
+
+    def __init__(self) -> None:
+        self.reached = 0.0
+        self._open: dict[str, _Phase] = {}
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase begins, within a step of its parent."""
+        phase = self._open[name] = _Phase(self._open.get(parent or ""), max(1, steps))
+        self.reached = max(self.reached, phase.reach())
+
+    def step(self, name: str, index: int) -> None:
+        """A phase has done the step of this index, from 0."""
+        if phase := self._open.get(name):
+            phase.done, phase.filled = index + 1, 0.0
+            self.reached = max(self.reached, phase.reach())
+
+    def finish(self, name: str) -> None:
+        """A phase has ended, with all of its steps or without."""
+        phase = self._open.pop(name, None)
+        if phase and phase.parent:
+            phase.parent.filled += (1 - phase.parent.filled) / 2
+
+
+@dataclass
+class _Phase:
+    """``filled`` is how much of the current step its inner phases have done."""
+
+    parent: "_Phase | None"
+    steps: int
+    done: int = 0
+    filled: float = 0.0
+
+    def reach(self, within: float = 0.0) -> float:
+        done = min(1.0, (self.done + within) / self.steps)
+        if self.parent is None:
+            return done
+        filled = self.parent.filled
+        return self.parent.reach(filled + (1 - filled) / 2 * done)
+
+
+def _monitor(library: Any, report: Report, ended: list[BaseException]) -> Any:
+    """What tells of progress; with anything in ended, it ends the build at the next step."""
+    phases, lock = Phases(), threading.Lock()  # several threads of the library may report
+
+    def tell(name: str) -> None:
+        try:
+            report(name, min(int(phases.reached * PARTS), PARTS - 1), PARTS)
+        except BaseException as error:  # which the library would print, and go on
+            ended.append(error)
+
+    def start(name: str, parent: str | None, steps: int) -> None:
+        with lock:
+            phases.start(name, parent, steps)
+            tell(name)
+
+    def step(name: str, index: int) -> bool:
+        with lock:
+            phases.step(name, index)
+            tell(name)
+        return not ended
+
+    def finish(name: str) -> None:
+        with lock:
+            phases.finish(name)
+
+    return implemented(
+        library.IProgressMonitor, phase_start=start, step_complete=step, phase_finish=finish
+    )

@@ -1,0 +1,224 @@
+"""From a checkpoint to engines in one go, for one target or for the fastest of several."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Handmade
+
+from latentforge.__main__ import main
+from latentforge.build import build, dimensions, estimate, optimize_and_compile
+from latentforge.export.onnx import Dimensions
+from latentforge.optimize.search.backends import select_backends, tune_rows
+from latentforge.runtime import backends
+from latentforge.runtime.backends import cuda
+from latentforge.runtime.compile.stage import compile_into, plan
+from latentforge.runtime.errors import (
+    BackendError,
+    DeviceError,
+    GateError,
+    ManifestError,
+    SettingsError,
+)
+from latentforge.runtime.image import psnr
+from latentforge.runtime.manifest import Manifest, RequestDefaults
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.shapes import Sizes, parse_ranges
+
+QUICK = {"gate": ["images=1"], "request": {"steps": 1}, "repeats": 1}
+
+
+@pytest.fixture(scope="module")
+def automatic(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("openvino", exc_type=ImportError)
+    directory = tmp_path_factory.mktemp("auto")
+    optimize_and_compile(tiny_engines, directory, target="auto", **QUICK)  # type: ignore[arg-type]
+    return directory
+
+
+def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) -> None:
+    manifest = Manifest.read(automatic)
+    stage = manifest.history[-1]
+    assert stage.name == "choose" and stage.options["reference"] == "cpu"
+    ratios = stage.options["ratios"]["openvino"]
+    assert {"text_encoder", "denoiser step", "vae_decoder", "total"} <= ratios.keys()
+    assert all(ratio > 0 for ratio in ratios.values())
+    chosen = stage.options["chosen"]
+    assert chosen.keys() == manifest.components.keys()
+    for name, part in (("text_encoder", "text_encoder"), ("denoiser", "denoiser step")):
+        if not 0.97 < ratios[part] < 1.07:  # else either may have been taken
+            assert chosen[name] == ("openvino" if ratios[part] > 1 else "cpu")
+    assert len({chosen[name] for name in chosen if name.startswith("denoiser")}) == 1
+    assert chosen["vae_encoder"] == chosen["vae_decoder"]
+    for name, component in manifest.components.items():
+        assert component.backend == {"cpu": "onnxruntime", "openvino": "openvino"}[chosen[name]]
+
+
+def test_what_auto_chose_makes_the_same_picture(automatic: Path, tiny_engines: Path) -> None:
+    with Pipeline.load(automatic) as ours, Pipeline.load(tiny_engines) as theirs:
+        results = [pipe("red apple", steps=2, seed=3) for pipe in (theirs, ours)]
+    assert psnr(results[0].latents, results[1].latents) > 80
+
+
+def test_auto_leaves_nothing_else(automatic: Path) -> None:
+    manifest = Manifest.read(automatic)
+    files = {entry.file for entry in manifest.files} | {"manifest.json"}
+    found = {p.relative_to(automatic).as_posix() for p in automatic.rglob("*") if p.is_file()}
+    assert found == files
+
+
+def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+    (tmp_path / "rtx").mkdir()
+    optimize_and_compile(
+        tiny_engines,
+        tmp_path / "rtx",
+        target="tensorrt-rtx",
+        recipe="fp16",
+        sizes=Sizes(height=parse_ranges("32"), width=parse_ranges("32,64")),
+        options=["capabilities=8.6"],
+        **QUICK,  # type: ignore[arg-type]
+    )
+    manifest = Manifest.read(tmp_path / "rtx")
+    assert [stage.name for stage in manifest.history] == ["export", "optimize", "compile"]
+    unet = manifest.components["denoiser"]
+    assert unet.file == "engines/tensorrt-rtx/unet.engine" and unet.device["compute capability"]
+    assert unet.inputs["sample"].shape[2] == 16 and len(unet.shapes) == 2
+    assert "denoiser_prompt" in manifest.components
+    files = {p.name for p in (tmp_path / "rtx").iterdir()}
+    assert files == {"manifest.json", "tokenizer", "engines"}
+    check_that_damage_is_told(tmp_path / "rtx")
+
+
+def test_auto_without_a_candidate(tiny_engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match="cpu: .*psnr is .* at least 1000.*openvino: .*psnr is"):
+        optimize_and_compile(
+            tiny_engines, tmp_path, target="auto", **{**QUICK, "gate": ["images=1", "psnr=1000"]}
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def check_that_damage_is_told(directory: Path) -> None:
+    """An engine cut short, one with two bytes swapped, and a whole one without a GPU."""
+    path = directory / "engines" / "tensorrt-rtx" / "unet.engine"
+    content = path.read_bytes()
+    place = next(i for i in range(5000, len(content)) if content[i] != content[i + 1])
+    swapped = content[:place] + content[place : place + 2][::-1] + content[place + 2 :]
+    for damaged, message in ((content[:-1], "cut short"), (swapped, "another sha256")):
+        path.write_bytes(damaged)
+        with pytest.raises(ManifestError, match=message):
+            Pipeline.load(directory)
+    path.write_bytes(content)
+    if cuda.gpu() is None:
+        with pytest.raises(DeviceError, match="text_encoder: this needs an NVIDIA GPU"):
+            Pipeline.load(directory)
+
+
+def test_bad_input_costs_no_export(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = str(tiny_checkpoint), tmp_path / "out"
+    with pytest.raises(SettingsError, match="no target 'tensort'; .*tensorrt"):
+        build(source, target, target="tensort")
+    with pytest.raises(SettingsError, match="no recipe"):
+        build(source, target, target="auto", recipe="int9")
+    if "tensorrt" not in installed():
+        with pytest.raises(BackendError, match=r"pip install 'latentforge\[tensorrt\]'"):
+            build(source, target, target="tensorrt")
+    assert main(["build", source, str(target), "--batch", "1:4"]) == 2
+    assert main(["build", source, str(target), "--layout", "optimum", "--batch", "1,4"]) == 2
+    assert main(["build", source, str(target), "--layout", "optimum", "--target", "auto"]) == 2
+    assert "give no recipe" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def installed() -> list[str]:
+    able = []
+    for name in backends.BACKENDS:
+        try:
+            backends.get(name)
+        except BackendError:
+            continue
+        able.append(name)
+    return able
+
+
+def test_the_outlook_says_what_it_takes(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", str(tiny_checkpoint), str(tmp_path / "out"), "--dry-run"]
+    assert main([*arguments, "--height", "32,64", "--precision", "fp16"]) == 0
+    said = capsys.readouterr().out
+    for words in ("unet: ", "export: up to", "recipe fp16", "height 32,64", "free", "disk: "):
+        assert words in said
+    assert list(tmp_path.iterdir()) == []
+    assert not any("compile" in line for line in estimate(str(tiny_checkpoint)))
+
+
+def test_the_outlook_of_graphs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A directory that optimum exported has no weights to count."""
+    checkpoint = tmp_path / "exported"
+    shutil.copytree(tiny_checkpoint, checkpoint, ignore=shutil.ignore_patterns("*.safetensors"))
+    (checkpoint / "unet" / "model.onnx").write_bytes(bytes(5_000_000))
+    assert "  graphs: 5 MB of weights in fp32" in list(estimate(str(checkpoint)))
+
+
+def test_a_size_that_is_the_only_one_is_fixed_in_the_graphs() -> None:
+    sizes = Sizes(height=parse_ranges("64"), width=parse_ranges("64,96"))
+    assert dimensions(sizes) == Dimensions(height=64)
+
+
+def test_the_faster_component_is_taken(tiny_engines: Path, tmp_path: Path, copy: object) -> None:
+    """What computes nothing is faster than what does."""
+    real, nothing = (Path(copy(tiny_engines)), tmp_path / "nothing")  # type: ignore[operator]
+    nothing.mkdir()
+    with pytest.raises(GateError):
+        compile_into(plan(real, backend="onnxruntime", others={"vae_decoder": "null"}), nothing)
+    assert Manifest.read(nothing).components["vae_decoder"].backend == "null"
+    target = tmp_path / "chosen"
+    target.mkdir()
+    manifest = select_backends({"real": real, "nothing": nothing}, target, repeats=2)
+    chosen = manifest.history[-1].options["chosen"]
+    assert chosen["vae_decoder"] == chosen["vae_encoder"] == "nothing"
+    assert Manifest.read(target).components["vae_decoder"].file == "engines/null/vae_decoder.null"
+
+
+# Multiplies each row of all images with each other one: what two take is four times one's.
+GROWING = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states)
+  => (float[batch, 4, h, w] out_sample)
+<int64[2] flat = {-1, 64}, int64[2] times = {12, 1}, float none = {0}>
+{
+  rows = Reshape(sample, flat)
+  tall = Tile(rows, times)
+  turned = Transpose<perm = [1, 0]>(tall)
+  square = MatMul(tall, turned)
+  most = ReduceMax<keepdims = 0>(square)
+  zero = Mul(most, none)
+  out_sample = Add(sample, zero)
+}"""
+# The same for the first image alone: two rows take as long as one.
+STEADY = GROWING.replace("rows = Reshape(sample, flat)", """every = Reshape(sample, flat)
+  rows = Slice(every, first, last)""").replace(
+    "float none", "int64[1] first = {0}, int64[1] last = {256}, float none"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("unet, rows", [(GROWING, 1), (STEADY, None)])
+def test_prefers_single_rows_where_they_are_faster(
+    unet: str, rows: int | None, handmade: Handmade
+) -> None:
+    defaults = RequestDefaults(
+        sampler="ddim", steps=4, guidance_scale=7.5, guidance_rescale=0.0, height=512, width=512
+    )
+    directory = handmade(onnx={"denoiser": unet}, defaults=defaults)
+    assert tune_rows(directory, repeats=2).components["denoiser"].max_rows == rows
+    assert Manifest.read(directory).components["denoiser"].max_rows == rows
+
+
+def test_leaves_rows_alone_without_guidance(handmade: Handmade) -> None:
+    defaults = RequestDefaults(
+        sampler="ddim", steps=4, guidance_scale=1.0, guidance_rescale=0.0, height=512, width=512
+    )
+    directory = handmade(onnx={"denoiser": GROWING}, defaults=defaults)
+    assert tune_rows(directory).components["denoiser"].max_rows is None

@@ -1,0 +1,93 @@
+"""The image of the engines is the one that diffusers makes: same seed, every sampler."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import latentforge
+from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.sampling.samplers import SAMPLERS
+
+pytest.importorskip("diffusers")
+
+STEPS = {"lcm": 4, "squeezed_10": 16, "squeezed_11": 16}
+
+
+@pytest.fixture(scope="module")
+def pipe(demo_engines: Path) -> Iterator[latentforge.Pipeline]:
+    with latentforge.load(demo_engines) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def eager() -> Any:
+    from latentforge.export.checkpoint import open_checkpoint
+    from latentforge.export.reference.eager import EagerPipeline
+
+    return EagerPipeline(open_checkpoint("demo"))
+
+
+@pytest.fixture(scope="module")
+def tiny_eager(tiny_checkpoint: Path) -> Any:
+    from latentforge.export.checkpoint import open_checkpoint
+    from latentforge.export.reference.eager import EagerPipeline
+
+    return EagerPipeline(open_checkpoint(str(tiny_checkpoint)))
+
+
+def distance(pipe: latentforge.Pipeline, eager: Any, **request: Any) -> float:
+    """PSNR of the worst picture of a request, in dB."""
+    prompts = request.pop("prompts", ["red apple on a blue background", "owl"])
+    ours = pipe(prompts, **request)
+    reference = eager(ours.settings)
+    pairs = zip(reference.images, ours.images, strict=True)
+    return min(psnr(to_array([a]), to_array([b]), peak=2.0) for a, b in pairs)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_image(pipe: latentforge.Pipeline, eager: Any, sampler: str) -> None:
+    steps = STEPS.get(sampler, 8)
+    assert distance(pipe, eager, sampler=sampler, steps=steps, seed=3) >= 40
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_image_where_noise_is_predicted(
+    tiny_engines: Path, tiny_eager: Any, sampler: str
+) -> None:
+    """The tiny checkpoint predicts epsilon and has Stable Diffusion 1.5's scheduler file."""
+    with latentforge.load(tiny_engines) as pipeline:
+        steps = STEPS.get(sampler, 6)
+        assert distance(pipeline, tiny_eager, sampler=sampler, steps=steps, seed=3) >= 40
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"negative_prompt": "red", "guidance_scale": 7.5},
+        {"guidance_rescale": 0.7},
+        {"guidance_scale": 1.0},
+        {"images_per_prompt": 2, "sampler": "euler_ancestral"},
+        {"height": 96, "width": 48},
+        {"prompts": [""], "steps": 1},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_same_image_whatever_is_asked(
+    pipe: latentforge.Pipeline, eager: Any, request_: dict[str, Any]
+) -> None:
+    assert distance(pipe, eager, **{"steps": 4, "seed": 5, **request_}) >= 40
+
+
+def test_another_seed_is_another_image(tiny_engines: Path) -> None:
+    """So that the figures above mean something. (The demo's pictures hardly mind the seed.)"""
+    with latentforge.load(tiny_engines) as pipeline:
+        a, b = (pipeline("owl", steps=4, seed=seed) for seed in (1, 2))
+    assert psnr(to_array(a.images), to_array(b.images), peak=2.0) < 30
+
+
+def test_another_prompt_is_another_image(pipe: latentforge.Pipeline) -> None:
+    a, b = (pipe(text, steps=4, seed=1) for text in ("owl", "carrot"))
+    assert psnr(to_array(a.images), to_array(b.images), peak=2.0) < 20

@@ -1,0 +1,638 @@
+"""A checkpoint is read for its numbers alone: damage is named, and nothing of it is run."""
+
+import json
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+from numpy.typing import NDArray
+
+pytest.importorskip("diffusers", exc_type=ImportError)
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPTextModel
+
+from latentforge.export.checkpoint import Checkpoint, open_checkpoint
+from latentforge.export.families import family_of
+from latentforge.export.modules import load_module
+from latentforge.export.schedulers import default_sampler, prediction_of, schedule_of
+from latentforge.export.tokenizers import write_tokenizer
+from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.text import one_line
+
+Copy = Callable[[Path], Path]
+Weights = dict[str, NDArray[np.generic]]
+
+KINDS = {"text_encoder": CLIPTextModel, "denoiser": UNet2DConditionModel, "vae": AutoencoderKL}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+KEYS = {  # one weight of each component
+    "text_encoder": "text_model.encoder.layers.0.mlp.fc1.weight",
+    "denoiser": "conv_norm_out.weight",
+    "vae": "decoder.conv_out.weight",
+}
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, copy: Copy) -> Path:
+    return copy(tiny_checkpoint)
+
+
+def weight_file(path: Path, folder: str) -> Path:
+    return next((path / folder).glob("*.safetensors"))
+
+
+def edit_weights(path: Path, folder: str, edit: Callable[[Weights], object]) -> None:
+    file = weight_file(path, folder)
+    weights = {key: value.copy() for key, value in load_file(file).items()}
+    edit(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def read_all(path: Path, scratch: Path) -> None:
+    """Everything that export reads of a checkpoint."""
+    opened = open_checkpoint(str(path))
+    family_of(opened).plan(opened)
+    config = opened.config("scheduler", "scheduler_config.json")
+    schedule_of(config), prediction_of(config), default_sampler(config)
+    scratch.mkdir()
+    write_tokenizer(opened, "tokenizer", scratch)
+    for folder, kind in KINDS.items():
+        load_module(opened, folder, kind)
+
+
+def refused(read: Callable[[], object], *names: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    for name in names:
+        assert name in message
+    return message
+
+
+def load(path: Path, folder: str) -> Callable[[], object]:
+    return lambda: load_module(open_checkpoint(str(path)), folder, KINDS[folder])
+
+
+def test_a_sound_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    read_all(checkpoint, tmp_path / "scratch")
+    opened = open_checkpoint(str(checkpoint))
+    assert opened.pipeline_class == "StableDiffusionPipeline"
+    assert opened.license is None and opened.sidecar == {}
+    assert default_sampler(opened.config("scheduler", "scheduler_config.json")) == "pndm"
+
+
+# What is no checkpoint
+
+
+def test_refuses_what_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(lambda: open_checkpoint(str(tmp_path / "empty")), "no model_index.json")
+    refused(lambda: open_checkpoint(str(tmp_path / "missing")), "missing", "hub id org/model")
+    for name in ("", "x" * 5000, "a/" * 3000, "a\0b", "-", "a b", "https://hub/org/model"):
+        refused(partial(open_checkpoint, name))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt", "pt", "gguf"])
+def test_refuses_a_single_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(b"x")
+    message = refused(lambda: open_checkpoint(str(path)), str(path), "from_single_file")
+    assert ("can run code" in message) == (suffix in ("ckpt", "pt"))
+
+
+def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    start = time.monotonic()
+    for name in ("nobody/nothing", "nobody/nothing@v1", "../nothing", "./nothing"):
+        refused(partial(open_checkpoint, name), f"no directory {name}", "hub")
+    assert time.monotonic() - start < 10
+
+
+def hub(source: Path, target: Path, fetched: list[str]) -> Callable[..., str]:
+    """A stand-in for the network alone: copies what the patterns let through."""
+
+    def snapshot_download(
+        repository: str, *, revision: str | None, allow_patterns: Any, ignore_patterns: Any
+    ) -> str:
+        files = [path.relative_to(source).as_posix() for path in source.rglob("*.*")]
+        for file in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / file, target / file)
+            fetched.append(file)
+        return str(target)
+
+    return snapshot_download
+
+
+@pytest.mark.parametrize("family", ["sd", "decidiffusion-1"])
+def test_what_is_fetched(
+    tiny: Callable[[str], Path], copy: Copy, tmp_path: Path, monkeypatch: Any, family: str
+) -> None:
+    """No pickles, no code, and not DeciDiffusion's placeholder of three gigabytes."""
+    source, fetched = copy(tiny(family)), list[str]()
+    for name in ("unet/model.bin", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
+        (source / name).touch()
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", hub(source, tmp_path / "cache", fetched)
+    )
+    opened = open_checkpoint("Deci/model")
+    assert family_of(opened).plan(opened)
+    assert not any(file.endswith((".bin", ".py")) for file in fetched)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (weights in fetched) == (family == "sd")
+
+
+def test_an_unknown_pipeline_lists_the_known(checkpoint: Path) -> None:
+    for name in ("KandinskyPipeline", "__import__", None, ["a"], 3):
+        edit_json(checkpoint / "model_index.json", _class_name=name)
+        opened = open_checkpoint(str(checkpoint))
+        refused(partial(family_of, opened), str(name), "StableDiffusionPipeline")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+def test_malformed_json(checkpoint: Path, file: str, content: bytes) -> None:
+    (checkpoint / file).write_bytes(content)
+    refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), file, "JSON")
+
+
+def test_json_that_is_no_file_or_a_huge_one(checkpoint: Path) -> None:
+    path = checkpoint / "unet" / "config.json"
+    path.unlink()
+    refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), str(path), "incomplete")
+    path.mkdir()
+    refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), str(path), "incomplete")
+    path.rmdir()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), str(path), "larger than")
+
+
+@pytest.mark.parametrize("folder", ["denoiser", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_missing_component(checkpoint: Path, tmp_path: Path, folder: str) -> None:
+    (checkpoint / folder).rename(tmp_path / "aside")
+    refused(lambda: read_all(checkpoint, tmp_path / "scratch"), f"no {folder}/", "incomplete")
+
+
+FILES = ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_config(checkpoint: Path, tmp_path: Path, file: str) -> None:
+    (checkpoint / file).unlink()
+    refused(lambda: read_all(checkpoint, tmp_path / "scratch"), file)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "max_position_embeddings"])
+def test_a_config_without_a_key(checkpoint: Path, key: str) -> None:
+    path = checkpoint / "text_encoder" / "config.json"
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+    opened = open_checkpoint(str(checkpoint))
+    refused(lambda: family_of(opened).plan(opened), key)
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes"),
+    [
+        ("text_encoder", {"num_attention_heads": 0}),
+        ("text_encoder", {"hidden_size": 0}),
+        ("text_encoder", {"hidden_act": "os.system"}),
+        ("text_encoder", {"vocab_size": 10**12}),
+        ("text_encoder", {"num_hidden_layers": 0}),
+        ("text_encoder", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("denoiser", {"norm_num_groups": 0}),
+        ("denoiser", {"block_out_channels": []}),
+        ("denoiser", {"down_block_types": ["Evil", "Evil"]}),
+        ("denoiser", {"act_fn": "exec"}),
+        (
+            "denoiser",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        ),
+        ("vae", {"up_block_types": ["UpDecoderBlock2D", "Evil"]}),
+        ("vae", {"layers_per_block": "x"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+)
+def test_a_config_that_makes_no_sense(
+    checkpoint: Path, folder: str, changes: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(checkpoint / folder / "config.json", **changes)
+    refused(load(checkpoint, folder), str(checkpoint))
+    assert capfd.readouterr() == ("", "")  # what the libraries say is in the message
+
+
+# Weights
+
+
+def test_pickles(checkpoint: Path) -> None:
+    weights = checkpoint / UNET
+    weights.rename(weights.with_suffix(".bin"))
+    refused(
+        load(checkpoint, "denoiser"), "diffusion_pytorch_model.bin", "pickle", "safe_serialization"
+    )
+
+
+def test_no_weights_at_all(checkpoint: Path) -> None:
+    (checkpoint / UNET).unlink()
+    refused(load(checkpoint, "unet"), str(checkpoint / "unet"), "no weights")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1000, -1])
+def test_weights_cut_short(checkpoint: Path, keep: int) -> None:
+    file = checkpoint / UNET
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(load(checkpoint, "denoiser"), str(file), "damaged or cut short", "fetch it again")
+
+
+HEADERS = [
+    b"\xff" * 8 + b"{}",
+    struct.pack("<Q", 1 << 40),
+    struct.pack("<Q", 2) + b"{}" + bytes(100),
+    struct.pack("<Q", 8) + b"garbage!",
+    struct.pack("<Q", 60)
+    + b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,80]}}    '.ljust(60),
+    b"\x80\x04\x95 a pickle under a false name",
+    b"PK\x03\x04" + bytes(100),
+]
+
+
+@pytest.mark.parametrize("content", HEADERS, ids=range(len(HEADERS)))
+def test_garbage_for_weights(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / UNET).write_bytes(content)
+    refused(load(checkpoint, "denoiser"), str(checkpoint / UNET), "damaged")
+
+
+@pytest.mark.parametrize("folder", KINDS)
+def test_a_weight_missing(checkpoint: Path, folder: str) -> None:
+    key = some_key(checkpoint, folder)
+    edit_weights(checkpoint, folder, lambda weights: weights.pop(key))
+    refused(load(checkpoint, folder), folder, "1 missing keys", key.removeprefix("text_model."))
+
+
+@pytest.mark.parametrize("folder", KINDS)
+def test_a_weight_left_over(
+    checkpoint: Path, folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    extra = {"surplus.weight": np.zeros(3, np.float32)}
+    edit_weights(checkpoint, folder, lambda weights: weights.update(extra))
+    refused(load(checkpoint, folder), folder, "1 unexpected keys", "surplus.weight")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("folder", KINDS)
+def test_a_weight_of_another_shape(checkpoint: Path, folder: str) -> None:
+    key = some_key(checkpoint, folder)
+    wrong = {key: np.zeros((3, 3), np.float32)}
+    edit_weights(checkpoint, folder, lambda weights: weights.update(wrong))
+    refused(load(checkpoint, folder), folder, "shape", key.removeprefix("text_model."))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("folder", KINDS)
+def test_a_weight_that_is_nan(checkpoint: Path, folder: str, bad: float) -> None:
+    key = some_key(checkpoint, folder)
+    edit_weights(checkpoint, folder, lambda weights: weights[key].fill(bad))
+    refused(load(checkpoint, folder), folder, "NaN or infinity", key.removeprefix("text_model."))
+
+
+def some_key(path: Path, folder: str) -> str:
+    """The name of a weight that is there, whichever prefix this version of transformers gives."""
+    names = list(load_file(weight_file(path, folder)))
+    return next(name for name in names if KEYS[folder].endswith(name) or name == KEYS[folder])
+
+
+def test_position_ids_of_old_text_encoders_are_no_surplus(checkpoint: Path) -> None:
+    ids = {"text_model.embeddings.position_ids": np.arange(24)[None]}
+    edit_weights(checkpoint, "text_encoder", lambda weights: weights.update(ids))
+    load(checkpoint, "text_encoder")()
+
+
+def test_old_names_of_attention_in_the_vae(checkpoint: Path) -> None:
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def age(weights: Weights) -> None:
+        for key in [key for key in weights if "attentions" in key]:
+            old = key
+            for new_name, old_name in names.items():
+                old = old.replace(new_name, old_name)
+            weights[old] = weights.pop(key)
+
+    edit_weights(checkpoint, "vae", age)
+    load(checkpoint, "vae")()
+
+
+CONTRADICTIONS: list[tuple[str, str, dict[str, object], tuple[str, ...]]] = [
+    ("sd", "denoiser", {"cross_attention_dim": 48}, ("48", "32", "text_encoder")),
+    ("sd", "denoiser", {"in_channels": 9}, ("conv_in.weight", "[32, 9, 3, 3]", "[32, 4, 3, 3]")),
+    ("sd", "denoiser", {"in_channels": 5}, ("5 channels", "4", "9")),
+    ("sd", "denoiser", {"block_out_channels": [32, 96]}, ("[96]", "[64]")),
+    ("sd", "denoiser", {"mid_block_type": None}, ("46 unexpected keys", "mid_block.")),
+    ("sd", "text_encoder", {"intermediate_size": 128}, ("128", "64", "mlp")),
+    ("sd", "text_encoder", {"num_hidden_layers": 2}, ("16 missing keys", "layers.1.")),
+    ("sd", "vae", {"latent_channels": 8}, ("4 channels", "8")),
+    ("sd", "vae", {"latents_mean": [0.0] * 4}, ("latents_mean",)),
+    ("lcm", "denoiser", {"time_cond_proj_dim": None}, ("unexpected", "cond_proj")),
+    ("sdxl", "denoiser", {"addition_embed_type": None}, ("text_time", "None")),
+    ("sdxl", "denoiser", {"addition_time_embed_dim": 4}, ("48", "72")),
+    ("sdxl", "denoiser", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
+    ("sdxl", "text_encoder", {"hidden_size": 48}, ("64", "80")),
+    ("decidiffusion-1", "text_encoder", {"hidden_size": 48}, ("32", "48")),
+]
+
+
+@pytest.mark.parametrize(("family", "folder", "changes", "words"), CONTRADICTIONS)
+def test_a_configuration_that_contradicts_the_weights(
+    tiny: Callable[[str], Path],
+    copy: Copy,
+    family: str,
+    folder: str,
+    changes: dict[str, object],
+    words: tuple[str, ...],
+) -> None:
+    path = copy(tiny(family))
+    edit_json(path / folder / "config.json", **changes)
+    opened = open_checkpoint(str(path))
+
+    def load_all() -> None:
+        for component in family_of(opened).plan(opened).components:
+            component.load(opened)
+
+    refused(load_all, *words)
+
+
+# Variants and shards
+
+
+def test_half_precision_is_taken_where_there_is_nothing_else(checkpoint: Path) -> None:
+    file = checkpoint / UNET
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    opened = open_checkpoint(str(checkpoint))
+    assert opened.weights("denoiser")[1] == "fp16"
+    load(checkpoint, "denoiser")()
+
+
+def shard(path: Path, names: tuple[str, str]) -> Path:
+    """Cut the UNet's weights in two files with an index."""
+    weights = load_file(path / UNET)
+    (path / UNET).unlink()
+    first, second = (
+        {k: v for i, (k, v) in enumerate(weights.items()) if i % 2 == j} for j in (0, 1)
+    )
+    for name, part in zip(names, (first, second), strict=True):
+        save_file(part, path / "unet" / name, metadata={"format": "pt"})
+    index = path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    where = {**dict.fromkeys(first, names[0]), **dict.fromkeys(second, names[1])}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return index
+
+
+SHARDS = ("part-1.safetensors", "part-2.safetensors")
+
+
+def test_shards(checkpoint: Path) -> None:
+    shard(checkpoint, SHARDS)
+    files, _ = open_checkpoint(str(checkpoint)).weights("denoiser")
+    assert [file.name for file in files] == list(SHARDS)
+    load(checkpoint, "denoiser")()
+    (checkpoint / "unet" / SHARDS[1]).write_bytes(b"cut")
+    refused(load(checkpoint, "denoiser"), SHARDS[1], "damaged")
+    (checkpoint / "unet" / SHARDS[1]).unlink()
+    refused(load(checkpoint, "denoiser"), SHARDS[1], "not there")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/tmp/x.safetensors",
+        "..",
+        "",
+        "a/x.safetensors",
+        "x.bin",
+        "x\n.safetensors",
+        3,
+        None,
+        ["x"],
+    ],
+)
+def test_shards_that_lie_elsewhere(checkpoint: Path, name: object) -> None:
+    index = shard(checkpoint, SHARDS)
+    content = json.loads(index.read_text())
+    for place in (checkpoint, checkpoint / "unet"):
+        (place / "x.safetensors").write_bytes((checkpoint / "unet" / SHARDS[0]).read_bytes())
+        (place / "x.bin").write_bytes((checkpoint / "unet" / SHARDS[0]).read_bytes())
+    content["weight_map"] |= {"conv_in.weight": name}
+    index.write_text(json.dumps(content))
+    refused(load(checkpoint, "denoiser"), "shard", repr(name), "not there")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]"])
+def test_an_index_of_nothing(checkpoint: Path, content: str) -> None:
+    index = shard(checkpoint, SHARDS)
+    index.write_text(content)
+    refused(load(checkpoint, "denoiser"), index.name)
+
+
+def test_weights_that_are_there_twice(checkpoint: Path) -> None:
+    whole = (checkpoint / UNET).read_bytes()
+    shard(checkpoint, SHARDS)
+    (checkpoint / UNET).write_bytes(whole)
+    refused(load(checkpoint, "denoiser"), "remove one of them")
+
+
+# Code
+
+
+@pytest.fixture
+def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
+    """A checkpoint with code in every place where some library looks for it."""
+    marker = tmp_path / "executed"
+    code = f"open({str(marker)!r}, 'w').close()\nraise SystemExit('executed')\n"
+    names = ["pipeline", "modeling", "modeling_evil", "tokenization_evil", "__init__", "evil"]
+    for folder in ("", "denoiser", "vae", "text_encoder", "tokenizer", "scheduler"):
+        for name in names:
+            (checkpoint / folder / f"{name}.py").write_text(code)
+    auto = {name: "evil.Evil" for name in ("AutoModel", "AutoConfig", "AutoTokenizer")}
+    for folder in KINDS:
+        edit_json(
+            checkpoint / folder / "config.json",
+            auto_map=auto,
+            _class_name="Evil",
+            architectures=["Evil"],
+            custom_pipelines={"evil": {}},
+            trust_remote_code=True,
+        )
+    edit_json(
+        checkpoint / "tokenizer" / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        tokenizer_class="Evil",
+        trust_remote_code=True,
+    )
+    edit_json(checkpoint / "scheduler" / "scheduler_config.json", _class_name="Evil")
+    edit_json(
+        checkpoint / "model_index.json",
+        unet=["pipeline", "Evil"],
+        vae=["evil", "Evil"],
+        scheduler=["os", "system"],
+        custom=["evil", "Evil"],
+    )
+    yield checkpoint
+    assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_code_is_never_run(trap: Path, tmp_path: Path) -> None:
+    read_all(trap, tmp_path / "scratch")
+
+
+def test_an_adapter_to_elsewhere(checkpoint: Path) -> None:
+    base = {"base_model_name_or_path": "../../elsewhere"}
+    (checkpoint / "text_encoder" / "adapter_config.json").write_text(json.dumps(base))
+    refused(load(checkpoint, "text_encoder"), "adapter")
+
+
+# Tokenizer, scheduler, sidecar, model card
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[1, 2"])
+def test_a_damaged_tokenizer(
+    checkpoint: Path, tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    path = checkpoint / "tokenizer" / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    opened = open_checkpoint(str(checkpoint))
+    refused(lambda: write_tokenizer(opened, "tokenizer", tmp_path), str(checkpoint / "tokenizer"))
+
+
+def test_merges_cut_short(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = checkpoint / "tokenizer" / "merges.txt"
+    opened = open_checkpoint(str(checkpoint))
+    write_tokenizer(opened, "tokenizer", tmp_path)
+    assert caplog.messages == []
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-20]) + "\n")
+    (tmp_path / "again").mkdir()
+    write_tokenizer(opened, "tokenizer", tmp_path / "again")
+    (message,) = caplog.messages
+    assert "no merge makes 20 tokens" in message and "cut short" in message
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize("size", [3, 0, "x"])
+def test_a_text_encoder_for_another_tokenizer(
+    checkpoint: Path, tmp_path: Path, key: str, size: object
+) -> None:
+    edit_json(checkpoint / "text_encoder" / "config.json", **{key: size})
+    opened = open_checkpoint(str(checkpoint))
+    refused(lambda: write_tokenizer(opened, "tokenizer", tmp_path), "text_encoder", key)
+
+
+@pytest.mark.parametrize("length", [0, -1, 10**30, 1e30, "77", True, [77], None])
+def test_an_impossible_length(checkpoint: Path, tmp_path: Path, length: object) -> None:
+    edit_json(checkpoint / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    opened = open_checkpoint(str(checkpoint))
+    refused(lambda: write_tokenizer(opened, "tokenizer", tmp_path), "model_max_length")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_train_timesteps": "1000"},
+        {"num_train_timesteps": -1},
+        {"beta_schedule": "sigmoid"},
+        {"beta_schedule": ["linear"]},
+        {"beta_start": None},
+        {"beta_end": 2},
+        {"trained_betas": 3},
+        {"trained_betas": [0.1, "x"]},
+        {"trained_betas": [0.1, 0.2]},
+        {"timestep_spacing": "other"},
+        {"rescale_betas_zero_snr": "yes"},
+        {"set_alpha_to_one": 1},
+        {"prediction_type": "sample"},
+        {"prediction_type": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_schedule_that_is_none(checkpoint: Path, changes: dict[str, object]) -> None:
+    edit_json(checkpoint / "scheduler" / "scheduler_config.json", **changes)
+    config = open_checkpoint(str(checkpoint)).config("scheduler", "scheduler_config.json")
+    refused(lambda: (schedule_of(config), prediction_of(config)), "scheduler_config.json")
+
+
+def test_what_the_checkpoint_says_to_us(checkpoint: Path) -> None:
+    sidecar = {"name": "Tiny", "license": "MIT", "defaults": {"steps": 4}, "more": None}
+    (checkpoint / "latentforge.json").write_text(json.dumps(sidecar))
+    opened = open_checkpoint(str(checkpoint))
+    assert opened.license == "MIT" and opened.sidecar["defaults"] == {"steps": 4}
+    for wrong in ({"name": 3}, {"license": ["MIT"]}, {"defaults": "none"}):
+        (checkpoint / "latentforge.json").write_text(json.dumps(wrong))
+        refused(lambda: opened.sidecar, "latentforge.json", next(iter(wrong)))
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: openrail\ntags: [a]\n---\n# Model", "openrail"),
+        ("---\ntags: [a]\n---\nlicense: no", None),
+        ("no header", None),
+        ("---\nlicense: never closed", None),
+        ("\ufffd\x00", None),
+    ],
+)
+def test_the_licence_of_the_model_card(checkpoint: Path, card: str, license: str | None) -> None:
+    (checkpoint / "README.md").write_text(card)
+    assert open_checkpoint(str(checkpoint)).license == license
+
+
+def test_a_model_card_that_is_no_file(checkpoint: Path) -> None:
+    (checkpoint / "README.md").mkdir()
+    assert open_checkpoint(str(checkpoint)).license is None
+
+
+def test_the_hash_of_the_weights(checkpoint: Path) -> None:
+    import hashlib
+
+    content = (checkpoint / UNET).read_bytes()
+    assert open_checkpoint(str(checkpoint)).sha256("unet") == hashlib.sha256(content).hexdigest()
+    shard(checkpoint, SHARDS)
+    parts = [hashlib.sha256((checkpoint / "unet" / name).read_bytes()) for name in SHARDS]
+    both = hashlib.sha256("".join(part.hexdigest() for part in parts).encode()).hexdigest()
+    assert open_checkpoint(str(checkpoint)).sha256("unet") == both
+
+
+def test_brief() -> None:
+    assert one_line(ValueError("one\n  two")) == "one two"
+    assert one_line(AssertionError()) == "AssertionError"
+    assert len(one_line(ValueError("x" * 10_000))) == 300
+
+
+def test_the_demo_is_a_checkpoint() -> None:
+    demo: Checkpoint = open_checkpoint("demo")
+    assert family_of(demo).name == "stable_diffusion" and demo.license

@@ -1,0 +1,458 @@
+"""Export gives engines that compute what torch computes, whole or not at all."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("diffusers", exc_type=ImportError)
+
+import torch
+
+from latentforge.export import parity
+from latentforge.export.checkpoint import open_checkpoint
+from latentforge.export.families import ComponentPlan, family_of
+from latentforge.export.onnx import Dimensions
+from latentforge.export.reference.eager import EagerPipeline
+from latentforge.export.stage import export
+from latentforge.runtime.engine import Engine
+from latentforge.runtime.errors import (
+    CheckpointError,
+    GateError,
+    LatentforgeError,
+    SettingsError,
+    ShapeError,
+    TargetError,
+)
+from latentforge.runtime.image import psnr, relative_error
+from latentforge.runtime.manifest import Manifest, hash_file
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.tensor import TensorSpec
+
+Copy = Callable[[Path], Path]
+
+COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
+FOLDERS = dict(zip(COMPONENTS, ["text_encoder", "unet", "vae", "vae"], strict=True))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def plans(checkpoint: Path) -> dict[str, ComponentPlan]:
+    opened = open_checkpoint(str(checkpoint))
+    return {plan.name: plan for plan in family_of(opened).plan(opened).components}
+
+
+# What is in the directory
+
+
+def test_the_manifest(tiny_engines: Path, tiny_checkpoint: Path) -> None:
+    manifest = Manifest.read(tiny_engines)
+    assert manifest.name == "tiny" and manifest.family == "stable_diffusion"
+    assert list(manifest.components) == COMPONENTS
+    assert manifest.prediction == "epsilon" and manifest.defaults.sampler == "pndm"
+    assert manifest.latent.downscale == 2 and manifest.latent.multiple == 2
+    assert (manifest.defaults.height, manifest.defaults.width) == (32, 32)
+    assert manifest.source.checkpoint == str(tiny_checkpoint)
+    for part in manifest.components.values():
+        assert part.backend == "onnxruntime" and part.precision == "fp32"
+    expected = {"manifest.json", "tokenizer", *(f"{name}.onnx" for name in COMPONENTS)}
+    assert set(names(tiny_engines)) == expected
+    assert names(tiny_engines.parent) == ["tiny"]
+
+
+def test_hashes_are_those_of_the_checkpoint(tiny_engines: Path, tiny_checkpoint: Path) -> None:
+    sha256 = Manifest.read(tiny_engines).source.sha256
+    assert sha256 == {
+        folder: hash_file(next((tiny_checkpoint / folder).glob("*.safetensors")))
+        for folder in sorted(set(FOLDERS.values()))
+    }
+
+
+def test_quality_is_measured(tiny_engines: Path) -> None:
+    quality = Manifest.read(tiny_engines).quality
+    assert set(quality) == {*COMPONENTS, "image"}
+    for name in COMPONENTS:
+        assert 0 < quality[name]["max_relative_error"] < 1e-4 and quality[name]["psnr"] > 80
+    assert quality["image"]["psnr"] > 60 and quality["image"]["latents_psnr"] > 60
+
+
+def test_history_says_how(tiny_engines: Path) -> None:
+    (stage,) = Manifest.read(tiny_engines).history
+    assert stage.name == "export" and stage.seconds > 0
+    assert stage.options == {"opset": 20, "components": COMPONENTS}
+    assert {"latentforge", "torch", "diffusers", "onnxruntime"} <= set(stage.tools)
+    assert stage.tools["torch"] == torch.__version__
+
+
+def test_nothing_tells_of_the_machine_it_was_made_on(
+    tiny_engines: Path, tiny_checkpoint: Path
+) -> None:
+    packages = Path(torch.__file__).parents[1]
+    places = {tiny_engines.parent, tiny_checkpoint.parent, packages, Path.cwd(), Path.home()}
+    forbidden = [str(place).encode() for place in places if place != Path("/")]
+    forbidden += [b"site-packages", b".py", b"line "]
+    manifest = json.loads((tiny_engines / "manifest.json").read_text())
+    del manifest["source"]["checkpoint"]  # what the user typed, and the one exception
+    contents = {path.name: path.read_bytes() for path in tiny_engines.rglob("*.onnx")}
+    contents["manifest.json"] = json.dumps(manifest).encode()
+    assert len(contents) == 5
+    for name, content in contents.items():
+        assert [text for text in forbidden if text in content] == [], name
+
+
+def test_graphs_are_what_the_manifest_says(tiny_engines: Path) -> None:
+    import onnx
+
+    for name, part in Manifest.read(tiny_engines).components.items():
+        model = onnx.load(tiny_engines / part.file)
+        onnx.checker.check_model(model, full_check=True)
+        for values, specs in ((model.graph.input, part.inputs), (model.graph.output, part.outputs)):
+            assert [value.name for value in values] == list(specs)
+            for value in values:
+                spec = specs[value.name]
+                dims = value.type.tensor_type.shape.dim
+                found = [dim.dim_value or dim.dim_param for dim in dims]
+                assert len(found) == len(spec.shape)
+                for size, want in zip(found, spec.shape, strict=True):
+                    assert isinstance(size, str) == isinstance(want, str), (name, value.name)
+        assert {opset.domain: opset.version for opset in model.opset_import}[""] == 20
+
+
+# Free dimensions are free
+
+
+def feeds(specs: Mapping[str, TensorSpec], sizes: dict[str, int]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for name, spec in specs.items():
+        shape = spec.resolve(sizes)
+        random_ids = rng.integers(0, 1000, shape)
+        arrays[name] = (
+            random_ids if spec.dtype == "int64" else rng.normal(size=shape).astype(spec.dtype)
+        )
+    if "timestep" in arrays:
+        arrays["timestep"][:] = 321
+    return arrays
+
+
+SIZES = [(1, 8, 8), (3, 16, 16), (2, 6, 20), (5, 34, 10)]
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_other_sizes_give_what_torch_gives(
+    name: str, tiny_engines: Path, tiny_checkpoint: Path
+) -> None:
+    part = Manifest.read(tiny_engines, hashes=False).components[name]
+    engine = Engine.load(name, part, tiny_engines, {"threads": 1})
+    plan = plans(tiny_checkpoint)[name]
+    module = plan.load(open_checkpoint(str(tiny_checkpoint)))
+    for batch, height, width in SIZES:
+        sizes = {
+            "batch": batch,
+            "latent_height": height,
+            "latent_width": width,
+            "height": 2 * height,
+            "width": 2 * width,
+        }
+        inputs = feeds(part.inputs, sizes)
+        with torch.inference_mode():
+            value = module(*(torch.from_numpy(inputs[key]) for key in plan.inputs))
+        expected = (value[0] if isinstance(value, tuple) else value).numpy()
+        (output,) = engine.session.run(inputs).values()
+        (spec,) = part.outputs.values()
+        assert output.shape == spec.resolve(sizes)
+        assert relative_error(expected, output) < 1e-4
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_images_are_those_of_diffusers(
+    tiny_engines: Path, tiny_checkpoint: Path, size: tuple[int, int]
+) -> None:
+    with Pipeline.load(tiny_engines, threads=1) as pipe:
+        settings = pipe.settings(
+            ["a red fox", "moon"],
+            negative_prompt="blue",
+            images_per_prompt=2,
+            steps=4,
+            seed=11,
+            height=size[0],
+            width=size[1],
+        )
+        ours = pipe.run(settings)
+    theirs = EagerPipeline(open_checkpoint(str(tiny_checkpoint)))(settings)
+    assert len(ours.images) == 4
+    assert ours.images[0].size == theirs.images[0].size == size[::-1]
+    assert psnr(theirs.latents, ours.latents) > 80
+    for mine, reference in zip(ours.images, theirs.images, strict=True):
+        assert psnr(np.asarray(reference), np.asarray(mine), peak=255) > 50
+
+
+# Fixed dimensions are fixed
+
+
+@pytest.fixture(scope="module")
+def fixed(
+    tiny_checkpoint: Path, tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny engines with a UNet of batch 1, for images of 24 x 40."""
+    directory = tmp_path_factory.mktemp("fixed")
+    dimensions = Dimensions(batch=1, height=24, width=40)
+    manifest = export(
+        str(tiny_checkpoint), directory / "unet", components=["unet"], dimensions=dimensions
+    )
+    assert manifest.history[0].options["height"] == 24
+    shutil.copytree(tiny_engines, directory / "all")
+    shutil.copy(directory / "unet" / "denoiser.onnx", directory / "all")
+    content = json.loads((tiny_engines / "manifest.json").read_text())
+    part = json.loads((directory / "unet" / "manifest.json").read_text())
+    content["components"]["denoiser"] = part["components"]["denoiser"]
+    content["defaults"] = part["defaults"]
+    (directory / "all" / "manifest.json").write_text(json.dumps(content))
+    return directory / "all"
+
+
+def test_fixed_sizes_are_in_graph_and_manifest(fixed: Path) -> None:
+    import onnx
+
+    part = Manifest.read(fixed).components["denoiser"]
+    assert part.inputs["sample"].shape == part.outputs["out_sample"].shape == (1, 4, 12, 20)
+    graph = onnx.load(fixed / "denoiser.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert all(dim.dim_value > 0 for dim in value.type.tensor_type.shape.dim), value.name
+
+
+def test_fixed_sizes_refuse_others(fixed: Path) -> None:
+    with Pipeline.load(fixed, threads=1) as pipe:
+        with pytest.raises(ShapeError, match="make images of 24x40 pixels .* not 32x40"):
+            pipe("a fox", height=32)
+        with pytest.raises(ShapeError, match="make images of 24x40 pixels .* not 24x24"):
+            pipe("a fox", width=24)
+        sample = np.zeros((2, 4, 12, 20), np.float32)
+        text = np.zeros((2, 24, 32), np.float32)
+        given = {
+            "sample": sample,
+            "timestep": np.ones(1, np.float32),
+            "encoder_hidden_states": text,
+        }
+        with pytest.raises(ShapeError, match="sample: engine takes"):
+            pipe.engines["denoiser"].session.run(given)
+
+
+def test_a_fixed_batch_serves_guided_requests_of_many(fixed: Path, tiny_engines: Path) -> None:
+    settings: dict[str, Any] = {"steps": 2, "seed": 3, "height": 24, "width": 40}
+    with Pipeline.load(fixed, threads=1) as bound, Pipeline.load(tiny_engines, threads=1) as free:
+        for prompts in (["a fox"], ["a fox", "moon", "star"]):
+            ours, theirs = bound(prompts, **settings), free(prompts, **settings)
+            assert psnr(theirs.latents, ours.latents) > 80
+
+
+# Refusals before any work
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"components": ["unett"]}, SettingsError, "no component 'unett'; .* text_encoder, unet"),
+        ({"dimensions": {"height": 30}}, ShapeError, "multiples of 4 here, not 30"),
+        ({"dimensions": {"batch": 0}}, SettingsError, "batch is a whole number from 1"),
+        ({"dimensions": {"width": 2.5}}, SettingsError, "width is a whole number from 1"),
+    ],
+)
+def test_refuses_options(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[LatentforgeError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        if "dimensions" in options:
+            options = {"dimensions": Dimensions(**options["dimensions"])}
+        export(str(tiny_checkpoint), tmp_path / "new", **options)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["denoiser", "vae", "text_encoder"])
+def test_refuses_damage_anywhere_before_any_work(
+    tiny_checkpoint: Path, copy: Copy, tmp_path: Path, folder: str
+) -> None:
+    checkpoint = copy(tiny_checkpoint)
+    weights = next((checkpoint / folder).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=f"{folder}.*cut short"):
+        export(str(checkpoint), tmp_path / "new", components=["text_encoder"])
+    assert time.monotonic() - start < 2
+    assert names(tmp_path) == [checkpoint.name]
+
+
+def test_refuses_a_target_that_is_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "diary").touch()
+    for overwrite in (False, True):
+        with pytest.raises(TargetError, match="home"):
+            export(str(tiny_checkpoint), tmp_path / "home", overwrite=overwrite)
+    assert names(tmp_path / "home") == ["diary"]
+
+
+def test_refuses_a_full_disk(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(TargetError, match="free .* make room"):
+        export(str(tiny_checkpoint), tmp_path / "new")
+    assert names(tmp_path) == []
+
+
+def test_nan_in_the_weights_never_becomes_an_engine(
+    tiny_checkpoint: Path, copy: Copy, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = copy(tiny_checkpoint)
+    file = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {key: value.copy() for key, value in load_file(file).items()}
+    weights["conv_in.weight"][0, 0, 0, 0] = np.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in conv_in\.weight"):
+        export(str(checkpoint), tmp_path / "new", components=["text_encoder"])
+    assert names(tmp_path) == [checkpoint.name]
+
+
+# The gate
+
+
+def test_what_differs_from_torch_is_rejected(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "MAX_RELATIVE_ERROR", 0.0)
+    target = tmp_path / "new"
+    with pytest.raises(GateError, match="text_encoder: the engine differs from torch") as caught:
+        export(str(tiny_checkpoint), target, components=["text_encoder"])
+    assert names(tmp_path) == ["new.rejected"]
+    assert str(caught.value).endswith(f"kept as {target}.rejected")
+    assert "text_encoder.onnx" in names(tmp_path / "new.rejected")
+
+
+@pytest.mark.parametrize("wrong", ["scaled", "moved", "nan", "nan, then right"])
+def test_the_gate_sees_what_differs(tiny_engines: Path, wrong: str) -> None:
+    part = Manifest.read(tiny_engines, hashes=False).components["text_encoder"]
+    ids = {"input_ids": np.arange(24, dtype=np.int64)[None]}
+    right = Engine.load("text_encoder", part, tiny_engines, {}).run(ids)["last_hidden_state"]
+    sound = (ids, {"last_hidden_state": right})
+    recording = parity.Recording([sound])
+    assert parity.check_parity("text_encoder", part, tiny_engines, recording)["psnr"] > 100
+    changes = {"scaled": right * 1.01, "moved": np.roll(right, 1, 1)}
+    other = changes.get(wrong, np.full_like(right, np.nan))
+    broken = parity.Recording([(ids, {"last_hidden_state": other}), sound])
+    if wrong == "nan":
+        broken.runs.reverse()
+    with pytest.raises(GateError, match="differs from torch"):
+        parity.check_parity("text_encoder", part, tiny_engines, broken)
+
+
+# Interruptions
+
+CHILD = """
+import sys
+from pathlib import Path
+from latentforge.export.stage import export
+print("ready", flush=True)
+quiet = len(sys.argv) == 3
+export(sys.argv[1], Path(sys.argv[2]), components=["text_encoder"], quiet=quiet)
+"""
+
+
+def begin(checkpoint: Path, target: Path, *options: str) -> subprocess.Popen[str]:
+    """A process that exports one component, and has imported what it needs."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture(scope="module")
+def duration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds that such an export takes when nobody stops it."""
+    target = tmp_path_factory.mktemp("whole") / "new"
+    process = begin(tiny_checkpoint, target)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert said == ""
+    Manifest.read(target)
+    return time.monotonic() - start
+
+
+def kill_after(seconds: float, checkpoint: Path, target: Path) -> None:
+    process = begin(checkpoint, target)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate(timeout=100)
+
+
+def check_killed_anywhere(
+    moments: list[float], checkpoint: Path, parent: Path, duration: float
+) -> None:
+    target = parent / "new"
+    for moment in moments:
+        shutil.rmtree(target, ignore_errors=True)
+        kill_after(moment * duration, checkpoint, target)
+        if target.exists():
+            assert list(Manifest.read(target).components) == ["text_encoder"]
+    assert names(parent)  # leftovers, for the next one to remove
+    export(str(checkpoint), target, components=["text_encoder"], overwrite=True)
+    Manifest.read(target)
+    assert names(parent) == ["new"]
+
+
+def test_a_kill_leaves_a_whole_directory_or_none(
+    tiny_checkpoint: Path, tmp_path: Path, duration: float
+) -> None:
+    rng = random.Random()
+    moments = [rng.uniform(low, low + 0.3) for low in (0.1, 0.4, 0.7)]
+    print("moments", moments)
+    check_killed_anywhere(moments, tiny_checkpoint, tmp_path, duration)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tiny_checkpoint: Path, tmp_path: Path, duration: float) -> None:
+    moments = [(index + 0.5) / 20 for index in range(20)]
+    check_killed_anywhere(moments, tiny_checkpoint, tmp_path, duration)
+
+
+@pytest.mark.parametrize("part", ["recording", "exporting"])
+def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, part: str) -> None:
+    target = tmp_path / "deep" / "new"
+    process = begin(tiny_checkpoint, target, "show progress")
+    assert process.stderr is not None
+    if part == "exporting":
+        assert "recording a run in torch" in process.stderr.readline()
+    else:
+        while not list(tmp_path.glob("deep/.new.partial-*/tokenizer/*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGINT
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert names(tmp_path) == []

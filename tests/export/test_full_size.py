@@ -1,0 +1,201 @@
+"""Full-size models with random weights: export, run, agree with diffusers, compile, and fit."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentforge.commands.describe import changes
+from latentforge.runtime.compile.stage import compile_engines
+from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.shapes import Range, Sizes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A checkpoint, a run of it, and what it may take.
+
+    Attributes:
+        unet: parameters of the denoiser.
+        steps, sampler: of the run at 512 x 512.
+        peak: of memory while exporting, in bytes; None for 2.5 times the weights.
+        half: whether the checkpoint is in float16, as hubs mostly have it.
+    """
+
+    unet: int
+    steps: int
+    sampler: str
+    peak: int | None = None
+    half: bool = False
+
+
+CASES = {
+    "sd15": Case(unet=859_520_964, steps=2, sampler="pndm"),
+    "deci1": Case(unet=814_746_884, steps=2, sampler="ddim"),
+    "deci2": Case(unet=525_277_444, steps=2, sampler="dpmpp_2m"),  # 2 cannot be squeezed
+    "sdxl": Case(unet=2_567_463_684, steps=1, sampler="euler", peak=20 * GIB, half=True),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("full")
+    script = ROOT / "benchmarks" / "checkpoints.py"
+    half = ["--half"] if CASES[name].half else []
+    command = [sys.executable, str(script), name, str(folder / name), *half]
+    subprocess.run(command, check=True)
+    yield folder / name
+    shutil.rmtree(folder)  # of gigabytes, and the next one's come
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Path) -> tuple[Path, int]:
+    """The engines, and the most memory that exporting them took, in bytes."""
+    target = checkpoint.parent / "engines"
+    program = (
+        "import sys; from latentforge.__main__ import main; status = main(sys.argv[1:]);"
+        "from latentforge.runtime.machine import peak_memory; print(peak_memory());"
+        "sys.exit(status)"
+    )
+    command = [sys.executable, "-c", program, "export", str(checkpoint), str(target)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    print(result.stdout)
+    return target, int(result.stdout.splitlines()[-1])
+
+
+def test_export_fits_in_memory(name: str, engines: tuple[Path, int]) -> None:
+    target, peak = engines
+    case = CASES[name]
+    components = json.loads((target / "manifest.json").read_text())["components"]
+    assert components["denoiser"]["data"][0]["bytes"] == pytest.approx(4 * case.unet, rel=0.01)
+    weights = sum(f["bytes"] for c in components.values() for f in (c, *c["data"]))
+    assert peak < (case.peak or 2.5 * weights)
+
+
+def test_steps_at_512_match_eager(name: str, checkpoint: Path, engines: tuple[Path, int]) -> None:
+    """Each side in a process of its own: both sets of weights at once would be wasteful."""
+    eager = by_side("eager", name, checkpoint, engines[0])
+    ours = by_side("engines", name, engines[0], engines[0])
+    assert ours["latents"].shape == (1, 4, 64, 64)
+    figure = psnr(eager["latents"], ours["latents"])
+    print(f"{name}: latents within {figure:.1f} dB")
+    assert figure >= 60
+
+
+def by_side(side: str, name: str, source: Path, engines: Path) -> dict[str, Any]:
+    """Latents and pixels of a few steps, made in a process that gives its memory back."""
+    output = source.parent / f"{side}.npz"
+    subprocess.run(
+        [sys.executable, __file__, side, name, str(source), str(engines), str(output)],
+        check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    with np.load(output) as arrays:
+        return dict(arrays)
+
+
+COMPILED = ("sd15", "deci1")  # for others there is neither time nor memory
+SIZES = {
+    "dynamic": Sizes(),
+    "static": Sizes(height=(Range.of(512),), width=(Range.of(512),), batch=(Range.of(2),)),
+}
+
+
+@pytest.fixture(scope="module")
+def picture(name: str, engines: tuple[Path, int]) -> dict[str, Any]:
+    """What ONNX Runtime makes of the graphs as they are."""
+    return by_side("engines", name, engines[0], engines[0])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_openvino_makes_the_same_picture(
+    name: str, engines: tuple[Path, int], picture: dict[str, Any], sizes: str
+) -> None:
+    pytest.importorskip("openvino")
+    if name not in COMPILED:
+        pytest.skip("not compiled at full size")
+    target = engines[0].parent / f"openvino-{sizes}"
+    compile_engines(engines[0], target, backend="openvino", sizes=SIZES[sizes])
+    made = by_side("engines", name, target, engines[0])
+    shutil.rmtree(target)
+    figures = {key: psnr(picture[key], made[key]) for key in ("latents", "pixels")}
+    print(f"{name}, {sizes}: {figures}")
+    assert min(figures.values()) >= 40
+
+
+def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    if name not in COMPILED:
+        pytest.skip("not compiled at full size")
+    from latentforge.optimize.stage.stage import (
+        optimize,  # of which the runtime's process knows nothing
+    )
+
+    optimized, target = (engines[0].parent / part for part in ("optimized", "tensorrt-rtx"))
+    optimize(
+        engines[0],
+        optimized,
+        backend="tensorrt-rtx",
+        recipe="fp16",
+        gate=["images=1"],
+        request={"steps": 1, "sampler": "euler", "height": 256, "width": 256},
+        repeats=0,
+    )
+    manifest = compile_engines(
+        optimized, target, backend="tensorrt-rtx", options=["capabilities=8.6"]
+    )
+    print("\n".join(changes(manifest.history[-1])))
+    half = 2 * CASES[name].unet
+    assert (
+        half < sum(c.size for n, c in manifest.components.items() if "denoiser" in n) < 1.2 * half
+    )
+    for folder in (optimized, target):
+        shutil.rmtree(folder)
+
+
+def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
+    """A few steps at 512 x 512 by one side, latents and pixels to a file."""
+    import latentforge
+    from latentforge.runtime.machine import peak_memory
+    from latentforge.runtime.manifest import Manifest
+    from latentforge.runtime.settings import resolve
+
+    case = CASES[name]
+    defaults = Manifest.read(Path(engines), hashes=False).defaults
+    settings = resolve(
+        defaults,
+        "red apple",
+        {"steps": case.steps, "sampler": case.sampler, "seed": 1, "height": 512, "width": 512},
+    )
+    if side == "eager":
+        from latentforge.export.checkpoint import open_checkpoint
+        from latentforge.export.reference.eager import EagerPipeline
+
+        result = EagerPipeline(open_checkpoint(source))(settings)
+    else:
+        result = latentforge.load(source, low_memory=True).run(settings)
+        assert importlib.util.find_spec("torch") is None or "torch" not in sys.modules
+    np.savez(output, latents=result.latents, pixels=to_array(result.images))
+    print(f"{side}: {result.timings}, peak memory {peak_memory() / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

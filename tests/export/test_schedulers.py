@@ -1,0 +1,132 @@
+"""A scheduler_config.json means to us what it means to diffusers, also where it is silent."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentforge.export.schedulers import (
+    SCHEDULERS,
+    corrected,
+    default_sampler,
+    prediction_of,
+    schedule_of,
+)
+from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.sampling.samplers import SAMPLERS
+
+diffusers = pytest.importorskip("diffusers")
+
+SD15 = {  # as Stable Diffusion 1.5 has it: no word of spacing or prediction
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SILENT = {key: SD15[key] for key in ("_class_name", "beta_schedule", "beta_start", "beta_end")}
+
+
+def reference(name: str, config: dict[str, Any]) -> Any:
+    row = SCHEDULERS[name]
+    public = {key: value for key, value in corrected(config).items() if key[0] != "_"}
+    return getattr(diffusers, row.scheduler).from_config(public, **row.options)
+
+
+def test_tables_name_the_same_samplers() -> None:
+    assert set(SCHEDULERS) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("config", [SD15, SILENT], ids=["sd15", "silent"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_are_those_of_diffusers(name: str, config: dict[str, Any]) -> None:
+    theirs = reference(name, config)
+    schedule, timesteps = schedule_of(corrected(config)), SCHEDULERS[name].timesteps
+    if timesteps:
+        theirs.set_timesteps(timesteps=timesteps(schedule, 10))
+    else:
+        theirs.set_timesteps(10)
+    plan = SAMPLERS[name].plan(schedule, 10)
+    ours = [interval.start.timestep for interval in plan.intervals]
+    expected = theirs.timesteps.numpy()
+    if name == "heun":  # two evaluations a step, and every timestep but the first stands twice
+        expected = np.concatenate([expected[:1], expected[1::2]])
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["squeezed_10", "squeezed_11"])
+def test_squeezed_levels_are_those_of_diffusers(name: str) -> None:
+    """Told only the timesteps, also by the config of DeciDiffusion 2.0."""
+    config = {
+        **SD15,
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "timestep_spacing": "trailing",
+    }
+    theirs, timesteps = reference(name, config), SCHEDULERS[name].timesteps
+    assert timesteps and default_sampler(config) == "ddim"
+    theirs.set_timesteps(timesteps=timesteps(schedule_of(config), 16))
+    intervals = SAMPLERS[name].plan(schedule_of(config), 16).intervals
+    levels = [*(start for start, _ in intervals), intervals[-1].end]
+    ratios = [level.sigma / level.alpha for level in levels]
+    np.testing.assert_allclose(ratios, theirs.sigmas.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+def test_last_level_is_that_of_diffusers(name: str) -> None:
+    """DDIM ends on the clean latent and PNDM does not, where the file is silent."""
+    theirs = reference(name, SILENT)
+    last = SAMPLERS[name].plan(schedule_of(SILENT), 10).intervals[-1].end
+    assert last.alpha**2 == pytest.approx(float(theirs.final_alpha_cumprod), abs=1e-6)
+    assert (last.alpha == 1) == (name == "ddim")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler"),
+    [
+        ({}, "pndm"),
+        ({"_class_name": "DDIMScheduler"}, "ddim"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "use_karras_sigmas": True,
+                "algorithm_type": "sde-dpmsolver++",
+            },
+            "dpmpp_2m_sde_karras",
+        ),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "euler_ancestral"),
+        ({"_class_name": "LCMScheduler"}, "lcm"),
+    ],
+)
+def test_default_sampler_is_the_checkpoint_own(changes: dict[str, Any], sampler: str) -> None:
+    assert default_sampler({**SD15, **changes}) == sampler
+
+
+def test_unknown_scheduler_says_what_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    assert default_sampler({**SD15, "_class_name": "LMSDiscreteScheduler"}) == "dpmpp_2m"
+    assert "LMSDiscreteScheduler" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"beta_schedule": "sigmoid"}, {"thresholding": True}, {"timestep_spacing": "odd"}],
+    ids=str,
+)
+def test_refuses_what_it_does_not_know(changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError):
+        schedule_of({**SD15, **changes})
+
+
+def test_refuses_other_predictions() -> None:
+    assert prediction_of(SD15) == "epsilon"
+    with pytest.raises(CheckpointError, match="sample"):
+        prediction_of({**SD15, "prediction_type": "sample"})

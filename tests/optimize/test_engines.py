@@ -1,0 +1,185 @@
+"""What a recipe makes for another engine loads there: built, and run where that needs no GPU.
+
+TensorRT-RTX builds its engines without a GPU, from the graphs that TensorRT takes too.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from latentforge.optimize.recipe import Recipe, read_recipe
+from latentforge.optimize.stage.component import UNET, Rewriter, load_graph, save_part
+from latentforge.optimize.stage.recording import CallRecording, record
+from latentforge.optimize.targets import TARGETS
+from latentforge.runtime import backends
+from latentforge.runtime.manifest import Component, Manifest
+from latentforge.runtime.progress import Progress
+from latentforge.runtime.shapes import Range, Sizes
+
+Array = np.ndarray[Any, Any]
+Arrays: TypeAlias = Mapping[str, Array]
+Engines: TypeAlias = Mapping[str, tuple[Path, Component]]
+Run = Callable[[Path, Arrays], dict[str, Array]]
+
+RECIPES = {
+    **{name: read_recipe(name) for name in ("fp32", "fp16", "int8", "int8-weights")},
+    "int4-weights": Recipe(summary="", precision={"default": "int4-weights"}),
+    "uncut": Recipe(summary="", hoist=False),
+}
+BOUNDS = {
+    **{"fp32": 1e-5, "uncut": 1e-5, "fp16": 2e-3},
+    **{"int8": 0.1, "int8-weights": 0.05, "int4-weights": 0.25},
+}
+"""What relative error to the export a recipe may have, by ONNX Runtime."""
+CASES = [
+    *(("text_encoder", recipe) for recipe in ("fp32", "fp16", "int8-weights", "int4-weights")),
+    *(("denoiser", recipe) for recipe in ("uncut", "fp16", "int8", "int4-weights")),
+    *(("vae_decoder", recipe) for recipe in ("fp16", "int8-weights")),
+    *(("vae_encoder", recipe) for recipe in ("fp16", "int8-weights")),
+]
+"""Components and recipes: each kind of layer in each precision that there is for it, once."""
+CAPABILITY = "8.6"
+SIDE = (Range(16, 32, 64),)  # in pixels
+SIZES = Sizes(height=SIDE, width=SIDE, batch=(Range(1, 2, 4),))
+
+
+@pytest.fixture(scope="module")
+def recording(tiny_engines: Path) -> CallRecording:
+    """What every engine saw and said in a short run."""
+    with Progress(1, quiet=True) as progress:
+        return record(
+            tiny_engines,
+            ["red apple"],
+            request={"steps": 2, "sampler": "ddim"},
+            progress=progress,
+            what="",
+        )
+
+
+@pytest.fixture(scope="module")
+def engines(
+    tiny_engines: Path, recording: CallRecording, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], Engines]:
+    """A function that writes what a component becomes for a target, by a recipe."""
+    manifest = Manifest.read(tiny_engines)
+
+    @cache
+    def written(target: str, recipe: str, name: str) -> Engines:
+        folder = tmp_path_factory.mktemp(f"{target}-{recipe}-{name}")
+        component = manifest.components[name]
+        feeds = {UNET: recording.feeds(UNET)}
+        rewriter = Rewriter(recipe=RECIPES[recipe], target=TARGETS[target], feeds=feeds)
+        model = load_graph(name, component, tiny_engines)
+        made = rewriter.rewrite(name, model, component)
+        parts = {key: part for key, part in made.parts.items() if part is not None}
+        saved = {key: save_part(key, part, component, folder) for key, part in parts.items()}
+        return {key: (folder / part.file, part) for key, part in saved.items()}
+
+    return written
+
+
+def by_onnxruntime(path: Path, feeds: Arrays) -> dict[str, Array]:
+    session = ort.InferenceSession(str(path))
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+
+
+def by_openvino(path: Path, feeds: Arrays) -> dict[str, Array]:
+    core = pytest.importorskip("openvino").Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    results = compiled(dict(feeds))
+    return {output.get_any_name(): np.asarray(results[output]) for output in compiled.outputs}
+
+
+def in_turn(run: Run, engines: Engines, feeds: Arrays) -> Array:
+    """What the last of a component's parts gives first; each takes what those before it gave."""
+    known, given = dict(feeds), dict[str, Array]()
+    for path, part in engines.values():
+        given = run(path, {name: known[name] for name in part.inputs})
+        known |= given
+    return next(iter(given.values()))
+
+
+def error(got: Array, wanted: Array) -> float:
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize(("name", "recipe"), CASES)
+def test_openvino_is_as_near_to_the_export_as_onnxruntime(
+    name: str,
+    recipe: str,
+    engines: Callable[[str, str, str], Engines],
+    recording: CallRecording,
+) -> None:
+    """Where layers are quantized they round differently, by no more than they round."""
+    pytest.importorskip("openvino")
+    made, call = engines("openvino", recipe, name), recording.calls[name][0]
+    wanted = next(iter(call.outputs.values()))
+    theirs, ours = (in_turn(run, made, call.feeds) for run in (by_openvino, by_onnxruntime))
+    assert error(ours, wanted) < BOUNDS[recipe]
+    assert error(theirs, wanted) < 1.2 * error(ours, wanted) + 1e-5
+
+
+def build(path: Path, part: Component) -> bytes:
+    """A TensorRT-RTX engine of a graph and its description."""
+    shapes = SIZES.shapes(part.free, downscale=2, rows=Range(1, 2, 50))
+    component = msgspec.structs.replace(part.specialize(shapes), backend="tensorrt-rtx")
+    target = path.with_suffix(".engine")
+    options = {"capabilities": CAPABILITY}
+    device = backends.get("tensorrt-rtx").compile(path, target, component, options, no_report)
+    assert device["compute capability"] == CAPABILITY
+    return target.read_bytes()
+
+
+def no_report(what: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def plans(engines: Callable[[str, str, str], Engines]) -> Callable[[str, str], list[bytes]]:
+    """A function that builds what TensorRT-RTX makes of a component's parts, by a recipe."""
+    pytest.importorskip("tensorrt_rtx")
+
+    @cache
+    def built(recipe: str, name: str) -> list[bytes]:
+        made = engines("tensorrt-rtx", recipe, name)
+        return [build(path, part) for path, part in made.values()]
+
+    return built
+
+
+@pytest.mark.parametrize(("name", "recipe"), CASES)
+def test_tensorrt_builds_an_engine(
+    name: str, recipe: str, plans: Callable[[str, str], list[bytes]]
+) -> None:
+    assert all(plans(recipe, name))
+
+
+def operands(plan: bytes, operator: str) -> list[str]:
+    """The dtype of the first operand of every such operator in an engine, which lists them."""
+    dtypes: dict[bytes, bytes] = {}
+    for name, dtype in re.findall(rb'tensor=\{[^\n]*?name="([^"]+)"[^\n]*?type=(\w+)', plan):
+        dtypes.setdefault(name, dtype)
+    pattern = rb'\b%s=\{ name=[^\n]*? input=\{"([^"]+)"' % operator.encode()
+    return [dtypes[name].decode() for name in re.findall(pattern, plan)]
+
+
+def test_tensorrt_computes_in_8_bits(
+    plans: Callable[[str, str], list[bytes]], engines: Callable[[str, str, str], Engines]
+) -> None:
+    """An engine is built of Q and DQ that it does not understand too, and computes in half."""
+    plan = plans("int8", UNET)[-1]
+    graph = ir.load(engines("tensorrt-rtx", "int8", UNET)[UNET][0]).graph
+    convs = [node.inputs[0] for node in graph if node.op_type == "Conv"]
+    producers = [value.producer() for value in convs if value is not None]
+    quantized = sum(node is not None and node.op_type == "DequantizeLinear" for node in producers)
+    assert operands(plan, "corrltn").count("int8") == quantized > 0
+    assert set(operands(plan, "fully_connected")) == {"int8"}

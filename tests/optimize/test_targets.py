@@ -1,0 +1,133 @@
+"""Each target's graph loads where its engine can run here, with the numbers of the export."""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from cuda_operators import OPERATORS
+from onnx.reference import ReferenceEvaluator
+
+from latentforge.optimize.passes import PASSES
+from latentforge.optimize.passes.rewriting import MICROSOFT
+from latentforge.optimize.passes.runner import optimize
+from latentforge.optimize.targets import CUDA_ONLY, NATIVE, TARGETS
+from latentforge.runtime.kernels import library
+
+Array = np.ndarray[Any, Any]
+
+COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+SIZES = {"batch": 2, "latent_height": 8, "latent_width": 8, "height": 16, "width": 16}
+
+
+def inputs(model: ir.Model) -> dict[str, Array]:
+    """Random inputs of one size."""
+    rng, feeds = np.random.default_rng(0), {}
+    for value in model.graph.inputs:
+        shape = [SIZES.get(str(axis), axis) for axis in value.shape or ()]
+        ids = value.dtype == ir.DataType.INT64
+        drawn = rng.integers(0, 99, shape) if ids else rng.standard_normal(shape)
+        feeds[str(value.name)] = drawn.astype(value.dtype.numpy() if value.dtype else np.float32)
+    return feeds
+
+
+def by_onnxruntime(model: ir.Model, feeds: Mapping[str, Array]) -> Array:
+    options = ort.SessionOptions()
+    if (native := library()) is not None:
+        options.register_custom_ops_library(str(native))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    return np.asarray(session.run(None, dict(feeds))[0])
+
+
+@pytest.fixture(params=COMPONENTS)
+def component(request: pytest.FixtureRequest, tiny_engines: Path) -> Path:
+    return tiny_engines / f"{request.param}.onnx"
+
+
+@cache
+def fused(component: Path, target: str, portable: bool) -> tuple[bytes, Counter[str]]:
+    """The graph of a component for a target, and what was fused."""
+    model = ir.load(component)
+    names = TARGETS[target].portable if portable else TARGETS[target].passes
+    counts = optimize(model, {name: PASSES[name] for name in names})
+    counts += optimize(model, {name: PASSES[name] for name in TARGETS[target].last})
+    return ir.to_proto(model).SerializeToString(), counts
+
+
+def graph(component: Path, target: str, *, portable: bool = False) -> ir.Model:
+    return ir.from_proto(onnx.load_from_string(fused(component, target, portable)[0]))
+
+
+def compare(got: Array, component: Path) -> None:
+    model = ir.load(component)
+    wanted = by_onnxruntime(model, inputs(model))
+    np.testing.assert_allclose(got, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_portable_graph_runs_on_a_cpu(target: str, component: Path) -> None:
+    model = graph(component, target, portable=True)
+    assert len(model.graph) < len(ir.load(component).graph)
+    compare(by_onnxruntime(model, inputs(model)), component)
+
+
+def test_the_cpu_graph_has_every_attention_in_one_node(component: Path) -> None:
+    softmaxes = sum(node.op_type == "Softmax" for node in ir.load(component).graph)
+    model = graph(component, "cpu", portable=True)
+    whole = ("MultiHeadAttention", "Attention")  # the library's, or ours
+    assert sum(node.op_type in whole for node in model.graph) == softmaxes > 0
+    assert not any(node.op_type == "Softmax" for node in model.graph)
+
+
+@pytest.mark.skipif(library() is None, reason="the library was not compiled here")
+def test_the_cpu_graph_turns_nothing_between_its_ends(component: Path) -> None:
+    counts, model = fused(component, "cpu", False)[1], graph(component, "cpu")
+    images = any(node.op_type == "Conv" for node in ir.load(component).graph)
+    assert bool(counts["native-conv"]) == bool(counts["fuse-conv"]) == images
+    turned = [node for node in model.graph if node.op_type == "Transpose"]
+    assert len(turned) == 2 * images
+    left = {node.op_type for node in model.graph if node.domain == ""}
+    assert not left & {"Conv", "InstanceNormalization", "Resize", "Split"}
+
+
+def test_the_cuda_graph_computes_the_same(component: Path) -> None:
+    counts = fused(component, "cuda", False)[1]
+    assert counts["pack-attention"] == counts["fuse-attention"] > 0
+    model = graph(component, "cuda")
+    left = {node.op_type for node in model.graph}
+    assert not left & {"Conv", "InstanceNormalization", "Softmax", "Sigmoid"}
+    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=OPERATORS)
+    compare(np.asarray(evaluator.run(None, inputs(model))[0]), component)
+
+
+def test_other_engines_get_standard_operators_alone(component: Path) -> None:
+    assert TARGETS["tensorrt"].passes == TARGETS["tensorrt-rtx"].passes
+    assert TARGETS["tensorrt"].passes == TARGETS["openvino"].passes
+    model = graph(component, "openvino")
+    assert {node.domain for node in model.graph} == {""}
+    assert MICROSOFT not in model.graph.opset_imports
+
+
+def test_openvino_takes_its_graph(component: Path, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = graph(component, "openvino")
+    ir.save(model, tmp_path / "m.onnx")
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    compare(np.asarray(compiled(inputs(model))[0]), component)
+
+
+def test_targets_name_passes() -> None:
+    for target in TARGETS.values():
+        assert {*target.passes, *target.last} <= set(PASSES)
+        assert not NATIVE & set(target.passes)
+        assert not CUDA_ONLY & set(target.portable)
+    assert set(PASSES) > CUDA_ONLY

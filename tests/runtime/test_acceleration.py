@@ -1,0 +1,660 @@
+"""Cheaper evaluations give what their definition says, on engines whose numbers are known."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from conftest import TEXT_ENCODER, Handmade
+from numpy.typing import NDArray
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx_ir")
+
+import onnx_ir as ir
+
+from latentforge.__main__ import main
+from latentforge.commands.describe import describe
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.manifest import AccelerationPlan, Component, FileEntry, Manifest
+from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.rng import Generator
+from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling.schedule import NoisePlan, Schedule, Spacing
+from latentforge.runtime.tensor import Feeds, TensorSpec
+
+Array = NDArray[np.floating]
+
+# With m the mean of the embedding, the deep feature is the sample times m - 1. The output is that
+# and the sample times m times a share, which is all that a shallow step computes anew.
+UNET = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states)
+  => (float[batch, 4, h, w] out_sample, float[batch, 4, h, w] cached_feature)
+<float one = {1}, float share = {SHARE}, int64[3] axes = {1, 2, 3}>
+{
+  mean = ReduceMean<axes = [1, 2], keepdims = 0>(encoder_hidden_states)
+  column = Unsqueeze(mean, axes)
+  shifted = Sub(column, one)
+  cached_feature = Mul(sample, shifted)
+  factor = Mul(column, share)
+  near = Mul(sample, factor)
+  out_sample = Add(cached_feature, near)
+}"""
+
+SHALLOW = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[batch, 8, 2] encoder_hidden_states,
+   float[batch, 4, h, w] cached_feature) => (float[batch, 4, h, w] out_sample)
+<float share = {0.25}, int64[3] axes = {1, 2, 3}>
+{
+  mean = ReduceMean<axes = [1, 2], keepdims = 0>(encoder_hidden_states)
+  column = Unsqueeze(mean, axes)
+  factor = Mul(column, share)
+  near = Mul(sample, factor)
+  out_sample = Add(cached_feature, near)
+}"""
+
+SHARE, REDUCED_SHARE = 0.25, 0.5
+NETWORKS = {"text_encoder": TEXT_ENCODER, "denoiser": UNET.replace("SHARE", str(SHARE))}
+APPLE, A, EMPTY = [1, 3, 4, 5, 2, 2, 2, 2], [1, 3, 2, 2, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2, 2, 2]
+DEEP = TensorSpec("float32", ("batch", 4, "latent_height", "latent_width"))
+PLAN = AccelerationPlan(
+    sampler="euler",
+    steps=4,
+    timesteps=(900, 600.5, 300, 20),
+    guidance_interval=(0.4, 0.95),
+    cached_steps=(1, 3),
+)
+
+
+def store(directory: Path, name: str, text: str) -> dict[str, Any]:
+    """Write a graph of ONNX text, and give what the manifest says of its file."""
+    path = directory / f"{name}.onnx"
+    ir.save(ir.from_onnx_text(text), path)
+    return msgspec.structs.asdict(FileEntry.of(path, directory))
+
+
+def changed(directory: Path, components: Mapping[str, Component], **changes: Any) -> Path:
+    manifest = Manifest.read(directory)
+    complete = {**manifest.components, **components}
+    msgspec.structs.replace(manifest, components=complete, **changes).write(directory)
+    return directory
+
+
+@pytest.fixture
+def cut(handmade: Handmade) -> Callable[..., Path]:
+    """A function that writes engines of the networks above, with or without a plan."""
+
+    def made(name: str = "cut", fast: AccelerationPlan | None = None, **options: Any) -> Path:
+        directory = handmade(name, onnx=NETWORKS, **options)
+        unet = Manifest.read(directory).components["denoiser"]
+        outputs = {**unet.outputs, "cached_feature": DEEP}
+        reduced = UNET.replace("SHARE", str(REDUCED_SHARE))
+        told = {name: unet.inputs[name] for name in ("sample", "encoder_hidden_states")}
+        parts = {
+            "denoiser": msgspec.structs.replace(unet, outputs=outputs),
+            "denoiser_reduced": msgspec.structs.replace(
+                unet, outputs=outputs, **store(directory, "denoiser_reduced", reduced)
+            ),
+            "denoiser_cached": msgspec.structs.replace(
+                unet,
+                inputs={**told, "cached_feature": DEEP},
+                **store(directory, "denoiser_cached", SHALLOW),
+            ),
+        }
+        return changed(directory, parts, fast=fast)
+
+    return made
+
+
+@pytest.fixture
+def pipe(cut: Callable[..., Path]) -> Pipeline:
+    """A pipeline of the networks above, without a plan."""
+    return Pipeline.load(cut(), threads=1)
+
+
+def mean(ids: list[int]) -> float:
+    """That of the embedding of a prompt of these tokens."""
+    return float(np.mean(ids)) / 20
+
+
+def noise(seed: int, count: int = 1) -> Array:
+    return np.asarray(Generator(seed).randn((count, 4, 4, 6)), np.float64)
+
+
+def by_hand(
+    plan: NoisePlan,
+    x: Array,
+    positive: Sequence[float],
+    *,
+    negative: float = mean(EMPTY),
+    scale: float = 7.5,
+    rescale: float = 0.0,
+    interval: tuple[float, float] = (0, 1),
+    shallow: Iterable[int] = (),
+    share: float = SHARE,
+) -> Array:
+    """First order steps of the networks above in float64, a row a prompt."""
+    told = np.array([negative] * len(positive) + list(positive)).reshape(-1, 1, 1, 1)
+    deep: Array | None = None
+    for index, (start, end) in enumerate(plan.intervals):
+        guided = interval[0] <= start.sigma <= interval[1]
+        rows = np.concatenate([x, x]) if guided else x
+        if index not in shallow or deep is None or len(deep) < len(rows):
+            deep, near = rows * (told[-len(rows) :] - 1), share
+        else:
+            near = SHARE
+        output = deep[-len(rows) :] + near * told[-len(rows) :] * rows
+        if guided:
+            low, high = np.split(output, 2)
+            output = low + scale * (high - low)
+            spread = high.std(axis=(1, 2, 3)) / output.std(axis=(1, 2, 3))
+            output = output * (rescale * spread.reshape(-1, 1, 1, 1) + 1 - rescale)
+        x = end.alpha * (x - start.sigma * output) / start.alpha + end.sigma * output
+    return x
+
+
+def close(result: Result, expected: Array) -> None:
+    np.testing.assert_allclose(result.latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def watched(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A list that fills with the name and the rows of every run of a step's engine."""
+    runs: list[tuple[str, int]] = []
+    for name in ("denoiser", "denoiser_cached", "denoiser_reduced"):
+        session = pipe.load_engine(name).session
+
+        def run(feeds: Feeds, name: str = name, original: Any = session.run) -> Any:
+            runs.append((name, len(feeds["sample"])))
+            return original(feeds)
+
+        monkeypatch.setattr(session, "run", run)
+    return runs
+
+
+def ddim(pipe: Pipeline, steps: int) -> NoisePlan:
+    return SAMPLERS["ddim"].plan(pipe.manifest.schedule, steps)
+
+
+# Guidance interval
+
+
+@pytest.mark.parametrize("interval", [(0, 1), (0.5, 0.9), (0, 0.7), (0.9, 0.9), (0.6, 1)])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_in_an_interval(
+    pipe: Pipeline, interval: tuple[float, float], rescale: float
+) -> None:
+    settings: dict[str, Any] = {"steps": 6, "seed": 3, "guidance_rescale": rescale}
+    result = pipe("a red apple", guidance_interval=interval, **settings)
+    expected = by_hand(ddim(pipe, 6), noise(3), [mean(APPLE)], interval=interval, rescale=rescale)
+    close(result, expected)
+
+
+def test_guidance_costs_two_rows_only_where_it_is(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = watched(pipe, monkeypatch)
+    pipe(["a", "a red apple"], steps=6, seed=3, guidance_interval=(0.5, 0.9))
+    sigmas = [level.sigma for level, _ in ddim(pipe, 6).intervals]
+    expected = [("denoiser", 4 if 0.5 <= sigma <= 0.9 else 2) for sigma in sigmas]
+    assert runs == expected and {rows for _, rows in runs} == {2, 4}
+
+
+def test_without_guidance_the_interval_changes_nothing(pipe: Pipeline) -> None:
+    settings: dict[str, Any] = {"steps": 3, "seed": 3, "guidance_scale": 1}
+    alone, within = pipe("a", **settings), pipe("a", guidance_interval=(0.5, 0.9), **settings)
+    assert alone.latents.tobytes() == within.latents.tobytes()
+
+
+def test_prompts_are_cut_once_for_all_steps(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backends know what they have on their device by its identity."""
+    seen: list[Any] = []
+    session = pipe.engines["denoiser"].session
+    original = session.run
+
+    def run(feeds: Feeds) -> Any:
+        seen.append(feeds["encoder_hidden_states"])
+        return original(feeds)
+
+    monkeypatch.setattr(session, "run", run)
+    pipe("a red apple", steps=8, guidance_interval=(0.5, 0.9))
+    assert {len(array) for array in seen} == {1, 2} and len({id(array) for array in seen}) == 2
+    assert not any(array.flags.writeable for array in seen)
+
+
+# Step caching
+
+
+@pytest.mark.parametrize("cached_steps", [(), (1,), (1, 2, 4), (1, 2, 3, 4, 5), (5,)])
+def test_shallow_steps_take_the_last_cached_feature(
+    pipe: Pipeline, shallow: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = pipe("a red apple", steps=6, seed=4, shallow=shallow)
+    close(result, by_hand(ddim(pipe, 6), noise(4), [mean(APPLE)], shallow=shallow))
+    runs = watched(pipe, monkeypatch)
+    again = pipe.run(result.settings)
+    assert again.latents.tobytes() == result.latents.tobytes()
+    names = ["denoiser_cached" if index in shallow else "denoiser" for index in range(6)]
+    assert [name for name, _ in runs] == names
+    timings = {name: len(calls) for name, calls in again.timings.stages.items()}
+    assert timings["denoiser"] == 6 - len(shallow)
+    assert timings.get("denoiser_cached", 0) == len(shallow)
+
+
+def test_shallow_and_full_differ(pipe: Pipeline) -> None:
+    full, shallow = pipe("a", steps=4, seed=1), pipe("a", steps=4, seed=1, cached_steps=(1, 2, 3))
+    assert np.abs(full.latents - shallow.latents).max() > 0.1
+
+
+def test_where_guidance_ends_the_kept_feature_goes_on(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half of the prompts is taken where one row an image is left; where there is none of the
+    negative ones, the step is a full one."""
+    runs = watched(pipe, monkeypatch)
+    plan = ddim(pipe, 8)
+    sigmas = [level.sigma for level, _ in plan.intervals]
+    interval = (sigmas[5], sigmas[2])  # steps 2 to 5 are guided
+    settings: dict[str, Any] = {"guidance_interval": interval, "cached_steps": (1, 2, 4, 6, 7)}
+    result = pipe(["a", "a red apple"], steps=8, seed=4, **settings)
+    full, shallow = "denoiser", "denoiser_cached"
+    assert runs == [
+        (full, 2), (shallow, 2),  # without guidance
+        (full, 4),  # which was to be shallow, but what the negative rows gave is not known
+        (full, 4), (shallow, 4), (full, 4),
+        (shallow, 2), (shallow, 2),  # on the positive half of that
+    ]  # fmt: skip
+    expected = by_hand(
+        plan,
+        noise(4, 2),
+        [mean(A), mean(APPLE)],
+        interval=interval,
+        shallow=settings["cached_steps"],
+    )
+    close(result, expected)
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, None])
+def test_a_batch_gives_what_its_prompts_give_alone(
+    cut: Callable[..., Path], max_rows: int | None
+) -> None:
+    pipe = Pipeline.load(cut(), threads=1, max_rows=max_rows)
+    prompts = ["a red apple", "a", "red"]
+    cheap: dict[str, Any] = {"cached_steps": (1, 3), "guidance_interval": (0.4, 0.9), "steps": 5}
+    together = pipe(prompts, seed=2, **cheap)
+    told = [mean(APPLE), mean(A), mean([1, 4, 2, 2, 2, 2, 2, 2])]
+    expected = by_hand(
+        ddim(pipe, 5), noise(2, 3), told, interval=(0.4, 0.9), shallow=cheap["cached_steps"]
+    )
+    close(together, expected)
+
+
+def test_interleaved_streams_do_not_share_a_feature(pipe: Pipeline) -> None:
+    cheap: dict[str, Any] = {"steps": 6, "cached_steps": (1, 2, 4, 5)}
+    first, second = ({"prompt": p, "seed": s, **cheap} for p, s in (("a red apple", 1), ("a", 2)))
+    alone = [pipe(**first).latents, pipe(**second).latents]
+    *_, (one, other) = zip(pipe.stream(**first), pipe.stream(**second), strict=True)
+    assert one.latents.tobytes() == alone[0].tobytes()
+    assert other.latents.tobytes() == alone[1].tobytes()
+    close(one.result(), by_hand(ddim(pipe, 6), noise(1), [mean(APPLE)], cached_steps=(1, 2, 4, 5)))
+
+
+def test_threads_do_not_share_a_feature(cut: Callable[..., Path]) -> None:
+    settings: dict[str, Any] = {"steps": 6, "cached_steps": (1, 2, 4, 5)}
+    prompts = ["a red apple", "a", "red", "apple"]
+    pipe = Pipeline.load(cut("one"), threads=1)
+    alone = [pipe(p, seed=s, **settings).latents.tobytes() for s, p in enumerate(prompts)]
+    shared = Pipeline.load(cut("other"), threads=1)  # where the threads load the engine too
+    turn = Barrier(len(prompts), timeout=60)
+
+    def paint(job: tuple[int, str]) -> bytes:
+        for step in shared.stream(job[1], seed=job[0], **settings):
+            latents = step.latents
+            turn.wait()  # so that all are between the same two steps
+        return latents.tobytes()
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(paint, enumerate(prompts))) == alone
+
+
+def test_every_nth_evaluation_is_full(pipe: Pipeline) -> None:
+    result = pipe("a", steps=7, cache_interval=3)
+    assert result.settings.cached_steps == (1, 2, 4, 5)
+    assert pipe("a", steps=4, cache_interval=1).settings.cached_steps == ()
+    assert pipe("a", steps=4, cache_interval=4).settings.cached_steps == (1, 2, 3)
+    with pytest.raises(SettingsError, match="cache_interval 5 is longer than the run of 4 steps"):
+        pipe("a", steps=4, cache_interval=5)
+    with pytest.raises(SettingsError, match="give one of both"):
+        pipe("a", steps=4, cache_interval=2, cached_steps=(1,))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        ("euler", "full shallow full full"),
+        ("heun", "full shallow shallow full full full full"),  # two at each level but the first
+        ("pndm", "full shallow shallow full full"),  # its second step is taken twice
+        ("unipc", "full shallow full full"),
+    ],
+)
+def test_evaluations_at_one_level_are_alike(
+    pipe: Pipeline, sampler: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = watched(pipe, monkeypatch)
+    pipe("a", sampler=sampler, steps=4, cached_steps=(1,))
+    names = {"denoiser": "full", "denoiser_cached": "cached_steps"}
+    assert " ".join(names[name] for name, _ in runs) == expected
+
+
+def test_a_part_of_the_schedule_begins_with_a_full_step(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are made as they are in the whole."""
+    runs = watched(pipe, monkeypatch)
+    asked: dict[str, Any] = {"steps": 6, "seed": 1, "cached_steps": (1, 3, 5)}
+    full, shallow = "denoiser", "denoiser_cached"
+    pipe("a", **asked)
+    assert [name for name, _ in runs] == [full, shallow] * 3
+    runs.clear()
+    first = pipe("a", denoising_end=0.55, **asked)
+    assert [name for name, _ in runs] == [full, shallow, full]
+    runs.clear()
+    pipe("a", image=first.latents, denoising_start=0.55, **asked)
+    assert [name for name, _ in runs] == [full, full, shallow]
+
+
+def test_a_hoisted_unet_does_it_too(cut: Callable[..., Path]) -> None:
+    """What the parts give by row is cut to the rows of the step."""
+    whole = Pipeline.load(cut("whole"), threads=1)
+    parted = Pipeline.load(hoisted(cut("parted")), threads=1)
+    assert set(parted.engines) >= {"denoiser_prompt", "denoiser_time", "denoiser"}
+    cheap: dict[str, Any] = {"cached_steps": (1, 4), "guidance_interval": (0.4, 0.9)}
+    ours, theirs = (p(["a", "a red apple"], steps=6, seed=5, **cheap) for p in (parted, whole))
+    np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-5, atol=1e-5)
+
+
+PROMPT_PART = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 8, 2] encoder_hidden_states) => (float[batch] mean)
+{ mean = ReduceMean<axes = [1, 2], keepdims = 0>(encoder_hidden_states) }"""
+TIME_PART = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[rows] timestep, float[rows] mean) => (float[rows] shifted)
+<float one = {1}> { shifted = Sub(mean, one) }"""
+STEP_PART = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[batch] mean, float[batch] shifted)
+  => (float[batch, 4, h, w] out_sample, float[batch, 4, h, w] cached_feature)
+<float share = {0.25}, int64[3] axes = {1, 2, 3}>
+{
+  column = Unsqueeze(shifted, axes)
+  cached_feature = Mul(sample, column)
+  scaled = Mul(mean, share)
+  factor = Unsqueeze(scaled, axes)
+  near = Mul(sample, factor)
+  out_sample = Add(cached_feature, near)
+}"""
+SHALLOW_PART = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[batch] mean, float[batch, 4, h, w] cached_feature)
+  => (float[batch, 4, h, w] out_sample)
+<float share = {0.25}, int64[3] axes = {1, 2, 3}>
+{
+  scaled = Mul(mean, share)
+  factor = Unsqueeze(scaled, axes)
+  near = Mul(sample, factor)
+  out_sample = Add(cached_feature, near)
+}"""
+
+
+def hoisted(directory: Path) -> Path:
+    """The same UNet in parts, of which the second has a row for each timestep and prompt."""
+    manifest = Manifest.read(directory)
+    unet = manifest.components["denoiser"]
+    sample, _, text = unet.inputs.values()
+    row, rows = (TensorSpec("float32", (size,)) for size in ("batch", "rows"))
+    given = {"sample": sample, "mean": row}
+    output = {"out_sample": unet.outputs["out_sample"]}
+    signatures: dict[str, tuple[str, Mapping[str, TensorSpec], Mapping[str, TensorSpec]]] = {
+        "denoiser_prompt": (PROMPT_PART, {"encoder_hidden_states": text}, {"mean": row}),
+        "denoiser_time": (TIME_PART, {"timestep": rows, "mean": rows}, {"shifted": rows}),
+        "denoiser": (STEP_PART, {**given, "shifted": row}, unet.outputs),
+        "denoiser_cached": (SHALLOW_PART, {**given, "cached_feature": DEEP}, output),
+    }
+    parts = {
+        name: msgspec.structs.replace(
+            unet, inputs=inputs, outputs=outputs, **store(directory, name, text)
+        )
+        for name, (text, inputs, outputs) in signatures.items()
+    }
+    others = {k: v for k, v in manifest.components.items() if k != "denoiser_reduced"}
+    msgspec.structs.replace(manifest, components={**others, **parts}).write(directory)
+    return directory
+
+
+# Timesteps
+
+
+SPACINGS: tuple[Spacing | None, ...] = ("leading", "trailing", "linspace", None)
+FOLLOWING = [name for name, sampler in SAMPLERS.items() if sampler.takes_timesteps]
+
+
+def schedule(**changes: Any) -> Schedule:
+    usual: dict[str, Any] = {"beta_kind": "scaled_linear", "beta_start": 0.00085}
+    usual |= {"beta_end": 0.012, "spacing": "leading", "offset": 1}
+    usual |= {"zero_terminal_snr": False, "final_alpha_one": False}
+    return Schedule(**{**usual, **changes})
+
+
+def test_those_that_take_timesteps() -> None:
+    assert set(SAMPLERS) - set(FOLLOWING) == {
+        *("pndm", "dpmpp_2m_karras", "dpmpp_2m_sde_karras", "squeezed_10", "squeezed_11")
+    }
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_its_own_timesteps_give_its_own_plan(
+    name: str, spacing: Spacing | None, zero: bool
+) -> None:
+    case = schedule(spacing=spacing, zero_terminal_snr=zero)
+    for steps in (1, 2, 7, 10):
+        own = SAMPLERS[name].plan(case, steps)
+        times = [interval.start.timestep for interval in own.intervals]
+        plan = SAMPLERS[name].plan_from_timesteps(case, times)
+        levels = [(a.end, b.start) for a, b in pairwise(own.intervals)]
+        if all(end == start for end, start in levels):
+            assert plan == own
+        else:  # strides that do not divide the schedule leave gaps between the steps of DDIM
+            assert name == "ddim" and len(plan.intervals) == steps
+            assert [i.start for i in plan.intervals] == [i.start for i in own.intervals]
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_any_timesteps_make_a_chain(name: str) -> None:
+    plan = SAMPLERS[name].plan_from_timesteps(schedule(), (999, 850.25, 400, 3.5))
+    assert [interval.start.timestep for interval in plan.intervals] == [999, 850.25, 400, 3.5]
+    ends = [interval.end for interval in plan.intervals]
+    assert ends[:-1] == [interval.start for interval in plan.intervals[1:]]
+    for level, _ in plan.intervals:
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-6)
+    below, above = (
+        SAMPLERS[name].plan_from_timesteps(schedule(), (t,)).intervals[0].start for t in (850, 851)
+    )
+    ratios = [level.sigma / level.alpha for level in (below, plan.intervals[1].start, above)]
+    assert ratios[1] == pytest.approx(0.75 * ratios[0] + 0.25 * ratios[2], rel=1e-6)
+
+
+def test_timesteps_are_followed(pipe: Pipeline) -> None:
+    times = (900.0, 500.5, 20.0)
+    result = pipe("a red apple", sampler="euler", timesteps=times, seed=2)
+    assert result.settings.steps == 3 and result.settings.timesteps == times
+    plan = SAMPLERS["euler"].plan_from_timesteps(pipe.manifest.schedule, times)
+    start = noise(2) * plan.scale
+    close(result, by_hand(plan, start, [mean(APPLE)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "pndm"}, "pndm takes no timesteps but its own; these do: ddim, euler, "),
+        ({"steps": 3}, "2 timesteps for 3 steps"),
+        ({"timesteps": (1000, 3)}, "timestep 1000 is not in the schedule, .* from 0 to 999"),
+        ({"timesteps": (10, 10)}, "fall strictly"),
+        ({"timesteps": (1, 10)}, "fall strictly"),
+        ({"timesteps": (10, -1)}, "each of timesteps is a number from 0"),
+    ],
+)
+def test_refuses_timesteps(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        pipe.stream("a", **{"timesteps": (500, 3), **settings})
+
+
+# A plan
+
+
+@pytest.fixture
+def planned(cut: Callable[..., Path]) -> Pipeline:
+    return Pipeline.load(cut(fast=PLAN), threads=1)
+
+
+def plan_from_timesteps(pipe: Pipeline, plan: AccelerationPlan) -> NoisePlan:
+    return SAMPLERS[plan.sampler].plan_from_timesteps(pipe.manifest.schedule, plan.timesteps)
+
+
+def test_a_request_follows_the_plan(planned: Pipeline) -> None:
+    assert "denoiser_cached" not in planned.engines
+    result = planned("a red apple", seed=7)
+    plan = plan_from_timesteps(planned, PLAN)
+    expected = by_hand(
+        plan, noise(7) * plan.scale, [mean(APPLE)], interval=(0.4, 0.95), cached_steps=(1, 3)
+    )
+    close(result, expected)
+    for name, value in PLAN.request.items():
+        assert getattr(result.settings, name) == value
+    assert result.settings.accelerated and not result.settings.unaccelerated
+    assert "denoiser_cached" in planned.engines and "denoiser_reduced" not in planned.engines
+    named = planned("a red apple", seed=7, sampler="euler", steps=4)
+    assert named.settings == result.settings
+    assert planned.run(result.settings).latents.tobytes() == result.latents.tobytes()
+
+
+def test_exact_leaves_the_plan_aside(planned: Pipeline) -> None:
+    result = planned("a red apple", seed=7, unaccelerated=True)
+    close(result, by_hand(ddim(planned, 4), noise(7), [mean(APPLE)]))
+    assert not result.settings.accelerated and result.settings.unaccelerated
+    assert set(planned.engines) == set(planned.manifest.needed)
+    other = planned("a", seed=7, unaccelerated=True, sampler="heun", steps=9)
+    assert other.settings.sampler == "heun" and other.settings.steps == 9
+    assert planned.run(result.settings).latents.tobytes() == result.latents.tobytes()
+
+
+@pytest.mark.parametrize("asked", [{"steps": 20}, {"sampler": "ddim"}, {"timesteps": (900, 3)}])
+def test_a_plan_for_another_schedule(planned: Pipeline, asked: dict[str, Any]) -> None:
+    with pytest.raises(
+        SettingsError, match="plan is for 'euler' of 4 steps, not .*--unaccelerated"
+    ):
+        planned.stream("a", **asked)
+
+
+def test_what_is_given_takes_the_place_of_the_plans(planned: Pipeline) -> None:
+    full = planned("a", seed=1, cached_steps=(), guidance_interval=(0, 1), timesteps=()).settings
+    assert not full.accelerated and (full.sampler, full.steps) == ("euler", 4)
+    some = planned("a", seed=1, cache_interval=4, guidance_interval=(0.2, 0.5)).settings
+    assert some == replace(
+        full, **{**PLAN.request, "cached_steps": (1, 2, 3), "guidance_interval": (0.2, 0.5)}
+    )
+
+
+def test_another_unet_makes_the_full_steps(cut: Callable[..., Path]) -> None:
+    plan = msgspec.structs.replace(PLAN, variant="denoiser_reduced", guidance_interval=None)
+    pipe = Pipeline.load(cut(acceleration=plan), threads=1)
+    result = pipe("a red apple", seed=7)
+    steps = plan_from_timesteps(pipe, plan)
+    expected = by_hand(
+        steps,
+        noise(7) * steps.scale,
+        [mean(APPLE)],
+        shallow=plan.cached_steps,
+        share=REDUCED_SHARE,
+    )
+    close(result, expected)
+    assert "denoiser_reduced" in pipe.engines
+
+
+def test_strength_takes_the_end_of_the_plan(planned: Pipeline) -> None:
+    whole = planned("a", seed=1)
+    later = planned("a", seed=1, image=whole.latents, strength=0.5)
+    assert later.settings.timesteps == PLAN.timesteps and later.settings.strength == 0.5
+    assert (
+        len(later.timings.stages["denoiser"]) == 1
+        and len(later.timings.stages["denoiser_cached"]) == 1
+    )
+
+
+def test_engines_that_were_not_cut(handmade: Handmade) -> None:
+    pipe = Pipeline.load(handmade(onnx={**NETWORKS, "denoiser": PLAIN}), threads=1)
+    for asked in ({"cached_steps": (1,)}, {"cache_interval": 2}):
+        with pytest.raises(SettingsError, match="these engines have no denoiser_cached"):
+            pipe.stream("a", steps=4, **asked)
+    with pytest.raises(SettingsError, match="these engines have no denoiser_reduced"):
+        pipe("a", steps=4, unet="denoiser_reduced")
+    settings = pipe.settings("a", steps=4, seed=0)
+    with pytest.raises(SettingsError, match="no denoiser_cached"):
+        pipe.run(replace(settings, cached_steps=(1,)))
+    assert pipe("a", steps=4, guidance_interval=(0.5, 0.9)).settings.accelerated
+
+
+PLAIN = NETWORKS["denoiser"].replace(", float[batch, 4, h, w] cached_feature)", ")")
+
+
+def test_the_manifest_says_how_many_rows_at_once(
+    cut: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = cut()
+    unet = Manifest.read(directory).components["denoiser"]
+    changed(directory, {"denoiser": msgspec.structs.replace(unet, max_rows=1)})
+    pipe = Pipeline.load(directory, threads=1)
+    assert pipe.engines["denoiser"].max_rows == 1 and pipe.engines["text_encoder"].max_rows is None
+    runs = watched(pipe, monkeypatch)
+    pipe("a", steps=2)
+    assert runs == [("denoiser", 1)] * 4
+    assert Pipeline.load(directory, max_rows=4).engines["denoiser"].max_rows == 4
+    assert Pipeline.load(directory, low_memory=True).engines["denoiser"].max_rows == 1
+
+
+# For people
+
+
+def test_the_description_shows_the_plan(cut: Callable[..., Path]) -> None:
+    plan = msgspec.structs.replace(PLAN, unet="denoiser_reduced", measured={"speedup": 2.125})
+    text = describe(Manifest.read(cut(acceleration=plan)))
+    assert (
+        "plan        euler, 4 steps at 900, 600.5, 300, 20; guidance for sigma from 0.4 to" in text
+    )
+    assert "shallow evaluations 1, 3; others by denoiser_reduced: class B, unless exact" in text
+    assert "speedup 2.12" in text
+    assert "plan " not in describe(Manifest.read(cut("bare")))
+
+
+def test_the_command_line(cut: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    directory, picture = str(cut(fast=PLAN)), str(tmp_path / "image.png")
+
+    def run(*more: str) -> tuple[int, str]:
+        status = main(["run", directory, "a red apple", "-o", picture, "--seed", "1", *more])
+        return status, capsys.readouterr().err
+
+    assert run()[0] == run("--unaccelerated", "--steps", "3")[0] == 0
+    assert run("--guidance-interval", "0.2:0.8", "--cache-interval", "2")[0] == 0
+    status, message = run("--steps", "3")
+    assert (
+        status == 2 and "plan is for 'euler' of 4 steps" in message and "--unaccelerated" in message
+    )
+    status, message = run("--unaccelerated", "--cache-interval", "9")
+    assert status == 2 and "cache_interval 9 is longer than the run of 4 steps" in message
+    with pytest.raises(SystemExit):
+        run("--guidance-interval", "0.2")

@@ -1,0 +1,408 @@
+"""latentforge's own operators: their numbers, their build, and what is said where they lack."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import Handmade
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_operators import attention, convolution, gelu, group_scale, product, silu
+
+from latentforge.optimize.partition.hoist import GraphPartition
+from latentforge.optimize.passes.native.convolution import pack
+from latentforge.optimize.stage.component import save_part
+from latentforge.runtime.backends import get
+from latentforge.runtime.errors import BackendError
+from latentforge.runtime.kernels import DOMAIN, library
+from latentforge.runtime.kernels.compiler import LIBRARY, build, compiler
+from latentforge.runtime.manifest import Manifest
+
+Array = np.ndarray[Any, Any]
+
+TOLERANCE = 5e-5  # of the output's range
+
+built = pytest.mark.skipif(library() is None, reason="the library was not compiled here")
+
+
+def some(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def ran(op_type: str, inputs: list[Array | None], outputs: int = 1, **attributes: Any) -> Any:
+    """What the library computes; weights and biases are constants, as in a graph of ours."""
+    names = ["" if array is None else f"i{place}" for place, array in enumerate(inputs)]
+    node = onnx.helper.make_node(
+        op_type, names, [f"o{place}" for place in range(outputs)], domain=DOMAIN, **attributes
+    )
+    kind = onnx.TensorProto.FLOAT
+    fixed = {name: array for name, array in zip(names[1:3], inputs[1:3], strict=True) if name}
+    feeds = {n: a for n, a in zip(names, inputs, strict=True) if n and n not in fixed}
+    graph = onnx.helper.make_graph(
+        [node],
+        "one",
+        [onnx.helper.make_tensor_value_info(n, kind, a.shape) for n, a in feeds.items()],
+        [onnx.helper.make_tensor_value_info(name, kind, None) for name in node.output],
+        [onnx.numpy_helper.from_array(array, name) for name, array in fixed.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, 1)]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(str(library()))
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    values = ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+    return values[0] if outputs == 1 else values
+
+
+def close(got: Array, wanted: Array) -> None:
+    assert got.dtype == np.float32 and got.shape == wanted.shape
+    error = np.abs(got - wanted).max()
+    assert error <= TOLERANCE * max(np.ptp(wanted), np.abs(wanted).max()), error
+
+
+def check_conv(
+    shape: tuple[int, int, int, int],
+    channels: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    upsample: int = 1,
+    pads: tuple[int, int, int, int] | None = None,
+    bias: bool = True,
+    norm: bool = False,
+    act: bool = False,
+    row: int = 0,
+    residual: bool = False,
+    half: bool = False,
+) -> None:
+    """Compare Conv with its definition."""
+    n, _, _, c = shape
+    pads = (kernel // 2,) * 4 if pads is None else pads
+    weight = pack(some(channels, c, kernel, kernel, seed=1) / (kernel * c**0.5))
+    given = {"channels": channels, "pads": pads, "stride": stride, "upsample": upsample}
+    inputs = [
+        some(*shape),
+        weight.astype(np.float16) if half else weight,
+        some(channels, seed=2) if bias else None,
+        1 + some(n, c, seed=3) / 2 if norm else None,
+        some(n, c, seed=4) if norm else None,
+        some(row, channels, seed=5) if row else None,
+    ]
+    wanted = convolution(*inputs, act=act, **given)  # type: ignore[arg-type]
+    added = some(*wanted.shape, seed=6) if residual else None
+    got = ran("Conv", [*inputs, added], silu=int(act), **given)
+    close(got, wanted if added is None else wanted + added)
+
+
+FUSIONS: dict[str, dict[str, Any]] = {
+    "nothing": {"bias": False},
+    "bias": {},
+    "norm": {"norm": True},
+    "norm, silu": {"norm": True, "act": True},
+    "row of each": {"row": 2},
+    "row for all": {"row": 1},
+    "residual": {"residual": True},
+    "all": {"norm": True, "act": True, "row": 2, "residual": True},
+    "all in half": {"norm": True, "act": True, "row": 1, "residual": True, "half": True},
+    "enlarged": {"upsample": 2},
+    "enlarged, all": {"upsample": 2, "norm": True, "act": True, "row": 2, "residual": True},
+    "stride": {"stride": 2},
+    "stride, all": {"stride": 2, "norm": True, "act": True, "row": 2, "residual": True},
+    "as the VAE's": {"stride": 2, "pads": (0, 0, 1, 1)},
+    "no padding": {"pads": (0, 0, 0, 0)},
+    "lopsided": {"pads": (1, 0, 0, 1), "norm": True, "act": True},
+    "1x1": {"kernel": 1},
+    "1x1, all": {"kernel": 1, "norm": True, "act": True, "row": 2, "residual": True},
+    "1x1, stride": {"kernel": 1, "stride": 2},
+    "1x1 in half": {"kernel": 1, "half": True},
+}
+SIZES = {
+    "tiny": ((2, 3, 4, 3), 5),
+    "odd": ((2, 13, 9, 20), 33),
+    "of latents": ((2, 16, 24, 4), 48),
+    "to latents": ((2, 15, 17, 48), 4),
+    "wide": ((2, 8, 8, 160), 64),
+    "tall": ((2, 37, 6, 32), 32),
+    "large": ((2, 33, 40, 64), 96),
+}
+
+
+@built
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_convolves(size: str, fusion: str) -> None:
+    shape, channels = SIZES[size]
+    check_conv(shape, channels, **FUSIONS[fusion])
+
+
+@built
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (3, 20, 20, 40))),
+    channels=st.integers(1, 40),
+    kernel=st.sampled_from([1, 3]),
+    stride=st.sampled_from([1, 2]),
+    upsample=st.sampled_from([1, 2]),
+    pads=st.tuples(*[st.integers(0, 1)] * 4),
+    switches=st.fixed_dictionaries(
+        {name: st.booleans() for name in ("bias", "norm", "act", "residual", "half")}
+    ),
+    row=st.integers(0, 2),
+)
+def test_convolves_whatever(
+    shape: tuple[int, int, int, int],
+    channels: int,
+    kernel: int,
+    stride: int,
+    upsample: int,
+    pads: tuple[int, int, int, int],
+    switches: dict[str, bool],
+    row: int,
+) -> None:
+    n, height, width, c = shape
+    top, left, bottom, right = pads
+    given = {**switches, "act": switches["norm"] and switches["act"], "row": (0, 1, n)[row]}
+    if kernel > min(upsample * height + top + bottom, upsample * width + left + right):
+        return
+    if kernel == 1:
+        pads, upsample = (0, 0, 0, 0), 1
+    upsample = upsample if stride == 1 else 1
+    if kernel > min(upsample * height + top + bottom, upsample * width + left + right):
+        return
+    check_conv(
+        (n, height, width, c),
+        channels,
+        kernel,
+        stride=stride,
+        upsample=upsample,
+        pads=pads,
+        **given,
+    )
+
+
+@built
+@pytest.mark.parametrize("shape", [(1, 5, 7, 32), (3, 16, 16, 48), (2, 33, 31, 64)])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_normalizes(shape: tuple[int, int, int, int], groups: int) -> None:
+    x = 3 * some(*shape) + 20 * some(1, 1, 1, shape[3], seed=1)
+    weights = [1 + some(shape[3], seed=2) / 2, some(shape[3], seed=3)]
+    given = {"groups": groups, "epsilon": 1e-5}
+    wanted = group_scale(x, *weights, **given)  # type: ignore[arg-type]
+    scale, shift = ran("GroupScale", [x, *weights], 2, **given)
+    close(scale, wanted[0])
+    close(shift, wanted[1])
+    normed = x * wanted[0][:, None, None] + wanted[1][:, None, None]
+    close(ran("GroupNorm", [x, *weights], silu=0, **given), normed)
+    close(ran("GroupNorm", [x, *weights], silu=1, **given), silu(normed))
+
+
+@built
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("added", ["nothing", "bias", "residual", "both"])
+@pytest.mark.parametrize(
+    "shape, channels", [((1, 3), 5), ((2, 7, 20), 33), ((3, 77, 64), 48), ((2, 300, 96), 128)]
+)
+def test_multiplies(shape: tuple[int, ...], channels: int, added: str, half: bool) -> None:
+    weight = pack(some(channels, shape[-1], 1, 1, seed=1) / shape[-1] ** 0.5)
+    inputs = [
+        some(*shape),
+        weight.astype(np.float16) if half else weight,
+        some(channels, seed=2) if added in ("bias", "both") else None,
+        some(*shape[:-1], channels, seed=3) if added in ("residual", "both") else None,
+    ]
+    wanted = product(*inputs, channels=channels)  # type: ignore[arg-type]
+    close(ran("MatMul", inputs, channels=channels), wanted)
+
+
+def check_gated(
+    x: Array, half: int, scale: float = 1.0, *, bias: bool = True, float16: bool = False
+) -> None:
+    """Compare a gated MatMul with its definition."""
+    weight = scale * some(2 * half, x.shape[-1], seed=1) / x.shape[-1] ** 0.5
+    weight = weight.astype(np.float16 if float16 else np.float32)
+    added = some(2 * half, seed=2) if bias else None
+    y = x.astype(np.float64) @ weight.T.astype(np.float64) + (0 if added is None else added)
+    turns = np.arange(2 * half).reshape(2, -1, 16).swapaxes(0, 1).reshape(-1)
+    packed = pack(weight[turns][:, :, None, None])
+    inputs = [x, packed, None if added is None else added[turns]]
+    got = ran("MatMul", inputs, channels=2 * half, gated=1)
+    close(got, y[..., :half] * gelu(y[..., half:]))
+
+
+@built
+@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("half", [16, 48, 320])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 20), (1, 77, 64), (2, 300, 33)])
+def test_multiplies_gated(shape: tuple[int, ...], half: int, bias: bool, float16: bool) -> None:
+    check_gated(some(*shape), half, bias=bias, float16=float16)
+
+
+@built
+@pytest.mark.parametrize("scale", [1e-4, 3.0, 1e4])
+def test_multiplies_gated_far_from_one(scale: float) -> None:
+    check_gated(some(40, 24), 48, scale)
+
+
+@built
+def test_multiplies_gated_by_extremes() -> None:
+    gates = [-1e38, -1e10, -1e4, -100, -20, -10, -0.0, 1e-30, 10, 20, 100, 1e4, 1e10, 1e38]
+    right = np.array([*gates, np.inf, np.nan], np.float32)
+    bias = np.concatenate([np.ones(16, np.float32), right])  # which is all there is: x is zero
+    x, weight = np.zeros((1, 8), np.float32), pack(some(32, 8, 1, 1))
+    got = ran("MatMul", [x, weight, bias], channels=32, gated=1)
+    np.testing.assert_allclose(got[0], np.maximum(right, 0), rtol=1e-6, atol=1e-6)
+
+
+@built
+@pytest.mark.parametrize("size", [6, 16, 40, 64, 80])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (5, 77), (64, 64), (130, 300), (300, 5)])
+def test_attends(queries: int, keys: int, size: int) -> None:
+    heads, scale = 3, size**-0.5
+    query = 3 * some(2, queries, heads * size)  # some scores far above the others
+    key, value = (some(2, keys, heads * size, seed=seed) for seed in (1, 2))
+    wanted = attention(query, key, value, heads=heads, scale=scale)
+    # through the graph's inputs, as tokens come: ran() makes constants of the second and third
+    close(ran("Attention", [query, key, value], heads=heads, scale=scale), wanted)
+
+
+@built
+def test_scores_may_be_large() -> None:
+    query, key = 100 * some(1, 20, 32), 100 * some(1, 200, 32, seed=1)
+    value = some(1, 200, 32, seed=2)
+    wanted = attention(query, key, value, heads=2, scale=1.0)
+    close(ran("Attention", [query, key, value], heads=2, scale=1.0), wanted)
+
+
+@built
+def test_refuses_what_does_not_fit() -> None:
+    x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
+    given = {"channels": 16, "pads": (1, 1, 1, 1), "silu": 0, "stride": 1, "upsample": 1}
+    with pytest.raises(Exception, match="Conv takes weights packed as"):
+        ran("Conv", [x, weight[:, :16], None], **given)
+    with pytest.raises(Exception, match="a residual of the output's shape"):
+        ran("Conv", [x, weight, None, None, None, None, some(1, 4, 4, 16)], **given)
+    with pytest.raises(Exception, match="a stride and an upsample of 1 or 2"):
+        ran("Conv", [x, weight, None], **{**given, "stride": 3})
+    tokens, packed = some(3, 32), pack(some(32, 32, 1, 1))
+    with pytest.raises(Exception, match="a gated MatMul takes no residual"):
+        ran("MatMul", [tokens, packed, None, some(3, 16)], channels=32, gated=1)
+    with pytest.raises(Exception, match="a gated MatMul takes channels in pairs of 16"):
+        ran("MatMul", [tokens, packed[:1], None], channels=16, gated=1)
+    with pytest.raises(Exception, match="channels that groups divide"):
+        ran("GroupNorm", [x, some(32), some(32)], groups=5, epsilon=1e-5, silu=0)
+    with pytest.raises(Exception, match="keys and values alike"):
+        ran("Attention", [some(1, 4, 8), some(1, 4, 8), some(1, 5, 8)], heads=2, scale=1.0)
+
+
+@built
+@pytest.mark.parametrize("kernels", ["portable", "avx2"])
+def test_other_instructions_give_the_same(kernels: str) -> None:
+    """What another processor would run; one that lacks avx2 runs the portable ones twice."""
+    numbers = Path(__file__).parent / "test_kernels.py"
+    run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(numbers)]
+    only = "test_convolves or test_multiplies or test_attends or test_normalizes"
+    skipped = " and not whatever and not large"
+    done = subprocess.run(
+        [*run, "-k", f"({only}){skipped}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LATENTFORGE_KERNELS": kernels},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@built
+def test_rows_do_not_depend_on_each_other() -> None:
+    x, weight = some(3, 12, 12, 32), pack(some(48, 32, 3, 3, seed=1))
+    given = {"channels": 48, "pads": (1, 1, 1, 1), "silu": 0, "stride": 1, "upsample": 1}
+    together = ran("Conv", [x, weight, None], **given)
+    alone = [ran("Conv", [x[i : i + 1], weight, None], **given) for i in range(3)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+# -- in engines ------------------------------------------------------------------------------------
+
+DECODER = """<ir_version: 9, opset_import: ["" : 20, "latentforge" : 1]>
+m (float[batch, 4, latent_height, latent_width] latent_sample)
+  => (float[batch, 3, height, width] sample)
+<float[1, 4, 1, 1, 16] w = {WEIGHTS}, float[4] scales = {1, 1, 8, 8}>
+{
+  rows = Transpose<perm = [0, 2, 3, 1]>(latent_sample)
+  y = latentforge.Conv<channels = 3, pads = [0, 0, 0, 0], silu = 0, stride = 1, upsample = 1>
+      (rows, w)
+  small = Transpose<perm = [0, 3, 1, 2]>(y)
+  sample = Resize<mode = "nearest", nearest_mode = "floor",
+      coordinate_transformation_mode = "asymmetric">(small, , scales)
+}""".replace("WEIGHTS", ", ".join(["0.5"] * 64))
+
+
+def decoder(handmade: Handmade) -> tuple[Path, Any]:
+    directory = handmade(onnx={"vae_decoder": DECODER})
+    component = Manifest.read(directory).components["vae_decoder"]
+    return directory, msgspec.structs.replace(component, custom_ops=True)
+
+
+@built
+@pytest.mark.parametrize("optimized", [True, False])
+def test_engines_run_and_compile(optimized: bool, handmade: Handmade, tmp_path: Path) -> None:
+    directory, component = decoder(handmade)
+    backend, feeds = get("onnxruntime"), {"latent_sample": some(2, 4, 3, 5)}
+    wanted = backend.load(directory / component.file, component, {}).run(feeds)["sample"]
+    assert wanted.shape == (2, 3, 24, 40)
+    np.testing.assert_allclose(wanted[:, 0, ::8, ::8], feeds["latent_sample"].sum(1) / 2, atol=1e-6)
+    target = tmp_path / "compiled.onnx"
+    options = {"optimized": optimized}
+    backend.compile(directory / component.file, target, component, options, lambda *_: None)
+    got = backend.load(target, component, {}).run(feeds)["sample"]
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_the_manifest_says_that_a_graph_needs_them(handmade: Handmade, tmp_path: Path) -> None:
+    directory, component = decoder(handmade)
+    own = ir.load(directory / component.file)
+    plain = ir.from_onnx_text("<ir_version: 9> m (float[n] x) => (float[n] y) { y = Neg(x) }")
+    marks = [
+        save_part(name, GraphPartition.whole(model, component), component, tmp_path).custom_ops
+        for name, model in (("own", own), ("plain", plain))
+    ]
+    assert marks == [True, False]
+
+
+def test_engines_are_refused_without_the_library(
+    handmade: Handmade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, component = decoder(handmade)
+    monkeypatch.setattr("latentforge.runtime.kernels.LIBRARY", directory / "none.so")
+    with pytest.raises(BackendError, match="vae_decoder.onnx needs .* install a C.. compiler"):
+        get("onnxruntime").load(directory / component.file, component, {})
+
+
+# -- the build -------------------------------------------------------------------------------------
+
+
+def test_a_failed_build_leaves_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = LIBRARY.stat().st_mtime_ns if LIBRARY.exists() else None
+    monkeypatch.setenv("CXX", f"{sys.executable} -c raise(SystemExit(3))")
+    assert build() == f"{sys.executable} failed with status 3"
+    assert before == (LIBRARY.stat().st_mtime_ns if LIBRARY.exists() else None)
+    assert not list(LIBRARY.parent.glob(".build-*"))
+
+
+def test_says_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert compiler() is None
+    run = [sys.executable, "-m", "latentforge.runtime.kernels"]
+    done = subprocess.run(run, capture_output=True, text=True, env={"PATH": "/nowhere"})
+    assert (done.returncode, done.stderr) == (2, "latentforge: no C++ compiler is there\n")

@@ -1,0 +1,674 @@
+"""A manifest reads back as it was written, and a directory that differs from it is refused."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import Handmade
+
+from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.manifest import (
+    AccelerationPlan,
+    Component,
+    FileEntry,
+    Latent,
+    Manifest,
+    RequestDefaults,
+    Stage,
+    TokenizerEntry,
+    WeightSource,
+)
+from latentforge.runtime.sampling.schedule import Schedule
+from latentforge.runtime.tensor import TensorSpec
+
+Tree = dict[str, Any]
+
+
+@pytest.fixture
+def engines(handmade: Handmade) -> Path:
+    return handmade()
+
+
+def load(directory: Path) -> Tree:
+    content: Tree = json.loads((directory / "manifest.json").read_text())
+    return content
+
+
+def store(directory: Path, content: object) -> None:
+    (directory / "manifest.json").write_text(json.dumps(content))
+
+
+def refused(directory: Path, *names: str) -> str:
+    """The message: one line that holds these names, whatever else it says."""
+    with pytest.raises(ManifestError) as caught:
+        Manifest.read(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert name in message
+    return message
+
+
+def at(tree: Any, path: str) -> Any:
+    for key in path.split("/") if path else ():
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree
+
+
+def test_round_trip(handmade: Handmade) -> None:
+    stage = Stage(
+        name="export", options={"opset": 20}, tools={"torch": "2"}, seconds=1.5, passes={"gelu": 3}
+    )
+    directory = handmade(history=(stage,), quality={"denoiser": {"psnr": 60.5}})
+    manifest = Manifest.read(directory)
+    assert manifest.history == (stage,)
+    assert manifest.quality == {"denoiser": {"psnr": 60.5}}
+    before = (directory / "manifest.json").read_bytes()
+    manifest.write(directory)
+    assert (directory / "manifest.json").read_bytes() == before
+    assert Manifest.read(directory) == manifest
+
+
+def test_files_lists_engines_data_and_tokenizers(engines: Path) -> None:
+    files = {entry.file for entry in Manifest.read(engines).files}
+    expected = {
+        "text_encoder.onnx",
+        "denoiser.onnx",
+        "vae_decoder.onnx",
+        "tokenizer/tokenizer.json",
+    }
+    assert files == expected
+
+
+LEVELS = [
+    "",
+    "source",
+    "latent",
+    "schedule",
+    "defaults",
+    "tokenizers/tokenizer",
+    "components/unet",
+    "components/unet/inputs/sample",
+    "components/unet/data/0",
+    "history/0",
+]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_refuses_an_unknown_key(handmade: Handmade, level: str) -> None:
+    directory = handmade(history=(Stage(name="export", options={}, tools={}, seconds=0),))
+    content = load(directory)
+    part = content["components"]["denoiser"]
+    part["data"] = [{key: part[key] for key in ("file", "sha256", "bytes")}]
+    store(directory, content)
+    Manifest.read(directory)
+    at(content, level)["colour"] = "blue"
+    store(directory, content)
+    refused(directory, "colour", "export again")
+
+
+@pytest.mark.parametrize("found", [0, 2, 999, -1])
+def test_refuses_another_format(engines: Path, found: int) -> None:
+    store(engines, {"format": found, "unheard_of": True})
+    refused(engines, f"format {found}", "reads 1", "export again")
+
+
+REQUIRED = [
+    "name",
+    "family",
+    "source",
+    "prediction",
+    "latent",
+    "schedule",
+    "defaults",
+    "tokenizers",
+    "components",
+    "latent/channels",
+    "latent/multiple",
+    "defaults/steps",
+    "schedule/beta_kind",
+    "tokenizers/tokenizer/max_length",
+    "components/unet/file",
+    "components/unet/sha256",
+    "components/unet/bytes",
+    "components/unet/backend",
+    "components/unet/inputs",
+]
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_refuses_a_missing_key(engines: Path, path: str) -> None:
+    content = load(engines)
+    *above, key = path.split("/")
+    del at(content, "/".join(above))[key]
+    store(engines, content)
+    refused(engines, f"`{key}`", "manifest.json")
+
+
+WRONG: list[tuple[str, object]] = [
+    ("name", 3),
+    ("name", None),
+    ("format", "1"),
+    ("format", True),
+    ("prediction", "sample"),
+    ("latent/channels", 0),
+    ("latent/downscale", 8.5),
+    ("latent/downscale", 10**9),
+    ("latent/scaling_factor", 0),
+    ("latent/scaling_factor", -1),
+    ("latent/scaling_factor", "big"),
+    ("schedule", []),
+    ("schedule/beta_kind", "quadratic"),
+    ("schedule/spacing", "random"),
+    ("schedule/train_steps", 0),
+    ("schedule/beta_end", 1.5),
+    ("schedule/betas", [0.1]),
+    ("defaults/steps", 0),
+    ("defaults/steps", True),
+    ("defaults/height", -64),
+    ("defaults/guidance_scale", None),
+    ("tokenizers", []),
+    ("tokenizers/tokenizer/max_length", 2),
+    ("tokenizers/tokenizer/max_length", 10**9),
+    ("components", []),
+    ("components/unet", None),
+    ("components/unet/sha256", "0" * 63),
+    ("components/unet/sha256", "A" * 64),
+    ("components/unet/sha256", "0" * 64 + "\n"),
+    ("components/unet/bytes", "12"),
+    ("components/unet/inputs/sample/dtype", "O"),
+    ("components/unet/inputs/sample/dtype", "f4"),
+    ("components/unet/inputs/sample/dtype", "float32, float32"),
+    ("components/unet/inputs/sample/shape", ["batch", 0]),
+    ("components/unet/inputs/sample/shape", ["batch", -1]),
+    ("components/unet/inputs/sample/shape", ["batch", True]),
+    ("components/unet/inputs/sample/shape", ["batch", 1.5]),
+    ("components/unet/inputs/sample/shape", ["a-b"]),
+    ("components/unet/inputs/sample/shape", ["h*0"]),
+    ("components/unet/inputs/sample/shape", ["h*" + "9" * 5000]),
+    ("components/unet/inputs/sample/shape", ["h²"]),
+    ("components/unet/inputs/sample/shape", [""]),
+    ("quality", {"denoiser": {"psnr": "good"}}),
+    ("history", [{}]),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{p}-{str(v)[:20]}" for p, v in WRONG])
+def test_refuses_a_wrong_value(engines: Path, path: str, value: object) -> None:
+    content = load(engines)
+    *above, key = path.split("/")
+    at(content, "/".join(above))[key] = value
+    store(engines, content)
+    refused(engines, "manifest.json", "export again")
+
+
+UNFIT = [
+    ("tokenizers", {}, "no tokenizer"),
+    ("latent/channels", 5, "unet: sample has 4 channels, and latents 5"),
+    ("schedule/train_steps", 10**9, "train_steps is at most 100000"),
+    ("components/unet/inputs", {}, "unet: input 'sample' with 4 dimensions"),
+    ("components/unet/inputs/sample/shape", [], "unet: input 'sample'"),
+    ("components/unet/inputs/timestep/shape", ["batch", 1], "unet: input 'timestep'"),
+    ("components/unet/outputs", {}, "unet: output 'out_sample'"),
+    ("components/text_encoder/outputs", {}, "text_encoder: output 'last_hidden_state'"),
+    ("components/vae_decoder/inputs/latent_sample/shape", ["batch", 3, 4, 4], "has 3 channels"),
+    ("components/vae_decoder/outputs/sample/shape", ["batch"], "vae_decoder: output 'sample'"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), UNFIT, ids=[case[2] for case in UNFIT])
+def test_refuses_parts_that_do_not_fit_together(
+    engines: Path, path: str, value: object, message: str
+) -> None:
+    content = load(engines)
+    *above, key = path.split("/")
+    at(content, "/".join(above))[key] = value
+    store(engines, content)
+    refused(engines, message, "manifest.json", "export again")
+
+
+TIME_INPUTS = {"timestep": {"dtype": "float32", "shape": ["rows"]}}
+KEYS = {"dtype": "float16", "shape": ["batch", 8, 2]}
+EMBEDDED = {"dtype": "float32", "shape": ["rows", 4, 1, 1]}
+
+
+@pytest.fixture
+def parts(engines: Path) -> Tree:
+    """A manifest of a UNet in three parts."""
+    content = load(engines)
+    components = content["components"]
+    unet = components["denoiser"]
+    prompt = {"encoder_hidden_states": unet["inputs"]["encoder_hidden_states"]}
+    components["denoiser_prompt"] = {**unet, "inputs": prompt, "outputs": {"to_k": KEYS}}
+    components["denoiser_time"] = {**unet, "inputs": TIME_INPUTS, "outputs": {"embedded": EMBEDDED}}
+    once = {**EMBEDDED, "shape": [1, 4, 1, 1]}
+    sample = unet["inputs"]["sample"]
+    unet["inputs"] = {"sample": sample, "to_k": KEYS, "embedded": once}
+    return content
+
+
+def test_takes_a_unet_in_parts(engines: Path, parts: Tree) -> None:
+    store(engines, parts)
+    needed = Manifest.read(engines).needed
+    assert needed == ("text_encoder", "denoiser_prompt", "denoiser_time", "denoiser", "vae_decoder")
+
+
+def test_takes_time_embeddings_that_depend_on_the_prompt(engines: Path, parts: Tree) -> None:
+    time, unet = (parts["components"][name] for name in ("denoiser_time", "denoiser"))
+    pooled = {"dtype": "float16", "shape": ["rows", 8, 2]}
+    time["inputs"] = {**TIME_INPUTS, "to_k": pooled}
+    unet["inputs"]["embedded"] = {**EMBEDDED, "shape": ["batch", 4, 1, 1]}
+    store(engines, parts)
+    Manifest.read(engines)
+    time["inputs"] = {**TIME_INPUTS, "to_k": KEYS}
+    store(engines, parts)
+    refused(
+        engines, "denoiser_time: it takes to_k as float16[batch, 8, 2]", "denoiser_prompt gives"
+    )
+
+
+MISFITS = [
+    ("unet/inputs/colour", KEYS, "unet: nothing is known to give it as 'colour'"),
+    ("denoiser_time/inputs/colour", KEYS, "denoiser_time: nothing is known to give it as 'colour'"),
+    (
+        "denoiser_prompt/inputs/timestep",
+        KEYS,
+        "denoiser_prompt: nothing is known to give it as 'timestep'",
+    ),
+    ("denoiser_time/inputs/sample", KEYS, "denoiser_time: nothing is known to give it as 'sample'"),
+    (
+        "denoiser_prompt/inputs/embedded",
+        KEYS,
+        "denoiser_prompt: nothing is known to give it as 'embedded'",
+    ),
+    (
+        "denoiser_time/outputs/to_k",
+        KEYS,
+        "denoiser_time: it gives 'to_k', which denoiser_prompt gives too",
+    ),
+    ("denoiser_time/outputs/sample", KEYS, "it gives 'sample', which the runtime gives too"),
+    ("denoiser_time/outputs/more", KEYS, "denoiser_time: no part of the UNet takes 'more'"),
+    (
+        "denoiser_prompt/outputs/to_k/dtype",
+        "float32",
+        "unet: it takes to_k as float16[batch, 8, 2]",
+    ),
+    (
+        "denoiser_prompt/outputs/to_k/shape",
+        ["batch", 8, 3],
+        "denoiser_prompt gives float16[batch, 8, 3]",
+    ),
+    ("unet/inputs/to_k/shape", [1, 8, 2], "unet: it takes to_k as float16[1, 8, 2]"),
+    ("unet/inputs/embedded/shape", ["batch", 4, 1, 1], "unet: it takes embedded as float32[batch"),
+    ("unet/inputs/embedded/shape", [], "unet: it takes embedded as float32[]"),
+    ("denoiser_time/inputs", {}, "denoiser_time: input 'timestep' with 1 dimensions"),
+    (
+        "denoiser_time/inputs/timestep/shape",
+        [],
+        "denoiser_time: input 'timestep' with 1 dimensions",
+    ),
+    ("denoiser_prompt/inputs", {}, "unet: input 'encoder_hidden_states' with 3 dimensions"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), MISFITS, ids=[c[0] for c in MISFITS])
+def test_refuses_parts_of_a_unet_that_do_not_fit_together(
+    engines: Path, parts: Tree, path: str, value: object, message: str
+) -> None:
+    *above, key = f"components/{path}".split("/")
+    content = json.loads(json.dumps(parts))  # no part of it is shared
+    at(content, "/".join(above))[key] = value
+    store(engines, content)
+    refused(engines, message, "manifest.json", "export again")
+
+
+# Cheaper evaluations
+
+DEEP = {"dtype": "float32", "shape": ["batch", 6, "latent_height//2", "latent_width//2"]}
+PLAN = {
+    "sampler": "euler",
+    "steps": 4,
+    "timesteps": [900, 500.5, 20, 0],
+    "guidance": [0.3, 0.9],
+    "cached_steps": [1, 3],
+    "denoiser": "denoiser_reduced",
+    "measured": {"speedup": 2.0},
+}
+
+
+@pytest.fixture
+def accelerated(engines: Path) -> Tree:
+    """A manifest with a plan and all that a plan can name."""
+    content = load(engines)
+    components = content["components"]
+    unet = components["denoiser"]
+    unet["outputs"] = {**unet["outputs"], "cached_feature": DEEP}
+    inputs = {name: unet["inputs"][name] for name in ("sample", "timestep")}
+    output = {"out_sample": unet["outputs"]["out_sample"]}
+    shallow = {**unet, "inputs": {**inputs, "cached_feature": DEEP}, "outputs": output}
+    components |= {"denoiser_cached": shallow, "denoiser_reduced": dict(unet), "denoiser": unet}
+    content["fast"] = PLAN
+    return content
+
+
+def test_takes_a_plan(engines: Path, cheaper: Tree) -> None:
+    store(engines, cheaper)
+    manifest = Manifest.read(engines)
+    assert manifest.needed == ("text_encoder", "denoiser", "vae_decoder")
+    assert manifest.acceleration is not None and manifest.acceleration.timesteps == (
+        900,
+        500.5,
+        20,
+        0,
+    )
+    assert manifest.acceleration.request == {
+        "sampler": "euler",
+        "steps": 4,
+        "timesteps": (900, 500.5, 20, 0),
+        "guidance_interval": (0.3, 0.9),
+        "cached_steps": (1, 3),
+        "denoiser": "denoiser_reduced",
+    }
+
+
+def test_a_file_of_several_components_counts_once(engines: Path, cheaper: Tree) -> None:
+    alone = Manifest.read(engines)
+    store(engines, cheaper)
+    manifest = Manifest.read(engines)
+    assert [entry.file for entry in manifest.files] == [entry.file for entry in alone.files]
+    assert manifest.size == alone.size
+
+
+MISPLANNED = [
+    ("fast/steps", 5, "fast: 4 timesteps for 5 steps"),
+    ("fast/timesteps", [900, 500, 500, 0], "fast: timesteps fall strictly"),
+    ("fast/timesteps", [1000, 500, 20, 0], "timestep 1000 is not in the schedule"),
+    ("fast/timesteps", [900, 500, 20, -1], "timestep -1 is not in the schedule"),
+    ("fast/guidance", [0.9, 0.3], "fast: guidance lies between two sigmas"),
+    ("fast/guidance", [0.3, 1.1], "fast: guidance lies between two sigmas"),
+    ("fast/guidance", [0.3], "guidance"),
+    ("fast/shallow", [0, 2], "fast: shallow evaluations are counted from 0"),
+    ("fast/shallow", [3, 1], "fast: shallow evaluations are counted from 0"),
+    ("fast/shallow", [1, 1], "fast: shallow evaluations are counted from 0"),
+    ("fast/shallow", [4], "of 4 is none: take some of 1 to 3"),
+    ("fast/unet", "denoiser_prompt", "fast.unet"),
+    ("fast/turbo", True, "turbo"),
+    ("components/denoiser_cached", None, "fast: it takes denoiser_cached, and there is no such"),
+    ("components/denoiser_reduced", None, "fast: it takes denoiser_reduced, and there is no such"),
+    ("components/denoiser_cached/inputs/more", DEEP, "denoiser_cached: more is float32[batch, 6,"),
+    (
+        "components/denoiser_cached/inputs/cached_feature/shape",
+        ["batch", 7, 1, 1],
+        "cached_feature is",
+    ),
+    ("components/denoiser_cached/outputs", {}, "denoiser_cached: output 'out_sample'"),
+    ("components/unet/outputs/cached_feature", None, "unet has nothing of that name"),
+    (
+        "components/denoiser_reduced/inputs/more",
+        DEEP,
+        "denoiser_reduced: its inputs and outputs are not",
+    ),
+    ("components/unet/max_rows", 0, "max_rows"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), MISPLANNED, ids=[c[2] for c in MISPLANNED])
+def test_refuses_a_plan_that_does_not_fit(
+    engines: Path, cheaper: Tree, path: str, value: object, message: str
+) -> None:
+    content = json.loads(json.dumps(cheaper))  # no part of it is shared
+    *above, key = path.split("/")
+    at(content, "/".join(above))[key] = value
+    if value is None:
+        del at(content, "/".join(above))[key]
+    store(engines, content)
+    refused(engines, message, "manifest.json", "export again")
+
+
+# Others
+
+
+def test_takes_components_of_other_names(engines: Path) -> None:
+    content = load(engines)
+    content["components"]["another"] = content["components"]["denoiser"] | {"inputs": {}}
+    store(engines, content)
+    assert "another" in Manifest.read(engines).components
+
+
+NOT_JSON = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"3",
+    b"\x00",
+    b"\xff\xfe{}",
+    b"{'format': 1}",
+    b'{"format": 1} trailing',
+    b'{"format": ' + b"1" * 5000 + b"}",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", NOT_JSON, ids=range(len(NOT_JSON)))
+def test_refuses_what_is_no_manifest(engines: Path, content: bytes) -> None:
+    (engines / "manifest.json").write_bytes(content)
+    refused(engines, "manifest.json", "export again")
+
+
+def test_reads_or_refuses_whatever_is_there(engines: Path) -> None:
+    """Random damage, with a fixed seed: no other error than ours comes out."""
+    rng = random.Random(0)
+    path = engines / "manifest.json"
+    original = path.read_bytes()
+    tokens = [
+        b"{",
+        b"}",
+        b"[",
+        b'"',
+        b",",
+        b"null",
+        b"-1",
+        b"1e99",
+        b"\\u0000",
+        b"../",
+        b"\xff",
+        b"",
+    ]
+    refusals = 0
+    for _ in range(1000):
+        content = bytearray(original)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            start = rng.randrange(len(content))
+            content[start : start + rng.choice((0, 1, 1, 8))] = rng.choice(tokens)
+        path.write_bytes(content)
+        try:
+            Manifest.read(engines)
+        except ManifestError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert 500 < refusals < 1000
+
+
+def test_refuses_numbers_that_json_does_not_have(engines: Path) -> None:
+    text = (engines / "manifest.json").read_text()
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        changed = re.sub(r'"scaling_factor": 0.5', f'"scaling_factor": {number}', text)
+        assert changed != text
+        (engines / "manifest.json").write_text(changed)
+        refused(engines, "manifest.json")
+
+
+def test_refuses_a_key_given_twice(engines: Path) -> None:
+    text = (engines / "manifest.json").read_text()
+    twice = text.replace('"channels": 4', '"channels": 4, "channels": 5')
+    (engines / "manifest.json").write_text(twice)
+    refused(engines, "'channels'", "2 times")
+
+
+def test_refuses_a_huge_manifest_without_reading_it(engines: Path) -> None:
+    with (engines / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)  # a hole: reading it all would take a terabyte of memory
+    refused(engines, "larger than 4 MiB")
+
+
+def test_writes_nothing_that_it_would_not_read(engines: Path) -> None:
+    manifest = Manifest.read(engines)
+    before = (engines / "manifest.json").read_bytes()
+    bad = msgspec.structs.replace(manifest, quality={"image": {"psnr": float("nan")}})
+    with pytest.raises(ManifestError, match="psnr|quality"):
+        bad.write(engines)
+    assert (engines / "manifest.json").read_bytes() == before
+
+
+# Files
+
+
+def point_at(directory: Path, file: str) -> None:
+    content = load(directory)
+    content["components"]["denoiser"]["file"] = file
+    store(directory, content)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../denoiser.onnx",
+        "a/../../denoiser.onnx",
+        "tokenizer/../denoiser.onnx",
+        "..",
+        "/etc/passwd",
+        "//etc/passwd",
+        "denoiser.onnx\x00.txt",
+        "unet\n.onnx",
+        "\x1b[2J",
+    ],
+)
+def test_refuses_a_path_that_leads_out(engines: Path, file: str) -> None:
+    (engines.parent / "denoiser.onnx").write_bytes(b"denoiser")
+    point_at(engines, file)
+    refused(engines, repr(file), "inside the engine directory")
+
+
+@pytest.mark.parametrize("file", ["missing.onnx", "", ".", "tokenizer", "x" * 5000, "a/" * 3000])
+def test_refuses_what_is_no_file(engines: Path, file: str) -> None:
+    point_at(engines, file)
+    refused(engines, "no file", repr(file), "export again")
+
+
+def test_refuses_a_link_that_leads_out(engines: Path) -> None:
+    outside = engines.parent / "outside"
+    (engines / "denoiser.onnx").rename(outside)
+    (engines / "denoiser.onnx").symlink_to(outside)
+    refused(engines, "'denoiser.onnx'", "outside")
+
+
+def test_refuses_a_linked_parent_that_leads_out(engines: Path) -> None:
+    (engines / "tokenizer").rename(engines.parent / "elsewhere")
+    (engines / "tokenizer").symlink_to(engines.parent / "elsewhere", target_is_directory=True)
+    refused(engines, "'tokenizer/tokenizer.json'", "outside")
+
+
+def test_follows_a_link_that_stays_inside(engines: Path) -> None:
+    (engines / "denoiser.onnx").rename(engines / "real.onnx")
+    (engines / "denoiser.onnx").symlink_to("real.onnx")
+    Manifest.read(engines)
+
+
+def test_refuses_links_in_a_circle(engines: Path) -> None:
+    (engines / "denoiser.onnx").unlink()
+    (engines / "denoiser.onnx").symlink_to("denoiser.onnx")
+    refused(engines, "no file", "'denoiser.onnx'")
+
+
+def test_a_linked_engine_directory_is_fine(engines: Path) -> None:
+    link = engines.parent / "link"
+    link.symlink_to(engines, target_is_directory=True)
+    assert Manifest.read(link) == Manifest.read(engines)
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", "tokenizer/tokenizer.json"])
+def test_refuses_a_file_that_is_gone(engines: Path, name: str) -> None:
+    (engines / name).unlink()
+    refused(engines, repr(name), "export again")
+
+
+def test_refuses_a_directory_where_a_file_should_be(engines: Path) -> None:
+    (engines / "denoiser.onnx").unlink()
+    (engines / "denoiser.onnx").mkdir()
+    refused(engines, "no file", "'denoiser.onnx'")
+
+
+@pytest.mark.parametrize("content", [b"une", b"", b"unet "])
+def test_refuses_another_size(engines: Path, content: bytes) -> None:
+    (engines / "denoiser.onnx").write_bytes(content)
+    refused(engines, "denoiser.onnx", f"has {len(content)} bytes", "says 4", "export again")
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", "tokenizer/tokenizer.json"])
+def test_refuses_a_flipped_bit(engines: Path, name: str) -> None:
+    content = bytearray((engines / name).read_bytes())
+    content[-1] ^= 1
+    (engines / name).write_bytes(content)
+    refused(engines, name, "sha256", "export again")
+    Manifest.read(engines, hashes=False)
+
+
+def test_checks_external_weights_too(engines: Path) -> None:
+    content = load(engines)
+    weights = {"file": "denoiser.onnx.data", "sha256": "0" * 64, "bytes": 3}
+    content["components"]["denoiser"]["data"] = [weights]
+    store(engines, content)
+    refused(engines, "no file", "denoiser.onnx.data")
+    (engines / "denoiser.onnx.data").write_bytes(b"abc")
+    refused(engines, "denoiser.onnx.data", "sha256")
+
+
+# Directories
+
+
+def test_refuses_what_is_no_engine_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "file", tmp_path / ("x" * 300)):
+        refused(path, str(path)[:200], "latentforge build or export")
+
+
+@pytest.mark.timeout(20)  # a pipe that is opened waits for ever
+def test_refuses_a_manifest_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    refused(tmp_path, "manifest.json")
+    (tmp_path / "manifest.json").rmdir()
+    os.mkfifo(tmp_path / "manifest.json")
+    refused(tmp_path, "manifest.json")
+
+
+# The specification
+
+
+KINDS = [
+    *(
+        Manifest,
+        WeightSource,
+        Latent,
+        Schedule,
+        RequestDefaults,
+        FileEntry,
+        TokenizerEntry,
+        Component,
+    ),
+    *(TensorSpec, Stage, AccelerationPlan),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_specification_names_every_key(kind: type) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    keys = [key for part in kind.__mro__ for key in getattr(part, "__annotations__", ())]
+    assert keys
+    assert [key for key in keys if f"`{key}`" not in text] == []

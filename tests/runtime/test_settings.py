@@ -1,0 +1,202 @@
+"""A request is complete and possible, or refused in words that name what is wrong with it."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.manifest import AccelerationPlan, RequestDefaults
+from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.settings import MAX_PROMPT, Settings, resolve
+
+DEFAULTS = RequestDefaults(
+    sampler="ddim", steps=20, guidance_scale=7.5, guidance_rescale=0.0, height=512, width=768
+)
+
+
+def request(prompt: Any = "a fox", **settings: Any) -> Settings:
+    return resolve(DEFAULTS, prompt, settings)  # type: ignore[arg-type]
+
+
+def test_defaults_fill_in_what_is_left_out() -> None:
+    settings = request()
+    assert settings.prompts == ("a fox",) and settings.negative_prompts == ()
+    assert (settings.sampler, settings.steps, settings.guidance_scale) == ("ddim", 20, 7.5)
+    assert (settings.height, settings.width, settings.images_per_prompt) == (512, 768, 1)
+    assert request(steps=None, height=None, seed=None).steps == 20
+
+
+def test_what_is_given_wins() -> None:
+    given = {
+        "images_per_prompt": 2,
+        "sampler": "euler",
+        "steps": 1,
+        "guidance_scale": 0,
+        "guidance_rescale": 1.0,
+        "height": 64,
+        "width": 72,
+        "seed": 0,
+    }
+    settings = request(**given)
+    assert {key: getattr(settings, key) for key in given} == given
+
+
+def test_prompts() -> None:
+    settings = request(["a", "b"], images_per_prompt=3, negative_prompt="c")
+    assert settings.prompts == ("a", "b") and settings.negative_prompts == ("c", "c")
+    assert settings.count == 6
+    assert request(["a", "b"], negative_prompt=["c", "d"]).negative_prompts == ("c", "d")
+    assert request("").prompts == ("",)
+
+
+def test_guidance_is_on_above_one() -> None:
+    assert [request(guidance_scale=scale).guided for scale in (0, 1, 1.01)] == [False, False, True]
+
+
+def test_seeds_differ_and_are_kept() -> None:
+    seeds = {request().seed for _ in range(8)}
+    assert len(seeds) > 1 and all(request(seed=seed).seed == seed for seed in seeds)
+    for edge in (-(2**63), 2**64 - 1):
+        assert request(seed=edge).seed == edge
+
+
+HUGE = 10**5000  # which Python refuses to print
+
+BAD = [
+    ("steps", (0, -1, 1.5, True, math.nan, "20", 1001, HUGE, [1])),
+    ("images_per_prompt", (0, -1, 1.0, True, 1025, HUGE)),
+    ("guidance_scale", (math.nan, math.inf, -math.inf, -0.1, 1001, HUGE, -HUGE, True, "7", 1j)),
+    ("guidance_rescale", (math.nan, -0.1, 1.1, HUGE, False, "0")),
+    ("seed", (-(2**63) - 1, 2**64, 1.0, True, "0", HUGE, np.int64(3))),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), BAD, ids=[name for name, _ in BAD])
+def test_refuses(name: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        with pytest.raises(SettingsError, match=f"^{name} is a") as caught:
+            request(**{name: value})
+        assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+CHEAPER = [
+    ("timesteps", ((), (999.5, 3, 0)), ("9", [9, "9"], (math.nan,), (True,), (-1,), (HUGE,), 3)),
+    ("timesteps", ((5, 4, 3),), ((3, 3, 3), (3, 4, 5), (5, 4), (5, 4, 3, 2))),
+    (
+        "cached_steps",
+        ((), (1,), (1, 2)),
+        ((0,), (3,), (2, 1), (1, 1), (1.0,), (True,), "1", (HUGE,), 1),
+    ),
+    ("guidance_interval", ((0, 1), (0.5, 0.5)), ((1, 0), (0, 1, 1), (0,), (), (-0.1, 1), (0, 2))),
+    ("guidance_interval", (), ((math.nan, 1), (0, HUGE), ("0", 1), "01", 0.5, True, {0: 1})),
+    ("cache_interval", (1, 2, 3), (0, -1, 4, 1.5, True, "2", HUGE)),
+    (
+        "denoiser",
+        ("denoiser", "denoiser_reduced"),
+        ("denoiser_cached", "vae_decoder", "", 3, ["denoiser"]),
+    ),
+    ("unaccelerated", (True, False), (1, 0, "yes")),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), CHEAPER)
+def test_cheaper_evaluations(name: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
+    for value in good:
+        request(steps=3, **{name: value})
+    for value in bad:
+        with pytest.raises(SettingsError) as caught:
+            request(steps=3, **{name: value})
+        message = str(caught.value)
+        assert re.split("[_ ]", name)[0] in message
+        assert len(message) < 200 and "\n" not in message
+
+
+def test_lists_of_json_are_taken() -> None:
+    settings = request(timesteps=[9, 3], cached_steps=[1], guidance_interval=[0.2, 0.5])
+    assert settings.steps == 2 and settings.timesteps == (9, 3)
+    assert settings.cached_steps == (1,) and settings.guidance_interval == (0.2, 0.5)
+
+
+def test_what_is_cheaper_than_the_sampler_asks_for() -> None:
+    same: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0, 1)}, {"cache_interval": 1})
+    less = ({"timesteps": (9, 3)}, {"guidance_interval": (0.2, 1)}, {"cache_interval": 2})
+    assert not any(request(**settings).accelerated for settings in same)
+    assert all(
+        request(**settings).accelerated for settings in (*less, {"denoiser": "denoiser_reduced"})
+    )
+
+
+PLAN = AccelerationPlan(sampler="unipc", steps=8, guidance_interval=(0.2, 0.9), cached_steps=(1, 3))
+
+
+@pytest.mark.parametrize("asked", [{}, {"steps": 8}, {"sampler": "unipc", "guidance_scale": 3}])
+def test_a_plan_is_followed(asked: dict[str, Any]) -> None:
+    settings = resolve(DEFAULTS, "a", asked, PLAN)  # type: ignore[arg-type]
+    assert {name: getattr(settings, name) for name in PLAN.request} == PLAN.request
+    assert settings.guidance_scale == asked.get("guidance_scale", DEFAULTS.guidance_scale)
+    exact = resolve(DEFAULTS, "a", {"unaccelerated": True, "seed": settings.seed}, PLAN)
+    assert (exact.sampler, exact.steps, exact.cached_steps) == ("ddim", 20, ())
+
+
+@pytest.mark.parametrize("asked", [{"steps": 9}, {"sampler": "ddim"}, {"steps": HUGE}])
+def test_a_plan_is_for_one_schedule(asked: dict[str, Any]) -> None:
+    with pytest.raises(
+        SettingsError, match="plan is for 'unipc' of 8 steps, not .*--unaccelerated"
+    ) as e:
+        resolve(DEFAULTS, "a", asked, PLAN)  # type: ignore[arg-type]
+    assert len(str(e.value)) < 250 and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_refuses_a_size(name: str) -> None:
+    for value in (0, -64, 64.0, True, math.nan, "64", 2**40, HUGE):
+        with pytest.raises(ShapeError, match=f"^{name} is 1 to 16384 pixels, not "):
+            request(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["plms", "", "DDIM", "__class__", ["ddim"], 3, True])
+def test_an_unknown_sampler_lists_them_all(name: object) -> None:
+    with pytest.raises(SettingsError, match="no sampler") as caught:
+        request(sampler=name)
+    assert all(known in str(caught.value) for known in SAMPLERS)
+
+
+def test_an_unknown_setting_lists_them_all() -> None:
+    with pytest.raises(SettingsError, match="no setting 'stepz'; there are negative_prompt, ") as e:
+        request(stepz=20)
+    assert all(f" {known}" in str(e.value) for known in ("steps", "seed", "height", "sampler"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "message"),
+    [
+        ([], "", "no prompt was given"),
+        ((), [], "no prompt was given"),
+        (["a", "b"], ["c"], "1 negative prompts for 2 prompts"),
+        ("a", ["b", "c"], "2 negative prompts for 1 prompts"),
+        (None, "", "a prompt is text, or a list of texts, not NoneType"),
+        (3, "", "a prompt is text, or a list of texts, not int"),
+        ("a", 3, "a prompt is text, or a list of texts, not int"),
+        ({"a": 1}, "", "a prompt is text, or a list of texts, not dict"),
+        ([None], "", "a prompt is text, not NoneType"),
+        (b"abc", "", "a prompt is text, not int"),
+        ([["a"]], "", "a prompt is text, not list"),
+        ("a", [3], "a prompt is text, not int"),
+        ("\udcff", "", "not valid UTF-8"),
+        ("a", "\ud83d", "not valid UTF-8"),
+    ],
+)
+def test_refuses_prompts(prompt: object, negative: object, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        request(prompt, negative_prompt=negative)
+
+
+@pytest.mark.parametrize("which", ["prompt", "negative_prompt"])
+def test_refuses_a_prompt_of_a_hundred_kilobytes(which: str) -> None:
+    with pytest.raises(SettingsError, match="has 102,400 characters, and 16,384 are allowed") as e:
+        request(**{which: "x" * 102_400})
+    assert len(str(e.value)) < 200
+    assert request("x" * MAX_PROMPT).count == 1

@@ -1,0 +1,283 @@
+"""Starting from a picture, from part of one, or from latents: what is kept, and what is refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Handmade
+from numpy.typing import NDArray
+from PIL import Image
+from test_loop import NETWORKS
+
+from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
+from latentforge.runtime.image import open_picture, to_array, to_mask
+from latentforge.runtime.pipeline import Pipeline
+
+pytest.importorskip("onnxruntime")
+
+# The mean of each 8 x 8 pixels, a fourth channel of zeros, and no variance worth the name.
+ENCODER = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 3, h, w] sample) => (float[batch, 8, hh, ww] latent_parameters)
+<int64[1] first = {0}, int64[1] one = {1}, int64[1] axis = {1}, float zero = {0}, float low = {-60}>
+{
+  mean = AveragePool<kernel_shape = [8, 8], strides = [8, 8]>(sample)
+  red = Slice(mean, first, one, axis)
+  none = Mul(red, zero)
+  little = Add(none, low)
+  latent_parameters = Concat<axis = 1>(mean, none, little, little, little, little)
+}"""
+
+
+@pytest.fixture
+def pipe(handmade: Handmade) -> Iterator[Pipeline]:
+    """Engines of 8 x 8 pixels a latent, with a VAE encoder."""
+    directory = handmade(onnx={**NETWORKS, "vae_encoder": ENCODER})
+    with Pipeline.load(directory, threads=1) as pipeline:
+        yield pipeline
+
+
+def picture(width: int = 48, height: int = 32) -> Image.Image:
+    rng = np.random.default_rng(0)
+    cells = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    pixels = cells.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    return Image.fromarray(pixels)
+
+
+def half_mask(width: int = 48, height: int = 32) -> Image.Image:
+    """Light on the right."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 2, 0, width, height))
+    return mask
+
+
+def clean(image: Image.Image) -> NDArray[np.float32]:
+    """The latents that ENCODER gives, scaled by the handmade manifest's 0.5."""
+    pixels = to_array([image])
+    _, _, height, width = pixels.shape
+    means = pixels.reshape(1, 3, height // 8, 8, width // 8, 8).mean(axis=(3, 5))
+    return np.concatenate([means, 0 * means[:, :1]], axis=1) * np.float32(0.5)
+
+
+# What a picture does
+
+
+def test_the_size_is_the_picture_s(pipe: Pipeline) -> None:
+    for size in ((48, 32), (32, 64), (16, 16)):
+        assert pipe("a fox", image=picture(*size), steps=2).images[0].size == size
+    assert pipe("a fox", image=picture(40, 50), steps=2).images[0].size == (32, 48)
+    assert pipe("a fox", image=picture(), height=16, width=32, steps=2).images[0].size == (32, 16)
+
+
+def test_strength_says_how_many_steps(pipe: Pipeline) -> None:
+    for strength, count in ((0.25, 1), (0.5, 2), (0.99, 3), (1.0, 4)):
+        steps = list(pipe.stream("a fox", image=picture(), steps=4, strength=strength))
+        assert [step.index for step in steps] == list(range(count)) and steps[0].count == count
+    assert pipe.settings("a fox", image=picture()).strength == 0.8
+    assert pipe.settings("a fox", image=picture(), mask=half_mask()).strength == 1.0
+
+
+def test_little_strength_changes_little(pipe: Pipeline) -> None:
+    given = clean(picture())
+    far = [
+        np.abs(pipe("a fox", image=picture(), steps=20, strength=s, seed=1).latents - given).max()
+        for s in (0.05, 0.3, 1.0)
+    ]
+    assert far[0] < far[1] < far[2]
+
+
+def test_the_encoder_is_loaded_when_a_picture_comes(pipe: Pipeline) -> None:
+    pipe("a fox", steps=1)
+    assert "vae_encoder" not in pipe.engines
+    result = pipe("a fox", image=picture(), steps=2)
+    assert "vae_encoder" in pipe.engines and "vae_encoder" in result.timings.stages
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler_ancestral", "heun", "dpmpp_2m"])
+def test_what_the_mask_keeps_is_kept(pipe: Pipeline, sampler: str, strength: float) -> None:
+    request: dict[str, Any] = {"steps": 4, "strength": strength, "sampler": sampler, "seed": 1}
+    result = pipe("a red apple", image=picture(), mask=half_mask(), **request)
+    given = clean(picture())
+    np.testing.assert_allclose(result.latents[..., :3], given[..., :3], atol=1e-6)
+    assert np.abs(result.latents[..., 3:] - given[..., 3:]).min() > 1e-3
+
+
+def test_a_picture_for_each_prompt(pipe: Pipeline) -> None:
+    pictures = [picture(), Image.new("RGB", (48, 32), "navy")]
+    request: dict[str, Any] = {"steps": 4, "strength": 0.5, "images_per_prompt": 2}
+    result = pipe(["a", "red"], image=pictures, mask=Image.new("L", (48, 32)), **request)
+    for row, given in zip(result.latents, [0, 0, 1, 1], strict=True):
+        np.testing.assert_allclose(row, clean(pictures[given])[0], atol=1e-6)
+
+
+def test_a_run_in_two_parts_is_the_run(pipe: Pipeline) -> None:
+    request: dict[str, Any] = {"steps": 8, "seed": 3, "sampler": "euler"}
+    whole = pipe("a red apple", **request)
+    first = pipe("a red apple", denoising_end=0.5, **request)
+    second = pipe("a red apple", image=first.latents, denoising_start=0.5, **request)
+    np.testing.assert_allclose(second.latents, whole.latents, rtol=1e-5)
+    assert len(first.timings.stages["denoiser"]) + len(second.timings.stages["denoiser"]) == 8
+
+
+def test_modes_of_a_picture(pipe: Pipeline) -> None:
+    """Grey, transparent and paletted pictures are what they look like."""
+    mask = Image.new("L", (64, 64))
+    for mode in ("RGBA", "P", "LA", "L"):
+        given = picture(64, 64).convert("L").convert(mode)
+        request: dict[str, Any] = {"steps": 1, "height": 32, "width": 32}
+        result = pipe("a fox", image=given, mask=mask, **request)
+        small = (
+            picture(64, 64).convert("L").convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)
+        )
+        np.testing.assert_allclose(result.latents, clean(small), atol=1e-2)
+    assert to_mask(half_mask().convert("RGBA")).tolist() == to_mask(half_mask()).tolist()
+
+
+# What is refused
+
+NAN = np.full((1, 4, 4, 6), np.nan, np.float32)
+LATENTS = np.zeros((1, 4, 4, 6), np.float32)
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"image": picture(), "strength": -0.1}, SettingsError, "strength is a number from 0 to 1"),
+    ({"image": picture(), "strength": 1.5}, SettingsError, "strength is a number from 0 to 1"),
+    ({"image": picture(), "strength": float("nan")}, SettingsError, "strength is a number"),
+    ({"image": picture(), "strength": 0.0}, SettingsError, "strength 0 of 4 steps leaves none"),
+    ({"image": picture(), "strength": 0.2}, SettingsError, "strength 0.2 of 4 steps leaves none"),
+    ({"strength": 0.5}, SettingsError, "give image too"),
+    ({"mask": half_mask()}, SettingsError, "give image too"),
+    ({"image": picture(), "mask": half_mask(32)}, ShapeError, "32x32 and the picture 48x32"),
+    ({"image": picture(), "mask": "mask.png"}, SettingsError, "mask is a picture .*, not str"),
+    ({"image": "cat.png"}, SettingsError, "image is a picture .*, not str"),
+    ({"image": [1, 2]}, SettingsError, "image is a picture .*, not int"),
+    ({"image": []}, SettingsError, "image is a picture"),
+    ({"image": 3}, SettingsError, "image is a picture .*, not int"),
+    ({"image": [picture()] * 3}, SettingsError, "3 pictures for 1 prompts"),
+    ({"image": picture(8, 8)}, ShapeError, "8x8 pixels, and 16x16 is the least"),
+    ({"image": picture(), "denoising_start": 0.5}, SettingsError, "goes on from latents"),
+    ({"image": LATENTS, "mask": half_mask()}, SettingsError, "a mask needs a picture"),
+    ({"image": LATENTS[0]}, ShapeError, "latents are"),
+    ({"image": LATENTS[:, :3]}, ShapeError, r"shape \(1, 3, 4, 6\) .* \(1, 4, 4, 6\)"),
+    ({"image": NAN, "denoising_start": 0.5}, SettingsError, "finite"),
+    ({"image": LATENTS.astype(int)}, SettingsError, "floating"),
+    ({"denoising_start": 0.6, "denoising_end": 0.5}, SettingsError, "comes before"),
+    ({"denoising_end": 1.5}, SettingsError, "denoising_end is a number from 0 to 1"),
+    ({"denoising_end": 0.0}, SettingsError, "denoising_end 0"),
+    ({"original_size": (1, 2, 3)}, ShapeError, "original_size is two whole numbers"),
+    ({"crop": (-1, 0)}, ShapeError, "crop is two whole numbers"),
+    ({"target_size": 512}, ShapeError, "target_size is two whole numbers"),
+    ({"aesthetic_score": 11}, SettingsError, "aesthetic_score is a number from 0 to 10"),
+]
+
+
+@pytest.mark.parametrize(("request_", "error", "message"), REFUSED, ids=[r[2] for r in REFUSED])
+def test_refuses(
+    pipe: Pipeline, request_: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """At once: before a step is asked for."""
+    with pytest.raises(error, match=message) as caught:
+        pipe.stream("a fox", steps=4, **request_)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_engines_without_an_encoder(handmade: Handmade) -> None:
+    with Pipeline.load(handmade("plain", onnx=NETWORKS)) as plain:
+        with pytest.raises(ManifestError, match="no vae_encoder"):
+            plain.stream("a fox", image=picture())
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", None, "cut"])
+def test_a_file_that_is_no_picture(tmp_path: Path, content: bytes | str | None) -> None:
+    path = tmp_path / "image.png"
+    if content == "cut":
+        picture().save(path)
+        path.write_bytes(path.read_bytes()[:-60])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"image\.png is no picture that can be read") as caught:
+        open_picture(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_was_taken_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture(48, 32).save(tmp_path / "image.jpg", exif=exif)
+    assert open_picture(tmp_path / "image.jpg").size == (32, 48)
+
+
+def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(64, 64).save(tmp_path / "image.png")
+    for limit in (3000, 1000):  # Pillow warns above the limit, and fails above twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(SettingsError, match="no picture that can be read"):
+            open_picture(tmp_path / "image.png")
+
+
+# The command line
+
+
+@pytest.fixture
+def engines(handmade: Handmade, tmp_path: Path) -> Path:
+    picture().save(tmp_path / "in.png")
+    half_mask().save(tmp_path / "mask.png")
+    half_mask(32, 32).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no picture")
+    return handmade("engines", onnx={**NETWORKS, "vae_encoder": ENCODER})
+
+
+def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "latentforge", "run", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
+
+
+def test_run_from_a_picture_and_a_mask(engines: Path, tmp_path: Path) -> None:
+    request = ["--image", "in.png", "--mask", "mask.png", "--steps", "4", "--seed", "1"]
+    result = run(tmp_path, "engines", "a red apple", *request, "-o", "out.png")
+    assert result.returncode == 0, result.stderr
+    ours, given = Image.open(tmp_path / "out.png"), picture()
+    assert ours.size == given.size
+    left = (0, 0, 24, 32)
+    error = np.asarray(ours.crop(left), np.int32) - np.asarray(given.crop(left), np.int32)
+    assert np.abs(error).max() <= 1
+    assert json.loads(ours.text["latentforge"])["strength"] == 1.0  # type: ignore[attr-defined]
+
+
+def test_run_with_a_refiner(engines: Path, tmp_path: Path) -> None:
+    """The same engines as their own refiner give what they give alone."""
+    request = ["engines", "a red apple", "--steps", "5", "--seed", "1", "--sampler", "euler"]
+    assert run(tmp_path, *request, "-o", "a.png").returncode == 0
+    refine = ["--refiner", "engines", "--refine-from", "0.6", "--low-memory"]
+    result = run(tmp_path, *request, *refine, "-o", "b.png")
+    assert result.returncode == 0, result.stderr
+    a, b = (np.asarray(Image.open(tmp_path / name), np.int32) for name in ("a.png", "b.png"))
+    assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "in.png", "--mask", "small.png"], ["mask is 32x32", "48x32"]),
+        (["--image", "in.png", "--strength", "1.2"], ["strength", "1.2"]),
+        (["--image", "in.png", "--strength", "-1"], ["strength", "-1"]),
+        (["--image", "text.png"], ["text.png is no picture"]),
+        (["--image", "none.png"], ["none.png", "No such file"]),
+        (["--image", "engines"], ["engines is no picture"]),
+        (["--mask", "mask.png"], ["give image too"]),
+        (["--refiner", "nowhere"], ["nowhere"]),
+        (["--refiner", "engines", "--refine-from", "1"], ["--refine-from", "1"]),
+    ],
+    ids=" ".join,
+)
+def test_run_refuses(engines: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = run(tmp_path, "engines", "a fox", "--steps", "4", *arguments, "-o", "out.png")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("latentforge: ") and all(word in last for word in words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
