@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from latentforge.export.demo import CHECKPOINT as DEMO
 from latentforge.runtime.errors import CheckpointError
-from latentforge.runtime.manifest import hash_file
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.text import one_line
 
 __all__ = ["SIDECAR", "Checkpoint", "open_checkpoint", "read_json", "sha256_of"]

@@ -158,7 +158,7 @@ def component_entry(
         precision="fp32",
         inputs=fix_dimensions(plan.inputs, sizes),
         outputs=fix_dimensions(plan.outputs, sizes),
-        overflows=plan.overflows,
+        overflows_fp16=plan.overflows_fp16,
     )
 
 

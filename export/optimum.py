@@ -107,7 +107,7 @@ class OptimumGraph:
             precision=self.precision,
             inputs=self.inputs,
             outputs=self.outputs,
-            overflows=self.plan.overflows,
+            overflows_fp16=self.plan.overflows_fp16,
         )
 
 

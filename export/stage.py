@@ -252,13 +252,13 @@ def _adopt(job: _Job, manifest: Manifest, directory: Path, progress: Progress) -
 def _try(job: _Job, manifest: Manifest, directory: Path) -> None:
     """Load every engine and make an image if all are there: nothing else is known of theirs."""
     manifest.write(directory)
-    whole = all(name in manifest.components for name in manifest.needed)
+    whole = all(name in manifest.components for name in manifest.required_components)
     left = set(manifest.components)
     pictures: NDArray[np.float32] | None = None
     if whole:
         with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
             pictures = to_array(_short_run(job, pipeline).images)
-        left -= set(manifest.needed)
+        left -= set(manifest.required_components)
     for name in sorted(left):
         engine = Engine.load(name, manifest.components[name], directory, {}, low_memory=True)
         if pictures is not None and name == "vae_encoder":
@@ -346,7 +346,7 @@ def _export_components(
 
 def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Result) -> Manifest:
     """Make the recorded image again on the engines: PSNR of latents and of pixels, in dB."""
-    if any(name not in manifest.components for name in manifest.needed):
+    if any(name not in manifest.components for name in manifest.required_components):
         return manifest
     manifest.write(directory)
     with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:

@@ -11,7 +11,8 @@ from transformers import CLIPTokenizer
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.modules import quiet
 from latentforge.runtime.errors import CheckpointError
-from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry, hash_file
+from latentforge.runtime.files import hash_file
+from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry
 from latentforge.runtime.text import one_line
 
 __all__ = ["special_tokens", "write_tokenizer"]

@@ -16,7 +16,7 @@ it gives is closer to float than what a GPU gives: the embedded checkpoint's UNe
 0.2 % on it, and by twice that where each result is rounded, as in onnx.reference.
 
 A graph whose values leave the range of half is not for ``compute_half``: a component that the
-manifest marks ``overflows``, such as the VAE of Stable Diffusion XL.
+manifest marks ``overflows_fp16``, such as the VAE of Stable Diffusion XL.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -233,7 +233,7 @@ def compute_half(model: ir.Model, *, keep: Sequence[str] = ()) -> int:
     Run it last but for ``store_half``, which then stores what stays in float32.
 
     Args:
-        model: with known types; not one whose component is marked ``overflows``.
+        model: with known types; not one whose component is marked ``overflows_fp16``.
         keep: patterns, as of fnmatch, of names of nodes that stay in float32.
 
     Raises:

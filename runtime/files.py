@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -10,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from latentforge.runtime.errors import GateError, TargetError
-from latentforge.runtime.manifest import FILENAME
 from latentforge.runtime.text import size_text
 
 try:
@@ -18,7 +18,28 @@ try:
 except ImportError:  # Windows: leftovers of a killed process then stay until someone looks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_space", "check_target", "staged_directory", "staged_file"]
+__all__ = [
+    "MANIFEST_FILE",
+    "check_space",
+    "check_target",
+    "hash_file",
+    "staged_directory",
+    "staged_file",
+]
+
+MANIFEST_FILE = "manifest.json"
+"""File that makes a directory an engine directory."""
+
+_HASH_BLOCK = 1 << 20
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
@@ -53,7 +74,7 @@ def _check_old(target: Path, overwrite: bool) -> None:
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise TargetError(f"{target} exists: name another, or pass --overwrite to replace it")
-        if not (target / FILENAME).is_file():
+        if not (target / MANIFEST_FILE).is_file():
             raise TargetError(f"{target} is not an engine directory, so it is not overwritten")
 
 
@@ -153,7 +174,7 @@ def _reject(partial: Path, target: Path) -> str:
     """Keep partial as target.rejected, in place of an earlier one, and say so."""
     rejected = target.with_name(f"{target.name}.rejected")
     graphs = (*rejected.glob("*.onnx"), *rejected.glob("*/model.onnx"))
-    ours = (rejected / FILENAME).exists() or bool(graphs)
+    ours = (rejected / MANIFEST_FILE).exists() or bool(graphs)
     try:
         if ours and not rejected.is_symlink():
             _swap(partial, rejected)

@@ -139,9 +139,13 @@ class Pipeline:
             raise SettingsError(f"max_rows is a number of rows from 1 up, not {max_rows}")
         path = Path(directory)
         manifest = Manifest.read(path, hashes=hashes)
-        if missing := [name for name in manifest.needed if name not in manifest.components]:
+        if missing := [
+            name for name in manifest.required_components if name not in manifest.components
+        ]:
             raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
-        backends.check_known(options, {manifest.components[n].backend for n in manifest.needed})
+        backends.check_known(
+            options, {manifest.components[n].backend for n in manifest.required_components}
+        )
         tokenizers = {
             name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
         }
@@ -160,7 +164,7 @@ class Pipeline:
                 rare=name not in _EVERY_STEP,
             )
 
-        engines = {name: load_engine(name) for name in manifest.needed}
+        engines = {name: load_engine(name) for name in manifest.required_components}
         return cls(manifest, engines, tokenizers, path, load_engine)
 
     def __call__(
@@ -336,7 +340,7 @@ class Pipeline:
         for name, side in zip(("height", "width"), asked, strict=True):
             if side % unit:
                 raise ShapeError(f"{name} is a multiple of {unit} for this model, not {side}")
-        built = latent.sides(self.engines["denoiser"].component)
+        built = latent.image_sizes(self.engines["denoiser"].component)
         if built and not any(asked[0] in height and asked[1] in width for height, width in built):
             fits = ", ".join(f"{height}x{width}" for height, width in built)
             raise ShapeError(
@@ -474,7 +478,7 @@ class Pipeline:
             settings=settings,
             plan=plan,
             shape=(settings.count, latent.channels, height, width),
-            inpainting_channels=latent.takes_extra_channels(self.engines["denoiser"].component),
+            inpainting_channels=latent.has_inpainting_channels(self.engines["denoiser"].component),
             draw=generator.randn,
             encode=encode,
         )

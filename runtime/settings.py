@@ -7,13 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypedDict, get_args
 
+from latentforge.runtime.acceleration import AccelerationPlan, DenoiserVariant, check_plan
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.manifest import (
-    AccelerationPlan,
-    DenoiserVariant,
-    RequestDefaults,
-    check_plan,
-)
+from latentforge.runtime.manifest import RequestDefaults
 from latentforge.runtime.sampling import samplers
 
 __all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]

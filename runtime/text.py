@@ -1,9 +1,9 @@
-"""Short texts for people: one-line errors, sizes, and guesses at mistyped names."""
+"""Texts for messages: errors on one line, sizes, and suggestions for mistyped names."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["near_miss", "one_line", "size_text"]
+__all__ = ["near_miss", "one_line", "printable", "size_text"]
 
 _MAX_CHARACTERS = 300
 
@@ -14,8 +14,13 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
 
 
+def printable(text: str) -> str:
+    """Return text with every character escaped that a terminal would not print."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def near_miss(word: str, choices: Iterable[str]) -> str:
-    """Return the choice nearest to a mistyped word, if one is near, and the list of all."""
+    """Return a suggestion for a mistyped word, if a choice is close to it, and the list of all."""
     words = list(choices)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]!r}? " if close else ""

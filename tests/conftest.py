@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing
 
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import (
     Component,
     Conditioning,
@@ -23,7 +24,6 @@ from latentforge.runtime.manifest import (
     TextEncoding,
     TokenizerEntry,
     WeightSource,
-    hash_file,
 )
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.tensor import TensorSpec

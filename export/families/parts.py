@@ -179,12 +179,12 @@ def unet(
     )
 
 
-def vae(latent: Latent, *, overflows: bool = False) -> tuple[ComponentPlan, ComponentPlan]:
+def vae(latent: Latent, *, overflows_fp16: bool = False) -> tuple[ComponentPlan, ComponentPlan]:
     """The two halves of the autoencoder, decoder first.
 
     Args:
         latent: the latent space.
-        overflows: whether its values leave the range of half precision.
+        overflows_fp16: whether its values leave the range of half precision.
     """
     scale = latent.downscale
     shape = ("batch", latent.channels, "latent_height", "latent_width")
@@ -194,7 +194,7 @@ def vae(latent: Latent, *, overflows: bool = False) -> tuple[ComponentPlan, Comp
         "folder": "vae",
         "part": "vae",
         "module": partial(load_module, folder="vae", kind=AutoencoderKL),
-        "overflows": overflows,
+        "overflows_fp16": overflows_fp16,
     }
     decoder = ComponentPlan(
         name="vae_decoder",

@@ -46,7 +46,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
         # Its pipelines take a VAE to overflow in half unless the configuration says no.
         upcast = bool(checkpoint.config("vae").get("force_upcast", True))
         return ExportPlan(
-            components=(*texts, unet, *parts.vae(latent, overflows=upcast)),
+            components=(*texts, unet, *parts.vae(latent, overflows_fp16=upcast)),
             conditioning=Conditioning(
                 encoders=tuple(_encoder(text) for text in texts),
                 zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),

@@ -27,7 +27,7 @@ class ComponentPlan:
         inputs: the signature, all free dimensions named.
         outputs: likewise.
         multiples: free dimensions that only take multiples of a number, and that number.
-        overflows: whether the checkpoint says that it needs more than half precision.
+        overflows_fp16: whether the checkpoint says that it needs more than half precision.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ComponentPlan:
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     multiples: Mapping[str, int] = field(default_factory=dict)
-    overflows: bool = False
+    overflows_fp16: bool = False
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """The module to trace."""

@@ -66,7 +66,7 @@ def _tell(out: TextIO, message: Mapping[str, Any]) -> None:
 def _load_engines(job: BenchJob) -> Loaded:
     pipeline = Pipeline.load(Path(job.model), threads=job.threads)
     manifest = pipeline.manifest
-    precisions = {manifest.components[name].precision for name in manifest.needed}
+    precisions = {manifest.components[name].precision for name in manifest.required_components}
     ready = {
         "versions": pipeline.versions(),
         "precision": ", ".join(sorted(precisions)),

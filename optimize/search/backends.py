@@ -128,7 +128,7 @@ def _measured(
 ) -> tuple[BenchResult, ...]:
     with Pipeline.load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
         latent, usual = pipeline.manifest.latent, pipeline.manifest.defaults
-        built = latent.sides(pipeline.engines["denoiser"].component)
+        built = latent.image_sizes(pipeline.engines["denoiser"].component)
         size = {} if built else {"height": usual.height, "width": usual.width}
         settings = trial_settings(pipeline, steps=_STEPS, **size)
     measured = measure(

@@ -19,7 +19,7 @@ from latentforge.optimize.stage.recording import CallRecording, spread
 from latentforge.optimize.targets import Target
 from latentforge.runtime.backends import Session
 from latentforge.runtime.errors import BackendError, GateError
-from latentforge.runtime.manifest import CalibratedFor, Component, Manifest
+from latentforge.runtime.manifest import CalibrationSchedule, Component, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 
@@ -44,7 +44,7 @@ class Origin:
     target: Target
     gate: CallRecording
     calibration: CallRecording | None
-    schedule: CalibratedFor
+    schedule: CalibrationSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,7 @@ class Rewriter:
         return optimize(model, {name: PASSES[name] for name in passes if name not in unfit})
 
     def _computes_half(self, precision: Precision, component: Component) -> bool:
-        return self.target.half and precision != "fp32" and not component.overflows
+        return self.target.half and precision != "fp32" and not component.overflows_fp16
 
     def _prune(self, model: ir.Model) -> Counter[str]:
         """Take out what the recipe says, before fusion hides where branches end."""

@@ -112,7 +112,9 @@ def _check_source(source: Path, manifest: Manifest) -> None:
             f"{source} was optimized already, with recipe {was}: start from the exported engines, "
             "and say all that is wanted in one recipe"
         )
-    if missing := [name for name in manifest.needed if name not in manifest.components]:
+    if missing := [
+        name for name in manifest.required_components if name not in manifest.components
+    ]:
         raise ManifestError(
             f"{source} has no {missing[0]}, without which no picture can be compared: export it "
             "without --components"

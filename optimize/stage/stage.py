@@ -21,7 +21,7 @@ from latentforge.optimize.stage.recording import record
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.files import check_space, check_target, staged_directory
 from latentforge.runtime.machine import available_cores, fit_together
-from latentforge.runtime.manifest import CalibratedFor, Manifest, Stage
+from latentforge.runtime.manifest import CalibrationSchedule, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.version import __version__
@@ -138,7 +138,7 @@ def _origin(job: OptimizeJob, progress: Progress) -> Origin:
         target=job.target,
         gate=judged,
         calibration=calibration,
-        schedule=CalibratedFor(
+        schedule=CalibrationSchedule(
             sampler=made.sampler, steps=made.steps, guidance_scale=made.guidance_scale
         ),
     )

@@ -212,12 +212,12 @@ def _precisions(precision: str) -> dict[str, str]:
 def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
     """The least, usual and most sizes of the inputs that have any freedom left."""
     known = {name for shapes in component.shapes for name in shapes}
-    if missing := [name for name in component.free if name not in known]:
+    if missing := [name for name in component.free_dimensions if name not in known]:
         raise SettingsError(
             f"{component.file}: nothing says how large its {missing[0]} is, which "
             f"{component.backend} has to know: compile it for sizes"
         )
-    if not component.free:
+    if not component.free_dimensions:
         return {}
     every = component.shapes if provider.several else (bounding_range(component.shapes),)
     kinds = {"min": "min", "opt": "opt", "max": "max"}

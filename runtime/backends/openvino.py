@@ -42,7 +42,8 @@ from latentforge.runtime.backends import (
     return_memory,
 )
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
-from latentforge.runtime.manifest import Component, hash_file
+from latentforge.runtime.files import hash_file
+from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import ANY, Shapes, bounding_range
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
@@ -236,7 +237,7 @@ def _described(port: Any) -> str:
 def _fitted(model: Any, component: Component, shapes: Shapes) -> Any:
     """The graph itself, its inputs now of the sizes and bounds that these shapes have."""
     indices = _indices(model.inputs)
-    free = {name: shapes.get(name, ANY) for name in component.free}
+    free = {name: shapes.get(name, ANY) for name in component.free_dimensions}
     model.reshape({indices[name]: _bounds(spec, free) for name, spec in component.inputs.items()})
     return model
 

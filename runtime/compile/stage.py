@@ -66,7 +66,7 @@ class CompileTask:
     def __str__(self) -> str:
         made = self.component
         sizes = sentence(made.shapes) if made.shapes else "any size"
-        if not made.free:
+        if not made.free_dimensions:
             sizes = "one size"
         return (
             f"{self.name}: {made.backend}, {made.precision}, for {sizes}; about "
@@ -232,7 +232,7 @@ def _part(
     before = manifest.components[name]
     wanted = _sizes_of(name, BACKENDS[backend].free, manifest, sizes)
     rows = None if BACKENDS[backend].free else _ROWS
-    shapes = wanted.shapes(before.free, manifest.latent.downscale, rows)
+    shapes = wanted.shapes(before.free_dimensions, manifest.latent.downscale, rows)
     if len(shapes) > _MOST_SHAPES:
         raise SettingsError(f"{len(shapes)} sizes are too many: give at most {_MOST_SHAPES}")
     known = backends.get(backend).OPTIONS
@@ -263,7 +263,7 @@ def _sizes_of(name: str, free: bool, manifest: Manifest, sizes: Sizes) -> Sizes:
 
 def _check_ranges(name: str, component: Component) -> None:
     known = {dimension for shapes in component.shapes for dimension in shapes}
-    if unknown := [dimension for dimension in component.free if dimension not in known]:
+    if unknown := [dimension for dimension in component.free_dimensions if dimension not in known]:
         raise ShapeError(
             f"{name}: nothing says how large its {unknown[0]} is, which {component.backend} has to "
             "know: export with fixed sizes"

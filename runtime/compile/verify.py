@@ -37,7 +37,7 @@ def verify(directory: Path) -> Iterator[str]:
     for name, component in manifest.components.items():
         load_component(manifest, name, directory, {}, low_memory=True).session.close()
         yield f"{name}: loads on {component.backend}, {component.precision}"
-    if all(name in manifest.components for name in manifest.needed):
+    if all(name in manifest.components for name in manifest.required_components):
         yield _one_step(directory)
 
 
@@ -89,7 +89,7 @@ def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: in
     manifest = pipeline.manifest
     unit = manifest.latent.downscale * manifest.latent.multiple
     limit = max(_PIXELS, unit)
-    sides = manifest.latent.sides(pipeline.engines["denoiser"].component)
+    sides = manifest.latent.image_sizes(pipeline.engines["denoiser"].component)
     built = [0 if side == ANY else side.opt for side in sides[0]] if sides else [0, 0]
     usual = (manifest.defaults.height, manifest.defaults.width)
     tall, wide = (

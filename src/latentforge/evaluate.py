@@ -31,9 +31,10 @@ from latentforge.measure.quality.path_length import path_lengths
 from latentforge.measure.quality.scores import MetricInputs, scores
 from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_picture, save, to_array
 from latentforge.runtime.machine import available_cores, described
-from latentforge.runtime.manifest import FILENAME, Manifest, hash_file
+from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.sampling import samplers
@@ -202,7 +203,7 @@ def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_ImageSou
     """The reference first, if there is one."""
     directories = list(engines)
     against = evaluation.against
-    if against is not None and (Path(against) / FILENAME).is_file():
+    if against is not None and (Path(against) / MANIFEST_FILE).is_file():
         directories = [
             Path(against),
             *(e for e in engines if e.resolve() != Path(against).resolve()),
@@ -211,7 +212,7 @@ def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_ImageSou
     ours = [
         _ImageSource(
             name=name if names.count(name) == 1 else str(path.resolve())[1:].replace("/", "-"),
-            mark=hash_file(path / FILENAME),
+            mark=hash_file(path / MANIFEST_FILE),
             load=partial(Pipeline.load, path, threads=evaluation.threads),
         )
         for path, name in zip(directories, names[1:], strict=True)

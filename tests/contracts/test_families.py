@@ -28,8 +28,9 @@ from latentforge.export.onnx import Dimensions
 from latentforge.export.reference.eager import EagerPipeline
 from latentforge.export.stage import export
 from latentforge.optimize.stage.stage import optimize
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
-from latentforge.runtime.manifest import Manifest, hash_file
+from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.tensor import Feeds
 
@@ -83,7 +84,7 @@ def lend(part: str, source: Path, target: Path) -> None:
     """Export takes seconds a component, so one that another checkpoint has too is copied."""
     lender, borrower = Manifest.read(source), Manifest.read(target)
     shutil.copy(source / lender.components[part].file, target)
-    plain = msgspec.structs.replace(lender.components[part], overflows=False)
+    plain = msgspec.structs.replace(lender.components[part], overflows_fp16=False)
     components = {**borrower.components, part: plain}
     msgspec.structs.replace(borrower, components=components).write(target)
 
@@ -295,14 +296,14 @@ def test_aesthetic_scores_are_told(built: Built, picture: Image.Image) -> None:
     assert psnr(ours.latents, plain.latents) < 80
 
 
-@pytest.mark.parametrize(("name", "overflows"), [("sd", False), ("sdxl", True)])
+@pytest.mark.parametrize(("name", "overflows_fp16"), [("sd", False), ("sdxl", True)])
 def test_what_overflows_in_half_is_marked(
-    tiny: Callable[[str], Path], name: str, overflows: bool
+    tiny: Callable[[str], Path], name: str, overflows_fp16: bool
 ) -> None:
     checkpoint = open_checkpoint(str(tiny(name)))
     components = family_of(checkpoint).plan(checkpoint).components
-    marked = {component.name for component in components if component.overflows}
-    assert marked == ({"vae_decoder", "vae_encoder"} if overflows else set())
+    marked = {component.name for component in components if component.overflows_fp16}
+    assert marked == ({"vae_decoder", "vae_encoder"} if overflows_fp16 else set())
 
 
 def test_the_placeholder_is_never_read(tiny: Callable[[str], Path], built: Built) -> None:

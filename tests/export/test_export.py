@@ -33,8 +33,9 @@ from latentforge.runtime.errors import (
     ShapeError,
     TargetError,
 )
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, relative_error
-from latentforge.runtime.manifest import Manifest, hash_file
+from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.tensor import TensorSpec
 

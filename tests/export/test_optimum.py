@@ -27,8 +27,9 @@ from latentforge.export.stage import export
 from latentforge.runtime.compile.verify import verify
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.errors import CheckpointError, SettingsError
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
-from latentforge.runtime.manifest import Manifest, hash_file
+from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 
 Copy = Callable[[Path], Path]

@@ -28,8 +28,9 @@ from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr
-from latentforge.runtime.manifest import Component, Manifest, hash_file
+from latentforge.runtime.manifest import Component, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.profiling import Stopwatch
 from latentforge.runtime.tensor import TensorSpec
@@ -174,7 +175,7 @@ def parts_of(directory: Path) -> Hoisted:
 
 def made(pipe: Pipeline, **request: Any) -> Result:
     """A short run; what an inpainting UNet paints into is a picture of one colour."""
-    if pipe.manifest.latent.takes_extra_channels(pipe.engines["denoiser"].component):
+    if pipe.manifest.latent.has_inpainting_channels(pipe.engines["denoiser"].component):
         picture = Image.new("RGB", (32, 32), (200, 30, 40))
         request |= {"image": picture, "mask": Image.new("L", (32, 32), 255)}
     usual = {"steps": 3, "sampler": "ddim", "guidance_scale": 5.0, "height": 32, "width": 32}

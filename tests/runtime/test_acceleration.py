@@ -547,7 +547,7 @@ def test_exact_leaves_the_plan_aside(planned: Pipeline) -> None:
     result = planned("a red apple", seed=7, unaccelerated=True)
     close(result, by_hand(ddim(planned, 4), noise(7), [mean(APPLE)]))
     assert not result.settings.accelerated and result.settings.unaccelerated
-    assert set(planned.engines) == set(planned.manifest.needed)
+    assert set(planned.engines) == set(planned.manifest.required_components)
     other = planned("a", seed=7, unaccelerated=True, sampler="heun", steps=9)
     assert other.settings.sampler == "heun" and other.settings.steps == 9
     assert planned.run(result.settings).latents.tobytes() == result.latents.tobytes()

@@ -126,7 +126,7 @@ def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
     assert parts["denoiser"].inputs["sample"].shape[2:] == (16, 16)  # the model's own
     assert parts["denoiser"].shapes == ({"batch": Range(1, 2, 2)},)
     assert parts["vae_decoder"].inputs["latent_sample"].shape == (1, 4, 16, 16)
-    assert parts["text_encoder"].free == ()
+    assert parts["text_encoder"].free_dimensions == ()
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def parts(engines: Path) -> Tree:
 
 def test_takes_a_unet_in_parts(engines: Path, parts: Tree) -> None:
     store(engines, parts)
-    needed = Manifest.read(engines).needed
+    needed = Manifest.read(engines).required_components
     assert needed == ("text_encoder", "denoiser_prompt", "denoiser_time", "denoiser", "vae_decoder")
 
 
@@ -359,7 +359,7 @@ def accelerated(engines: Path) -> Tree:
 def test_takes_a_plan(engines: Path, cheaper: Tree) -> None:
     store(engines, cheaper)
     manifest = Manifest.read(engines)
-    assert manifest.needed == ("text_encoder", "denoiser", "vae_decoder")
+    assert manifest.required_components == ("text_encoder", "denoiser", "vae_decoder")
     assert manifest.acceleration is not None and manifest.acceleration.timesteps == (
         900,
         500.5,

@@ -219,8 +219,8 @@ def test_sides_in_pixels() -> None:
 
     latent = Latent(channels=4, scaling_factor=1.0, downscale=8, multiple=1)
     unet = component(inputs={"sample": SPEC})
-    assert latent.sides(unet) == []
+    assert latent.image_sizes(unet) == []
     sizes = Sizes(height=parse_ranges("512,768"), batch=parse_ranges("1,2"))
     built = unet.specialize(sizes.shapes(unet.free, 8))
-    assert latent.sides(built) == [(Range.of(512), ANY), (Range.of(768), ANY)]
+    assert latent.image_sizes(built) == [(Range.of(512), ANY), (Range.of(768), ANY)]
     assert str(ANY) == "any"

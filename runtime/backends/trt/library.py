@@ -105,7 +105,7 @@ def profiles(component: Component) -> tuple[Profile, ...]:
 def ranges(component: Component) -> tuple[Shapes, ...]:
     """One range for each free dimension, as often as there are profiles."""
     ranges = component.shapes or ({},)
-    for name in component.free:
+    for name in component.free_dimensions:
         if any(name not in shapes for shapes in ranges):
             raise SettingsError(
                 f"{component.file}: nothing says how large its {name} is, which "

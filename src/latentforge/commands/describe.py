@@ -32,7 +32,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     tasks = "text to image, image to image, inpainting"
     if "vae_encoder" not in manifest.components:
         tasks = "text to image"
-    elif "vae_encoder" in manifest.needed:
+    elif "vae_encoder" in manifest.required_components:
         tasks = "inpainting"
     yield f"prompts     {encoders}"
     yield f"tasks       {tasks}"

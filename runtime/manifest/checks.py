@@ -1,0 +1,193 @@
+"""Checks that the parts of a manifest, each well-formed by itself, fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.manifest.signatures import (
+    DENOISER_INPUTS,
+    DENOISER_PARTS,
+    LATER_INPUTS,
+    REQUIRED_INPUTS,
+    REQUIRED_TENSORS,
+    Ranks,
+)
+
+if TYPE_CHECKING:  # records imports this module
+    from latentforge.runtime.acceleration import AccelerationPlan
+    from latentforge.runtime.manifest.records import Component, Manifest, TextEncoding
+    from latentforge.runtime.tensor import TensorSpec
+
+__all__ = ["check_parts"]
+
+_MAX_TRAIN_STEPS = 100_000
+
+
+def check_parts(manifest: Manifest) -> None:
+    """Check that components, conditioning, schedule and acceleration plan fit together.
+
+    Raises:
+        ManifestError: they do not; the message names the key.
+        SettingsError: a timestep of the acceleration plan is not in the schedule.
+    """
+    if (steps := manifest.schedule.train_steps) > _MAX_TRAIN_STEPS:
+        raise ManifestError(f"schedule: train_steps is at most {_MAX_TRAIN_STEPS}, not {steps}")
+    for encoder in manifest.conditioning.encoders:
+        _check_encoder(manifest, encoder)
+    for name, component in manifest.components.items():
+        _check_shapes(name, component)
+        inputs, outputs = REQUIRED_TENSORS.get(name, ({}, {}))
+        _check_tensors(f"{name}: input", component.inputs, inputs)
+        _check_tensors(f"{name}: output", component.outputs, outputs)
+    _check_channels(manifest)
+    _check_conditioning(manifest)
+    _check_cached(manifest.components)
+    _check_reduced(manifest.components)
+    if manifest.acceleration is not None:
+        _check_acceleration(manifest, manifest.acceleration)
+
+
+def _check_shapes(name: str, component: Component) -> None:
+    free = component.free_dimensions
+    for shapes in component.shapes:
+        if not shapes or (unknown := shapes.keys() - set(free)):
+            key = min(unknown) if shapes else "nothing"
+            raise ManifestError(
+                f"{name}: shapes of {key}, which is not a free dimension of its inputs"
+            )
+
+
+def _check_encoder(manifest: Manifest, encoder: TextEncoding) -> None:
+    component = manifest.components.get(encoder.component)
+    if component is None:  # a directory may hold only some of the components
+        return
+    if encoder.tokenizer not in manifest.tokenizers:
+        raise ManifestError(f"{encoder.component} has no tokenizer: {encoder.tokenizer} is missing")
+    pooled = {} if encoder.pooled is None else {encoder.pooled: (2,)}
+    _check_tensors(f"{encoder.component}: input", component.inputs, {"input_ids": (2,)})
+    _check_tensors(
+        f"{encoder.component}: output", component.outputs, {encoder.context: (3,), **pooled}
+    )
+
+
+def _check_channels(manifest: Manifest) -> None:
+    channels = manifest.latent.channels
+    allowed = {
+        "denoiser": ("sample", (channels, 2 * channels + 1)),
+        "vae_decoder": ("latent_sample", (channels,)),
+    }
+    for name, (key, counts) in allowed.items():
+        if name in manifest.components:
+            count = manifest.components[name].inputs[key].shape[1]
+            if count not in counts:
+                raise ManifestError(f"{name}: {key} has {count} channels, but latents {channels}")
+
+
+def _check_conditioning(manifest: Manifest) -> None:
+    """Check that the runtime can fill every conditioning input of the denoiser."""
+    conditioning = manifest.conditioning
+    if not conditioning.encoders:
+        raise ManifestError("conditioning: encoders is empty; at least one text encoder is needed")
+    if "denoiser" not in manifest.components:
+        return
+    inputs = _denoiser_inputs(manifest.components)
+    _check_tensors("denoiser: input", inputs, REQUIRED_INPUTS)
+    if "text_embeds" in inputs and not any(e.pooled for e in conditioning.encoders):
+        raise ManifestError("denoiser: input text_embeds, but no text encoder has a pooled output")
+    ids = inputs.get("time_ids")
+    if ids is not None and ids.shape[1:] != (len(conditioning.time_ids),):
+        raise ManifestError(
+            f"denoiser: input time_ids is {ids}, but conditioning lists "
+            f"{len(conditioning.time_ids)} time_ids"
+        )
+
+
+def _denoiser_inputs(components: Mapping[str, Component]) -> dict[str, TensorSpec]:
+    """Return the inputs that the runtime fills of all parts of a denoiser, and check the rest.
+
+    The other inputs of a part are outputs of an earlier one:
+
+        encoder_hidden_states --> denoiser_prompt --.
+        timestep ---------------> denoiser_time ----+--> denoiser --> out_sample
+        sample ----------------------------------- -'
+    """
+    inputs: dict[str, TensorSpec] = {}
+    producers: dict[str, str] = {}
+    parts = {name: components[name] for name in DENOISER_PARTS if name in components}
+    for name, part in parts.items():
+        for key, spec in part.inputs.items():
+            if key in producers:
+                _check_handover(parts, producers[key], name, key)
+            elif key in DENOISER_INPUTS - LATER_INPUTS[name]:
+                inputs[key] = spec
+            else:
+                raise ManifestError(
+                    f"{name}: unexpected input {key!r}: no component output and no request field "
+                    "provides it"
+                )
+        if name != "denoiser":
+            _add_outputs(producers, name, part)
+    consumed = {key for part in parts.values() for key in part.inputs}
+    if unused := producers.keys() - consumed:
+        key = min(unused)
+        raise ManifestError(f"{producers[key]}: output {key!r} is not an input of a later part")
+    return inputs
+
+
+def _add_outputs(producers: dict[str, str], name: str, part: Component) -> None:
+    for key in part.outputs:
+        if key in producers or key in DENOISER_INPUTS:
+            other = producers.get(key, "the runtime")
+            raise ManifestError(f"{name}: output {key!r} is already provided by {other}")
+        producers[key] = name
+
+
+def _check_handover(parts: Mapping[str, Component], producer: str, consumer: str, key: str) -> None:
+    """Check that a tensor is the same where one part returns it and where another takes it."""
+    output, taken = parts[producer].outputs[key], parts[consumer].inputs[key]
+    batch = (
+        parts[consumer].inputs["timestep" if consumer == "denoiser_time" else "sample"].shape[:1]
+    )
+    rows = [batch]
+    if producer == "denoiser_time":  # one row per timestep if it depends on nothing else
+        rows = [(1,)] if parts[producer].inputs.keys() == {"timestep"} else [batch, (1,)]
+    equal = output.dtype == taken.dtype and output.shape[1:] == taken.shape[1:]
+    if not equal or taken.shape[:1] not in rows:
+        raise ManifestError(f"{consumer}: input {key} is {taken}, but {producer} returns {output}")
+
+
+def _check_cached(components: Mapping[str, Component]) -> None:
+    """Check that the tensors of denoiser_cached are those of denoiser with the same names."""
+    full, cached = components.get("denoiser"), components.get("denoiser_cached")
+    if full is None or cached is None:
+        return
+    tensors = {**full.inputs, **full.outputs}
+    for key, spec in {**cached.inputs, **cached.outputs}.items():
+        if tensors.get(key) != spec:
+            expected = tensors.get(key, "no tensor of that name")
+            raise ManifestError(f"denoiser_cached: {key} is {spec}, but denoiser has {expected}")
+
+
+def _check_reduced(components: Mapping[str, Component]) -> None:
+    full, reduced = components.get("denoiser"), components.get("denoiser_reduced")
+    if full is None or reduced is None:
+        return
+    if (reduced.inputs, reduced.outputs) != (full.inputs, full.outputs):
+        raise ManifestError(
+            "denoiser_reduced: its inputs and outputs differ from those of denoiser"
+        )
+
+
+def _check_acceleration(manifest: Manifest, plan: AccelerationPlan) -> None:
+    for name in [plan.variant, *(["denoiser_cached"] if plan.cached_steps else [])]:
+        if name not in manifest.components:
+            raise ManifestError(f"acceleration: the plan uses {name}, which is not a component")
+    manifest.schedule.check(plan.timesteps)
+
+
+def _check_tensors(place: str, specs: Mapping[str, TensorSpec], required: Ranks) -> None:
+    for name, ranks in required.items():
+        if name not in specs or len(specs[name].shape) not in ranks:
+            raise ManifestError(f"{place} {name!r} with {ranks[-1]} dimensions is missing")
