@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from latentforge.measure.bench.statistics import bootstrap_median
 from latentforge.measure.results import ConfidenceInterval
 from latentforge.optimize.graph import open_session
+from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.search.reduced_attention import REDUCED, grids, reduce_attention
 from latentforge.optimize.search.variants import load_unet
-from latentforge.optimize.stage.component import UNET
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.tensor import Feeds
@@ -90,7 +90,7 @@ def measure(engines: Path, side: int, *, most: int, steps: int, repeats: int) ->
     manifest, part = load_unet(engines, REDUCED)
     feeds = _asked(engines, side, steps)
     exact = open_session(part.model)
-    for least in grids(part, manifest.components[UNET].sizes(feeds))[:most]:
+    for least in grids(part, manifest.components[DENOISER].sizes(feeds))[:most]:
         model = part.model.clone()
         reduce_attention(model, least=least)
         pairs = list(_pairs(exact, open_session(model), feeds, repeats))
@@ -106,7 +106,7 @@ def measure(engines: Path, side: int, *, most: int, steps: int, repeats: int) ->
 def _asked(engines: Path, side: int, steps: int) -> Feeds:
     """One row of what the UNet is given in the middle of a run."""
     with Pipeline.load(engines, hashes=False, low_memory=True) as pipeline:
-        engine = pipeline.load_engine(UNET)
+        engine = pipeline.load_engine(DENOISER)
         engine.session = heard = _Heard(engine.session)
         stream = pipeline.stream(
             _PROMPT, height=side, width=side, steps=steps, seed=0, guidance_scale=1.0

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -17,11 +16,10 @@ from latentforge.runtime.errors import BackendError
 from latentforge.runtime.kernels import DOMAIN, needed_library
 
 __all__ = ["GraphLayer", "add_constant", "constant", "dependencies", "layers", "lend"]
-__all__ += ["matches", "module", "open_session", "operands", "save", "set_weight", "tidy"]
+__all__ += ["matches", "module", "open_session", "operands", "set_weight", "tidy"]
 
 Array = NDArray[np.generic]
 
-_EXTERNAL = 256_000_000  # bytes of weights, as in exported engines; protobuf ends at 2 GiB
 _HANDED_OVER = 1024  # bytes from which a constant is lent to ONNX Runtime instead of copied
 _LOG_NOTHING = 4  # each error comes to us as an exception
 
@@ -171,18 +169,6 @@ def tidy(model: ir.Model) -> None:
         if seen[name] > 1:
             node.name = f"{name}_{seen[name]}"
             seen[node.name] += 1
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Write a graph, its weights in NAME.data beside it where they have more than 256 MB.
-
-    Also where they lie in a file of their own already, which the new file could not refer to.
-    """
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
-    external = outside or size > _EXTERNAL
-    ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
 def open_session(model: ir.Model, *, profile: str | None = None) -> ort.InferenceSession:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from latentforge.optimize.passes import PASSES
-from latentforge.optimize.quantize import Form
+from latentforge.optimize.quantize.options import Form
 from latentforge.runtime.kernels import library
 
 __all__ = ["CUDA_ONLY", "NATIVE", "TARGETS", "Target"]

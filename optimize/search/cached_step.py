@@ -20,17 +20,17 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import layers
+from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.partition.graph_analysis import before, infer_shapes, macs
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.optimize.search.variants import extend, load_unet
-from latentforge.optimize.stage.component import UNET
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import CACHED_FEATURE, Manifest
 from latentforge.runtime.tensor import TensorSpec
 
 __all__ = ["SHALLOW", "STAGE", "add_cached_step", "count_levels", "split"]
 
-SHALLOW = f"{UNET}_shallow"
+SHALLOW = f"{DENOISER}_shallow"
 """The component that runs on the steps between."""
 
 STAGE = "split"
@@ -110,7 +110,7 @@ def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
     return extend(
         source,
         folder,
-        {UNET: full, SHALLOW: shallow},
+        {DENOISER: full, SHALLOW: shallow},
         name=STAGE,
         options={"level": level},
         measured={"share": round(costs[1] / costs[0], 4), "macs": float(costs[1])},

@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.partition.graph_analysis import before, infer_shapes
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.optimize.passes.rewriting import MICROSOFT, Editor, made_by, scope_of, size, sweep
 from latentforge.optimize.search.variants import extend, load_unet
-from latentforge.optimize.stage.component import UNET
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.kernels import DOMAIN
 from latentforge.runtime.manifest import Manifest
 
 __all__ = ["LEAST", "REDUCED", "STAGE", "add_reduced", "grids", "reduce_attention"]
 
-REDUCED = f"{UNET}_reduced"
+REDUCED = f"{DENOISER}_reduced"
 """The component that takes and gives what the UNet's own does."""
 
 STAGE = "reduce"
@@ -77,7 +77,7 @@ def add_reduced(source: Path, folder: Path, *, least: int = LEAST) -> Manifest:
     model = part.model.clone()
     if not (count := reduce_attention(model, least=least)):
         raise SettingsError(
-            f"{source}: its {UNET} has no fused self-attention over an image; "
+            f"{source}: its {DENOISER} has no fused self-attention over an image; "
             "optimize it for the cpu target first"
         )
     return extend(

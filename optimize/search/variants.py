@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
+from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.partition.hoist import GraphPartition
-from latentforge.optimize.stage.component import UNET, load_graph
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 from latentforge.runtime.version import __version__
@@ -34,12 +34,12 @@ def load_unet(source: Path, added: str) -> tuple[Manifest, GraphPartition]:
             already.
     """
     manifest = Manifest.read(source, hashes=False)
-    component = manifest.components.get(UNET)
+    component = manifest.components.get(DENOISER)
     if component is None:
-        raise ManifestError(f"{source} has no {UNET}, of which {added} is made: export it")
+        raise ManifestError(f"{source} has no {DENOISER}, of which {added} is made: export it")
     if added in manifest.components:
         raise ManifestError(f"{source} has {added} already: start from what that was made of")
-    return manifest, GraphPartition.whole(load_graph(UNET, component, source), component)
+    return manifest, GraphPartition.whole(load_graph(DENOISER, component, source), component)
 
 
 def extend(
@@ -66,7 +66,7 @@ def extend(
         start: when the stage began, by time.perf_counter().
     """
     manifest = Manifest.read(source, hashes=False)
-    unet = manifest.components[UNET]
+    unet = manifest.components[DENOISER]
     replaced = {manifest.components[key].file for key in graphs if key in manifest.components}
     _share(source, folder, (e.file for e in manifest.files if e.file not in replaced))
     made = {key: _written(key, part, unet, folder) for key, part in graphs.items()}
@@ -103,7 +103,7 @@ def _share(source: Path, folder: Path, files: Iterable[str]) -> None:
 def _written(name: str, part: GraphPartition, unet: Component, folder: Path) -> Component:
     """A graph in a file beside the UNet's own, or in its place, with the same file of weights."""
     path = (folder / unet.file).with_name(f"{name}.onnx")
-    path = folder / unet.file if name == UNET else path
+    path = folder / unet.file if name == DENOISER else path
     ir.save(part.model, path)  # which leaves weights that lie in a file where they are
     main = FileEntry.of(path, folder)
     return msgspec.structs.replace(

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from latentforge.optimize.gate.gate import Measured
 from latentforge.optimize.gate.verdict import component_errors, image_errors
+from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.quantize import Latents, Sensitivity, keep_worst, scan
 from latentforge.optimize.recipe import Recipe
-from latentforge.optimize.stage.component import UNET, Rewriter, Rewritten, load_graph, save_part
+from latentforge.optimize.stage.component import Rewriter, Rewritten, save_part
 from latentforge.optimize.stage.recording import CallRecording, spread
 from latentforge.optimize.targets import Target
 from latentforge.runtime.backends import Session
@@ -114,14 +115,14 @@ def _scan(
     recipe: Recipe, origin: Origin, progress: Progress
 ) -> tuple[tuple[Sensitivity, ...], tuple[str, ...]]:
     """Measure each int8 layer of the UNet by itself, if the recipe asks, and choose the worst."""
-    if recipe.scan is None or recipe.precision_of(UNET) != "int8":
+    if recipe.scan is None or recipe.precision_of(DENOISER) != "int8":
         return (), ()
     assert origin.calibration is not None
     with progress.part("unet: each layer by itself"):
-        model = load_graph(UNET, origin.manifest.components[UNET], origin.directory)
+        model = load_graph(DENOISER, origin.manifest.components[DENOISER], origin.directory)
         rewriter = Rewriter(recipe=recipe, target=origin.target, feeds={})
         rewriter.fuse(model, "int8", half=False)
-        feeds, form = _feeds(recipe, origin)[UNET], origin.target.form
+        feeds, form = _feeds(recipe, origin)[DENOISER], origin.target.form
         with Pipeline.load(origin.directory, hashes=False) as pipeline:
             latents = _latents(pipeline, origin.calibration.results[0], recipe.scan.steps)
             layers = scan(model, feeds, recipe.int8, latents, form=form)
@@ -133,7 +134,7 @@ def _latents(pipeline: Pipeline, reference: Result, steps: int) -> Latents:
     settings = replace(reference.settings, sampler="euler", steps=steps)
 
     def latents(session: Session) -> NDArray[np.float32]:
-        pipeline.engines[UNET].session = session
+        pipeline.engines[DENOISER].session = session
         return pipeline.run(settings).latents
 
     return latents

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 import onnx_ir as ir
 
-from latentforge.optimize.graph import save
+from latentforge.optimize.graph_io import DENOISER, save_graph
 from latentforge.optimize.half import compute_half, store_half
 from latentforge.optimize.partition.hoist import GraphPartition, hoist
 from latentforge.optimize.passes import PASSES
@@ -18,15 +18,11 @@ from latentforge.optimize.prune import prune, sparsify
 from latentforge.optimize.quantize import check_float, quantize, quantize_weights
 from latentforge.optimize.recipe import Precision, Recipe
 from latentforge.optimize.targets import Target
-from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.kernels import DOMAIN
 from latentforge.runtime.manifest import Component, FileEntry
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["UNET", "Rewriter", "Rewritten", "load_graph", "save_part"]
-
-UNET = "denoiser"
-"""The component that runs every step: the one that is pruned, calibrated and cut."""
+__all__ = ["Rewriter", "Rewritten", "save_part"]
 
 _BEFORE_PRUNING = ("fold-constants", "fuse-attention")  # others hide the residual sums
 
@@ -68,12 +64,12 @@ class Rewriter:
         """Fuse, prune, quantize, cut and convert one component's graph, which is used up."""
         before, counts = len(model.graph), Counter[str]()
         precision = self.recipe.precision_of(name)
-        if name == UNET:
+        if name == DENOISER:
             counts.update(self._prune(model))
         counts.update(self.fuse(model, precision, half=self._computes_half(precision, component)))
         counts.update(self._quantize(name, precision, model))
         parts = {name: GraphPartition.whole(model, component)}
-        if name == UNET and self.recipe.hoist:
+        if name == DENOISER and self.recipe.hoist:
             hoisted = hoist(model, component.inputs)
             parts = hoisted.parts(name)
             counts.update(hoisted.counts)
@@ -99,7 +95,7 @@ class Rewriter:
     def _prune(self, model: ir.Model) -> Counter[str]:
         """Take out what the recipe says, before fusion hides where branches end."""
         recipe, counts = self.recipe, Counter[str]()
-        feeds = self.feeds.get(UNET, ())
+        feeds = self.feeds.get(DENOISER, ())
         if recipe.prune is not None:
             passes = [n for n in _BEFORE_PRUNING if n in self.target.passes]
             optimize(model, {n: PASSES[n] for n in passes if n not in recipe.skip})
@@ -138,35 +134,10 @@ class Rewriter:
         return counts
 
 
-def load_graph(name: str, component: Component, directory: Path) -> ir.Model:
-    """A component's graph, its weights left on the disk as far as they lie in files of their own.
-
-    Raises:
-        ManifestError: the file is no ONNX graph, or has other inputs and outputs than the manifest
-            says.
-    """
-    path = directory / component.file
-    try:
-        model = ir.load(path)
-        found = [[str(v.name) for v in side] for side in (model.graph.inputs, model.graph.outputs)]
-    except Exception as error:  # the parser's errors share no base class of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ManifestError(f"{path} is no ONNX graph ({reason}): export it again") from error
-    for kind, names, specs in zip(
-        ("inputs", "outputs"), found, (component.inputs, component.outputs), strict=True
-    ):
-        if sorted(names) != sorted(specs):
-            raise ManifestError(
-                f"{name}: the manifest says {kind} {', '.join(specs)}, and the graph has "
-                f"{', '.join(names) or 'none'}: it is not the one that was exported"
-            )
-    return model
-
-
 def save_part(name: str, part: GraphPartition, component: Component, folder: Path) -> Component:
     """Write a part of a component as NAME.onnx into a folder, and describe it."""
     path = folder / f"{name}.onnx"
-    save(part.model, path)
+    save_graph(part.model, path)
     data = path.with_name(f"{path.name}.data")
     main = FileEntry.of(path, folder)
     return msgspec.structs.replace(

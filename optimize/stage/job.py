@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 
 from latentforge.measure.prompts import read_prompts
+from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize import check_float
 from latentforge.optimize.recipe import Recipe, read_recipe
-from latentforge.optimize.stage.component import UNET, load_graph
 from latentforge.optimize.targets import TARGETS, Target
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import Manifest
@@ -130,7 +130,7 @@ def _recipes(name: str, gate: Sequence[str], calibrate: int | None) -> dict[str,
         calibration = each.calibration
         if calibrate is not None:
             calibration = msgspec.structs.replace(calibration, prompts=calibrate)
-        scan = each.scan or (recipe.scan if each.precision_of(UNET) == "int8" else None)
+        scan = each.scan or (recipe.scan if each.precision_of(DENOISER) == "int8" else None)
         changed[Path(key).stem] = msgspec.structs.replace(
             each, gate=each.gate.changed(gate), calibration=calibration, scan=scan
         )
@@ -146,13 +146,15 @@ def _check_recipe(name: str, recipe: Recipe, backend: str, manifest: Manifest) -
     known = ("default", "vae_encoder", *manifest.components)
     if unknown := [c for c in recipe.precision if c not in known]:
         raise SettingsError(f"recipe {name}: no component {_mistaken(unknown, known)}")
-    wrong = [c for c, precision in recipe.precision.items() if precision == "int8" and c != UNET]
+    wrong = [
+        c for c, precision in recipe.precision.items() if precision == "int8" and c != DENOISER
+    ]
     if wrong:
         raise SettingsError(
             f"recipe {name}: {wrong[0]} cannot be int8, only the unet is calibrated: "
             "int8-weights makes its file as small"
         )
-    if backend == "cuda" and recipe.precision_of(UNET) == "int8":
+    if backend == "cuda" and recipe.precision_of(DENOISER) == "int8":
         raise SettingsError(
             "ONNX Runtime's CUDA provider has no 8-bit convolutions and would run them on the CPU: "
             "take --target tensorrt for int8, or the recipe fp16"

@@ -15,8 +15,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.recipe import Recipe, read_recipe
-from latentforge.optimize.stage.component import UNET, Rewriter, load_graph, save_part
+from latentforge.optimize.stage.component import Rewriter, save_part
 from latentforge.optimize.stage.recording import CallRecording, record
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
@@ -75,7 +76,7 @@ def engines(
     def written(target: str, recipe: str, name: str) -> Engines:
         folder = tmp_path_factory.mktemp(f"{target}-{recipe}-{name}")
         component = manifest.components[name]
-        feeds = {UNET: recording.feeds(UNET)}
+        feeds = {DENOISER: recording.feeds(DENOISER)}
         rewriter = Rewriter(recipe=RECIPES[recipe], target=TARGETS[target], feeds=feeds)
         model = load_graph(name, component, tiny_engines)
         made = rewriter.rewrite(name, model, component)
@@ -176,8 +177,8 @@ def test_tensorrt_computes_in_8_bits(
     plans: Callable[[str, str], list[bytes]], engines: Callable[[str, str, str], Engines]
 ) -> None:
     """An engine is built of Q and DQ that it does not understand too, and computes in half."""
-    plan = plans("int8", UNET)[-1]
-    graph = ir.load(engines("tensorrt-rtx", "int8", UNET)[UNET][0]).graph
+    plan = plans("int8", DENOISER)[-1]
+    graph = ir.load(engines("tensorrt-rtx", "int8", DENOISER)[DENOISER][0]).graph
     convs = [node.inputs[0] for node in graph if node.op_type == "Conv"]
     producers = [value.producer() for value in convs if value is not None]
     quantized = sum(node is not None and node.op_type == "DequantizeLinear" for node in producers)

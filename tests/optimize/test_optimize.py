@@ -227,7 +227,7 @@ def test_empty_prompts_are_refused(tiny_engines: Path, tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("garbage", b"\x08\x07nothing of the kind", "denoiser"),
-        ("another", None, "the manifest says inputs"),
+        ("another", None, "the manifest lists the inputs"),
     ],
 )
 def test_foreign_graphs_are_refused(

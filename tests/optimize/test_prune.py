@@ -10,7 +10,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from latentforge.optimize.graph import layers, save
+from latentforge.optimize.graph import layers
+from latentforge.optimize.graph_io import save_graph
 from latentforge.optimize.prune import (
     Prune,
     Removed,
@@ -417,7 +418,7 @@ def test_weights_may_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     removed = [prune(model, Prune(channels=0.5), feeds=[X]) for model in (outside, inside)]
     assert removed[0] == removed[1]
-    save(outside, folder / "pruned.onnx")
+    save_graph(outside, folder / "pruned.onnx")
     found = ort.InferenceSession(folder / "pruned.onnx").run(None, X)[0]
     np.testing.assert_array_equal(found, run(inside, folder, X))
 
