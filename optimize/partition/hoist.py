@@ -1,17 +1,24 @@
-"""Cut a graph by how often its parts have to run: once a prompt, once a schedule, every step.
+"""Loop-invariant code motion: cut the denoiser's graph by how often its parts have to run.
 
-A UNet is run many times with the same prompt, and in every run of a schedule with the same
-timesteps. Which of its nodes follow from what is known from its inputs alone, so nothing here
-knows a model: a node belongs to
+The denoising loop runs the same graph in every step with the same prompt, and in every run of a
+schedule with the same timesteps. Whatever does not depend on the sample is invariant in that loop
+and is hoisted out of it. Binding-time analysis (binding_time.py) decides from the names of the
+inputs alone, so no part of this depends on a model family:
 
-* the prompt part, if it depends on nothing but inputs that stay the same for a whole run, such as
-  the keys and values of all cross-attention;
-* the time part, if it depends on the timestep too, and works on one row at a time: then all steps
-  are rows of one run;
-* the step part otherwise.
+    before                                     after
+
+    encoder_hidden_states ─┐                   encoder_hidden_states ─► denoiser_prompt ──┐
+    timestep ──────────────┼► denoiser         timestep ─► denoiser_time ─────────────────┼► denoiser
+    sample ────────────────┘  (each step)      sample ────────────────────────────────────┘  (each step)
+
+* ``denoiser_prompt`` runs once per prompt: nodes that depend on nothing but inputs which stay the
+  same for a whole run, such as the keys and values of all cross-attention.
+* ``denoiser_time`` runs once per schedule: nodes that depend on the timestep too and treat their
+  rows independently, so that all timesteps are rows of a single run.
+* ``denoiser`` runs in every step: all other nodes.
 
 The timestep is one number, and exported graphs repeat it for every row of the sample. That Expand
-is pushed down to where its rows meet the sample's, and is gone where these broadcast by themselves.
+is moved down to where its rows meet the sample's, and removed where the operator broadcasts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +34,7 @@ from latentforge.optimize.partition.binding_time import (
     BindingTimeAnalysis,
     Size,
     axis_size,
-    number,
+    int64_constant,
 )
 from latentforge.optimize.partition.rows import Rows
 from latentforge.optimize.shape_inference import Specs, shapes, specs_of
@@ -35,10 +42,10 @@ from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["ROWS", "Hoisted", "GraphPartition", "hoist"]
+__all__ = ["ROWS", "GraphPartition", "PartitionedGraph", "hoist"]
 
 ROWS = "rows"
-"""The first dimension of the time part's tensors: steps, or steps times rows of the sample."""
+"""First dimension of the time part's tensors: timesteps, or timesteps times rows of the sample."""
 
 _LAYERS = (
     *("Conv", "ConvInteger", "FusedConv", "NhwcConv", "Gemm", "MatMul", "MatMulInteger"),
@@ -48,12 +55,12 @@ _LAYERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class GraphPartition:
-    """A graph that was cut out of another.
+    """Graph that was cut out of another one.
 
     Attributes:
-        model: it, with the weights that it uses.
-        inputs, outputs: as a manifest describes them.
-        layers: how many convolutions and products with a constant weight it has.
+        model: the graph, with the weights that it uses.
+        inputs, outputs: its inputs and outputs as a manifest describes them.
+        layers: number of its convolutions and matrix products with a constant weight.
     """
 
     model: ir.Model
@@ -63,21 +70,21 @@ class GraphPartition:
 
     @classmethod
     def whole(cls, model: ir.Model, component: Component) -> "GraphPartition":
-        """A graph that is not cut, as its component describes it."""
+        """Return a whole graph as its only partition, as its component describes it."""
         layers = _count_layers(model.graph)
         return cls(model=model, inputs=component.inputs, outputs=component.outputs, layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hoisted:
-    """What a graph was cut into; a part with nothing in it is None.
+class PartitionedGraph:
+    """Graph cut into partitions by binding time; an empty partition is None.
 
     Attributes:
-        prompt: runs once a prompt, on the rows of the sample.
-        time: runs once a schedule. Its inputs are the timestep, and what it needs of the other
-            inputs and of the prompt part, all of them with ROWS as their first dimension.
-        step: runs every step, and takes what the others give. What the time part gives has one
-            row there, or those of the sample.
+        prompt: runs once per prompt, on the rows of the sample.
+        time: runs once per schedule. Its inputs are the timestep and the values that it needs of
+            the other inputs and of the prompt part, all of them with ROWS as first dimension.
+        step: runs in every step on the sample and on the outputs of the other parts. The outputs
+            of the time part have one row here, or as many as the sample.
     """
 
     prompt: GraphPartition | None
@@ -85,13 +92,13 @@ class Hoisted:
     step: GraphPartition
 
     def parts(self, name: str) -> dict[str, GraphPartition]:
-        """Those that are there, as components: ``NAME_prompt``, ``NAME_time`` and ``NAME``."""
+        """Return the partitions by component: ``NAME_prompt``, ``NAME_time`` and ``NAME``."""
         named = {f"{name}_prompt": self.prompt, f"{name}_time": self.time, name: self.step}
         return {key: part for key, part in named.items() if part is not None}
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many layers no longer run every step, for the history of a manifest."""
+        """Numbers of layers that were moved out of the loop, for the history of a manifest."""
         parts = {"hoist-prompt": self.prompt, "hoist-time": self.time}
         return {name: part.layers for name, part in parts.items() if part is not None}
 
@@ -101,165 +108,186 @@ def hoist(
     inputs: Specs | None = None,
     outputs: Specs | None = None,
     *,
-    every_step: Sequence[str] = ("sample",),
-    per_step: Sequence[str] = ("timestep",),
-) -> Hoisted:
-    """Cut a graph into what runs once a prompt, once a schedule and every step.
+    step_inputs: Sequence[str] = ("sample",),
+    time_inputs: Sequence[str] = ("timestep",),
+) -> PartitionedGraph:
+    """Cut a graph into the parts that run once per prompt, once per schedule and in every step.
 
-    Rows of the sample are taken to be independent of each other, as the runtime takes them.
+    Rows of the sample are assumed to be independent of each other, as the runtime assumes too.
 
     Args:
-        model: the graph, which is left as it is.
-        inputs, outputs: its own as the manifest describes them; read off the graph if None.
-        every_step: inputs that change every step; the first dimension of the first is the batch.
-        per_step: inputs that the schedule gives: one number for all rows, of shape [1] or [].
-            Inputs in neither list stay the same for a whole run.
+        model: the graph, which is not changed.
+        inputs, outputs: its inputs and outputs as the manifest describes them; by default they are
+            read from the graph.
+        step_inputs: inputs that change in every step; the first dimension of the first one is the
+            batch.
+        time_inputs: inputs that the schedule provides: one number for all rows, of shape [1] or
+            []. Inputs in neither list stay the same for a whole run.
 
     Raises:
-        SettingsError: the graph has no such input as the first of every_step.
+        SettingsError: the graph has no input of the first name in step_inputs.
     """
     names = [str(value.name) for value in model.graph.inputs]
-    if every_step[0] not in names:
+    if step_inputs[0] not in names:
         raise SettingsError(
-            f"cannot hoist: the graph has no input {every_step[0]!r}, only {', '.join(names)}; "
+            f"cannot hoist: the graph has no input {step_inputs[0]!r}, only {', '.join(names)}; "
             "name one that changes every step"
         )
     working = model.clone()
     common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(working)
     specs = inputs or specs_of(working.graph.inputs)
-    sorter = BindingTimeAnalysis(working.graph, shapes(working, specs), every_step, per_step)
-    sorter.sort()
-    return _Cutter(working, specs, outputs or specs_of(model.graph.outputs), sorter).cut()
+    analysis = BindingTimeAnalysis(working.graph, shapes(working, specs), step_inputs, time_inputs)
+    analysis.run()
+    return _Partitioner(working, specs, outputs or specs_of(model.graph.outputs), analysis).cut()
 
 
-class _Cutter:
-    """Makes graphs of what a sorter found."""
+class _Partitioner:
+    """Builds one graph per binding time from the results of the analysis."""
 
     def __init__(
-        self, model: ir.Model, inputs: Specs, outputs: Specs, sorter: BindingTimeAnalysis
+        self, model: ir.Model, inputs: Specs, outputs: Specs, analysis: BindingTimeAnalysis
     ) -> None:
         self._model = model
         self._inputs = inputs
         self._outputs = outputs
-        self._sorter = sorter
+        self._analysis = analysis
         self._names: dict[ir.Value, str] = {}
         self._order = {
             value: index for index, node in enumerate(model.graph) for value in node.outputs
         }
 
-    def cut(self) -> Hoisted:
-        """All parts; what one takes, another gives."""
-        step = self._taken(self._model.graph.outputs, BindingTime.STEP)
-        times = [value for value in step if self._sorter.kind(value) is BindingTime.TIME]
-        time = self._taken(times, BindingTime.TIME)
-        prompts = [v for v in {*step, *time} if self._sorter.kind(v) is BindingTime.PROMPT]
+    def cut(self) -> PartitionedGraph:
+        """Build all partitions; the live-ins of one are outputs of an earlier one."""
+        time_of = self._analysis.binding_time
+        step_inputs = self._live_ins(self._model.graph.outputs, BindingTime.STEP)
+        times = [value for value in step_inputs if time_of(value) is BindingTime.TIME]
+        time_inputs = self._live_ins(times, BindingTime.TIME)
+        prompts = [v for v in {*step_inputs, *time_inputs} if time_of(v) is BindingTime.PROMPT]
         prompts.sort(key=self._order.__getitem__)
-        self._names = _names([*prompts, *times], self._sorter)
-        return Hoisted(
-            prompt=self._part(BindingTime.PROMPT, [], prompts) if prompts else None,
-            time=self._part(BindingTime.TIME, time, times) if times else None,
-            step=self._part(BindingTime.STEP, step, []),
+        self._names = _names([*prompts, *times], self._analysis)
+        return PartitionedGraph(
+            prompt=self._partition(BindingTime.PROMPT, [], prompts) if prompts else None,
+            time=self._partition(BindingTime.TIME, time_inputs, times) if times else None,
+            step=self._partition(BindingTime.STEP, step_inputs, []),
         )
 
-    def _taken(self, wanted: Iterable[ir.Value], part: BindingTime) -> list[ir.Value]:
-        """What a part takes from earlier ones to compute what is wanted, in order."""
-        needed, taken = set(wanted), set()
+    def _live_ins(self, outputs: Iterable[ir.Value], time: BindingTime) -> list[ir.Value]:
+        """Return the values that a partition reads from earlier ones, in the graph's order.
+
+        This is a backward liveness analysis from the partition's outputs. It stops at values that
+        an earlier partition passes on, and goes on through those which the partition has to
+        compute again since they cannot cross:
+
+            denoiser_prompt   to_k ─► Cast ─► live-in
+                                                 │
+            denoiser          sample ─► Conv ─► Add ─► output
+        """
+        live, live_ins = set(outputs), set()
         for node in reversed(self._model.graph):
-            if needed.isdisjoint(node.outputs) or self._sizes(node, part) is not None:
+            if live.isdisjoint(node.outputs) or self._sizes(node, time) is not None:
                 continue
             for value in operands(node):
-                if value is not None and self._is_taken(value, part):
-                    taken.add(value)
+                if value is not None and self._is_live_in(value, time):
+                    live_ins.add(value)
                 elif value is not None:
-                    needed.add(value)
-        return sorted(taken, key=self._order.__getitem__)
+                    live.add(value)
+        return sorted(live_ins, key=self._order.__getitem__)
 
-    def _is_taken(self, value: ir.Value, part: BindingTime) -> bool:
-        """Whether a part takes a value from an earlier one; else it computes it itself."""
-        sorter, node = self._sorter, value.producer()
-        early = BindingTime.CONSTANT < sorter.kind(value) < part
-        if node is None or not early or not sorter.crosses(value):
+    def _is_live_in(self, value: ir.Value, time: BindingTime) -> bool:
+        """Return True if a partition reads a value from an earlier one instead of computing it."""
+        analysis, node = self._analysis, value.producer()
+        earlier = BindingTime.CONSTANT < analysis.binding_time(value) < time
+        if node is None or not earlier or not analysis.can_cross(value):
             return False
-        if node.op_type == "DequantizeLinear" and part is BindingTime.STEP:
+        if node.op_type == "DequantizeLinear" and time is BindingTime.STEP:
             # Fewer bytes, and integer kernels look for it beside the product that they replace.
             quantized = node.inputs[0]
-            return quantized is None or not sorter.crosses(quantized)
+            return quantized is None or not analysis.can_cross(quantized)
         return node.op_type != "Identity"
 
-    def _sizes(self, node: ir.Node, part: BindingTime) -> list[Size] | None:
-        """Where a part has the sizes that a Shape node gives, if it has not what it measures."""
+    def _sizes(self, node: ir.Node, time: BindingTime) -> list[Size] | None:
+        """Return a partition's own source of the sizes that a Shape node measures.
+
+        None if the node is no Shape, or the partition has the value that it measures.
+        """
         value = node.inputs[0] if node.inputs else None
         if value is None or (node.domain, node.op_type) != ("", "Shape"):
             return None
-        if self._sorter.kind(value) in (BindingTime.CONSTANT, part):
+        if self._analysis.binding_time(value) in (BindingTime.CONSTANT, time):
             return None
-        return self._sorter.sizes(node, part)
+        return self._analysis.sizes(node, time)
 
-    def _part(
-        self, kind: BindingTime, taken: list[ir.Value], given: list[ir.Value]
+    def _partition(
+        self, time: BindingTime, live_ins: list[ir.Value], live_outs: list[ir.Value]
     ) -> GraphPartition:
-        """A copy of the graph with other inputs and outputs, and without what these don't need."""
+        """Copy the graph, replace its inputs and outputs, and remove the nodes not needed."""
         model = self._model.clone()
         graph = model.graph
         values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
-        self._measure(graph, values, kind)
-        for value in taken:
+        self._replace_shape_nodes(graph, values, time)
+        for value in live_ins:
             new = ir.Value(name=self._names[value], type=ir.TensorType(_dtype(value)))
             values[str(value.name)].replace_all_uses_with(new)
             graph.inputs.append(new)
-        if given:
+        if live_outs:
             graph.outputs.clear()
-            graph.outputs.extend(values[str(value.name)] for value in given)
-            for value, output in zip(given, graph.outputs, strict=True):
+            graph.outputs.extend(values[str(value.name)] for value in live_outs)
+            for value, output in zip(live_outs, graph.outputs, strict=True):
                 output.name = self._names[value]
         _remove_unused(model)
-        return self._described(model, kind)
+        return self._described(model, time)
 
-    def _measure(self, graph: ir.Graph, values: Mapping[str, ir.Value], part: BindingTime) -> None:
-        """Take sizes from the part's own inputs, where it has not what they were taken from."""
+    def _replace_shape_nodes(
+        self, graph: ir.Graph, values: Mapping[str, ir.Value], time: BindingTime
+    ) -> None:
+        """Take sizes from the partition's own inputs if it lacks the value that Shape measures.
+
+        before:  sample ─► Shape ─► ...        (in the prompt part, which has no sample)
+        after:   encoder_hidden_states ─► Shape ─► Gather(axis) ─► Concat ─► ...
+        """
         for original, node in zip(list(self._model.graph), list(graph), strict=True):
-            sizes = self._sizes(original, part)
+            sizes = self._sizes(original, time)
             if sizes is None:
                 continue
-            nodes, pieces = [], []
+            nodes, elements = [], []
             for index, size in enumerate(sizes):
                 name = f"{node.name}/{node.outputs[0].name}_{index}"
                 if isinstance(size, int):
-                    pieces.append(number(graph, size, name))
+                    elements.append(int64_constant(graph, size, name))
                 else:
                     source, axis = size
                     nodes += axis_size(graph, values[str(source.name)], axis, name)
-                    pieces.append(nodes[-1].outputs[0])
-            shape = ir.node("Concat", pieces, {"axis": 0}, name=node.name)
+                    elements.append(nodes[-1].outputs[0])
+            shape = ir.node("Concat", elements, {"axis": 0}, name=node.name)
             graph.insert_before(node, [*nodes, shape])
             node.outputs[0].replace_all_uses_with(shape.outputs[0])
 
-    def _described(self, model: ir.Model, kind: BindingTime) -> GraphPartition:
-        """The part, with the shapes of its inputs and outputs."""
+    def _described(self, model: ir.Model, time: BindingTime) -> GraphPartition:
+        """Return the partition, with the shapes of its inputs and outputs."""
         graph = model.graph
         crossing = {name: value for value, name in self._names.items()}
-        known = {str(value.name): value for value in self._model.graph.inputs} | crossing
-        inputs = {str(v.name): self._spec(known[str(v.name)], kind) for v in graph.inputs}
+        sources = {str(value.name): value for value in self._model.graph.inputs} | crossing
+        inputs = {str(v.name): self._spec(sources[str(v.name)], time) for v in graph.inputs}
         outputs = dict(self._outputs)
-        if kind is not BindingTime.STEP:
-            outputs = {str(v.name): self._spec(crossing[str(v.name)], kind) for v in graph.outputs}
+        if time is not BindingTime.STEP:
+            outputs = {str(v.name): self._spec(crossing[str(v.name)], time) for v in graph.outputs}
         for value in (*graph.inputs, *graph.outputs):
             value.shape = ir.Shape({**inputs, **outputs}[str(value.name)].shape)
-        if kind is BindingTime.TIME:
-            _restate_shapes(model)
+        if time is BindingTime.TIME:
+            _reinfer_shapes(model)
         return GraphPartition(
             model=model, inputs=inputs, outputs=outputs, layers=_count_layers(graph)
         )
 
-    def _spec(self, value: ir.Value, part: BindingTime) -> TensorSpec:
-        """What a manifest says of a value where a part takes or gives it."""
-        sorter = self._sorter
-        given = self._inputs.get(str(value.name))
-        shape = given.shape if given is not None else sorter.shape(value) or ()
-        dtype = given.dtype if given is not None else _dtype(value).numpy().name
-        if part is BindingTime.TIME:
+    def _spec(self, value: ir.Value, time: BindingTime) -> TensorSpec:
+        """Return the manifest's description of a value at the border of a partition."""
+        analysis = self._analysis
+        spec = self._inputs.get(str(value.name))
+        shape = spec.shape if spec is not None else analysis.shape(value) or ()
+        dtype = spec.dtype if spec is not None else _dtype(value).numpy().name
+        if time is BindingTime.TIME:
             shape = (ROWS, *shape[1:])
-        elif sorter.rows.get(value, Rows.OWN) is not Rows.OWN:
+        elif analysis.rows.get(value, Rows.DISTINCT) is not Rows.DISTINCT:
             shape = (1, *shape[1:])
         return TensorSpec(dtype, tuple(size for size in shape if size is not None))
 
@@ -269,8 +297,8 @@ def _dtype(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
-def _restate_shapes(model: ir.Model) -> None:
-    """Infer the shapes inside the time part, which still say that there is one row."""
+def _reinfer_shapes(model: ir.Model) -> None:
+    """Infer the shapes inside the time part again, in which the original ones have one row."""
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
@@ -288,36 +316,39 @@ def _remove_unused(model: ir.Model) -> None:
 
 
 def _count_layers(graph: ir.Graph) -> int:
-    found = dependencies(graph)
+    sources = dependencies(graph)
     return sum(
-        node.op_type in _LAYERS and all(not found.get(v) for v in node.inputs[1:2] if v is not None)
+        node.op_type in _LAYERS
+        and all(not sources.get(v) for v in node.inputs[1:2] if v is not None)
         for node in graph
     )
 
 
-def _names(values: Iterable[ir.Value], sorter: BindingTimeAnalysis) -> dict[ir.Value, str]:
-    """Names for values that cross: the module of the layer that they come from."""
-    taken = set(ir.convenience.create_value_mapping(sorter.graph))
+def _names(values: Iterable[ir.Value], analysis: BindingTimeAnalysis) -> dict[ir.Value, str]:
+    """Name the values that cross partitions after the module of the layer that computes them."""
+    used = set(ir.convenience.create_value_mapping(analysis.graph))
     names: dict[ir.Value, str] = {}
     for value in values:
-        base = _layer_of(value, sorter)
-        tries = (base if turn == 1 else f"{base}_{turn}" for turn in count(1))
-        names[value] = next(name for name in tries if name not in taken)
-        taken.add(names[value])
+        base = _module_of(value, analysis)
+        options = (base if turn == 1 else f"{base}_{turn}" for turn in count(1))
+        names[value] = next(name for name in options if name not in used)
+        used.add(names[value])
     return names
 
 
-def _layer_of(value: ir.Value, sorter: BindingTimeAnalysis) -> str:
-    """The module of the last layer before a value, or that of its own node."""
+def _module_of(value: ir.Value, analysis: BindingTimeAnalysis) -> str:
+    """Return the module of the last layer that a value passed, or that of its own node."""
     node = value.producer()
     own = node.name if node is not None else None
-    while node is not None and not _is_layer(node, sorter):
-        before = [v for v in node.inputs if v and sorter.kind(v) is not BindingTime.CONSTANT]
-        node = before[0].producer() if before else None
+    while node is not None and not _is_layer(node, analysis):
+        variable = [
+            v for v in node.inputs if v and analysis.binding_time(v) is not BindingTime.CONSTANT
+        ]
+        node = variable[0].producer() if variable else None
     return module(str((node.name if node is not None else own) or value.name))
 
 
-def _is_layer(node: ir.Node, sorter: BindingTimeAnalysis) -> bool:
+def _is_layer(node: ir.Node, analysis: BindingTimeAnalysis) -> bool:
     weights = [value for value in node.inputs[1:2] if value is not None]
-    constant = all(sorter.kind(value) is BindingTime.CONSTANT for value in weights)
+    constant = all(analysis.binding_time(value) is BindingTime.CONSTANT for value in weights)
     return node.op_type in _LAYERS and constant

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 
 from latentforge.optimize.graph import layers
 from latentforge.optimize.graph_io import DENOISER
-from latentforge.optimize.partition.graph_analysis import before, infer_shapes, macs
+from latentforge.optimize.partition.graph_analysis import ancestors, infer_shapes, macs
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.optimize.search.variants import extend, load_unet
 from latentforge.runtime.errors import SettingsError
@@ -145,7 +145,7 @@ def _deep_sides(graph: ir.Graph) -> Iterator[ir.Value]:
             continue
         for deep, skip in (values, values[::-1]):
             origin = _origin(skip)
-            if origin is not _origin(deep) and origin in before(deep):
+            if origin is not _origin(deep) and origin in ancestors(deep):
                 yield deep
 
 

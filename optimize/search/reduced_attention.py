@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from latentforge.optimize.graph_io import DENOISER
-from latentforge.optimize.partition.graph_analysis import before, infer_shapes
+from latentforge.optimize.partition.graph_analysis import ancestors, infer_shapes
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.optimize.passes.rewriting import MICROSOFT, Editor, made_by, scope_of, size, sweep
 from latentforge.optimize.search.variants import extend, load_unet
@@ -160,7 +160,7 @@ def _product(value: ir.Value | None) -> ir.Node | None:
 
 def _grid(graph: ir.Graph, tokens: ir.Value) -> ir.Value | None:
     """What was laid out in a row to make tokens: the nearest before them."""
-    known = before(tokens)
+    known = ancestors(tokens)
     for node in reversed(list(graph)):
         if node.op_type == "Reshape" and node.outputs[0] in known and _flattens(node):
             return node.inputs[0]

@@ -1,4 +1,4 @@
-"""A UNet cut by how often its parts have to run gives what the whole one gives."""
+"""Partitioned denoisers compute what the whole graph computes, with less work per step."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from latentforge.commands.describe import describe
 from latentforge.optimize.graph import dependencies, layers
-from latentforge.optimize.partition.hoist import GraphPartition, Hoisted, hoist
+from latentforge.optimize.partition.hoist import GraphPartition, PartitionedGraph, hoist
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.runner import optimize
 from latentforge.runtime.compile.verify import trial
@@ -63,7 +63,7 @@ m (int64[batch, TOKENS] input_ids)
 
 
 def encoder(width: int, wide: int, *names: str) -> ir.Model:
-    """A text encoder that tells prompts apart."""
+    """Return a text encoder with different outputs for different prompts."""
     rates, more = (", ".join(f"{0.4 + 0.31 * i:.3f}" for i in range(n)) for n in (width, wide))
     text = ENCODER.replace("RATES", rates).replace("MORE", more).replace("TOKENS", str(TOKENS))
     model = ir.from_onnx_text(text.replace("WIDTH", str(width)).replace("WIDE", str(wide)))
@@ -85,7 +85,7 @@ def component(path: Path, inputs: Any, outputs: Any, backend: str = "onnxruntime
 
 
 def complete(directory: Path) -> Path:
-    """Add encoders and an autoencoder to the engine directory of a UNet."""
+    """Add text encoders and an autoencoder to an engine directory with a UNet alone."""
     manifest = Manifest.read(directory)
     components = dict(manifest.components)
     inputs = components["denoiser"].inputs
@@ -108,14 +108,14 @@ def complete(directory: Path) -> Path:
 
 
 def autoencoder(directory: Path) -> dict[str, Component]:
-    """One that computes nothing: only latents are compared."""
+    """Return an autoencoder that computes nothing, since tests compare latents only."""
     latent = TensorSpec("float32", ("batch", 4, "h", "w"))
     pixels = TensorSpec("float32", ("batch", 3, "h*2", "w*2"))
-    given = TensorSpec("float32", ("batch", 3, "height", "width"))
+    image = TensorSpec("float32", ("batch", 3, "height", "width"))
     parameters = TensorSpec("float32", ("batch", 8, "height//2", "width//2"))
     signatures: dict[str, tuple[Any, Any]] = {
         "vae_decoder": ({"latent_sample": latent}, {"sample": pixels}),
-        "vae_encoder": ({"sample": given}, {"latent_parameters": parameters}),
+        "vae_encoder": ({"sample": image}, {"latent_parameters": parameters}),
     }
     parts = {}
     for name, (inputs, outputs) in signatures.items():
@@ -126,7 +126,7 @@ def autoencoder(directory: Path) -> dict[str, Component]:
 
 
 def cut(source: Path, target: Path, passes: tuple[str, ...] = ()) -> Path:
-    """The engine directory with its UNet in parts."""
+    """Copy an engine directory and partition its UNet."""
     manifest = Manifest.read(source)
     unet = manifest.components["denoiser"]
     model = ir.load(source / unet.file)
@@ -146,7 +146,7 @@ Both = Callable[[str], tuple[Path, Path]]
 
 @pytest.fixture(scope="module")
 def both(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Both:
-    """A function that gives a family's engines, whole and cut; ``sd/2`` are sd's of batch 2."""
+    """Return a function that exports a family, whole and partitioned; ``sd/2`` has batch 2."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.onnx import Dimensions
     from latentforge.export.stage import export
@@ -165,26 +165,26 @@ def both(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     return built
 
 
-def parts_of(directory: Path) -> Hoisted:
+def parts_of(directory: Path) -> PartitionedGraph:
     unet = Manifest.read(directory).components["denoiser"]
     return hoist(ir.load(directory / unet.file), unet.inputs, unet.outputs)
 
 
-# The same pictures
+# Equal latents
 
 
-def made(pipe: Pipeline, **request: Any) -> Result:
-    """A short run; what an inpainting UNet paints into is a picture of one colour."""
+def generate(pipe: Pipeline, **request: Any) -> Result:
+    """Run a few steps; an inpainting UNet gets an image of one colour."""
     if pipe.manifest.latent.has_inpainting_channels(pipe.engines["denoiser"].component):
-        picture = Image.new("RGB", (32, 32), (200, 30, 40))
-        request |= {"image": picture, "mask": Image.new("L", (32, 32), 255)}
-    usual = {"steps": 3, "sampler": "ddim", "guidance_scale": 5.0, "height": 32, "width": 32}
-    request = {"seed": 5, **usual, **request}
+        image = Image.new("RGB", (32, 32), (200, 30, 40))
+        request |= {"image": image, "mask": Image.new("L", (32, 32), 255)}
+    defaults = {"steps": 3, "sampler": "ddim", "guidance_scale": 5.0, "height": 32, "width": 32}
+    request = {"seed": 5, **defaults, **request}
     return pipe(request.pop("prompt", "a red fox"), **request)
 
 
 def latents(pipe: Pipeline, **request: Any) -> Array:
-    return made(pipe, **request).latents
+    return generate(pipe, **request).latents
 
 
 SAMPLERS = ("ddim", "heun", "dpmpp_2m_sde")
@@ -194,7 +194,7 @@ SAMPLERS = ("ddim", "heun", "dpmpp_2m_sde")
     "name",
     [*FAMILIES, "bk-sdm/2", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)],
 )
-def test_latents_are_those_of_the_whole(both: Both, name: str) -> None:
+def test_latents_equal_those_of_the_whole_graph(both: Both, name: str) -> None:
     whole, cut = both(name)
     with (
         Pipeline.load(whole, threads=1) as a,
@@ -209,21 +209,21 @@ def test_latents_are_those_of_the_whole(both: Both, name: str) -> None:
         expected = latents(a, **request)
         assert psnr(expected, latents(b, **request)) >= ENOUGH
         assert psnr(expected, latents(frugal, **request)) >= ENOUGH
-        assert psnr(expected, latents(a, prompt=PROMPTS[::-1])) < 80  # a prompt makes a difference
+        assert psnr(expected, latents(a, prompt=PROMPTS[::-1])) < 80  # the prompt matters
 
 
-def test_fused_graphs_are_cut_too(both: Both, tmp_path: Path) -> None:
+def test_fused_graphs_are_partitioned_too(both: Both, tmp_path: Path) -> None:
     whole, _ = both("bk-sdm")
     fused = cut(whole, tmp_path / "fused", ("fold-constants", "fuse-attention"))
     with Pipeline.load(whole, threads=1) as a, Pipeline.load(fused, threads=1) as b:
         assert psnr(latents(a), latents(b)) >= ENOUGH
 
 
-# What goes where
+# Assignment of nodes to parts
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_nothing_is_left_that_does_not_depend_on_the_sample(both: Both, name: str) -> None:
+def test_the_step_part_depends_on_the_sample_throughout(both: Both, name: str) -> None:
     hoisted = parts_of(both(name)[0])
     found = dependencies(hoisted.step.model.graph)
     left = [
@@ -284,7 +284,7 @@ def test_the_same_graph_gives_the_same_bytes(both: Both) -> None:
     model = ir.load(path)
     before = content(model)
     first, second = hoist(model), hoist(ir.load(path))
-    assert content(model) == before  # it is left as it is
+    assert content(model) == before  # hoist() does not change it
     for name, part in first.parts("denoiser").items():
         assert content(part.model) == content(second.parts("denoiser")[name].model)
 
@@ -308,7 +308,7 @@ def graph(body: str, weights: str = "", signature: str = SIGNATURE) -> Any:
 
 
 def feeds_of(model: Any, batch: int = 2) -> dict[str, Array]:
-    """Numbers for every input but the timestep."""
+    """Return random numbers for every input except the timestep."""
     rng = np.random.default_rng(0)
     sizes = {"batch": batch, "h": 6, "w": 5, "latent_height": 8, "latent_width": 8}
     feeds = {}
@@ -329,46 +329,48 @@ def run(model: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
     options.log_severity_level = 3
     session = ort.InferenceSession(content(model), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    wanted = {value.name: feeds[value.name] for value in session.get_inputs()}
-    return dict(zip(names, session.run(names, wanted), strict=True))
+    used = {value.name: feeds[value.name] for value in session.get_inputs()}
+    return dict(zip(names, session.run(names, used), strict=True))
 
 
 TIMESTEPS = (981.0, 501.0, 20.0)
 
 
-def check(model: Any, tolerance: float = 1e-5, **options: Any) -> Hoisted:
-    """Run the whole and the parts for several timesteps, and compare every output."""
+def check(model: Any, tolerance: float = 1e-5, **options: Any) -> PartitionedGraph:
+    """Run the whole graph and its parts for several timesteps, and compare every output."""
     hoisted = hoist(model, **options)
     feeds = feeds_of(model)
     rows = len(feeds["sample"])
-    given = dict(feeds)
+    values = dict(feeds)
     if hoisted.prompt is not None:
-        given |= run(hoisted.prompt.model, feeds)
-    timed = timed_by(hoisted, given, rows)
+        values |= run(hoisted.prompt.model, feeds)
+    timed = run_time_part(hoisted, values, rows)
     steps = []
     for index, timestep in enumerate(TIMESTEPS):
         shape = next(v.shape for v in model.graph.inputs if v.name == "timestep")
         expected = run(model, {**feeds, "timestep": np.full(tuple(shape), timestep, np.float32)})
-        mine = {name: array[index * rows : (index + 1) * rows] for name, array in timed.items()}
+        selected = {name: array[index * rows : (index + 1) * rows] for name, array in timed.items()}
         for name, spec in hoisted.step.inputs.items():
-            if name in mine and spec.shape[0] == 1:
-                mine[name] = mine[name][:1]
+            if name in selected and spec.shape[0] == 1:
+                selected[name] = selected[name][:1]
         now = {"timestep": np.full(1, timestep, np.float32)}
-        outputs = run(hoisted.step.model, {**given, **now, **mine})
+        outputs = run(hoisted.step.model, {**values, **now, **selected})
         for name, array in expected.items():
             scale = np.abs(array).max()
             np.testing.assert_allclose(outputs[name], array, rtol=0, atol=tolerance * scale)
         steps.append(np.concatenate([array.ravel() for array in expected.values()]))
-    assert np.abs(steps[0] - steps[1]).max() > 1e-3  # the timestep makes a difference
+    assert np.abs(steps[0] - steps[1]).max() > 1e-3  # the timestep matters
     return hoisted
 
 
-def timed_by(hoisted: Hoisted, given: Mapping[str, Array], rows: int) -> dict[str, Array]:
-    """What the time part gives for all rows of all timesteps."""
+def run_time_part(
+    hoisted: PartitionedGraph, values: Mapping[str, Array], rows: int
+) -> dict[str, Array]:
+    """Return the outputs of the time part for all rows of all timesteps."""
     if hoisted.time is None:
         return {}
     stacked = {
-        name: np.concatenate([given[name]] * len(TIMESTEPS))
+        name: np.concatenate([values[name]] * len(TIMESTEPS))
         for name in hoisted.time.inputs
         if name != "timestep"
     }
@@ -390,7 +392,7 @@ ADDED = """
 RATES = "float[1, 4] rates = {0.1, 0.02, 0.003, 0.04}, int64[1] one = {1}, int64[2] sides = {2, 3}"
 
 
-def test_the_repetition_of_the_timestep_is_gone() -> None:
+def test_the_expand_of_the_timestep_is_removed() -> None:
     hoisted = check(graph(TIME + ADDED, RATES))
     assert hoisted.prompt is None and hoisted.time is not None
     assert [node.op_type for node in hoisted.step.model.graph] == ["Add"]
@@ -399,7 +401,7 @@ def test_the_repetition_of_the_timestep_is_gone() -> None:
     assert [str(spec) for spec in taken] == ["float32[1, 4, 1, 1]"]
 
 
-def test_it_is_put_back_where_nothing_else_repeats_the_rows() -> None:
+def test_the_expand_is_restored_where_no_operand_broadcasts() -> None:
     body = """
       mean = ReduceMean<keepdims = 0>(sample, sides)
       both = Concat<axis = 1>(mean, waves)
@@ -412,7 +414,7 @@ def test_it_is_put_back_where_nothing_else_repeats_the_rows() -> None:
     assert "Expand" in {node.op_type for node in hoisted.step.model.graph}
 
 
-def test_what_mixes_steps_stays_in_the_step() -> None:
+def test_operators_that_mix_rows_stay_in_the_step() -> None:
     body = """
       spread = Softmax<axis = 0>(waves)
       scaled = Add(waves, spread)
@@ -433,7 +435,7 @@ def test_a_timestep_without_dimensions(cast: str) -> None:
     assert hoisted.time is not None and len(hoisted.step.model.graph) == 1
 
 
-def test_a_number_that_is_used_as_one() -> None:
+def test_a_scalar_timestep_used_as_a_scalar() -> None:
     body = "scaled = Mul(sample, timestep)\n out_sample = Sin(scaled)"
     hoisted = check(graph(body, "", SIGNATURE.replace("float[1] timestep", "float timestep")))
     assert hoisted.time is None and str(hoisted.step.inputs["timestep"]) == "float32[1]"
@@ -456,8 +458,8 @@ PROMPT = """
 WEIGHT = "float[4, 4] weight = {1, 2, 3, 4, 0, 1, 0, 1, -2, 0, 1, 0, 3, 1, 0, 1}"
 
 
-def test_time_that_depends_on_the_prompt_has_rows_of_its_own() -> None:
-    body = PROMPT + TIME + "told = Add(waves, mean)\n" + ADDED.replace("waves", "told")
+def test_a_time_part_that_depends_on_the_prompt_has_a_row_per_image() -> None:
+    body = PROMPT + TIME + "both = Add(waves, mean)\n" + ADDED.replace("waves", "both")
     hoisted = check(graph(body, f"{RATES}, {WEIGHT}"))
     assert hoisted.prompt is not None and hoisted.time is not None
     assert [s.shape[0] for s in hoisted.time.inputs.values()] == ["rows", "rows"]
@@ -473,7 +475,7 @@ ATTENDED = """
 
 
 def test_sizes_do_not_cross() -> None:
-    """That of the batch is taken from the prompt here, and used on the sample, and otherwise."""
+    """The batch is measured on the prompt and used on the sample, and vice versa."""
     body = (
         PROMPT
         + """
@@ -485,9 +487,9 @@ def test_sizes_do_not_cross() -> None:
       sin = Sin(straight)
       rows = Reshape(sample, flat)
       sum = ReduceSum<keepdims = 1>(rows, one)
-      told = Add(sum, sin)
+      both = Add(sum, sin)
     """
-        + ATTENDED.format(name="told")
+        + ATTENDED.format(name="both")
     )
     weights = f"{RATES}, {WEIGHT}, int64[1] rest = {{-1}}, int64[1] four = {{4}}"
     hoisted = check(graph(body, weights))
@@ -496,8 +498,8 @@ def test_sizes_do_not_cross() -> None:
     assert hoisted.step.inputs.keys() == {"sample", "timestep", *hoisted.prompt.outputs}
 
 
-def test_what_has_other_rows_than_the_sample_does_not_cross() -> None:
-    """Two heads in the place of rows, as in attention that is written by hand."""
+def test_values_with_other_rows_than_the_sample_do_not_cross() -> None:
+    """Heads are folded into the rows, as in attention that is written by hand."""
     body = (
         PROMPT
         + """
@@ -538,7 +540,7 @@ def test_quantized_values_cross_in_eight_bits() -> None:
     assert "DequantizeLinear" in {node.op_type for node in hoisted.step.model.graph}
 
 
-def test_half_precision_crosses_as_it_is() -> None:
+def test_half_precision_values_cross_in_half_precision() -> None:
     body = (
         PROMPT
         + """
@@ -568,11 +570,11 @@ def test_a_graph_with_nothing_to_hoist() -> None:
 
 def test_refuses_a_graph_without_a_sample() -> None:
     with pytest.raises(SettingsError, match="no input 'latents', only sample, timestep"):
-        hoist(graph("out_sample = Mul(sample, timestep)"), every_step=("latents",))
+        hoist(graph("out_sample = Mul(sample, timestep)"), step_inputs=("latents",))
 
 
 def test_a_controlnet() -> None:
-    """Its conditioning picture is embedded once, and all of its outputs are the same."""
+    """The conditioning image is embedded once per prompt, and all outputs are equal."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     hoisted = check(controlnet(), 1e-4)
     assert hoisted.prompt is not None and hoisted.time is not None
@@ -585,21 +587,21 @@ def test_a_controlnet() -> None:
 
 
 def controlnet() -> Any:
-    """A small one, exported."""
+    """Export a small ControlNet."""
     import torch
     from diffusers import ControlNetModel
 
     from latentforge.export.onnx import _name_nodes, _quiet
 
     class Flat(torch.nn.Module):
-        """The same, giving a tuple."""
+        """ControlNet that returns a flat tuple."""
 
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, sample: Any, timestep: Any, states: Any, picture: Any) -> Any:
-            blocks, mid = self.inner(sample, timestep, states, picture, return_dict=False)
+        def forward(self, sample: Any, timestep: Any, states: Any, image: Any) -> Any:
+            blocks, mid = self.inner(sample, timestep, states, image, return_dict=False)
             return (*blocks, mid)
 
     torch.manual_seed(0)
@@ -613,7 +615,7 @@ def controlnet() -> Any:
         norm_num_groups=8,
         conditioning_embedding_out_channels=(8, 16, 16, 16),
     ).eval()
-    for parameter in model.parameters():  # the last of each branch are zeros as they come
+    for parameter in model.parameters():  # the last layer of each branch is initialized with zeros
         torch.nn.init.normal_(parameter, std=0.1)
     batch, height, width = (torch.export.Dim(n) for n in ("batch", "latent_height", "latent_width"))
     sides = {2: height, 3: width}
@@ -652,13 +654,13 @@ def controlnet() -> Any:
 def test_each_part_runs_as_often_as_it_has_to(both: Both) -> None:
     with Pipeline.load(both("sdxl-inpainting")[1], threads=1) as pipe:
         for sampler, evaluations in (("ddim", 3), ("heun", 5)):
-            stages = made(pipe, prompt=PROMPTS, sampler=sampler).timings.stages
+            stages = generate(pipe, prompt=PROMPTS, sampler=sampler).timings.stages
             calls = {name: len(times) for name, times in stages.items()}
             assert (calls["denoiser_prompt"], calls["denoiser_time"]) == (1, 1)
             assert calls["denoiser"] == evaluations
 
 
-def test_a_timestep_that_was_not_planned_is_computed_and_kept(both: Both) -> None:
+def test_an_unplanned_timestep_is_computed_and_cached(both: Both) -> None:
     whole, cut = both("sdxl-inpainting")
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((2, 9, 16, 16)).astype(np.float32)
@@ -672,10 +674,10 @@ def test_a_timestep_that_was_not_planned_is_computed_and_kept(both: Both) -> Non
         }
         rng = np.random.default_rng(0)
         rng.standard_normal((2, 9, 16, 16))
-        told = unet.conditioned(rows, [999.0, 500.0], watch)
-        results.append([told.predict(sample, t) for t in (999.0, 731.5, 731.5, 500.0)])
-    for expected, mine in zip(*results, strict=True):
-        assert psnr(expected, mine) >= ENOUGH
+        conditioned = unet.conditioned(rows, [999.0, 500.0], watch)
+        results.append([conditioned.predict(sample, t) for t in (999.0, 731.5, 731.5, 500.0)])
+    for expected, actual in zip(*results, strict=True):
+        assert psnr(expected, actual) >= ENOUGH
     assert np.abs(results[0][0] - results[0][1]).max() > 1e-4
     stages = watch.timings().stages
     assert [len(stages[name]) for name in ("denoiser_prompt", "denoiser_time", "denoiser")] == [
