@@ -28,9 +28,9 @@ from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import CACHED_FEATURE, Manifest
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["SHALLOW", "STAGE", "add_cached_step", "count_levels", "split"]
+__all__ = ["CACHED_STEP", "STAGE", "add_cached_step", "count_levels", "split"]
 
-SHALLOW = f"{DENOISER}_shallow"
+CACHED_STEP = f"{DENOISER}_cached"
 """The component that runs on the steps between."""
 
 STAGE = "split"
@@ -87,7 +87,7 @@ def split(part: GraphPartition, level: int) -> tuple[GraphPartition, GraphPartit
 
 
 def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
-    """Write engines into a folder, their UNet cut into one that gives the feature, and SHALLOW.
+    """Write engines into a folder, their UNet cut into one that gives the feature, and CACHED_STEP.
 
     Args:
         source: an engine directory of graphs, optimized or not.
@@ -95,7 +95,7 @@ def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
         level: see split().
 
     Returns:
-        The manifest that was written. Its last stage holds under SHALLOW the ``share`` of the
+        The manifest that was written. Its last stage holds under CACHED_STEP the ``share`` of the
         full graph's multiply-accumulates that the shallow one takes, at the default size.
 
     Raises:
@@ -103,14 +103,14 @@ def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
         SettingsError: see split().
     """
     start = time.perf_counter()
-    manifest, part = load_unet(source, SHALLOW)
+    manifest, part = load_unet(source, CACHED_STEP)
     full, shallow = split(part, level)
     sizes = _sizes(manifest, part)
     costs = [macs(each.model, each.inputs, sizes) for each in (full, shallow)]
     return extend(
         source,
         folder,
-        {DENOISER: full, SHALLOW: shallow},
+        {DENOISER: full, CACHED_STEP: shallow},
         name=STAGE,
         options={"level": level},
         measured={"share": round(costs[1] / costs[0], 4), "macs": float(costs[1])},

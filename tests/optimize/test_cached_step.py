@@ -22,7 +22,12 @@ from latentforge.optimize.partition.graph_analysis import ancestors, infer_shape
 from latentforge.optimize.partition.hoist import GraphPartition, hoist
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.runner import optimize
-from latentforge.optimize.search.cached_step import SHALLOW, add_cached_step, count_levels, split
+from latentforge.optimize.search.cached_step import (
+    CACHED_STEP,
+    add_cached_step,
+    count_levels,
+    split,
+)
 from latentforge.optimize.shape_inference import Specs, specs_of
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.engine import Engine
@@ -358,14 +363,14 @@ def test_a_directory_that_was_cut(unet: Unet, tmp_path: Path, outside: bool) -> 
     target.mkdir()
     written = add_cached_step(source, target, level=1)
     assert Manifest.read(target) == written
-    full, shallow = written.components["denoiser"], written.components[SHALLOW]
+    full, shallow = written.components["denoiser"], written.components[CACHED_STEP]
     assert full.outputs.keys() == {"out_sample", CACHED_FEATURE}
     assert shallow.inputs.keys() == full.inputs.keys() | {CACHED_FEATURE}
     assert shallow.inputs[CACHED_FEATURE] == full.outputs[CACHED_FEATURE]
     feeds = feeds_of(full.inputs)
     before = loaded(source, "denoiser").run(feeds)
     made = loaded(target, "denoiser").run(feeds)
-    again = loaded(target, SHALLOW).run({**feeds, CACHED_FEATURE: made[CACHED_FEATURE]})
+    again = loaded(target, CACHED_STEP).run({**feeds, CACHED_FEATURE: made[CACHED_FEATURE]})
     np.testing.assert_array_equal(made["out_sample"], before["out_sample"])
     np.testing.assert_allclose(again["out_sample"], before["out_sample"], rtol=0, atol=1e-6)
     if outside:
@@ -382,10 +387,10 @@ def test_its_history_says_what_was_done(unet: Unet, tmp_path: Path) -> None:
     sizes = {"batch": 1, "latent_height": 16, "latent_width": 16}  # those of the manifest's default
     assert written.defaults.height == 16 * written.latent.downscale
     cost = [macs(each.model, each.inputs, sizes) for each in split(part, 0)]
-    assert stage.measured[SHALLOW]["share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
+    assert stage.measured[CACHED_STEP]["share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
     (line,) = changes(stage)
-    assert line.startswith(f"{SHALLOW}: share {cost[1] / cost[0]:.3g}")
-    assert 0.02 < stage.measured[SHALLOW]["share"] < 0.3
+    assert line.startswith(f"{CACHED_STEP}: share {cost[1] / cost[0]:.3g}")
+    assert 0.02 < stage.measured[CACHED_STEP]["share"] < 0.3
 
 
 def test_it_is_cut_once(unet: Unet, tmp_path: Path) -> None:

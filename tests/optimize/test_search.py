@@ -278,7 +278,7 @@ def test_large_images_may_have_less_attention(
     manifest = accelerate(
         directory, SearchRequest(gate=["psnr=1", "images=1"], effort=1, repeats=1)
     )
-    assert manifest.acceleration is not None and manifest.acceleration.unet == "denoiser_reduced"
+    assert manifest.acceleration is not None and manifest.acceleration.variant == "denoiser_reduced"
     assert "denoiser_cached" not in manifest.components
     with Pipeline.load(directory) as pipeline:
         assert pipeline("red apple", seed=5).images[0].size == (128, 128)
