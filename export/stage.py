@@ -1,6 +1,5 @@
 """The export stage: a checkpoint in, an engine directory out."""
 
-import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +34,7 @@ from latentforge.runtime.errors import (
     ShapeError,
 )
 from latentforge.runtime.files import check_space, check_target, staged_directory
+from latentforge.runtime.history import package_versions, stage_record
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.manifest import (
     Component,
@@ -45,7 +45,6 @@ from latentforge.runtime.manifest import (
 )
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.version import __version__
 
 __all__ = ["export"]
 
@@ -359,14 +358,13 @@ def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Resu
 def _history(job: _Job, start: float) -> Stage:
     traced = () if job.graphs else ("torch", "onnxscript")
     names = (*traced, "diffusers", "transformers", "onnxruntime")
-    tools = {name: importlib.metadata.version(name) for name in names}
     chosen = {"components": [component.name for component in job.components]}
     kind = {} if job.graphs else {"opset": OPSET}
     layout = {} if job.layout == "plain" else {"layout": job.layout}
     fixed = {key: size for key, size in asdict(job.dimensions).items() if size is not None}
-    return Stage(
-        name="import" if job.graphs else "export",
-        options={**kind, **chosen, **layout, **fixed},
-        tools={"latentforge": __version__, **tools},
-        seconds=round(time.perf_counter() - start, 1),
+    return stage_record(
+        "import" if job.graphs else "export",
+        start,
+        {**kind, **chosen, **layout, **fixed},
+        tools=package_versions(*names),
     )

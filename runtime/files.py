@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ __all__ = [
     "MANIFEST_FILE",
     "check_space",
     "check_target",
+    "copy_files",
     "hash_file",
     "staged_directory",
     "staged_file",
@@ -66,6 +67,13 @@ def check_space(directory: Path, needed: int) -> None:
             f"{directory.parent} has {size_text(free)} free and the engines take about "
             f"{size_text(needed)}: make room, or name another disk"
         )
+
+
+def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
+    """Copy files, named relative to one directory, into another under the same names."""
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target / file)
 
 
 def _check_old(target: Path, overwrite: bool) -> None:

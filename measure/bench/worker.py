@@ -3,20 +3,18 @@
 ``python -m latentforge.measure.bench.worker JOB`` answers as bench/participant.py has it.
 """
 
-import contextlib
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.runtime.image import to_array
 from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.process import send, take_stdout
 from latentforge.runtime.settings import Settings
 
 __all__ = ["Loaded", "main", "serve"]
@@ -31,11 +29,11 @@ def serve(load: Callable[[BenchJob], Loaded]) -> None:
     The program's last argument is the file of its BenchJob.
     """
     job = BenchJob.read(sys.argv[-1])
-    with _answers() as out:
+    with take_stdout() as out:
         try:
-            _serve(job, load, partial(_tell, out))
+            _serve(job, load, partial(send, out))
         except Exception as error:  # whatever it is, the other side wants it in a line
-            _tell(out, {"error": " ".join(str(error).split()) or type(error).__name__})
+            send(out, {"error": " ".join(str(error).split()) or type(error).__name__})
             raise
 
 
@@ -49,18 +47,6 @@ def _serve(
         np.save(job.picture, to_array(result.images))
         stages = {name: list(calls) for name, calls in result.timings.stages.items()}
         tell({"total": result.timings.total, "stages": stages})
-
-
-def _answers() -> contextlib.AbstractContextManager[TextIO]:
-    """Standard output for answers alone: what libraries print, in whatever language, is moved."""
-    sys.stdout.flush()
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return out
-
-
-def _tell(out: TextIO, message: Mapping[str, Any]) -> None:
-    print(json.dumps(message), file=out, flush=True)
 
 
 def _load_engines(job: BenchJob) -> Loaded:

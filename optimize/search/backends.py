@@ -1,6 +1,5 @@
 """What is fastest here, by measuring: of several engine directories each component, and rows."""
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,11 @@ from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.results import BenchResult
 from latentforge.runtime.compile.verify import trial_settings
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.files import copy_files
+from latentforge.runtime.history import stage_record
 from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import DENOISER_PARTS, Component, Manifest, Stage
 from latentforge.runtime.pipeline import Pipeline
-from latentforge.runtime.version import __version__
 
 __all__ = ["STAGE", "select_backends", "tune_rows"]
 
@@ -71,10 +71,9 @@ def select_backends(
         name: _moved(manifests[taken].components[name], candidates[taken], directory)
         for name, taken in chosen.items()
     }
-    for entry in first.tokenizers.values():
-        (directory / entry.file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(next(iter(candidates.values())) / entry.file, directory / entry.file)
-    stage = _stage(chosen, components, entries, refused or {}, time.perf_counter() - start)
+    tokenizers = (entry.file for entry in first.tokenizers.values())
+    copy_files(tokenizers, next(iter(candidates.values())), directory)
+    stage = _stage(chosen, components, entries, refused or {}, start)
     manifest = msgspec.structs.replace(
         first, components=components, history=(*first.history, stage)
     )
@@ -169,16 +168,17 @@ def _stage(
     components: Mapping[str, Component],
     entries: tuple[BenchResult, ...],
     refused: Mapping[str, str],
-    seconds: float,
+    start: float,
 ) -> Stage:
     """What was measured: paired ratios to the first candidate, by candidate and stage."""
     ratios = {
         entry.name: {stage: round(ratio.value, 3) for stage, ratio in entry.ratio.items()}
         for entry in entries[1:]
     }
-    return Stage(
-        name=STAGE,
-        options={
+    return stage_record(
+        STAGE,
+        start,
+        {
             "target": "auto",
             "backends": {name: component.backend for name, component in components.items()},
             "options": {},
@@ -187,6 +187,4 @@ def _stage(
             "ratios": ratios,
             "refused": dict(refused),
         },
-        tools={"latentforge": __version__},
-        seconds=round(seconds, 1),
     )

@@ -45,14 +45,14 @@ from latentforge.optimize.search.space import (
 )
 from latentforge.optimize.search.timesteps import Found, Timesteps, search
 from latentforge.runtime.errors import BackendError, ManifestError, SettingsError
+from latentforge.runtime.history import stage_record
 from latentforge.runtime.image import psnr
 from latentforge.runtime.machine import available_cores, described, fit_together
-from latentforge.runtime.manifest import AccelerationPlan, Manifest, Stage
+from latentforge.runtime.manifest import AccelerationPlan, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.sampling import samplers
 from latentforge.runtime.settings import Settings, resolve
-from latentforge.runtime.version import __version__
 
 __all__ = ["POINTS", "STAGE", "STAGES", "USUAL", "SearchRequest", "PlanGate", "accelerate", "check"]
 __all__ += ["summary_lines"]
@@ -235,12 +235,7 @@ def accelerate(directory: Path, fast: SearchRequest, *, quiet: bool = True) -> M
                 _move(folder, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    stage = Stage(
-        name=STAGE,
-        options={"gate": str(gate), **seeker.record()},
-        tools={"latentforge": __version__},
-        seconds=round(time.perf_counter() - start, 1),
-    )
+    stage = stage_record(STAGE, start, {"gate": str(gate), **seeker.record()})
     manifest = Manifest.read(directory, hashes=False)
     manifest = msgspec.structs.replace(
         manifest, acceleration=plan, history=(*manifest.history, stage)

@@ -1,9 +1,7 @@
 """Add graphs to an engine directory, in another one that shares its other files."""
 
-import importlib.metadata
 import os
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import onnx_ir as ir
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.runtime.errors import ManifestError
-from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
-from latentforge.runtime.version import __version__
+from latentforge.runtime.history import package_versions, stage_record
+from latentforge.runtime.manifest import Component, FileEntry, Manifest
 
 __all__ = ["extend", "load_unet"]
 
@@ -71,15 +69,8 @@ def extend(
     _share(source, folder, (e.file for e in manifest.files if e.file not in replaced))
     made = {key: _written(key, part, unet, folder) for key, part in graphs.items()}
     added = next(key for key in graphs if key not in manifest.components)
-    stage = Stage(
-        name=name,
-        options=options,
-        tools={
-            "latentforge": __version__,
-            **{tool: importlib.metadata.version(tool) for tool in _TOOLS},
-        },
-        seconds=round(time.perf_counter() - start, 1),
-        measured={added: measured},
+    stage = stage_record(
+        name, start, options, tools=package_versions(*_TOOLS), measured={added: measured}
     )
     result = msgspec.structs.replace(
         manifest,

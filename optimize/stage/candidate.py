@@ -20,6 +20,7 @@ from latentforge.optimize.stage.recording import CallRecording, spread
 from latentforge.optimize.targets import Target
 from latentforge.runtime.backends import Session
 from latentforge.runtime.errors import BackendError, GateError
+from latentforge.runtime.files import copy_files
 from latentforge.runtime.manifest import CalibrationSchedule, Component, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
@@ -167,9 +168,8 @@ def _write(
                 assert graph is not None
                 components[part] = save_part(part, graph, component, folder)
         rewritten[name] = replace(made, parts=dict.fromkeys(made.parts))  # lets go of the weights
-    for tokenizer in origin.manifest.tokenizers.values():
-        (folder / tokenizer.file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin.directory / tokenizer.file, folder / tokenizer.file)
+    tokenizers = (entry.file for entry in origin.manifest.tokenizers.values())
+    copy_files(tokenizers, origin.directory, folder)
     # a plan was judged with other engines
     manifest = msgspec.structs.replace(
         origin.manifest, components=components, quality={}, acceleration=None

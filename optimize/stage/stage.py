@@ -1,6 +1,5 @@
 """The optimize stage: an engine directory in, an optimized one out, behind a quality gate."""
 
-import importlib.metadata
 import math
 import shutil
 import time
@@ -20,11 +19,11 @@ from latentforge.optimize.stage.job import STAGE, OptimizeJob, plan
 from latentforge.optimize.stage.recording import record
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.files import check_space, check_target, staged_directory
+from latentforge.runtime.history import package_versions, stage_record
 from latentforge.runtime.machine import available_cores, fit_together
-from latentforge.runtime.manifest import CalibrationSchedule, Manifest, Stage
+from latentforge.runtime.manifest import CalibrationSchedule, Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.version import __version__
 
 __all__ = ["optimize", "optimize_into"]
 
@@ -214,14 +213,11 @@ def _described(
     measured = {part: dict(figures) for part, figures in chosen.measured.items()}
     if timed is not None and not chosen.failures:
         measured["image"] |= _timings(timed, chosen.name)
-    stage = Stage(
-        name=STAGE,
-        options=_options(job, chosen, candidates, timed),
-        tools={
-            "latentforge": __version__,
-            **{name: importlib.metadata.version(name) for name in _TOOLS},
-        },
-        seconds=round(time.perf_counter() - start, 1),
+    stage = stage_record(
+        STAGE,
+        start,
+        _options(job, chosen, candidates, timed),
+        tools=package_versions(*_TOOLS),
         passes=chosen.passes,
         measured=measured,
     )

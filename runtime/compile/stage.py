@@ -13,7 +13,7 @@ import msgspec
 
 from latentforge.runtime import backends
 from latentforge.runtime.backends import BACKENDS, CACHE, ONLY_AT_LOAD
-from latentforge.runtime.compile.process import BuildOrder, BuiltEngine, build
+from latentforge.runtime.compile.build_process import BuildOrder, BuiltEngine, build
 from latentforge.runtime.compile.verify import compare
 from latentforge.runtime.errors import (
     BackendError,
@@ -23,13 +23,18 @@ from latentforge.runtime.errors import (
     ShapeError,
     TargetError,
 )
-from latentforge.runtime.files import check_space, check_target, staged_directory
+from latentforge.runtime.files import (
+    check_space,
+    check_target,
+    copy_files,
+    staged_directory,
+)
+from latentforge.runtime.history import stage_record
 from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.shapes import Range, Sizes, sentence
 from latentforge.runtime.text import size_text
-from latentforge.runtime.version import __version__
 
 __all__ = ["STAGE", "CompileTask", "CompilePlan", "compile_engines", "compile_into", "plan"]
 
@@ -338,9 +343,8 @@ def compile_into(todo: CompilePlan, directory: Path, *, quiet: bool = True) -> M
             with progress.part(f"{part.name}: {part.component.backend}"):
                 components[part.name], built = _built(part, todo.source, directory, progress)
             measured[part.name] = _figures(part, components[part.name], built)
-        for entry in todo.manifest.tokenizers.values():
-            (directory / entry.file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(todo.source / entry.file, directory / entry.file)
+        tokenizers = (entry.file for entry in todo.manifest.tokenizers.values())
+        copy_files(tokenizers, todo.source, directory)
         manifest = msgspec.structs.replace(todo.manifest, components=components)
         manifest.write(directory)
         with progress.part("comparing a picture of one step"):
@@ -416,13 +420,10 @@ def _stage(todo: CompilePlan, measured: Mapping[str, Mapping[str, float]], start
     used = {part.component.backend for part in todo.parts}
     chosen = {part.name: part.component.backend for part in todo.parts}
     asked = {"options": dict(todo.options), **todo.sizes.asdict()}
-    return Stage(
-        name=STAGE,
-        options={**todo.recorded, "backends": chosen, **asked},
-        tools={
-            "latentforge": __version__,
-            **{name: backends.version(name) for name in sorted(used - {"null"})},
-        },
-        seconds=round(time.perf_counter() - start, 1),
+    return stage_record(
+        STAGE,
+        start,
+        {**todo.recorded, "backends": chosen, **asked},
+        tools={name: backends.version(name) for name in sorted(used - {"null"})},
         measured=measured,
     )

@@ -17,7 +17,7 @@ import pytest
 
 from latentforge.__main__ import main
 from latentforge.runtime import backends
-from latentforge.runtime.compile.process import BuildOrder, build
+from latentforge.runtime.compile.build_process import BuildOrder, build
 from latentforge.runtime.compile.stage import compile_engines, plan
 from latentforge.runtime.errors import (
     BackendError,
@@ -115,7 +115,7 @@ def test_the_plan_says_what_it_takes(
     arguments = ["compile", str(tiny_engines), str(tmp_path / "out"), "--backend", "onnxruntime"]
     assert main([*arguments, "--dry-run", "--height", "32,64"]) == 0
     said = capsys.readouterr().out
-    assert "unet: onnxruntime, fp32, for latent_height 16 or latent_height 32" in said
+    assert "denoiser: onnxruntime, fp32, for latent_height 16 or latent_height 32" in said
     assert "of memory to build" in said and "free" in said and "on the disk about" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -227,12 +227,11 @@ def test_a_graph_that_no_library_takes(tiny_engines: Path, tmp_path: Path, copy:
     with pytest.raises(ManifestError, match="cut short"):
         compile_engines(directory, tmp_path / "out", backend="onnxruntime")
     manifest = json.loads((directory / "manifest.json").read_text())
-    from latentforge.runtime.manifest import hash_file
 
     manifest["components"]["denoiser"] |= {"bytes": 1000, "sha256": hash_file(path)}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     before = contents(directory)
-    with pytest.raises(BackendError, match=r"unet\.onnx"):
+    with pytest.raises(BackendError, match=r"denoiser\.onnx"):
         compile_engines(directory, tmp_path / "out", backend="onnxruntime")
     assert contents(directory) == before
     assert not (tmp_path / "out").exists()
@@ -254,7 +253,7 @@ def silent(what: str, done: int, total: int) -> None:
 WITHOUT_MEMORY = """
 import resource, sys
 from pathlib import Path
-from latentforge.runtime.compile.process import Order, build
+from latentforge.runtime.compile.build_process import BuildOrder, build
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import TensorSpec
@@ -265,7 +264,7 @@ made = dict(file="m.onnx", sha256="0" * 64, bytes=0, precision="fp32")
 component = Component(backend=backend, inputs=inputs, outputs=outputs, **made)
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 try:
-    build(Order(onnx=onnx, target=target, component=component), lambda *_: None)
+    build(BuildOrder(onnx=onnx, target=target, component=component), lambda *_: None)
 except BackendError as error:
     print(error)
 """

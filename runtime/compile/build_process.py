@@ -1,19 +1,20 @@
 """One engine, built in a process of its own.
 
 A build takes gigabytes, and a library that runs out of memory ends its process: neither is to be
-the caller's. ``python -m latentforge.runtime.compile.process`` reads an Order as JSON from standard input,
-and writes JSON lines: what it is doing, and at last what came of it.
+the caller's. ``python -m latentforge.runtime.compile.build_process`` reads a
+BuildOrder as JSON from standard input, and writes JSON lines (runtime/process.py) to standard
+output: progress, and finally a BuiltEngine or an error.
 """
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ from latentforge.runtime import backends, errors
 from latentforge.runtime.errors import BackendError, LatentforgeError
 from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.manifest import Component
+from latentforge.runtime.process import send, take_stdout
 from latentforge.runtime.record import Record
 
 __all__ = ["BuiltEngine", "BuildOrder", "build", "main"]
@@ -52,7 +54,7 @@ def build(order: BuildOrder, report: backends.Report) -> BuiltEngine:
     Raises:
         LatentforgeError: the backend's own error, or a BackendError when the process died.
     """
-    command = [sys.executable, "-m", "latentforge.runtime.compile.process"]
+    command = [sys.executable, "-m", "latentforge.runtime.compile.build_process"]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
@@ -101,9 +103,7 @@ def _dead(status: int, said: IO[str], order: BuildOrder) -> BuiltEngine:
 
 def main() -> None:
     """Build what standard input asks for."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print; the protocol must not see it
-    tell = _teller(out)
+    tell = partial(send, take_stdout())
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=BuildOrder)
         tell(_work(order, _patient(tell)))
@@ -129,13 +129,6 @@ def _work(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
         peak_memory=peak_memory(),
     )
     return dict(msgspec.to_builtins(built))
-
-
-def _teller(out: IO[str]) -> Callable[[dict[str, Any]], None]:
-    def tell(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=out, flush=True)
-
-    return tell
 
 
 def _patient(tell: Callable[[dict[str, Any]], None]) -> backends.Report:
