@@ -25,7 +25,7 @@ from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.search.reduced_attention import REDUCED, grids, reduce_attention
 from latentforge.optimize.search.variants import load_unet
 from latentforge.runtime.backends import LayerTime, Session
-from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.loader import load
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["SpeedRow", "main", "measure"]
@@ -105,15 +105,21 @@ def measure(engines: Path, side: int, *, most: int, steps: int, repeats: int) ->
 
 def _asked(engines: Path, side: int, steps: int) -> Feeds:
     """One row of what the UNet is given in the middle of a run."""
-    with Pipeline.load(engines, hashes=False, low_memory=True) as pipeline:
-        engine = pipeline.load_engine(DENOISER)
-        engine.session = heard = _Heard(engine.session)
+    heard: list[_Heard] = []
+
+    def wrap(name: str, session: Session) -> Session:
+        if name != DENOISER:
+            return session
+        heard.append(_Heard(session))
+        return heard[-1]
+
+    with load(engines, hashes=False, low_memory=True, wrap_session=wrap) as pipeline:
         stream = pipeline.stream(
             _PROMPT, height=side, width=side, steps=steps, seed=0, guidance_scale=1.0
         )
         for _ in zip(range(steps // 2 + 1), stream, strict=False):
             pass
-    return heard.feeds[-1]
+    return heard[-1].feeds[-1]
 
 
 def _pairs(

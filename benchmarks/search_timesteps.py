@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from latentforge.export.demo import prompts
 from latentforge.optimize.search.timesteps import Distance, search, spacings
+from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Pipeline
 
 __all__ = ["main"]
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=72, help="timesteps that are tried")
     parser.add_argument("--images", type=int, default=4, help="that they are made for")
     options = parser.parse_args()
-    with Pipeline.load(options.engines, hashes=False) as pipeline:
+    with load(options.engines, hashes=False) as pipeline:
         schedule, usual = pipeline.manifest.schedule, pipeline.manifest.defaults
         made_for, _ = _distance(_latents(pipeline, prompts(options.images, 1), 11))
         held_out, default = _distance(_latents(pipeline, prompts(64, 2), 22))

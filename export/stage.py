@@ -26,7 +26,7 @@ from latentforge.export.schedulers import default_sampler, prediction_of, schedu
 from latentforge.export.tokenizers import write_tokenizer
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
-from latentforge.runtime.engine import Engine
+from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import (
     CheckpointError,
     LatentforgeError,
@@ -36,6 +36,7 @@ from latentforge.runtime.errors import (
 from latentforge.runtime.files import check_space, check_target, staged_directory
 from latentforge.runtime.history import package_versions, stage_record
 from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import (
     Component,
     Manifest,
@@ -255,7 +256,7 @@ def _try(job: _Job, manifest: Manifest, directory: Path) -> None:
     left = set(manifest.components)
     pictures: NDArray[np.float32] | None = None
     if whole:
-        with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
+        with load(directory, hashes=False, low_memory=True) as pipeline:
             pictures = to_array(_short_run(job, pipeline).images)
         left -= set(manifest.required_components)
     for name in sorted(left):
@@ -280,7 +281,7 @@ def _record(
     """Run the checkpoint in torch, by our own loop, and keep what each component saw."""
     modules = LazyModules(job.checkpoint)
     sessions = {plan.name: TorchSession(plan, modules) for plan in job.plan.components}
-    engines = {name: _torch_engine(session) for name, session in sessions.items()}
+    engines = Engines(lambda name, _: _torch_engine(sessions[name]), sessions)
     tokenizers = {
         name: Tokenizer(directory / entry.file, entry)
         for name, entry in manifest.tokenizers.items()
@@ -348,7 +349,7 @@ def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Resu
     if any(name not in manifest.components for name in manifest.required_components):
         return manifest
     manifest.write(directory)
-    with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
+    with load(directory, hashes=False, low_memory=True) as pipeline:
         result = _short_run(job, pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
     measured = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}

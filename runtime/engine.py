@@ -1,7 +1,8 @@
 """One component, loaded: a session that takes any batch, and refuses to pass NaN on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -14,9 +15,12 @@ from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import ANY, Range, Shapes
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Engines", "LoadEngine"]
 
-_NOTHING: Feeds = MappingProxyType({})
+LoadEngine = Callable[[str, backends.Options], "Engine"]
+"""Loads a component by name, with backend options."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -36,10 +40,10 @@ class Engine:
         *,
         max_rows: int | None = None,
     ) -> None:
-        self.name = name
-        self.component = component
-        self.session = session
-        self.max_rows = max_rows
+        self._name = name
+        self._component = component
+        self._session = session
+        self._max_rows = max_rows
 
     @classmethod
     def load(
@@ -51,29 +55,64 @@ class Engine:
         *,
         max_rows: int | None = None,
         low_memory: bool = False,
-        rare: bool = False,
+        spin: bool = True,
+        wrap: Callable[[str, backends.Session], backends.Session] | None = None,
     ) -> "Engine":
         """Load a component of an engine directory on its backend.
 
-        The backend takes those options that it knows. With low_memory, weights stay as they lie in
-        the file where it can do that. An engine that runs rarely leaves the cores to the others as
-        soon as it is done.
+        Args:
+            name: of the component.
+            component: its manifest entry.
+            directory: the engine directory.
+            options: backend options; the backend takes those it supports.
+            max_rows: largest micro-batch of one session run.
+            low_memory: do not repack the weights, if the backend can do without.
+            spin: keep the threads spinning between runs. An engine that runs rarely should not,
+                to leave the cores to the others.
+            wrap: replaces the loaded session.
         """
         backend = backends.get(component.backend)
-        usual = {**({"spin": False} if rare else {}), **({"prepack": False} if low_memory else {})}
-        given = {**usual, **options}
-        known = {key: value for key, value in given.items() if key in backend.OPTIONS}
-        own = {k: v for k, v in component.options.items() if k not in backends.ONLY_AT_LOAD}
-        session = backend.load(directory / component.file, component, {**own, **known})
+        defaults = {
+            **({} if spin else {"spin": False}),
+            **({"prepack": False} if low_memory else {}),
+        }
+        requested = {**defaults, **options}
+        supported = {key: value for key, value in requested.items() if key in backend.OPTIONS}
+        stored = {k: v for k, v in component.options.items() if k not in backends.ONLY_AT_LOAD}
+        session = backend.load(directory / component.file, component, {**stored, **supported})
+        session = session if wrap is None else wrap(name, session)
         return cls(name, component, session, max_rows=max_rows)
 
-    def run(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[np.float32]]:
+    @property
+    def name(self) -> str:
+        """Name of the component."""
+        return self._name
+
+    @property
+    def component(self) -> Component:
+        """Manifest entry of the component."""
+        return self._component
+
+    @property
+    def session(self) -> backends.Session:
+        """Loaded session."""
+        return self._session
+
+    @property
+    def max_rows(self) -> int | None:
+        """Largest micro-batch of one session run; None if there is no limit."""
+        return self._max_rows
+
+    def run(
+        self, rows: Feeds, shared: Feeds = _NOTHING, *, max_rows: int | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Run on all rows and return every output with as many rows, in float32.
 
         Args:
             rows: inputs with one row a sample, all of the same length; they become float16 or
                 int32 where the engine takes that.
             shared: inputs that hold for every row, such as the timestep.
+            max_rows: largest micro-batch of this call; None: the engine's own limit.
 
         Raises:
             ShapeError: the feeds do not fit the engine.
@@ -82,13 +121,13 @@ class Engine:
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
             outputs = {
                 key: value.astype(np.float32, copy=False)
-                for key, value in self._outputs(rows, shared).items()
+                for key, value in self._outputs(rows, shared, max_rows).items()
             }
         return self._checked(outputs)
 
     def run_as_it_is(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[Any]]:
         """The same, with every output in the dtype that the engine gives it: for other engines."""
-        return self._checked(self._outputs(rows, shared))
+        return self._checked(self._outputs(rows, shared, None))
 
     def prepared(self, rows: Feeds) -> dict[str, NDArray[Any]]:
         """Inputs that will be given run after run, in the engine's dtypes and never to change.
@@ -100,13 +139,13 @@ class Engine:
             array.setflags(write=False)
         return cast
 
-    def _outputs(self, rows: Feeds, shared: Feeds) -> dict[str, NDArray[Any]]:
+    def _outputs(self, rows: Feeds, shared: Feeds, max_rows: int | None) -> dict[str, NDArray[Any]]:
         count = self._count(rows)
         given = {name: self._cast(name, array) for name, array in rows.items()}
         allowed = self._allowed(given)
         parts, start = [], 0
         while start < count:
-            size = _run_of(count - start, allowed, self.max_rows)
+            size = _run_of(count - start, allowed, max_rows or self.max_rows)
             parts.append(self.session.run({**_part(given, start, size), **shared}))
             start += size
         return {key: _joined([part[key] for part in parts])[:count] for key in parts[0]}
@@ -145,6 +184,47 @@ class Engine:
                     "this model, or the weights are damaged; build again with --precision fp32"
                 )
         return outputs
+
+
+class Engines(Mapping[str, Engine]):
+    """Loaded engines by component name. Threads may share it.
+
+    Components that few requests need are loaded by the first request that does.
+    """
+
+    def __init__(
+        self, load: LoadEngine, names: Iterable[str], options: backends.Options = _NOTHING
+    ) -> None:
+        self._load = load
+        self._options = dict(options)
+        self._lock = Lock()
+        self._names = tuple(names)
+        self._loaded = {name: load(name, options) for name in self._names}
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._loaded))
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def load(self, name: str) -> Engine:
+        """Return an engine, after loading it if no request has needed it before."""
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name, self._options)
+            return self._loaded[name]
+
+    def reload(self, **options: Any) -> "Engines":
+        """Load a second copy of the engines, with further backend options."""
+        return Engines(self._load, self._names, {**self._options, **options})
+
+    def close(self) -> None:
+        """Free all engines. Running one afterwards raises BackendError."""
+        for engine in self.values():
+            engine.session.close()
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.runtime import backends
-from latentforge.runtime.compile.rebuild import rebuild_hint
 from latentforge.runtime.conditioning.encode import ConditioningInputs, encode_conditioning
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.denoiser import EngineDenoiser
@@ -27,10 +25,8 @@ from latentforge.runtime.denoising.initial_latents import (
     size_of,
 )
 from latentforge.runtime.denoising.step_engines import ConditionedDenoiser, StepEngines
-from latentforge.runtime.engine import Engine
+from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import (
-    DeviceError,
-    ForeignEngineError,
     ManifestError,
     SettingsError,
     ShapeError,
@@ -47,14 +43,11 @@ from latentforge.runtime.settings import Request, Settings, resolve
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["Pipeline", "Result", "DenoisingStep", "load", "load_component"]
+__all__ = ["Pipeline", "Result", "DenoisingStep"]
 
 Array = NDArray[np.float32]
 
 _log = logging.getLogger("latentforge")
-
-_EVERY_STEP = ("denoiser", "denoiser_reduced", "denoiser_cached")
-_OF_ROWS = (*_EVERY_STEP, "denoiser_prompt")
 
 _STRENGTH = 0.8  # of a picture that is given without a mask, as in diffusers
 
@@ -86,7 +79,6 @@ class Pipeline:
 
     Attributes:
         manifest: what the directory says about itself.
-        engines: the loaded components by name.
         tokenizers: the loaded tokenizers by name.
         directory: where it was loaded from.
     """
@@ -94,78 +86,19 @@ class Pipeline:
     def __init__(
         self,
         manifest: Manifest,
-        engines: Mapping[str, Engine],
+        engines: Engines,
         tokenizers: Mapping[str, Tokenizer],
         directory: Path,
-        load_engine: Callable[[str], Engine] | None = None,
     ) -> None:
         self.manifest = manifest
-        self.engines = dict(engines)
         self.tokenizers = tokenizers
         self.directory = directory
-        self._load_engine = load_engine
-        self._loading = Lock()
+        self._engines = engines
 
-    @classmethod
-    def load(
-        cls,
-        directory: str | Path,
-        *,
-        hashes: bool = True,
-        max_rows: int | None = None,
-        low_memory: bool = False,
-        **options: Any,
-    ) -> Pipeline:
-        """Check an engine directory and load its engines.
-
-        Args:
-            directory: what latentforge build, export, optimize or compile wrote.
-            hashes: compare each file with its sha256 in the manifest, not only its size.
-            max_rows: the most rows of one UNet run, of which guidance takes two an image; None
-                is what the manifest says was fastest, or all together where it says nothing.
-            low_memory: one row at once, and weights left as they lie in the file, which takes
-                about half the memory and more time.
-            options: of the backends, such as threads=2; each takes those that it knows.
-
-        Raises:
-            ManifestError: the directory is not what its manifest says.
-            BackendError: a backend is not installed, or refuses an engine.
-            DeviceError: an engine needs a device that is not here.
-            ForeignEngineError: an engine was built for another device or version; the message has
-                the command that builds it for this one.
-            SettingsError: no backend of these engines has such an option.
-        """
-        if max_rows is not None and max_rows < 1:
-            raise SettingsError(f"max_rows is a number of rows from 1 up, not {max_rows}")
-        path = Path(directory)
-        manifest = Manifest.read(path, hashes=hashes)
-        if missing := [
-            name for name in manifest.required_components if name not in manifest.components
-        ]:
-            raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
-        backends.check_known(
-            options, {manifest.components[n].backend for n in manifest.required_components}
-        )
-        tokenizers = {
-            name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
-        }
-
-        def load_engine(name: str) -> Engine:
-            # Pixels take far more memory than latents, so the VAE sees one picture at a time.
-            rows = 1 if low_memory else max_rows
-            limits = {**dict.fromkeys(_OF_ROWS, rows), "vae_decoder": 1, "vae_encoder": 1}
-            return load_component(
-                manifest,
-                name,
-                path,
-                options,
-                max_rows=limits.get(name) or manifest.components[name].max_rows,
-                low_memory=low_memory,
-                rare=name not in _EVERY_STEP,
-            )
-
-        engines = {name: load_engine(name) for name in manifest.required_components}
-        return cls(manifest, engines, tokenizers, path, load_engine)
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """Loaded engines by component name."""
+        return self._engines
 
     def __call__(
         self,
@@ -205,16 +138,22 @@ class Pipeline:
         *,
         image: Picture | None = None,
         mask: Image.Image | None = None,
+        max_rows: int | None = None,
         **settings: Unpack[Request],
     ) -> Iterator[DenoisingStep]:
-        """Do the same step by step; stop asking for more, and nothing more is computed.
+        """Yield after each denoising step. Nothing is computed ahead of the caller.
 
-        The settings are checked at once, the work begins with the first step.
+        The settings are checked at once; the first step starts when it is requested.
+
+        Args:
+            prompt, image, mask, settings: see __call__().
+            max_rows: largest micro-batch of a denoiser step; None: as loaded.
         """
         complete = self.settings(prompt, image=image, mask=mask, **settings)
         self._check_schedule(complete)
         self._check_engines(complete)
-        return self._steps(complete, self._source(complete, image, mask), self._plan(complete))
+        source, plan = self._source(complete, image, mask), self._plan(complete)
+        return self._steps(complete, source, plan, max_rows=max_rows)
 
     def run(
         self,
@@ -283,7 +222,8 @@ class Pipeline:
 
     def profile(self, prompt: str = "a photo of a cat", **settings: Unpack[Request]) -> Profile:
         """Time every layer over one image, on a second copy of the engines that records it."""
-        with Pipeline.load(self.directory, hashes=False, profile=True) as recording:
+        engines = self._engines.reload(profile=True)
+        with Pipeline(self.manifest, engines, self.tokenizers, self.directory) as recording:
             recording(prompt, **settings)
             return recording.layers()
 
@@ -311,8 +251,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the engines. Using the pipeline afterwards raises BackendError."""
-        for engine in self.engines.values():
-            engine.session.close()
+        self._engines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -374,13 +313,14 @@ class Pipeline:
         source: InitImage,
         plan: NoisePlan,
         rows: ConditioningInputs | None = None,
+        max_rows: int | None = None,
     ) -> Iterator[DenoisingStep]:
         """The denoising loop. Pauses between steps are the caller's and not counted."""
         for name in _engines_of(settings):
             self.load_engine(name)
         watch = Stopwatch()
         with watch.running():
-            steps = self._sampling(settings, source, plan, watch, rows)
+            steps = self._sampling(settings, source, plan, watch, rows, max_rows)
         while True:
             with watch.running():
                 step = next(steps, None)
@@ -418,10 +358,11 @@ class Pipeline:
         plan: NoisePlan,
         watch: Stopwatch,
         rows: ConditioningInputs | None,
+        max_rows: int | None,
     ) -> Iterator[samplers.SamplerStep]:
         """Encode prompts and picture, draw the noise and start the sampler."""
         generator = Generator(settings.seed)
-        unet, guided = self._told(settings, plan, watch, rows)
+        unet, guided = self._told(settings, plan, watch, rows, max_rows)
         studio = self._studio(settings, plan, generator, watch)
         canvas = studio.prepare(source)
         denoiser = EngineDenoiser(
@@ -444,7 +385,12 @@ class Pipeline:
         )
 
     def _told(
-        self, settings: Settings, plan: NoisePlan, watch: Stopwatch, rows: ConditioningInputs | None
+        self,
+        settings: Settings,
+        plan: NoisePlan,
+        watch: Stopwatch,
+        rows: ConditioningInputs | None,
+        max_rows: int | None,
     ) -> tuple[ConditionedDenoiser, bool]:
         """The UNet, told of the prompts and of the plan, and whether there is guidance."""
         if rows is None:
@@ -453,7 +399,7 @@ class Pipeline:
         timesteps = [interval.start.timestep for interval in plan.intervals]
         guided = any(len(array) > settings.count for array in rows.values())
         unet = StepEngines.of(self.engines, settings.variant, shallow=bool(settings.cached_steps))
-        return unet.conditioned(rows, timesteps, watch), guided
+        return unet.conditioned(rows, timesteps, watch, max_rows), guided
 
     def _shallow(self, settings: Settings) -> frozenset[NoiseLevel]:
         """The levels of shallow evaluations, which are counted over the whole schedule.
@@ -484,12 +430,8 @@ class Pipeline:
         )
 
     def load_engine(self, name: str) -> Engine:
-        """An engine that is loaded when it is first needed."""
-        with self._loading:
-            if name not in self.engines:
-                assert self._load_engine is not None
-                self.engines[name] = self._load_engine(name)
-            return self.engines[name]
+        """Return an engine, after loading it if no request has needed it before."""
+        return self._engines.load(name)
 
 
 def _engines_of(settings: Settings) -> tuple[str, ...]:
@@ -534,24 +476,3 @@ class DenoisingStep:
             timings=self._watch.timings(),
             settings=self.settings,
         )
-
-
-def load_component(
-    manifest: Manifest, name: str, directory: Path, options: backends.Options, **how: Any
-) -> Engine:
-    """Load one engine of a directory: see Engine.load() for the rest.
-
-    Raises:
-        DeviceError: it needs a device that is not here.
-        ForeignEngineError: it was built for another; the message has the command to build it here.
-    """
-    try:
-        return Engine.load(name, manifest.components[name], directory, options, **how)
-    except ForeignEngineError as error:
-        hint = rebuild_hint(manifest, directory)
-        raise ForeignEngineError(f"{name}: {error}{hint}") from error
-    except DeviceError as error:
-        raise DeviceError(f"{name}: {error}") from error
-
-
-load = Pipeline.load

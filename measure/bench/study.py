@@ -16,9 +16,9 @@ from latentforge.measure.results import (
     Results,
 )
 from latentforge.runtime.backends import LayerTime
+from latentforge.runtime.loader import load
 from latentforge.runtime.machine import described
 from latentforge.runtime.manifest import Latent
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.settings import Settings
@@ -148,7 +148,7 @@ def _profiles(study: Study, ran: Sequence[BenchResult], quiet: bool) -> Iterator
 
 def _profile(participant: Participant, study: Study) -> ProfileTable:
     engines, threads = Path(participant.model), study.threads
-    with Pipeline.load(engines, hashes=False, threads=threads, profile=True) as pipeline:
+    with load(engines, hashes=False, threads=threads, profile=True) as pipeline:
         pipeline.run(study.settings)
         profile = pipeline.layers()
     return ProfileTable(

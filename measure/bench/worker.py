@@ -13,7 +13,8 @@ import numpy as np
 
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.runtime.image import to_array
-from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.loader import load
+from latentforge.runtime.pipeline import Result
 from latentforge.runtime.process import send, take_stdout
 from latentforge.runtime.settings import Settings
 
@@ -50,7 +51,7 @@ def _serve(
 
 
 def _load_engines(job: BenchJob) -> Loaded:
-    pipeline = Pipeline.load(Path(job.model), threads=job.threads)
+    pipeline = load(Path(job.model), threads=job.threads)
     manifest = pipeline.manifest
     precisions = {manifest.components[name].precision for name in manifest.required_components}
     ready = {

@@ -14,9 +14,9 @@ from latentforge.runtime.compile.verify import trial_settings
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.files import copy_files
 from latentforge.runtime.history import stage_record
+from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import DENOISER_PARTS, Component, Manifest, Stage
-from latentforge.runtime.pipeline import Pipeline
 
 __all__ = ["STAGE", "select_backends", "tune_rows"]
 
@@ -107,25 +107,24 @@ def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
 
 def _rows_ratio(directory: Path, repeats: int) -> float:
     """How many times faster single rows are; the first pair warms up."""
-    seconds: dict[int | None, list[float]] = {None: [], 1: []}
-    with Pipeline.load(directory, hashes=False) as pipeline:
+    seconds: dict[int, list[float]] = {2: [], 1: []}
+    with load(directory, hashes=False) as pipeline:
         for _ in range(repeats + 1):
             for rows, taken in seconds.items():
-                pipeline.engines["denoiser"].max_rows = rows
                 start = time.perf_counter()
                 for _step in pipeline.stream(
-                    "a cat", sampler="euler", steps=1, seed=0, unaccelerated=True
+                    "a cat", max_rows=rows, sampler="euler", steps=1, seed=0, unaccelerated=True
                 ):
                     pass
                 taken.append(time.perf_counter() - start)
-    pairs = zip(seconds[None][1:], seconds[1][1:], strict=True)
+    pairs = zip(seconds[2][1:], seconds[1][1:], strict=True)
     return median(both / one for both, one in pairs)
 
 
 def _measured(
     candidates: Mapping[str, Path], repeats: int, *, together: bool, quiet: bool
 ) -> tuple[BenchResult, ...]:
-    with Pipeline.load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
+    with load(next(iter(candidates.values())), hashes=False, low_memory=True) as pipeline:
         latent, usual = pipeline.manifest.latent, pipeline.manifest.defaults
         built = latent.image_sizes(pipeline.engines["denoiser"].component)
         size = {} if built else {"height": usual.height, "width": usual.width}

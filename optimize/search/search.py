@@ -47,6 +47,7 @@ from latentforge.optimize.search.timesteps import Found, Timesteps, search
 from latentforge.runtime.errors import BackendError, ManifestError, SettingsError
 from latentforge.runtime.history import stage_record
 from latentforge.runtime.image import psnr
+from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores, described, fit_together
 from latentforge.runtime.manifest import AccelerationPlan, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
@@ -326,7 +327,7 @@ class _Engines:
         """A variant, loaded."""
         if self._loaded is None or self._loaded[0] != variant:
             self.close()
-            self._loaded = (variant, Pipeline.load(self.folder(variant), hashes=False))
+            self._loaded = (variant, load(self.folder(variant), hashes=False))
         return self._loaded[1]
 
 

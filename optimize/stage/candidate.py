@@ -18,12 +18,14 @@ from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.stage.component import Rewriter, Rewritten, save_part
 from latentforge.optimize.stage.recording import CallRecording, spread
 from latentforge.optimize.targets import Target
-from latentforge.runtime.backends import Session
+from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.errors import BackendError, GateError
 from latentforge.runtime.files import copy_files
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import CalibrationSchedule, Component, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
+from latentforge.runtime.tensor import Feeds
 
 __all__ = ["RecipeCandidate", "Origin", "make"]
 
@@ -124,18 +126,41 @@ def _scan(
         rewriter = Rewriter(recipe=recipe, target=origin.target, feeds={})
         rewriter.fuse(model, "int8", half=False)
         feeds, form = _feeds(recipe, origin)[DENOISER], origin.target.form
-        with Pipeline.load(origin.directory, hashes=False) as pipeline:
-            latents = _latents(pipeline, origin.calibration.results[0], recipe.scan.steps)
+        slot = _SessionSlot()
+        with load(origin.directory, hashes=False, wrap_session=slot.wrap) as pipeline:
+            latents = _latents(pipeline, slot, origin.calibration.results[0], recipe.scan.steps)
             layers = scan(model, feeds, recipe.int8, latents, form=form)
     return tuple(layers), keep_worst(layers, recipe.scan)
 
 
-def _latents(pipeline: Pipeline, reference: Result, steps: int) -> Latents:
+class _SessionSlot:
+    """Session of the denoiser that can be exchanged between runs of a pipeline."""
+
+    session: Session
+
+    def wrap(self, name: str, session: Session) -> Session:
+        """Put this in the place of the denoiser's session: see load()."""
+        if name != DENOISER:
+            return session
+        self.session = session
+        return self
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
+        return self.session.run(feeds)
+
+    def layers(self) -> list[LayerTime]:
+        return self.session.layers()
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: int) -> Latents:
     """What makes the final latents of a picture, in few steps, with a UNet of the scan's."""
     settings = replace(reference.settings, sampler="euler", steps=steps)
 
     def latents(session: Session) -> NDArray[np.float32]:
-        pipeline.engines[DENOISER].session = session
+        slot.session = session
         return pipeline.run(settings).latents
 
     return latents
@@ -183,7 +208,7 @@ def _judge(
 ) -> tuple[Measured, tuple[str, ...]]:
     """Run what lies in a folder as the original was run, and compare; NaN is a failure too."""
     try:
-        with Pipeline.load(folder, hashes=False) as pipeline:
+        with load(folder, hashes=False) as pipeline:
             measured: dict[str, Mapping[str, float]] = {**component_errors(pipeline, origin.gate)}
             measured["image"] = image_errors(pipeline, origin.gate.results, recipe.gate, progress)
     except (BackendError, GateError) as error:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.image import to_array
+from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.tensor import Feeds
@@ -77,10 +78,13 @@ def record(
         progress: counts one part a prompt.
         what: is being done, for the progress.
     """
-    with Pipeline.load(directory, hashes=False) as pipeline:
-        recorders = {name: _Recorder(engine.session) for name, engine in pipeline.engines.items()}
-        for name, engine in pipeline.engines.items():
-            engine.session = recorders[name]
+    recorders: dict[str, _Recorder] = {}
+
+    def wrap(name: str, session: Session) -> Session:
+        recorders[name] = _Recorder(session)
+        return recorders[name]
+
+    with load(directory, hashes=False, wrap_session=wrap) as pipeline:
         results = []
         for seed, prompt in enumerate(prompts):
             with progress.part(f"{what}: {prompt[:32]}"):

@@ -20,9 +20,9 @@ from latentforge.optimize.stage.recording import record
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.files import check_space, check_target, staged_directory
 from latentforge.runtime.history import package_versions, stage_record
+from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import CalibrationSchedule, Manifest
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 
 __all__ = ["optimize", "optimize_into"]
@@ -158,7 +158,7 @@ def _timed(
     together = fit_together(sizes)
     if not (job.repeats and able and job.target.runs_here) or together is None:
         return None
-    with Pipeline.load(job.source, hashes=False, low_memory=True) as pipeline:
+    with load(job.source, hashes=False, low_memory=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request)
     with progress.part("timing, in turns"):
         measured = measure(

@@ -8,8 +8,9 @@ import numpy as np
 from latentforge.runtime.equivalence import SAME_PICTURE
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.loader import load, load_component
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline, Result, load_component
+from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.shapes import ANY
 
@@ -35,7 +36,7 @@ def verify(directory: Path) -> Iterator[str]:
     size = sum(entry.bytes for entry in files)
     yield f"files: {len(files)} with the right size and sha256, {size / 1e6:.1f} MB"
     for name, component in manifest.components.items():
-        load_component(manifest, name, directory, {}, low_memory=True).session.close()
+        load_component(manifest, name, directory).session.close()
         yield f"{name}: loads on {component.backend}, {component.precision}"
     if all(name in manifest.components for name in manifest.required_components):
         yield _one_step(directory)
@@ -52,10 +53,10 @@ def compare(source: Path, directory: Path) -> dict[str, float]:
         ManifestError: one of them lacks a component.
         GateError: they are farther apart than backends may be.
     """
-    with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
+    with load(directory, hashes=False, low_memory=True) as pipeline:
         ours = trial(pipeline, steps=1)
         precision = pipeline.manifest.components["denoiser"].precision
-    with Pipeline.load(source, hashes=False, low_memory=True) as pipeline:
+    with load(source, hashes=False, low_memory=True) as pipeline:
         theirs = pipeline.run(ours.settings)
     pixels = [to_array(result.images) for result in (theirs, ours)]
     close = {
@@ -102,7 +103,7 @@ def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: in
 
 
 def _one_step(directory: Path) -> str:
-    with Pipeline.load(directory, hashes=False, low_memory=True) as pipeline:
+    with load(directory, hashes=False, low_memory=True) as pipeline:
         result = trial(pipeline, steps=1)
     picture = to_array(result.images)
     if np.ptp(picture) == 0:

@@ -68,7 +68,11 @@ class StepEngines:
         return {name: spec for name, spec in specs.items() if name not in given}
 
     def conditioned(
-        self, rows: Feeds, timesteps: Iterable[float], watch: Stopwatch
+        self,
+        rows: Feeds,
+        timesteps: Iterable[float],
+        watch: Stopwatch,
+        max_rows: int | None = None,
     ) -> "ConditionedDenoiser":
         """What predicts the noise for one request.
 
@@ -81,7 +85,7 @@ class StepEngines:
         if self.prompt is not None:
             with watch.stage("denoiser_prompt"):
                 given = self.prompt.run_as_it_is(_only(self.prompt, rows))
-        told = ConditionedDenoiser(self, {**rows, **given}, watch)
+        told = ConditionedDenoiser(self, {**rows, **given}, watch, max_rows)
         told.prepare(timesteps)
         return told
 
@@ -93,7 +97,10 @@ class ConditionedDenoiser:
     request ever sees.
     """
 
-    def __init__(self, unet: StepEngines, rows: Feeds, watch: Stopwatch) -> None:
+    def __init__(
+        self, unet: StepEngines, rows: Feeds, watch: Stopwatch, max_rows: int | None
+    ) -> None:
+        self._max_rows = max_rows
         self._unet = unet
         self._rows = rows
         self._count = len(next(iter(rows.values())))
@@ -127,7 +134,7 @@ class ConditionedDenoiser:
     ) -> Array:
         constant = {**_only(engine, shared), **_timestep(engine, timestep)}
         with self._watch.stage(stage):
-            outputs = engine.run(_only(engine, rows), constant)
+            outputs = engine.run(_only(engine, rows), constant, max_rows=self._max_rows)
         if self._unet.shallow and CACHED_FEATURE in outputs:
             self._deep = outputs[CACHED_FEATURE]
         return outputs["out_sample"]

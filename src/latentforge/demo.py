@@ -19,9 +19,9 @@ from latentforge.measure.results import Picture, Results
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.files import staged_file
 from latentforge.runtime.image import save, sheet, to_array
+from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import resolve
 
@@ -111,7 +111,7 @@ def _compared(engines: Path, texts: Sequence[str], quiet: bool) -> list[_Pair]:
     """Each prompt's picture by diffusers and by the engines, at the same seed."""
     eager = EagerPipeline(open_checkpoint("demo"))
     compared = []
-    with Pipeline.load(engines) as pipeline, Progress(len(texts), quiet=quiet) as progress:
+    with load(engines) as pipeline, Progress(len(texts), quiet=quiet) as progress:
         for seed, text in enumerate(texts):
             with progress.part("contact sheet"):
                 ours = pipeline(text, seed=seed)

@@ -33,6 +33,7 @@ from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_picture, save, to_array
+from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores, described
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
@@ -213,7 +214,7 @@ def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_ImageSou
         _ImageSource(
             name=name if names.count(name) == 1 else str(path.resolve())[1:].replace("/", "-"),
             mark=hash_file(path / MANIFEST_FILE),
-            load=partial(Pipeline.load, path, threads=evaluation.threads),
+            load=partial(load, path, threads=evaluation.threads),
         )
         for path, name in zip(directories, names[1:], strict=True)
     ]

@@ -21,8 +21,8 @@ from latentforge.runtime.errors import (
     SettingsError,
 )
 from latentforge.runtime.image import psnr
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest, RequestDefaults
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.shapes import Sizes, parse_ranges
 
 QUICK = {"gate": ["images=1"], "request": {"steps": 1}, "repeats": 1}
@@ -55,7 +55,7 @@ def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) ->
 
 
 def test_what_auto_chose_makes_the_same_picture(automatic: Path, tiny_engines: Path) -> None:
-    with Pipeline.load(automatic) as ours, Pipeline.load(tiny_engines) as theirs:
+    with load(automatic) as ours, load(tiny_engines) as theirs:
         results = [pipe("red apple", steps=2, seed=3) for pipe in (theirs, ours)]
     assert psnr(results[0].latents, results[1].latents) > 80
 
@@ -107,11 +107,11 @@ def check_that_damage_is_told(directory: Path) -> None:
     for damaged, message in ((content[:-1], "cut short"), (swapped, "another sha256")):
         path.write_bytes(damaged)
         with pytest.raises(ManifestError, match=message):
-            Pipeline.load(directory)
+            load(directory)
     path.write_bytes(content)
     if cuda.gpu() is None:
         with pytest.raises(DeviceError, match="text_encoder: this needs an NVIDIA GPU"):
-            Pipeline.load(directory)
+            load(directory)
 
 
 def test_bad_input_costs_no_export(

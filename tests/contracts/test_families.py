@@ -30,6 +30,7 @@ from latentforge.export.stage import export
 from latentforge.optimize.stage.stage import optimize
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.tensor import Feeds
@@ -65,7 +66,7 @@ def built(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
 
     @cache
     def both(name: str) -> tuple[Pipeline, EagerPipeline]:
-        pipe = Pipeline.load(engines(name), threads=1)
+        pipe = load(engines(name), threads=1)
         opened.append(pipe)
         return pipe, EagerPipeline(open_checkpoint(str(tiny(name))))
 

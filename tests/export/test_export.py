@@ -35,8 +35,8 @@ from latentforge.runtime.errors import (
 )
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, relative_error
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.tensor import TensorSpec
 
 Copy = Callable[[Path], Path]
@@ -180,7 +180,7 @@ def test_other_sizes_give_what_torch_gives(
 def test_images_are_those_of_diffusers(
     tiny_engines: Path, tiny_checkpoint: Path, size: tuple[int, int]
 ) -> None:
-    with Pipeline.load(tiny_engines, threads=1) as pipe:
+    with load(tiny_engines, threads=1) as pipe:
         settings = pipe.settings(
             ["a red fox", "moon"],
             negative_prompt="blue",
@@ -234,7 +234,7 @@ def test_fixed_sizes_are_in_graph_and_manifest(fixed: Path) -> None:
 
 
 def test_fixed_sizes_refuse_others(fixed: Path) -> None:
-    with Pipeline.load(fixed, threads=1) as pipe:
+    with load(fixed, threads=1) as pipe:
         with pytest.raises(ShapeError, match="make images of 24x40 pixels .* not 32x40"):
             pipe("a fox", height=32)
         with pytest.raises(ShapeError, match="make images of 24x40 pixels .* not 24x24"):
@@ -252,7 +252,7 @@ def test_fixed_sizes_refuse_others(fixed: Path) -> None:
 
 def test_a_fixed_batch_serves_guided_requests_of_many(fixed: Path, tiny_engines: Path) -> None:
     settings: dict[str, Any] = {"steps": 2, "seed": 3, "height": 24, "width": 40}
-    with Pipeline.load(fixed, threads=1) as bound, Pipeline.load(tiny_engines, threads=1) as free:
+    with load(fixed, threads=1) as bound, load(tiny_engines, threads=1) as free:
         for prompts in (["a fox"], ["a fox", "moon", "star"]):
             ours, theirs = bound(prompts, **settings), free(prompts, **settings)
             assert psnr(theirs.latents, ours.latents) > 80

@@ -29,8 +29,9 @@ from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.errors import CheckpointError, SettingsError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.pipeline import Result
 
 Copy = Callable[[Path], Path]
 Tiny = Callable[[str], Path]
@@ -78,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def painted(directory: Path, **changes: Any) -> Result:
-    with Pipeline.load(directory, threads=1) as pipe:
+    with load(directory, threads=1) as pipe:
         return pipe("a red fox", **{**REQUEST, **changes})
 
 

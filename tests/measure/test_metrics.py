@@ -32,7 +32,7 @@ from latentforge.measure.quality.scores import MetricInputs, scores
 from latentforge.measure.results import Metric
 from latentforge.runtime.errors import BackendError, GateError, SettingsError, ShapeError
 from latentforge.runtime.image import MAX_PSNR, to_array
-from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.loader import load
 from latentforge.runtime.progress import Progress
 
 Array = NDArray[Any]
@@ -398,7 +398,7 @@ def test_fid_of_a_thousand_images_by_another_network_is_still_only_its_own() -> 
 
 
 def test_encoding_and_running_on_it_is_running(tiny_engines: Path) -> None:
-    with Pipeline.load(tiny_engines) as pipeline:
+    with load(tiny_engines) as pipeline:
         for guidance in (1.0, 5.0):
             settings = pipeline.settings(
                 ["a red apple", "b"], steps=2, seed=4, guidance_scale=guidance
@@ -412,7 +412,7 @@ def test_encoding_and_running_on_it_is_running(tiny_engines: Path) -> None:
 
 def test_path_length_between_equal_prompts_is_zero(tiny_engines: Path, tmp_path: Path) -> None:
     distance = Perceptual(OnnxNetwork(saved(MEANS, tmp_path / "means.onnx"))).each
-    with Pipeline.load(tiny_engines) as pipeline, Progress(1) as progress:
+    with load(tiny_engines) as pipeline, Progress(1) as progress:
         same = [pipeline.settings("a", steps=2, seed=seed) for seed in (1, 2)]
         assert not path_lengths(pipeline, same, distance, progress).any()
         other = [same[0], pipeline.settings("red apple b", steps=2, seed=2)]

@@ -30,6 +30,7 @@ from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Component, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.profiling import Stopwatch
@@ -197,9 +198,9 @@ SAMPLERS = ("ddim", "heun", "dpmpp_2m_sde")
 def test_latents_equal_those_of_the_whole_graph(both: Both, name: str) -> None:
     whole, cut = both(name)
     with (
-        Pipeline.load(whole, threads=1) as a,
-        Pipeline.load(cut, threads=1) as b,
-        Pipeline.load(cut, threads=1, max_rows=1) as frugal,
+        load(whole, threads=1) as a,
+        load(cut, threads=1) as b,
+        load(cut, threads=1, max_rows=1) as frugal,
     ):
         for sampler in SAMPLERS:
             expected = latents(a, sampler=sampler)
@@ -215,7 +216,7 @@ def test_latents_equal_those_of_the_whole_graph(both: Both, name: str) -> None:
 def test_fused_graphs_are_partitioned_too(both: Both, tmp_path: Path) -> None:
     whole, _ = both("bk-sdm")
     fused = cut(whole, tmp_path / "fused", ("fold-constants", "fuse-attention"))
-    with Pipeline.load(whole, threads=1) as a, Pipeline.load(fused, threads=1) as b:
+    with load(whole, threads=1) as a, load(fused, threads=1) as b:
         assert psnr(latents(a), latents(b)) >= ENOUGH
 
 
@@ -652,7 +653,7 @@ def controlnet() -> Any:
 
 
 def test_each_part_runs_as_often_as_it_has_to(both: Both) -> None:
-    with Pipeline.load(both("sdxl-inpainting")[1], threads=1) as pipe:
+    with load(both("sdxl-inpainting")[1], threads=1) as pipe:
         for sampler, evaluations in (("ddim", 3), ("heun", 5)):
             stages = generate(pipe, prompt=PROMPTS, sampler=sampler).timings.stages
             calls = {name: len(times) for name, times in stages.items()}
@@ -699,7 +700,7 @@ def loaded(directory: Path) -> StepEngines:
 
 
 def test_threads_may_share_the_parts(both: Both) -> None:
-    with Pipeline.load(both("sdxl-inpainting")[1], threads=1) as pipe:
+    with load(both("sdxl-inpainting")[1], threads=1) as pipe:
         alone = [latents(pipe, prompt=prompt, steps=4) for prompt in PROMPTS]
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(latents, pipe, prompt=p, steps=4) for p in PROMPTS * 2]
@@ -712,7 +713,7 @@ def test_the_commands_know_the_parts(both: Both, tmp_path: Path) -> None:
     lines = describe(Manifest.read(directory)).splitlines()
     for name in ("text_encoder", "denoiser_prompt", "denoiser_time", "denoiser"):
         assert any(line.startswith(f"{name}: ") for line in lines)
-    with Pipeline.load(directory, threads=1) as pipe:
+    with load(directory, threads=1) as pipe:
         assert {"denoiser_prompt", "denoiser_time", "denoiser"} <= pipe.engines.keys()
         assert len(trial(pipe, steps=1).timings.stages["denoiser"]) == 1
         names = {layer.name.partition("/")[0] for layer in pipe.profile(steps=2).layers}

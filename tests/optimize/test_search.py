@@ -29,8 +29,8 @@ from latentforge.optimize.search.space import (
 from latentforge.optimize.stage.stage import optimize
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import psnr
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.sampling import samplers
 from latentforge.runtime.sampling.schedule import NoiseLevel
 
@@ -220,7 +220,7 @@ def test_only_what_the_plan_takes_is_left(planned: Path) -> None:
 
 
 def test_requests_follow_the_plan_and_exact_ones_do_not(planned: Path, tiny_engines: Path) -> None:
-    with Pipeline.load(planned) as pipeline, Pipeline.load(tiny_engines) as original:
+    with load(planned) as pipeline, load(tiny_engines) as original:
         plan = pipeline.manifest.acceleration
         assert plan is not None
         ours = pipeline("red apple", seed=5)
@@ -256,7 +256,7 @@ def test_engines_are_cut_for_a_plan_with_shallow_steps(
     assert Manifest.read(directory) == manifest  # hashes and all
     named = {entry.file for entry in manifest.files} | {"manifest.json"}
     assert {p.relative_to(directory).as_posix() for p in directory.rglob("*.*")} == named
-    with Pipeline.load(directory) as pipeline, Pipeline.load(tiny_engines) as original:
+    with load(directory) as pipeline, load(tiny_engines) as original:
         calls = pipeline("red apple", seed=5).timings.stages
         assert (len(calls["denoiser"]), len(calls["denoiser_cached"])) == (3, 3)
         request = {"seed": 5, "sampler": "ddim", "steps": 12}
@@ -280,7 +280,7 @@ def test_large_images_may_have_less_attention(
     )
     assert manifest.acceleration is not None and manifest.acceleration.variant == "denoiser_reduced"
     assert "denoiser_cached" not in manifest.components
-    with Pipeline.load(directory) as pipeline:
+    with load(directory) as pipeline:
         assert pipeline("red apple", seed=5).images[0].size == (128, 128)
         assert "denoiser_reduced" in pipeline.engines
 

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from latentforge.__main__ import main
 from latentforge.commands.describe import describe
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import AccelerationPlan, Component, FileEntry, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.rng import Generator
@@ -115,7 +116,7 @@ def cut(handmade: Handmade) -> Callable[..., Path]:
 @pytest.fixture
 def pipe(cut: Callable[..., Path]) -> Pipeline:
     """A pipeline of the networks above, without a plan."""
-    return Pipeline.load(cut(), threads=1)
+    return load(cut(), threads=1)
 
 
 def mean(ids: list[int]) -> float:
@@ -285,7 +286,7 @@ def test_where_guidance_ends_the_kept_feature_goes_on(
 def test_a_batch_gives_what_its_prompts_give_alone(
     cut: Callable[..., Path], max_rows: int | None
 ) -> None:
-    pipe = Pipeline.load(cut(), threads=1, max_rows=max_rows)
+    pipe = load(cut(), threads=1, max_rows=max_rows)
     prompts = ["a red apple", "a", "red"]
     cheap: dict[str, Any] = {"cached_steps": (1, 3), "guidance_interval": (0.4, 0.9), "steps": 5}
     together = pipe(prompts, seed=2, **cheap)
@@ -309,9 +310,9 @@ def test_interleaved_streams_do_not_share_a_feature(pipe: Pipeline) -> None:
 def test_threads_do_not_share_a_feature(cut: Callable[..., Path]) -> None:
     settings: dict[str, Any] = {"steps": 6, "cached_steps": (1, 2, 4, 5)}
     prompts = ["a red apple", "a", "red", "apple"]
-    pipe = Pipeline.load(cut("one"), threads=1)
+    pipe = load(cut("one"), threads=1)
     alone = [pipe(p, seed=s, **settings).latents.tobytes() for s, p in enumerate(prompts)]
-    shared = Pipeline.load(cut("other"), threads=1)  # where the threads load the engine too
+    shared = load(cut("other"), threads=1)  # where the threads load the engine too
     turn = Barrier(len(prompts), timeout=60)
 
     def paint(job: tuple[int, str]) -> bytes:
@@ -372,8 +373,8 @@ def test_a_part_of_the_schedule_begins_with_a_full_step(
 
 def test_a_hoisted_unet_does_it_too(cut: Callable[..., Path]) -> None:
     """What the parts give by row is cut to the rows of the step."""
-    whole = Pipeline.load(cut("whole"), threads=1)
-    parted = Pipeline.load(hoisted(cut("parted")), threads=1)
+    whole = load(cut("whole"), threads=1)
+    parted = load(hoisted(cut("parted")), threads=1)
     assert set(parted.engines) >= {"denoiser_prompt", "denoiser_time", "denoiser"}
     cheap: dict[str, Any] = {"cached_steps": (1, 4), "guidance_interval": (0.4, 0.9)}
     ours, theirs = (p(["a", "a red apple"], steps=6, seed=5, **cheap) for p in (parted, whole))
@@ -519,7 +520,7 @@ def test_refuses_timesteps(pipe: Pipeline, settings: dict[str, Any], message: st
 
 @pytest.fixture
 def planned(cut: Callable[..., Path]) -> Pipeline:
-    return Pipeline.load(cut(fast=PLAN), threads=1)
+    return load(cut(fast=PLAN), threads=1)
 
 
 def plan_from_timesteps(pipe: Pipeline, plan: AccelerationPlan) -> NoisePlan:
@@ -572,7 +573,7 @@ def test_what_is_given_takes_the_place_of_the_plans(planned: Pipeline) -> None:
 
 def test_another_unet_makes_the_full_steps(cut: Callable[..., Path]) -> None:
     plan = msgspec.structs.replace(PLAN, variant="denoiser_reduced", guidance_interval=None)
-    pipe = Pipeline.load(cut(acceleration=plan), threads=1)
+    pipe = load(cut(acceleration=plan), threads=1)
     result = pipe("a red apple", seed=7)
     steps = plan_from_timesteps(pipe, plan)
     expected = by_hand(
@@ -597,7 +598,7 @@ def test_strength_takes_the_end_of_the_plan(planned: Pipeline) -> None:
 
 
 def test_engines_that_were_not_cut(handmade: Handmade) -> None:
-    pipe = Pipeline.load(handmade(onnx={**NETWORKS, "denoiser": PLAIN}), threads=1)
+    pipe = load(handmade(onnx={**NETWORKS, "denoiser": PLAIN}), threads=1)
     for asked in ({"cached_steps": (1,)}, {"cache_interval": 2}):
         with pytest.raises(SettingsError, match="these engines have no denoiser_cached"):
             pipe.stream("a", steps=4, **asked)
@@ -618,13 +619,13 @@ def test_the_manifest_says_how_many_rows_at_once(
     directory = cut()
     unet = Manifest.read(directory).components["denoiser"]
     changed(directory, {"denoiser": msgspec.structs.replace(unet, max_rows=1)})
-    pipe = Pipeline.load(directory, threads=1)
+    pipe = load(directory, threads=1)
     assert pipe.engines["denoiser"].max_rows == 1 and pipe.engines["text_encoder"].max_rows is None
     runs = watched(pipe, monkeypatch)
     pipe("a", steps=2)
     assert runs == [("denoiser", 1)] * 4
-    assert Pipeline.load(directory, max_rows=4).engines["denoiser"].max_rows == 4
-    assert Pipeline.load(directory, low_memory=True).engines["denoiser"].max_rows == 1
+    assert load(directory, max_rows=4).engines["denoiser"].max_rows == 4
+    assert load(directory, low_memory=True).engines["denoiser"].max_rows == 1
 
 
 # For people

@@ -30,8 +30,8 @@ from latentforge.runtime.errors import (
 )
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.shapes import Range, Sizes, parse_ranges
 
 Snapshot = dict[str, bytes]
@@ -62,7 +62,7 @@ def test_a_compiled_directory_is_whole(tiny_engines: Path, tmp_path: Path) -> No
     assert stage.name == "compile" and stage.options["batch"] == "2"
     assert stage.measured["image"]["latents_psnr"] > 100
     assert stage.measured["denoiser"]["build_memory"] > 1e6
-    with Pipeline.load(target) as ours, Pipeline.load(tiny_engines) as theirs:
+    with load(target) as ours, load(tiny_engines) as theirs:
         request: dict[str, Any] = {"steps": 2, "seed": 3, "height": 64, "width": 32}
         results = [pipe(["red apple", "owl"], **request) for pipe in (ours, theirs)]
         assert psnr(results[1].latents, results[0].latents) > 100
@@ -88,7 +88,7 @@ def test_components_may_have_backends_of_their_own(tiny_engines: Path, tmp_path:
     assert dict(manifest.components["denoiser"].options) == {"hint": "latency"}
     assert not manifest.components["text_encoder"].options
     assert manifest.components["denoiser"].data
-    with Pipeline.load(target, threads=1, spin=False) as pipeline:
+    with load(target, threads=1, spin=False) as pipeline:
         assert set(pipeline.versions()) == {"onnxruntime", "openvino"}
         pipeline("red apple", steps=1)
 
@@ -103,7 +103,7 @@ def test_buckets_choose_and_refuse(tiny_engines: Path, tmp_path: Path) -> None:
     )
     unet = Manifest.read(target).components["denoiser"]
     assert unet.inputs["sample"].shape[3] == 16 and len(unet.shapes) == 4
-    with Pipeline.load(target) as pipeline:
+    with load(target) as pipeline:
         for height in (32, 64):
             assert pipeline("owl", steps=1, height=height, width=32).images[0].size == (32, height)
         with pytest.raises(ShapeError, match="make images of 32x32, 64x32 pixels .* not 64x64"):
@@ -363,7 +363,7 @@ def test_engines_for_another_device_say_how_to_build_them(
     )
     foreign(target, {"library": "onnxruntime 0.9", "cpu": "sse9"})
     with pytest.raises(ForeignEngineError) as caught:
-        Pipeline.load(target)
+        load(target)
     said = str(caught.value)
     assert "text_encoder: " in said and "library onnxruntime 0.9 (here onnxruntime 1." in said
     assert "cpu sse9 (here " in said and "\n" not in said
@@ -375,7 +375,7 @@ def test_engines_for_another_device_say_how_to_build_them(
     assert (
         Manifest.read(target).components["denoiser"].device["library"].startswith("onnxruntime 1.")
     )
-    assert np.ptp(np.asarray(Pipeline.load(target)("owl", steps=1).images[0])) > 0
+    assert np.ptp(np.asarray(load(target)("owl", steps=1).images[0])) > 0
 
 
 def test_timings_of_kernels_survive_a_build(tiny_engines: Path, tmp_path: Path) -> None:
@@ -397,5 +397,5 @@ def test_a_manifest_cannot_set_what_is_the_users(tiny_engines: Path, tmp_path: P
         for name, component in manifest.components.items()
     }
     msgspec.structs.replace(manifest, components=components).write(target)
-    with Pipeline.load(target) as pipeline:
+    with load(target) as pipeline:
         assert all(not engine.session.layers() for engine in pipeline.engines.values())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import latentforge
 from latentforge.runtime.errors import BackendError, ManifestError, SettingsError, ShapeError
+from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Latent, RequestDefaults
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.rng import Generator
@@ -50,14 +51,14 @@ EMPTY = [1, 2, 2, 2, 2, 2, 2, 2]
 @pytest.fixture
 def still(handmade: Handmade) -> Pipeline:
     """A pipeline whose engines compute nothing."""
-    return Pipeline.load(handmade())
+    return load(handmade())
 
 
 @pytest.fixture
 def simple(handmade: Handmade) -> Pipeline:
     """A pipeline of the networks above."""
     pytest.importorskip("onnxruntime")
-    return Pipeline.load(handmade(onnx=NETWORKS), threads=1)
+    return load(handmade(onnx=NETWORKS), threads=1)
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -87,7 +88,7 @@ def test_load_is_the_front_door(handmade: Handmade) -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_network_that_sees_nothing(handmade: Handmade, prediction: str) -> None:
-    pipe = Pipeline.load(handmade(prediction=prediction))
+    pipe = load(handmade(prediction=prediction))
     result = pipe("a red apple", steps=6, seed=3)
     expected = noise(3, (1, 4, 4, 6)).astype(np.float64)
     for start, end in SAMPLERS["ddim"].plan(pipe.manifest.schedule, 6).intervals:
@@ -171,8 +172,8 @@ def fixed(directory: Path, batch: int) -> Path:
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_engines_of_a_fixed_batch_serve_any_request(handmade: Handmade, batch: int) -> None:
     pytest.importorskip("onnxruntime")
-    free = Pipeline.load(handmade("free", onnx=NETWORKS), threads=1)
-    bound = Pipeline.load(fixed(handmade("fixed", onnx=NETWORKS), batch), threads=1)
+    free = load(handmade("free", onnx=NETWORKS), threads=1)
+    bound = load(fixed(handmade("fixed", onnx=NETWORKS), batch), threads=1)
     for prompts in (["a"], ["a", "red", "apple"]):
         settings: dict[str, Any] = {"steps": 2, "seed": 1}
         ours, theirs = bound(prompts, **settings), free(prompts, **settings)
@@ -184,11 +185,11 @@ def test_engines_of_a_fixed_batch_serve_any_request(handmade: Handmade, batch: i
 
 
 def test_a_row_at_a_time_gives_the_same(simple: Pipeline) -> None:
-    frugal = Pipeline.load(simple.directory, threads=1, max_rows=1)
+    frugal = load(simple.directory, threads=1, max_rows=1)
     ours, theirs = frugal(["a", "red"], steps=2, seed=1), simple(["a", "red"], steps=2, seed=1)
     np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-6, atol=1e-6)
     with pytest.raises(SettingsError, match="max_rows"):
-        Pipeline.load(simple.directory, max_rows=0)
+        load(simple.directory, max_rows=0)
 
 
 # Steps
@@ -296,7 +297,7 @@ def test_two_streams_do_not_meet(simple: Pipeline) -> None:
 
 
 def test_leaving_the_block_frees_the_engines(handmade: Handmade) -> None:
-    with Pipeline.load(handmade()) as pipe:
+    with load(handmade()) as pipe:
         pipe("a", steps=1)
         stream = pipe.stream("a", steps=3)
         next(stream)
@@ -328,7 +329,7 @@ def test_defaults_come_from_the_manifest(handmade: Handmade) -> None:
     defaults = RequestDefaults(
         sampler="euler", steps=2, guidance_scale=1.0, guidance_rescale=0.0, height=16, width=32
     )
-    result = Pipeline.load(handmade(defaults=defaults))("a")
+    result = load(handmade(defaults=defaults))("a")
     assert result.settings.sampler == "euler" and result.settings.steps == 2
     assert result.latents.shape == (1, 4, 2, 4)
 
@@ -342,25 +343,23 @@ def test_a_directory_without_a_component(handmade: Handmade) -> None:
     del content["components"]["vae_decoder"]
     (directory / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ManifestError, match="no vae_decoder"):
-        Pipeline.load(directory)
+        load(directory)
 
 
 def test_an_unknown_option(handmade: Handmade) -> None:
     with pytest.raises(SettingsError, match="no backend option 'turbo'"):
-        Pipeline.load(handmade(), turbo=True)
+        load(handmade(), turbo=True)
 
 
 def test_a_network_that_gives_nan(handmade: Handmade) -> None:
     pytest.importorskip("onnxruntime")
     broken = UNET.replace("Mul(sample, factor)", "Div(sample, zero)")
     broken = broken.replace("float one = {1}", "float one = {1}, float zero = {0}")
-    pipe = Pipeline.load(handmade(onnx={"denoiser": broken}))
+    pipe = load(handmade(onnx={"denoiser": broken}))
     with pytest.raises(BackendError, match="unet: output out_sample holds NaN or infinity"):
         pipe("a", steps=2, seed=0)
 
 
 def test_a_latent_space_of_other_sides(handmade: Handmade) -> None:
-    pipe = Pipeline.load(
-        handmade(latent=Latent(channels=4, scaling_factor=0.5, downscale=4, multiple=4))
-    )
+    pipe = load(handmade(latent=Latent(channels=4, scaling_factor=0.5, downscale=4, multiple=4)))
     assert pipe("a", steps=1).latents.shape == (1, 4, 8, 12)

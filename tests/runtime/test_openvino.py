@@ -20,8 +20,8 @@ from latentforge.runtime import backends
 from latentforge.runtime.compile.stage import compile_engines
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.loader import load as load_directory
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.tensor import TensorSpec
 
@@ -497,7 +497,7 @@ def test_the_demo_gives_the_picture_of_onnxruntime(
 ) -> None:
     target = tmp_path / "openvino"
     compile_engines(demo_engines, target, backend="openvino", sizes=sizes)
-    with Pipeline.load(target) as ours, Pipeline.load(demo_engines) as theirs:
+    with load_directory(target) as ours, load_directory(demo_engines) as theirs:
         results = [pipe("owl on a pink background", steps=2, seed=1) for pipe in (theirs, ours)]
     assert psnr(results[0].latents, results[1].latents) >= 40
     pixels = [to_array(result.images) for result in results]

@@ -16,6 +16,7 @@ from test_loop import NETWORKS
 
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import open_picture, to_array, to_mask
+from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Pipeline
 
 pytest.importorskip("onnxruntime")
@@ -37,7 +38,7 @@ m (float[batch, 3, h, w] sample) => (float[batch, 8, hh, ww] latent_parameters)
 def pipe(handmade: Handmade) -> Iterator[Pipeline]:
     """Engines of 8 x 8 pixels a latent, with a VAE encoder."""
     directory = handmade(onnx={**NETWORKS, "vae_encoder": ENCODER})
-    with Pipeline.load(directory, threads=1) as pipeline:
+    with load(directory, threads=1) as pipeline:
         yield pipeline
 
 
@@ -186,7 +187,7 @@ def test_refuses(
 
 
 def test_engines_without_an_encoder(handmade: Handmade) -> None:
-    with Pipeline.load(handmade("plain", onnx=NETWORKS)) as plain:
+    with load(handmade("plain", onnx=NETWORKS)) as plain:
         with pytest.raises(ManifestError, match="no vae_encoder"):
             plain.stream("a fox", image=picture())
 

@@ -30,13 +30,13 @@ def _inspect(options: argparse.Namespace) -> None:
     import msgspec
 
     from latentforge.commands.describe import describe
+    from latentforge.runtime.loader import load
     from latentforge.runtime.manifest import Manifest
-    from latentforge.runtime.pipeline import Pipeline
 
     manifest = Manifest.read(options.engines)
     data, text = msgspec.to_builtins(manifest), describe(manifest)
     if options.layers is not None:
-        with Pipeline.load(options.engines, hashes=False) as pipeline:
+        with load(options.engines, hashes=False) as pipeline:
             profile = pipeline.profile(sampler="euler", steps=2, unaccelerated=True)
         data["layers"] = [layer._asdict() for layer in profile.layers]
         text += f"\n\nhottest layers of an image of 2 steps\n{profile.top(options.layers)}"

@@ -163,10 +163,10 @@ def _finished(
     finish: Callable[[DenoisingStep], T],
 ) -> T:
     """Run a request to its last step, and make of that what is wanted while engines are loaded."""
-    from latentforge.runtime.pipeline import Pipeline
+    from latentforge.runtime.loader import load
     from latentforge.runtime.progress import Progress
 
-    with Pipeline.load(engines, threads=options.threads, low_memory=options.low_memory) as pipeline:
+    with load(engines, threads=options.threads, low_memory=options.low_memory) as pipeline:
         with Progress(1, quiet=False) as progress:
             for step in pipeline.stream(options.prompts, **request):
                 progress.advance(what, total=step.count)

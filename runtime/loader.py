@@ -1,0 +1,153 @@
+"""Load an engine directory into a pipeline."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentforge.runtime import backends
+from latentforge.runtime.compile.rebuild import rebuild_hint
+from latentforge.runtime.conditioning.tokenizer import Tokenizer
+from latentforge.runtime.engine import Engine, Engines
+from latentforge.runtime.errors import (
+    DeviceError,
+    ForeignEngineError,
+    ManifestError,
+    SettingsError,
+)
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.pipeline import Pipeline
+
+__all__ = ["EngineLoader", "SessionWrapper", "load", "load_component"]
+
+SessionWrapper = Callable[[str, backends.Session], backends.Session]
+"""Called with a component's name and its loaded session; the engine runs the session returned."""
+
+_EVERY_STEP = ("denoiser", "denoiser_reduced", "denoiser_cached")
+_MICRO_BATCHED = (*_EVERY_STEP, "denoiser_prompt")
+
+# Pixels take far more memory than latents, so the VAE processes one image per run.
+_VAE_ROWS: Mapping[str, int] = {"vae_decoder": 1, "vae_encoder": 1}
+
+
+def load(
+    directory: str | Path,
+    *,
+    hashes: bool = True,
+    max_rows: int | None = None,
+    low_memory: bool = False,
+    wrap_session: SessionWrapper | None = None,
+    **options: Any,
+) -> Pipeline:
+    """Verify an engine directory and load its engines.
+
+    Args:
+        directory: written by latentforge build, export, optimize or compile.
+        hashes: compare the sha256 of each file with the manifest, not only its size.
+        max_rows: largest micro-batch of one denoiser run; classifier-free guidance takes two rows
+            per image. None: the manifest's value, which was the fastest when measured, or all rows
+            in one run if the manifest has none.
+        low_memory: run one row at a time and do not repack the weights. Takes about half the
+            memory and more time.
+        wrap_session: replaces each loaded session, for example to record its inputs.
+        options: backend options, such as threads=2. Each backend takes those it supports.
+
+    Raises:
+        ManifestError: the directory does not match its manifest.
+        BackendError: a backend is not installed, or rejects an engine.
+        DeviceError: an engine needs a device that this machine does not have.
+        ForeignEngineError: an engine was built for another device or version; the message has
+            the command that rebuilds it for this one.
+        SettingsError: max_rows is less than 1, or no backend of these engines has such an option.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise SettingsError(f"max_rows must be an integer of at least 1, not {max_rows}")
+    path = Path(directory)
+    manifest = Manifest.read(path, hashes=hashes)
+    if missing := [
+        name for name in manifest.required_components if name not in manifest.components
+    ]:
+        raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
+    backends.check_known(
+        options, {manifest.components[n].backend for n in manifest.required_components}
+    )
+    tokenizers = {
+        name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
+    }
+    loader = EngineLoader(
+        manifest=manifest,
+        directory=path,
+        max_rows=max_rows,
+        low_memory=low_memory,
+        wrap_session=wrap_session,
+    )
+    return Pipeline(
+        manifest, Engines(loader, manifest.required_components, options), tokenizers, path
+    )
+
+
+def load_component(manifest: Manifest, name: str, directory: Path, **options: Any) -> Engine:
+    """Load one engine of a directory, with as little memory as its backend can.
+
+    Args:
+        manifest: the manifest of the directory.
+        name: the component to load.
+        directory: the engine directory.
+        options: backend options, such as threads=2.
+
+    Raises:
+        BackendError: the backend is not installed, or rejects the engine.
+        DeviceError: the engine needs a device that this machine does not have.
+        ForeignEngineError: the engine was built for another device or version; the message has
+            the command that rebuilds it for this one.
+    """
+    return EngineLoader(manifest=manifest, directory=directory, low_memory=True)(name, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLoader:
+    """Function that loads one component of an engine directory.
+
+    Attributes:
+        manifest: the manifest of the directory.
+        directory: the engine directory.
+        max_rows: largest micro-batch of the denoiser; None: the manifest's value.
+        low_memory: run one row at a time and do not repack the weights.
+        wrap_session: replaces the loaded session.
+    """
+
+    manifest: Manifest
+    directory: Path
+    max_rows: int | None = None
+    low_memory: bool = False
+    wrap_session: SessionWrapper | None = None
+
+    def __call__(self, name: str, options: backends.Options) -> Engine:
+        """Load a component with these backend options.
+
+        Raises:
+            DeviceError: the engine needs a device that this machine does not have.
+            ForeignEngineError: the engine was built for another device or version.
+        """
+        component = self.manifest.components[name]
+        try:
+            return Engine.load(
+                name,
+                component,
+                self.directory,
+                options,
+                max_rows=self._limits.get(name) or component.max_rows,
+                low_memory=self.low_memory,
+                spin=name in _EVERY_STEP,
+                wrap=self.wrap_session,
+            )
+        except ForeignEngineError as error:
+            hint = rebuild_hint(self.manifest, self.directory)
+            raise ForeignEngineError(f"{name}: {error}{hint}") from error
+        except DeviceError as error:
+            raise DeviceError(f"{name}: {error}") from error
+
+    @property
+    def _limits(self) -> dict[str, int | None]:
+        rows = 1 if self.low_memory else self.max_rows
+        return {**dict.fromkeys(_MICRO_BATCHED, rows), **_VAE_ROWS}
