@@ -177,7 +177,7 @@ def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
     manifest = optimize(source, tmp_path / "out", gate=gate, request=request, repeats=0)
     assert {"denoiser_prompt", "denoiser_time"} <= manifest.components.keys()
     attentions, crossing = (
-        manifest.history[-1].passes[f"unet/{key}"] for key in ("fuse-attention", "hoist-prompt")
+        manifest.history[-1].passes[f"denoiser/{key}"] for key in ("fuse-attention", "hoist-prompt")
     )
     # Half of the attentions are cross-attention, whose keys and values run once a prompt; beside
     # these do SDXL's embeddings of pooled prompt and sizes.
@@ -310,7 +310,7 @@ def test_what_overflows_in_half_is_marked(
 def test_the_placeholder_is_never_read(tiny: Callable[[str], Path], built: Built) -> None:
     checkpoint = open_checkpoint(str(tiny("decidiffusion-1")))
     folders = {component.folder for component in family_of(checkpoint).plan(checkpoint).components}
-    assert "flexible_unet" in folders and "denoiser" not in folders
+    assert "flexible_unet" in folders and "unet" not in folders
     assert "flexible_unet" in Manifest.read(built("decidiffusion-1")[0].directory).source.sha256
 
 

@@ -32,11 +32,11 @@ from latentforge.runtime.text import one_line
 Copy = Callable[[Path], Path]
 Weights = dict[str, NDArray[np.generic]]
 
-KINDS = {"text_encoder": CLIPTextModel, "denoiser": UNet2DConditionModel, "vae": AutoencoderKL}
+KINDS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 KEYS = {  # one weight of each component
     "text_encoder": "text_model.encoder.layers.0.mlp.fc1.weight",
-    "denoiser": "conv_norm_out.weight",
+    "unet": "conv_norm_out.weight",
     "vae": "decoder.conv_out.weight",
 }
 
@@ -186,7 +186,7 @@ def test_json_that_is_no_file_or_a_huge_one(checkpoint: Path) -> None:
     refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), str(path), "larger than")
 
 
-@pytest.mark.parametrize("folder", ["denoiser", "vae", "text_encoder", "scheduler", "tokenizer"])
+@pytest.mark.parametrize("folder", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
 def test_a_missing_component(checkpoint: Path, tmp_path: Path, folder: str) -> None:
     (checkpoint / folder).rename(tmp_path / "aside")
     refused(lambda: read_all(checkpoint, tmp_path / "scratch"), f"no {folder}/", "incomplete")
@@ -220,12 +220,12 @@ def test_a_config_without_a_key(checkpoint: Path, key: str) -> None:
         ("text_encoder", {"vocab_size": 10**12}),
         ("text_encoder", {"num_hidden_layers": 0}),
         ("text_encoder", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-        ("denoiser", {"norm_num_groups": 0}),
-        ("denoiser", {"block_out_channels": []}),
-        ("denoiser", {"down_block_types": ["Evil", "Evil"]}),
-        ("denoiser", {"act_fn": "exec"}),
+        ("unet", {"norm_num_groups": 0}),
+        ("unet", {"block_out_channels": []}),
+        ("unet", {"down_block_types": ["Evil", "Evil"]}),
+        ("unet", {"act_fn": "exec"}),
         (
-            "denoiser",
+            "unet",
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         ),
         ("vae", {"up_block_types": ["UpDecoderBlock2D", "Evil"]}),
@@ -247,9 +247,7 @@ def test_a_config_that_makes_no_sense(
 def test_pickles(checkpoint: Path) -> None:
     weights = checkpoint / UNET
     weights.rename(weights.with_suffix(".bin"))
-    refused(
-        load(checkpoint, "denoiser"), "diffusion_pytorch_model.bin", "pickle", "safe_serialization"
-    )
+    refused(load(checkpoint, "unet"), "diffusion_pytorch_model.bin", "pickle", "safe_serialization")
 
 
 def test_no_weights_at_all(checkpoint: Path) -> None:
@@ -261,7 +259,7 @@ def test_no_weights_at_all(checkpoint: Path) -> None:
 def test_weights_cut_short(checkpoint: Path, keep: int) -> None:
     file = checkpoint / UNET
     file.write_bytes(file.read_bytes()[:keep])
-    refused(load(checkpoint, "denoiser"), str(file), "damaged or cut short", "fetch it again")
+    refused(load(checkpoint, "unet"), str(file), "damaged or cut short", "fetch it again")
 
 
 HEADERS = [
@@ -279,7 +277,7 @@ HEADERS = [
 @pytest.mark.parametrize("content", HEADERS, ids=range(len(HEADERS)))
 def test_garbage_for_weights(checkpoint: Path, content: bytes) -> None:
     (checkpoint / UNET).write_bytes(content)
-    refused(load(checkpoint, "denoiser"), str(checkpoint / UNET), "damaged")
+    refused(load(checkpoint, "unet"), str(checkpoint / UNET), "damaged")
 
 
 @pytest.mark.parametrize("folder", KINDS)
@@ -342,19 +340,19 @@ def test_old_names_of_attention_in_the_vae(checkpoint: Path) -> None:
 
 
 CONTRADICTIONS: list[tuple[str, str, dict[str, object], tuple[str, ...]]] = [
-    ("sd", "denoiser", {"cross_attention_dim": 48}, ("48", "32", "text_encoder")),
-    ("sd", "denoiser", {"in_channels": 9}, ("conv_in.weight", "[32, 9, 3, 3]", "[32, 4, 3, 3]")),
-    ("sd", "denoiser", {"in_channels": 5}, ("5 channels", "4", "9")),
-    ("sd", "denoiser", {"block_out_channels": [32, 96]}, ("[96]", "[64]")),
-    ("sd", "denoiser", {"mid_block_type": None}, ("46 unexpected keys", "mid_block.")),
+    ("sd", "unet", {"cross_attention_dim": 48}, ("48", "32", "text_encoder")),
+    ("sd", "unet", {"in_channels": 9}, ("conv_in.weight", "[32, 9, 3, 3]", "[32, 4, 3, 3]")),
+    ("sd", "unet", {"in_channels": 5}, ("5 channels", "4", "9")),
+    ("sd", "unet", {"block_out_channels": [32, 96]}, ("[96]", "[64]")),
+    ("sd", "unet", {"mid_block_type": None}, ("46 unexpected keys", "mid_block.")),
     ("sd", "text_encoder", {"intermediate_size": 128}, ("128", "64", "mlp")),
     ("sd", "text_encoder", {"num_hidden_layers": 2}, ("16 missing keys", "layers.1.")),
     ("sd", "vae", {"latent_channels": 8}, ("4 channels", "8")),
     ("sd", "vae", {"latents_mean": [0.0] * 4}, ("latents_mean",)),
-    ("lcm", "denoiser", {"time_cond_proj_dim": None}, ("unexpected", "cond_proj")),
-    ("sdxl", "denoiser", {"addition_embed_type": None}, ("text_time", "None")),
-    ("sdxl", "denoiser", {"addition_time_embed_dim": 4}, ("48", "72")),
-    ("sdxl", "denoiser", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
+    ("lcm", "unet", {"time_cond_proj_dim": None}, ("unexpected", "cond_proj")),
+    ("sdxl", "unet", {"addition_embed_type": None}, ("text_time", "None")),
+    ("sdxl", "unet", {"addition_time_embed_dim": 4}, ("48", "72")),
+    ("sdxl", "unet", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
     ("sdxl", "text_encoder", {"hidden_size": 48}, ("64", "80")),
     ("decidiffusion-1", "text_encoder", {"hidden_size": 48}, ("32", "48")),
 ]
@@ -387,8 +385,8 @@ def test_half_precision_is_taken_where_there_is_nothing_else(checkpoint: Path) -
     file = checkpoint / UNET
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     opened = open_checkpoint(str(checkpoint))
-    assert opened.weights("denoiser")[1] == "fp16"
-    load(checkpoint, "denoiser")()
+    assert opened.weights("unet")[1] == "fp16"
+    load(checkpoint, "unet")()
 
 
 def shard(path: Path, names: tuple[str, str]) -> Path:
@@ -411,13 +409,13 @@ SHARDS = ("part-1.safetensors", "part-2.safetensors")
 
 def test_shards(checkpoint: Path) -> None:
     shard(checkpoint, SHARDS)
-    files, _ = open_checkpoint(str(checkpoint)).weights("denoiser")
+    files, _ = open_checkpoint(str(checkpoint)).weights("unet")
     assert [file.name for file in files] == list(SHARDS)
-    load(checkpoint, "denoiser")()
+    load(checkpoint, "unet")()
     (checkpoint / "unet" / SHARDS[1]).write_bytes(b"cut")
-    refused(load(checkpoint, "denoiser"), SHARDS[1], "damaged")
+    refused(load(checkpoint, "unet"), SHARDS[1], "damaged")
     (checkpoint / "unet" / SHARDS[1]).unlink()
-    refused(load(checkpoint, "denoiser"), SHARDS[1], "not there")
+    refused(load(checkpoint, "unet"), SHARDS[1], "not there")
 
 
 @pytest.mark.parametrize(
@@ -443,21 +441,21 @@ def test_shards_that_lie_elsewhere(checkpoint: Path, name: object) -> None:
         (place / "x.bin").write_bytes((checkpoint / "unet" / SHARDS[0]).read_bytes())
     content["weight_map"] |= {"conv_in.weight": name}
     index.write_text(json.dumps(content))
-    refused(load(checkpoint, "denoiser"), "shard", repr(name), "not there")
+    refused(load(checkpoint, "unet"), "shard", repr(name), "not there")
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]"])
 def test_an_index_of_nothing(checkpoint: Path, content: str) -> None:
     index = shard(checkpoint, SHARDS)
     index.write_text(content)
-    refused(load(checkpoint, "denoiser"), index.name)
+    refused(load(checkpoint, "unet"), index.name)
 
 
 def test_weights_that_are_there_twice(checkpoint: Path) -> None:
     whole = (checkpoint / UNET).read_bytes()
     shard(checkpoint, SHARDS)
     (checkpoint / UNET).write_bytes(whole)
-    refused(load(checkpoint, "denoiser"), "remove one of them")
+    refused(load(checkpoint, "unet"), "remove one of them")
 
 
 # Code
@@ -469,7 +467,7 @@ def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
     marker = tmp_path / "executed"
     code = f"open({str(marker)!r}, 'w').close()\nraise SystemExit('executed')\n"
     names = ["pipeline", "modeling", "modeling_evil", "tokenization_evil", "__init__", "evil"]
-    for folder in ("", "denoiser", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for folder in ("", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         for name in names:
             (checkpoint / folder / f"{name}.py").write_text(code)
     auto = {name: "evil.Evil" for name in ("AutoModel", "AutoConfig", "AutoTokenizer")}

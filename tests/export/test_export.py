@@ -210,7 +210,7 @@ def fixed(
     directory = tmp_path_factory.mktemp("fixed")
     dimensions = Dimensions(batch=1, height=24, width=40)
     manifest = export(
-        str(tiny_checkpoint), directory / "unet", components=["unet"], dimensions=dimensions
+        str(tiny_checkpoint), directory / "unet", components=["denoiser"], dimensions=dimensions
     )
     assert manifest.history[0].options["height"] == 24
     shutil.copytree(tiny_engines, directory / "all")
@@ -264,7 +264,11 @@ def test_a_fixed_batch_serves_guided_requests_of_many(fixed: Path, tiny_engines:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"components": ["unett"]}, SettingsError, "no component 'unett'; .* text_encoder, unet"),
+        (
+            {"components": ["unett"]},
+            SettingsError,
+            "no component 'unett'; .* text_encoder, denoiser",
+        ),
         ({"dimensions": {"height": 30}}, ShapeError, "multiples of 4 here, not 30"),
         ({"dimensions": {"batch": 0}}, SettingsError, "batch is a whole number from 1"),
         ({"dimensions": {"width": 2.5}}, SettingsError, "width is a whole number from 1"),
@@ -284,7 +288,7 @@ def test_refuses_options(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("folder", ["denoiser", "vae", "text_encoder"])
+@pytest.mark.parametrize("folder", ["unet", "vae", "text_encoder"])
 def test_refuses_damage_anywhere_before_any_work(
     tiny_checkpoint: Path, copy: Copy, tmp_path: Path, folder: str
 ) -> None:
@@ -353,11 +357,11 @@ def test_the_gate_sees_what_differs(tiny_engines: Path, wrong: str) -> None:
     ids = {"input_ids": np.arange(24, dtype=np.int64)[None]}
     right = Engine.load("text_encoder", part, tiny_engines, {}).run(ids)["last_hidden_state"]
     sound = (ids, {"last_hidden_state": right})
-    recording = parity.Recording([sound])
+    recording = parity.ComponentRecording([sound])
     assert parity.check_parity("text_encoder", part, tiny_engines, recording)["psnr"] > 100
     changes = {"scaled": right * 1.01, "moved": np.roll(right, 1, 1)}
     other = changes.get(wrong, np.full_like(right, np.nan))
-    broken = parity.Recording([(ids, {"last_hidden_state": other}), sound])
+    broken = parity.ComponentRecording([(ids, {"last_hidden_state": other}), sound])
     if wrong == "nan":
         broken.runs.reverse()
     with pytest.raises(GateError, match="differs from torch"):

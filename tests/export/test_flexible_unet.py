@@ -508,7 +508,7 @@ def test_diffusers_pipeline_takes_it(tiny_checkpoint: Path) -> None:
     base = StableDiffusionPipeline.from_pretrained(tiny_checkpoint, safety_checker=None)
     base.set_progress_bar_config(disable=True)
     pipeline = StableDiffusionPipeline(
-        **{**base.components, "denoiser": FlexibleUNet2DConditionModel(told)},
+        **{**base.components, "unet": FlexibleUNet2DConditionModel(told)},
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)

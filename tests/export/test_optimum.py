@@ -39,6 +39,7 @@ Paint = Callable[..., Mapping[str, NDArray[Any]]]
 
 HERE = Path(__file__).parents[1]
 COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
+FOLDERS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 CLASSES = {"sd": "ORTStableDiffusion", "sdxl": "ORTStableDiffusionXL"}
 REQUEST = {"steps": 4, "seed": 5, "guidance_scale": 6.0}
 
@@ -94,19 +95,19 @@ def edit(path: Path, change: Callable[[onnx.ModelProto], object], **options: Any
 
 def test_what_is_in_the_directory(arranged: Path) -> None:
     expected = {"manifest.json", "model_index.json", "scheduler/scheduler_config.json"}
-    expected |= {f"{name}/{file}" for name in COMPONENTS for file in ("model.onnx", "config.json")}
+    expected |= {f"{name}/{file}" for name in FOLDERS for file in ("model.onnx", "config.json")}
     own = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
     expected |= {f"tokenizer/{file}" for file in (*own, "special_tokens_map.json")}
     assert files(arranged) == expected
     manifest = Manifest.read(arranged)
-    assert [c.file for c in manifest.components.values()] == [f"{c}/model.onnx" for c in COMPONENTS]
+    assert [c.file for c in manifest.components.values()] == [f"{f}/model.onnx" for f in FOLDERS]
     assert set(manifest.quality) == {*COMPONENTS, "image"}
     assert manifest.history[0].options["layout"] == "optimum"
     assert "image: one step runs" in [*verify(arranged)][-1]
 
 
 def test_configurations_are_the_checkpoints(arranged: Path, tiny: Tiny) -> None:
-    for name in ("text_encoder", "denoiser"):
+    for name in ("text_encoder", "unet"):
         found, original = (read(d / name / "config.json") for d in (arranged, tiny("sd")))
         original.pop("_name_or_path", None)
         assert original.items() <= found.items()
@@ -179,9 +180,9 @@ def test_no_pipeline_of_optimum_knows_a_flexible_unet(tiny: Tiny, tmp_path: Path
 def test_graphs_are_taken_as_they_are(arranged: Path, tmp_path: Path) -> None:
     manifest = export(str(arranged), tmp_path / "taken")
     expected = {"manifest.json", "tokenizer/tokenizer.json"}
-    assert files(tmp_path / "taken") == expected | {f"{name}/model.onnx" for name in COMPONENTS}
-    for name, component in manifest.components.items():
-        assert component.sha256 == hash_file(arranged / name / "model.onnx")
+    assert files(tmp_path / "taken") == expected | {f"{f}/model.onnx" for f in FOLDERS}
+    for folder, (name, component) in zip(FOLDERS, manifest.components.items(), strict=True):
+        assert component.sha256 == hash_file(arranged / folder / "model.onnx")
         assert component.sha256 == manifest.source.sha256[name]
         assert component.precision == "fp32"
     (stage,) = manifest.history
@@ -370,14 +371,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"float32\[\?, 4, 16, 16\], and by .* float32\[batch, 9, 16, 16",
     ),
     "unknown input": (
-        graph("denoiser", rename("input", 0)),
+        graph("unet", rename("input", 0)),
         "nothing is known to give it as 'other'",
     ),
     "no output": (graph("text_encoder", rename("output", 0)), "no output 'last_hidden_state'"),
     "rank": (graph("vae_decoder", narrow), r"latent_sample is float32\[\?, 4, 16\]"),
-    "dtype": (graph("denoiser", whole), r"sample is int64\["),
-    "version": (graph("denoiser", future), "onnxruntime refuses"),
-    "nan": (graph("denoiser", poison), "NaN"),
+    "dtype": (graph("unet", whole), r"sample is int64\["),
+    "version": (graph("unet", future), "onnxruntime refuses"),
+    "nan": (graph("unet", poison), "NaN"),
 }
 
 
