@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.kernels import DOMAIN, needed_library
+from latentforge.runtime.text import one_line
 
 __all__ = ["GraphLayer", "add_constant", "constant", "dependencies", "layers", "lend"]
 __all__ += ["matches", "module", "open_session", "operands", "set_weight", "tidy"]
@@ -199,9 +200,8 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
         content = ir.to_proto(copy).SerializeToString()
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class of their own
-        raise BackendError(
-            f"onnxruntime refuses the graph: {' '.join(str(error).split())}"
-        ) from error
+        reason = one_line(error, limit=None)
+        raise BackendError(f"onnxruntime refuses the graph: {reason}") from error
 
 
 def lend(graph: ir.Graph) -> dict[str, Array]:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.manifest import Component
+from latentforge.runtime.text import one_line
 
 __all__ = ["DENOISER", "load_graph", "save_graph"]
 
@@ -33,7 +34,7 @@ def load_graph(name: str, component: Component, directory: Path) -> ir.Model:
         inputs = [str(value.name) for value in model.graph.inputs]
         outputs = [str(value.name) for value in model.graph.outputs]
     except Exception as error:  # the parser's errors have no common base class
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, limit=200)
         raise ManifestError(f"{path} is no ONNX graph ({reason}): export it again") from error
     for kind, names, specs in (
         ("inputs", inputs, component.inputs),

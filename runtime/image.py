@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
 from latentforge.runtime.files import staged_file
+from latentforge.runtime.text import one_line
 
 __all__ = [
     "MAX_PSNR",
@@ -90,9 +91,8 @@ def open_picture(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, *_BOMBS) as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else error
-        reason = " ".join(str(said).split())
-        raise SettingsError(f"{path} is no picture that can be read: {reason}") from error
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise SettingsError(f"cannot read {path} as an image: {reason}") from error
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:

@@ -5,13 +5,16 @@ from collections.abc import Iterable
 
 __all__ = ["near_miss", "one_line", "printable", "size_text"]
 
-_MAX_CHARACTERS = 300
 
+def one_line(error: object, *, limit: int | None = 300) -> str:
+    """Return the message of an error on one line, or its type's name if it has none.
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line of at most 300 characters, or its type's name."""
+    Args:
+        error: the error, or its message.
+        limit: characters to cut the line to; None keeps it whole.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
+    return text if limit is None or len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def printable(text: str) -> str:

@@ -17,6 +17,7 @@ from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.process import send, take_stdout
 from latentforge.runtime.settings import Settings
+from latentforge.runtime.text import one_line
 
 __all__ = ["Loaded", "main", "serve"]
 
@@ -34,7 +35,7 @@ def serve(load: Callable[[BenchJob], Loaded]) -> None:
         try:
             _serve(job, load, partial(send, out))
         except Exception as error:  # whatever it is, the other side wants it in a line
-            send(out, {"error": " ".join(str(error).split()) or type(error).__name__})
+            send(out, {"error": one_line(error, limit=None)})
             raise
 
 

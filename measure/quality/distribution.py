@@ -22,6 +22,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from latentforge.measure.quality import intervals
 from latentforge.measure.results import ConfidenceInterval
 from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.text import one_line
 
 __all__ = ["Statistics", "clip_score", "cmmd", "fid", "inception_score", "kid"]
 
@@ -59,7 +60,7 @@ class Statistics:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise SettingsError(f"{path} is no .npz of mu and sigma: {reason}") from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
             raise SettingsError(f"{path}: mu is (width,) and sigma (width, width), finite")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentforge.runtime.errors import BackendError, SettingsError, ShapeError
 from latentforge.runtime.image import to_array
+from latentforge.runtime.text import one_line
 
 __all__ = ["Network", "OnnxNetwork", "ImageFeatures", "batches", "load_onnx", "resized", "run_onnx"]
 __all__ += ["see"]
@@ -88,7 +89,7 @@ def load_onnx(path: Path, *, inputs: int) -> Any:
     try:
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class of their own
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SettingsError(f"{path} is no network to compare pictures by: {reason}") from error
     shapes = [given.shape for given in session.get_inputs()]
     if len(shapes) != inputs or any(len(shape) != 4 for shape in shapes):
@@ -108,7 +109,7 @@ def run_onnx(session: Any, feeds: Mapping[str, Array], name: str) -> list[Array]
     try:
         outputs: list[Array] = session.run(None, feeds)
     except Exception as error:  # the library's errors share no base class of their own
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         shape = next(iter(feeds.values())).shape
         raise SettingsError(f"{name} does not take pictures of shape {shape}: {reason}") from error
     return outputs

@@ -56,9 +56,9 @@ from latentforge.runtime.backends.ort.library import (
     LayerRecording,
     Place,
     copy_graph,
+    error_message,
     fixed_sizes,
     new_settings,
-    one_line,
     open_session,
 )
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
@@ -430,7 +430,7 @@ def _registered() -> str:
     try:
         ort.register_execution_provider_library(name, plugin.get_library_path())
     except Exception as error:
-        raise DeviceError(f"onnxruntime refuses {_PLUGIN}: {one_line(error)}") from error
+        raise DeviceError(f"onnxruntime refuses {_PLUGIN}: {error_message(error)}") from error
     return name
 
 

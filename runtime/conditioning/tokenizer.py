@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.manifest import TokenizerEntry
+from latentforge.runtime.text import one_line
 
 __all__ = ["Tokenizer"]
 
@@ -33,7 +34,7 @@ class Tokenizer:
         except BaseException as error:  # plain Exception, or a Rust panic, which is not even that
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ManifestError(f"{path} is no tokenizer file: {reason}; export again") from error
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:

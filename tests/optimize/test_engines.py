@@ -131,7 +131,7 @@ def test_openvino_is_as_near_to_the_export_as_onnxruntime(
 
 def build(path: Path, part: Component) -> bytes:
     """A TensorRT-RTX engine of a graph and its description."""
-    shapes = SIZES.shapes(part.free, downscale=2, rows=Range(1, 2, 50))
+    shapes = SIZES.shapes(part.free_dimensions, downscale=2, rows=Range(1, 2, 50))
     component = msgspec.structs.replace(part.specialize(shapes), backend="tensorrt-rtx")
     target = path.with_suffix(".engine")
     options = {"capabilities": CAPABILITY}

@@ -92,9 +92,9 @@ LEVELS = [
     "schedule",
     "defaults",
     "tokenizers/tokenizer",
-    "components/unet",
-    "components/unet/inputs/sample",
-    "components/unet/data/0",
+    "components/denoiser",
+    "components/denoiser/inputs/sample",
+    "components/denoiser/data/0",
     "history/0",
 ]
 
@@ -112,12 +112,6 @@ def test_refuses_an_unknown_key(handmade: Handmade, level: str) -> None:
     refused(directory, "colour", "export again")
 
 
-@pytest.mark.parametrize("found", [0, 2, 999, -1])
-def test_refuses_another_format(engines: Path, found: int) -> None:
-    store(engines, {"format": found, "unheard_of": True})
-    refused(engines, f"format {found}", "reads 1", "export again")
-
-
 REQUIRED = [
     "name",
     "family",
@@ -133,11 +127,11 @@ REQUIRED = [
     "defaults/steps",
     "schedule/beta_kind",
     "tokenizers/tokenizer/max_length",
-    "components/unet/file",
-    "components/unet/sha256",
-    "components/unet/bytes",
-    "components/unet/backend",
-    "components/unet/inputs",
+    "components/denoiser/file",
+    "components/denoiser/sha256",
+    "components/denoiser/bytes",
+    "components/denoiser/backend",
+    "components/denoiser/inputs",
 ]
 
 
@@ -176,23 +170,23 @@ WRONG: list[tuple[str, object]] = [
     ("tokenizers/tokenizer/max_length", 2),
     ("tokenizers/tokenizer/max_length", 10**9),
     ("components", []),
-    ("components/unet", None),
-    ("components/unet/sha256", "0" * 63),
-    ("components/unet/sha256", "A" * 64),
-    ("components/unet/sha256", "0" * 64 + "\n"),
-    ("components/unet/bytes", "12"),
-    ("components/unet/inputs/sample/dtype", "O"),
-    ("components/unet/inputs/sample/dtype", "f4"),
-    ("components/unet/inputs/sample/dtype", "float32, float32"),
-    ("components/unet/inputs/sample/shape", ["batch", 0]),
-    ("components/unet/inputs/sample/shape", ["batch", -1]),
-    ("components/unet/inputs/sample/shape", ["batch", True]),
-    ("components/unet/inputs/sample/shape", ["batch", 1.5]),
-    ("components/unet/inputs/sample/shape", ["a-b"]),
-    ("components/unet/inputs/sample/shape", ["h*0"]),
-    ("components/unet/inputs/sample/shape", ["h*" + "9" * 5000]),
-    ("components/unet/inputs/sample/shape", ["h²"]),
-    ("components/unet/inputs/sample/shape", [""]),
+    ("components/denoiser", None),
+    ("components/denoiser/sha256", "0" * 63),
+    ("components/denoiser/sha256", "A" * 64),
+    ("components/denoiser/sha256", "0" * 64 + "\n"),
+    ("components/denoiser/bytes", "12"),
+    ("components/denoiser/inputs/sample/dtype", "O"),
+    ("components/denoiser/inputs/sample/dtype", "f4"),
+    ("components/denoiser/inputs/sample/dtype", "float32, float32"),
+    ("components/denoiser/inputs/sample/shape", ["batch", 0]),
+    ("components/denoiser/inputs/sample/shape", ["batch", -1]),
+    ("components/denoiser/inputs/sample/shape", ["batch", True]),
+    ("components/denoiser/inputs/sample/shape", ["batch", 1.5]),
+    ("components/denoiser/inputs/sample/shape", ["a-b"]),
+    ("components/denoiser/inputs/sample/shape", ["h*0"]),
+    ("components/denoiser/inputs/sample/shape", ["h*" + "9" * 5000]),
+    ("components/denoiser/inputs/sample/shape", ["h²"]),
+    ("components/denoiser/inputs/sample/shape", [""]),
     ("quality", {"denoiser": {"psnr": "good"}}),
     ("history", [{}]),
 ]
@@ -208,13 +202,13 @@ def test_refuses_a_wrong_value(engines: Path, path: str, value: object) -> None:
 
 
 UNFIT = [
-    ("tokenizers", {}, "no tokenizer"),
-    ("latent/channels", 5, "unet: sample has 4 channels, and latents 5"),
+    ("tokenizers", {}, "text_encoder has no tokenizer"),
+    ("latent/channels", 5, "denoiser: sample has 4 channels, but latents 5"),
     ("schedule/train_steps", 10**9, "train_steps is at most 100000"),
-    ("components/unet/inputs", {}, "unet: input 'sample' with 4 dimensions"),
-    ("components/unet/inputs/sample/shape", [], "unet: input 'sample'"),
-    ("components/unet/inputs/timestep/shape", ["batch", 1], "unet: input 'timestep'"),
-    ("components/unet/outputs", {}, "unet: output 'out_sample'"),
+    ("components/denoiser/inputs", {}, "denoiser: input 'sample' with 4 dimensions"),
+    ("components/denoiser/inputs/sample/shape", [], "denoiser: input 'sample'"),
+    ("components/denoiser/inputs/timestep/shape", ["batch", 1], "denoiser: input 'timestep'"),
+    ("components/denoiser/outputs", {}, "denoiser: output 'out_sample'"),
     ("components/text_encoder/outputs", {}, "text_encoder: output 'last_hidden_state'"),
     ("components/vae_decoder/inputs/latent_sample/shape", ["batch", 3, 4, 4], "has 3 channels"),
     ("components/vae_decoder/outputs/sample/shape", ["batch"], "vae_decoder: output 'sample'"),
@@ -239,85 +233,103 @@ EMBEDDED = {"dtype": "float32", "shape": ["rows", 4, 1, 1]}
 
 @pytest.fixture
 def parts(engines: Path) -> Tree:
-    """A manifest of a UNet in three parts."""
+    """A manifest of a denoiser in three parts."""
     content = load(engines)
     components = content["components"]
-    unet = components["denoiser"]
-    prompt = {"encoder_hidden_states": unet["inputs"]["encoder_hidden_states"]}
-    components["denoiser_prompt"] = {**unet, "inputs": prompt, "outputs": {"to_k": KEYS}}
-    components["denoiser_time"] = {**unet, "inputs": TIME_INPUTS, "outputs": {"embedded": EMBEDDED}}
+    denoiser = components["denoiser"]
+    prompt = {"encoder_hidden_states": denoiser["inputs"]["encoder_hidden_states"]}
+    components["denoiser_prompt"] = {**denoiser, "inputs": prompt, "outputs": {"to_k": KEYS}}
+    components["denoiser_time"] = {
+        **denoiser,
+        "inputs": TIME_INPUTS,
+        "outputs": {"embedded": EMBEDDED},
+    }
     once = {**EMBEDDED, "shape": [1, 4, 1, 1]}
-    sample = unet["inputs"]["sample"]
-    unet["inputs"] = {"sample": sample, "to_k": KEYS, "embedded": once}
+    sample = denoiser["inputs"]["sample"]
+    denoiser["inputs"] = {"sample": sample, "to_k": KEYS, "embedded": once}
     return content
 
 
-def test_takes_a_unet_in_parts(engines: Path, parts: Tree) -> None:
+def test_takes_a_denoiser_in_parts(engines: Path, parts: Tree) -> None:
     store(engines, parts)
     needed = Manifest.read(engines).required_components
     assert needed == ("text_encoder", "denoiser_prompt", "denoiser_time", "denoiser", "vae_decoder")
 
 
 def test_takes_time_embeddings_that_depend_on_the_prompt(engines: Path, parts: Tree) -> None:
-    time, unet = (parts["components"][name] for name in ("denoiser_time", "denoiser"))
+    time, denoiser = (parts["components"][name] for name in ("denoiser_time", "denoiser"))
     pooled = {"dtype": "float16", "shape": ["rows", 8, 2]}
     time["inputs"] = {**TIME_INPUTS, "to_k": pooled}
-    unet["inputs"]["embedded"] = {**EMBEDDED, "shape": ["batch", 4, 1, 1]}
+    denoiser["inputs"]["embedded"] = {**EMBEDDED, "shape": ["batch", 4, 1, 1]}
     store(engines, parts)
     Manifest.read(engines)
     time["inputs"] = {**TIME_INPUTS, "to_k": KEYS}
     store(engines, parts)
-    refused(
-        engines, "denoiser_time: it takes to_k as float16[batch, 8, 2]", "denoiser_prompt gives"
-    )
+    refused(engines, "denoiser_time: input to_k is float16[batch, 8, 2]", "denoiser_prompt returns")
 
 
 MISFITS = [
-    ("unet/inputs/colour", KEYS, "unet: nothing is known to give it as 'colour'"),
-    ("denoiser_time/inputs/colour", KEYS, "denoiser_time: nothing is known to give it as 'colour'"),
+    ("denoiser/inputs/colour", KEYS, "denoiser: unexpected input 'colour': no component output"),
+    (
+        "denoiser_time/inputs/colour",
+        KEYS,
+        "denoiser_time: unexpected input 'colour': no component output",
+    ),
     (
         "denoiser_prompt/inputs/timestep",
         KEYS,
-        "denoiser_prompt: nothing is known to give it as 'timestep'",
+        "denoiser_prompt: unexpected input 'timestep': no component output",
     ),
-    ("denoiser_time/inputs/sample", KEYS, "denoiser_time: nothing is known to give it as 'sample'"),
+    (
+        "denoiser_time/inputs/sample",
+        KEYS,
+        "denoiser_time: unexpected input 'sample': no component output",
+    ),
     (
         "denoiser_prompt/inputs/embedded",
         KEYS,
-        "denoiser_prompt: nothing is known to give it as 'embedded'",
+        "denoiser_prompt: unexpected input 'embedded': no component output",
     ),
     (
         "denoiser_time/outputs/to_k",
         KEYS,
-        "denoiser_time: it gives 'to_k', which denoiser_prompt gives too",
+        "denoiser_time: output 'to_k' is already provided by denoiser_prompt",
     ),
-    ("denoiser_time/outputs/sample", KEYS, "it gives 'sample', which the runtime gives too"),
-    ("denoiser_time/outputs/more", KEYS, "denoiser_time: no part of the UNet takes 'more'"),
+    ("denoiser_time/outputs/sample", KEYS, "output 'sample' is already provided by the runtime"),
+    (
+        "denoiser_time/outputs/more",
+        KEYS,
+        "denoiser_time: output 'more' is not an input of a later part",
+    ),
     (
         "denoiser_prompt/outputs/to_k/dtype",
         "float32",
-        "unet: it takes to_k as float16[batch, 8, 2]",
+        "denoiser: input to_k is float16[batch, 8, 2]",
     ),
     (
         "denoiser_prompt/outputs/to_k/shape",
         ["batch", 8, 3],
-        "denoiser_prompt gives float16[batch, 8, 3]",
+        "denoiser_prompt returns float16[batch, 8, 3]",
     ),
-    ("unet/inputs/to_k/shape", [1, 8, 2], "unet: it takes to_k as float16[1, 8, 2]"),
-    ("unet/inputs/embedded/shape", ["batch", 4, 1, 1], "unet: it takes embedded as float32[batch"),
-    ("unet/inputs/embedded/shape", [], "unet: it takes embedded as float32[]"),
+    ("denoiser/inputs/to_k/shape", [1, 8, 2], "denoiser: input to_k is float16[1, 8, 2]"),
+    (
+        "denoiser/inputs/embedded/shape",
+        ["batch", 4, 1, 1],
+        "denoiser: input embedded is float32[batch",
+    ),
+    ("denoiser/inputs/embedded/shape", [], "denoiser: input embedded is float32[]"),
     ("denoiser_time/inputs", {}, "denoiser_time: input 'timestep' with 1 dimensions"),
     (
         "denoiser_time/inputs/timestep/shape",
         [],
         "denoiser_time: input 'timestep' with 1 dimensions",
     ),
-    ("denoiser_prompt/inputs", {}, "unet: input 'encoder_hidden_states' with 3 dimensions"),
+    ("denoiser_prompt/inputs", {}, "denoiser: input 'encoder_hidden_states' with 3 dimensions"),
 ]
 
 
 @pytest.mark.parametrize(("path", "value", "message"), MISFITS, ids=[c[0] for c in MISFITS])
-def test_refuses_parts_of_a_unet_that_do_not_fit_together(
+def test_refuses_parts_of_a_denoiser_that_do_not_fit_together(
     engines: Path, parts: Tree, path: str, value: object, message: str
 ) -> None:
     *above, key = f"components/{path}".split("/")
@@ -334,9 +346,9 @@ PLAN = {
     "sampler": "euler",
     "steps": 4,
     "timesteps": [900, 500.5, 20, 0],
-    "guidance": [0.3, 0.9],
+    "guidance_interval": [0.3, 0.9],
     "cached_steps": [1, 3],
-    "denoiser": "denoiser_reduced",
+    "variant": "denoiser_reduced",
     "measured": {"speedup": 2.0},
 }
 
@@ -346,18 +358,22 @@ def accelerated(engines: Path) -> Tree:
     """A manifest with a plan and all that a plan can name."""
     content = load(engines)
     components = content["components"]
-    unet = components["denoiser"]
-    unet["outputs"] = {**unet["outputs"], "cached_feature": DEEP}
-    inputs = {name: unet["inputs"][name] for name in ("sample", "timestep")}
-    output = {"out_sample": unet["outputs"]["out_sample"]}
-    shallow = {**unet, "inputs": {**inputs, "cached_feature": DEEP}, "outputs": output}
-    components |= {"denoiser_cached": shallow, "denoiser_reduced": dict(unet), "denoiser": unet}
-    content["fast"] = PLAN
+    denoiser = components["denoiser"]
+    denoiser["outputs"] = {**denoiser["outputs"], "cached_feature": DEEP}
+    inputs = {name: denoiser["inputs"][name] for name in ("sample", "timestep")}
+    output = {"out_sample": denoiser["outputs"]["out_sample"]}
+    cached = {**denoiser, "inputs": {**inputs, "cached_feature": DEEP}, "outputs": output}
+    components |= {
+        "denoiser_cached": cached,
+        "denoiser_reduced": dict(denoiser),
+        "denoiser": denoiser,
+    }
+    content["acceleration"] = PLAN
     return content
 
 
-def test_takes_a_plan(engines: Path, cheaper: Tree) -> None:
-    store(engines, cheaper)
+def test_takes_a_plan(engines: Path, accelerated: Tree) -> None:
+    store(engines, accelerated)
     manifest = Manifest.read(engines)
     assert manifest.required_components == ("text_encoder", "denoiser", "vae_decoder")
     assert manifest.acceleration is not None and manifest.acceleration.timesteps == (
@@ -372,34 +388,46 @@ def test_takes_a_plan(engines: Path, cheaper: Tree) -> None:
         "timesteps": (900, 500.5, 20, 0),
         "guidance_interval": (0.3, 0.9),
         "cached_steps": (1, 3),
-        "denoiser": "denoiser_reduced",
+        "variant": "denoiser_reduced",
     }
 
 
-def test_a_file_of_several_components_counts_once(engines: Path, cheaper: Tree) -> None:
+def test_a_file_of_several_components_counts_once(engines: Path, accelerated: Tree) -> None:
     alone = Manifest.read(engines)
-    store(engines, cheaper)
+    store(engines, accelerated)
     manifest = Manifest.read(engines)
     assert [entry.file for entry in manifest.files] == [entry.file for entry in alone.files]
     assert manifest.size == alone.size
 
 
 MISPLANNED = [
-    ("fast/steps", 5, "fast: 4 timesteps for 5 steps"),
-    ("fast/timesteps", [900, 500, 500, 0], "fast: timesteps fall strictly"),
-    ("fast/timesteps", [1000, 500, 20, 0], "timestep 1000 is not in the schedule"),
-    ("fast/timesteps", [900, 500, 20, -1], "timestep -1 is not in the schedule"),
-    ("fast/guidance", [0.9, 0.3], "fast: guidance lies between two sigmas"),
-    ("fast/guidance", [0.3, 1.1], "fast: guidance lies between two sigmas"),
-    ("fast/guidance", [0.3], "guidance"),
-    ("fast/shallow", [0, 2], "fast: shallow evaluations are counted from 0"),
-    ("fast/shallow", [3, 1], "fast: shallow evaluations are counted from 0"),
-    ("fast/shallow", [1, 1], "fast: shallow evaluations are counted from 0"),
-    ("fast/shallow", [4], "of 4 is none: take some of 1 to 3"),
-    ("fast/unet", "denoiser_prompt", "fast.unet"),
-    ("fast/turbo", True, "turbo"),
-    ("components/denoiser_cached", None, "fast: it takes denoiser_cached, and there is no such"),
-    ("components/denoiser_reduced", None, "fast: it takes denoiser_reduced, and there is no such"),
+    ("acceleration/steps", 5, "acceleration: 4 timesteps for 5 steps"),
+    (
+        "acceleration/timesteps",
+        [900, 500, 500, 0],
+        "acceleration: timesteps must be strictly decreasing",
+    ),
+    ("acceleration/timesteps", [1000, 500, 20, 0], "timestep 1000 is not in the schedule"),
+    ("acceleration/timesteps", [900, 500, 20, -1], "timestep -1 is not in the schedule"),
+    ("acceleration/guidance_interval", [0.9, 0.3], "acceleration: guidance_interval is two sigmas"),
+    ("acceleration/guidance_interval", [0.3, 1.1], "acceleration: guidance_interval is two sigmas"),
+    ("acceleration/guidance_interval", [0.3], "guidance"),
+    ("acceleration/cached_steps", [0, 2], "acceleration: cached_steps are counted from 0"),
+    ("acceleration/cached_steps", [3, 1], "acceleration: cached_steps are counted from 0"),
+    ("acceleration/cached_steps", [1, 1], "acceleration: cached_steps are counted from 0"),
+    ("acceleration/cached_steps", [4], "of 4 steps is always full: choose from 1 to 3"),
+    ("acceleration/variant", "denoiser_prompt", "acceleration.variant"),
+    ("acceleration/turbo", True, "turbo"),
+    (
+        "components/denoiser_cached",
+        None,
+        "acceleration: the plan uses denoiser_cached, which is not a component",
+    ),
+    (
+        "components/denoiser_reduced",
+        None,
+        "acceleration: the plan uses denoiser_reduced, which is not a component",
+    ),
     ("components/denoiser_cached/inputs/more", DEEP, "denoiser_cached: more is float32[batch, 6,"),
     (
         "components/denoiser_cached/inputs/cached_feature/shape",
@@ -407,21 +435,21 @@ MISPLANNED = [
         "cached_feature is",
     ),
     ("components/denoiser_cached/outputs", {}, "denoiser_cached: output 'out_sample'"),
-    ("components/unet/outputs/cached_feature", None, "unet has nothing of that name"),
+    ("components/denoiser/outputs/cached_feature", None, "denoiser has no tensor of that name"),
     (
         "components/denoiser_reduced/inputs/more",
         DEEP,
-        "denoiser_reduced: its inputs and outputs are not",
+        "denoiser_reduced: its inputs and outputs differ",
     ),
-    ("components/unet/max_rows", 0, "max_rows"),
+    ("components/denoiser/max_rows", 0, "max_rows"),
 ]
 
 
 @pytest.mark.parametrize(("path", "value", "message"), MISPLANNED, ids=[c[2] for c in MISPLANNED])
 def test_refuses_a_plan_that_does_not_fit(
-    engines: Path, cheaper: Tree, path: str, value: object, message: str
+    engines: Path, accelerated: Tree, path: str, value: object, message: str
 ) -> None:
-    content = json.loads(json.dumps(cheaper))  # no part of it is shared
+    content = json.loads(json.dumps(accelerated))  # no part of it is shared
     *above, key = path.split("/")
     at(content, "/".join(above))[key] = value
     if value is None:
@@ -509,7 +537,7 @@ def test_refuses_a_key_given_twice(engines: Path) -> None:
     text = (engines / "manifest.json").read_text()
     twice = text.replace('"channels": 4', '"channels": 4, "channels": 5')
     (engines / "manifest.json").write_text(twice)
-    refused(engines, "'channels'", "2 times")
+    refused(engines, "'channels'", "occurs 2 times")
 
 
 def test_refuses_a_huge_manifest_without_reading_it(engines: Path) -> None:
@@ -546,7 +574,7 @@ def point_at(directory: Path, file: str) -> None:
         "/etc/passwd",
         "//etc/passwd",
         "denoiser.onnx\x00.txt",
-        "unet\n.onnx",
+        "denoiser\n.onnx",
         "\x1b[2J",
     ],
 )
@@ -605,10 +633,10 @@ def test_refuses_a_directory_where_a_file_should_be(engines: Path) -> None:
     refused(engines, "no file", "'denoiser.onnx'")
 
 
-@pytest.mark.parametrize("content", [b"une", b"", b"unet "])
+@pytest.mark.parametrize("content", [b"denoise", b"", b"denoiser "])
 def test_refuses_another_size(engines: Path, content: bytes) -> None:
     (engines / "denoiser.onnx").write_bytes(content)
-    refused(engines, "denoiser.onnx", f"has {len(content)} bytes", "says 4", "export again")
+    refused(engines, "denoiser.onnx", f"has {len(content)} bytes", "records 8", "export again")
 
 
 @pytest.mark.parametrize("name", ["denoiser.onnx", "tokenizer/tokenizer.json"])

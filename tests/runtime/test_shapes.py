@@ -102,7 +102,7 @@ def test_a_size_that_all_agree_on_becomes_a_number() -> None:
     one = component().specialize(({"batch": Range.of(2), "latent_height": Range.of(8)},))
     assert one.inputs["x"].shape == (2, 4, 8, "latent_width")
     assert one.outputs["y"].shape == (2, 3, 64, "latent_width*8")
-    assert one.shapes == () and one.free == ("latent_width",)
+    assert one.shapes == () and one.free_dimensions == ("latent_width",)
     two = component().specialize(
         (
             {"batch": Range.of(2), "latent_height": Range.of(8)},
@@ -204,10 +204,10 @@ def test_a_manifest_refuses_shapes_that_are_none(handmade) -> None:  # type: ign
     path = directory / "manifest.json"
     text = path.read_text()
     for bad, message in (
-        ('[{"depth": [1, 2, 3]}]', "depth, which is no free dimension"),
+        ('[{"depth": [1, 2, 3]}]', "depth, which is not a free dimension"),
         ('[{"batch": [3, 2, 1]}]', "in order"),
         ('[{"batch": [1, 2]}]', "length 3"),
-        ("[{}]", "nothing, which is no free dimension"),
+        ("[{}]", "nothing, which is not a free dimension"),
     ):
         path.write_text(text.replace('"shapes": []', f'"shapes": {bad}', 1))
         with pytest.raises(ManifestError, match=message):
@@ -221,6 +221,6 @@ def test_sides_in_pixels() -> None:
     unet = component(inputs={"sample": SPEC})
     assert latent.image_sizes(unet) == []
     sizes = Sizes(height=parse_ranges("512,768"), batch=parse_ranges("1,2"))
-    built = unet.specialize(sizes.shapes(unet.free, 8))
+    built = unet.specialize(sizes.shapes(unet.free_dimensions, 8))
     assert latent.image_sizes(built) == [(Range.of(512), ANY), (Range.of(768), ANY)]
     assert str(ANY) == "any"

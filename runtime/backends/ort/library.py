@@ -22,6 +22,7 @@ from latentforge.runtime.backends import NO_MEMORY, LayerTime, Options
 from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
+from latentforge.runtime.text import one_line
 
 __all__ = [
     "LOG_NOTHING",
@@ -32,7 +33,7 @@ __all__ = [
     "copy_graph",
     "fixed_sizes",
     "new_settings",
-    "one_line",
+    "error_message",
     "open_session",
 ]
 
@@ -108,12 +109,12 @@ def open_session(
         # without this, some errors are printed and others end in a session on the CPU
         return ort.InferenceSession(path, settings, providers=providers, enable_fallback=0)
     except Exception as error:  # the library's errors share no base class of their own
-        raise BackendError(f"onnxruntime refuses {path}: {one_line(error)}") from error
+        raise BackendError(f"onnxruntime refuses {path}: {error_message(error)}") from error
 
 
-def one_line(error: Exception) -> str:
-    """What an error of the library says, without its line breaks."""
-    text = " ".join(str(error).split())
+def error_message(error: Exception) -> str:
+    """Return the message of one of the library's errors on one line."""
+    text = one_line(error, limit=None)
     return NO_MEMORY if "bad_alloc" in text or "Failed to allocate memory" in text else text
 
 
@@ -288,7 +289,7 @@ class DeviceSession:
         except BackendError:
             raise
         except Exception as error:
-            raise BackendError(f"{self.component.file} failed: {one_line(error)}") from error
+            raise BackendError(f"{self.component.file} failed: {error_message(error)}") from error
 
     def layers(self) -> list[LayerTime]:
         if self._record is None or self._session is None:

@@ -38,6 +38,7 @@ from latentforge.runtime.backends.trt.library import (
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
+from latentforge.runtime.text import one_line
 
 __all__ = ["TensorrtSession", "is_there"]
 
@@ -132,7 +133,7 @@ class TensorrtSession:
 
     def _reason(self, error: BaseException) -> str:
         """What an error says, and what the library logged of it, in one line."""
-        said = " ".join(str(error).split())
+        said = one_line(error, limit=None)
         return "; ".join(text for text in (said, self._log.said()) if text)
 
     def _open(self, path: Path) -> None:
