@@ -1,21 +1,21 @@
-"""The metrics there are, in the order in which they are reported. Imports nothing of weight."""
+"""Names of the metrics, in the order of reports. Imports nothing heavy: help needs them."""
 
 from collections.abc import Mapping
 
 __all__ = ["METRICS"]
 
 METRICS: Mapping[str, str] = {
-    "psnr": "pixels against the reference's, in dB; over 40 is the same picture",
-    "ssim": "structure against the reference's, 1 is equal",
-    "lpips": "learned distance to the reference's, 0 is equal; with --lpips",
-    "perceptual": "the same by any network's feature maps, unlearned; with --network",
-    "fid": "distance of the distributions; with --network or --inception",
-    "kid": "the same without a bias towards few images",
-    "is": "Inception score: sharp and varied",
-    "clip": "CLIP score: whether pictures fit their prompts; with --clip",
-    "cmmd": "distance of the distributions of CLIP embeddings; with --clip",
-    "ppl": "perceptual path length between prompts, two images more each; only if named",
-    "colour": "share with the background asked for; the demo checkpoint only",
-    "retrieval": "share nearest to the thing asked for; the demo, with --retrieval",
+    "psnr": "pixels against the reference's, in dB; above 40 is the same image",
+    "ssim": "structural similarity to the reference, 1 is equal",
+    "lpips": "learned perceptual distance to the reference, 0 is equal; with --lpips",
+    "perceptual": "perceptual distance by the feature maps of any network; with --network",
+    "fid": "Fréchet distance of the feature distributions; with --network or --inception",
+    "kid": "kernel distance of the feature distributions, unbiased for few images",
+    "is": "Inception score: sharpness and variety",
+    "clip": "CLIP score: agreement of images and prompts; with --clip",
+    "cmmd": "kernel distance of CLIP embeddings; with --clip",
+    "ppl": "perceptual path length between prompts, two more images each; only if named",
+    "colour": "accuracy of the background colour; the demo checkpoint only",
+    "retrieval": "accuracy of the object, by nearest training image; the demo, with --retrieval",
 }
-"""Names, and what each tells."""
+"""Metrics by name, with a line of help each."""

@@ -1,9 +1,9 @@
-"""How far one set of pictures is from another, by a network's features: FID, KID, IS, CMMD.
+"""Distances between two sets of images by a network's features: FID, KID, IS, CMMD.
 
-The values of FID, KID and IS are torchmetrics'. Intervals come from resampling the images, which
-repeats some of them, and all these figures grow by that alone; so only the spread of the resampled
-figures is taken, around the value. They say how much the choice of images matters, and nothing of
-the bias that FID, IS and CMMD have towards few images.
+FID, KID and IS are computed by torchmetrics. Intervals come from resampling images, which repeats
+some of them and biases all these metrics; therefore only the spread of the resampled values is used,
+around the value. An interval shows how much the choice of images matters, not the bias that FID, IS
+and CMMD have with few images.
 """
 
 import warnings
@@ -31,7 +31,7 @@ Kernel = Callable[[Array, Array], NDArray[np.float64]]
 Mean = Callable[[Array, Array], NDArray[np.float64]]
 
 _FID_DRAWS = 50  # each costs an eigenvalue problem as wide as the features
-_SUBSETS, _SUBSET = 100, 1000  # of KID: Bińkowski et al. (2018), as everybody sets them
+_SUBSETS, _SUBSET = 100, 1000  # of KID: Bińkowski et al. (2018), the usual setting
 _SPLITS, _SPLIT_FROM = 10, 5000  # of IS: Salimans et al. (2016) split 50,000 into ten
 _KERNEL_IMAGES = 4000  # a kernel matrix of more does not fit every memory
 _CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
@@ -39,7 +39,7 @@ _CMMD_SIGMA, _CMMD_SCALE = 10.0, 1000.0
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A normal distribution of features, as FID keeps of pictures that are not at hand.
+    """Normal distribution of features, which FID keeps of images that are not available.
 
     Attributes:
         mu: mean, (width,).
@@ -51,96 +51,101 @@ class Statistics:
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
-        """Read the ``.npz`` of ``mu`` and ``sigma`` that pytorch-fid and its kin write.
+        """Read the ``.npz`` of ``mu`` and ``sigma`` that pytorch-fid and similar tools write.
 
         Raises:
-            SettingsError: there is no such file, or it holds something else.
+            SettingsError: the file is missing, or holds something else.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = one_line(error)
-            raise SettingsError(f"{path} is no .npz of mu and sigma: {reason}") from error
+            raise SettingsError(f"{path} is not an .npz of mu and sigma: {one_line(error)}") from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
             raise SettingsError(f"{path}: mu is (width,) and sigma (width, width), finite")
         return cls(mu=mu, sigma=sigma)
 
 
 def fid(
-    ours: Array, theirs: Array | Statistics, *, paired: bool = False, seed: int = 0
+    candidate: Array, reference: Array | Statistics, *, paired: bool = False, seed: int = 0
 ) -> ConfidenceInterval:
-    """Fréchet distance of normal distributions: Heusel et al. (2017), arXiv 1706.08500, eq. 6.
+    """Return the Fréchet distance of normal distributions: Heusel et al. (2017), arXiv 1706.08500, eq. 6.
 
-    The interval is the value and 1.96 standard deviations of 50 resampled figures.
+    The interval is the value plus and minus 1.96 standard deviations of 50 resampled values.
 
     Args:
-        ours: features (n, width).
-        theirs: features (m, width), or the distribution itself.
-        paired: both are of the same prompts and seeds in order, and resampled together.
+        candidate: features (n, width).
+        reference: features (m, width), or the distribution itself.
+        paired: both have the same prompts and seeds in order, and are resampled together.
         seed: of the resampling.
 
     Raises:
         ShapeError: fewer than two images, or features of another width.
     """
-    if isinstance(theirs, Statistics):
-        _check("fid", ours, theirs.mu[None].repeat(2, axis=0))
-        value = _torch_fid(ours, theirs)
-        spread = [_closed_form(_moments(ours, w), theirs) for w in _draws(ours, seed)]
+    if isinstance(reference, Statistics):
+        _check("fid", candidate, reference.mu[None].repeat(2, axis=0))
+        value = _torch_fid(candidate, reference)
+        spread = [_closed_form(_moments(candidate, w), reference) for w in _draws(candidate, seed)]
     else:
-        _check("fid", ours, theirs)
-        ours, theirs = _in_span(ours, theirs)
-        value = _torch_fid(ours, theirs)
-        pairs = zip(_draws(ours, seed), _draws(theirs, seed if paired else seed + 1), strict=True)
-        spread = [_closed_form(_moments(ours, v), _moments(theirs, w)) for v, w in pairs]
+        _check("fid", candidate, reference)
+        candidate, reference = _in_span(candidate, reference)
+        value = _torch_fid(candidate, reference)
+        pairs = zip(
+            _draws(candidate, seed), _draws(reference, seed if paired else seed + 1), strict=True
+        )
+        spread = [_closed_form(_moments(candidate, v), _moments(reference, w)) for v, w in pairs]
     half = 1.96 * float(np.std(spread, ddof=1))
     return ConfidenceInterval(value=value, low=max(0.0, value - half), high=value + half)
 
 
-def kid(ours: Array, theirs: Array, *, paired: bool = False, seed: int = 0) -> ConfidenceInterval:
-    """Squared MMD of a cubic kernel, unbiased: Bińkowski et al. (2018), arXiv 1801.01401.
+def kid(
+    candidate: Array, reference: Array, *, paired: bool = False, seed: int = 0
+) -> ConfidenceInterval:
+    """Return the unbiased squared MMD of a cubic kernel: Bińkowski et al. (2018), arXiv 1801.01401.
 
-    Over 100 subsets of 1,000 images, or once over all where there are no more. In the resampled
-    figures no image meets itself, as in the value.
+    Over 100 subsets of 1,000 images, or once over all where there are no more. As in the value, no
+    image is paired with itself in the resampled values.
 
     Raises:
         ShapeError: fewer than two images, or features of another width.
     """
-    _check("kid", ours, theirs)
-    size = min(len(ours), len(theirs), _SUBSET)
-    once = len(ours) == len(theirs) == size
+    _check("kid", candidate, reference)
+    size = min(len(candidate), len(reference), _SUBSET)
+    once = len(candidate) == len(reference) == size
     with _quiet(seed):
         metric = KernelInceptionDistance(
             feature=torch.nn.Identity(), subsets=1 if once else _SUBSETS, subset_size=size
         )
-        metric.update(_tensor(ours), real=False)
-        metric.update(_tensor(theirs), real=True)
+        metric.update(_tensor(candidate), real=False)
+        metric.update(_tensor(reference), real=True)
         value = float(metric.compute()[0])
-    draws = _resampled(_cubic, ours, theirs, mean=_mean_apart, paired=paired, seed=seed)
-    return intervals.around(value, draws)
+    draws = _resampled(_cubic, candidate, reference, mean=_mean_apart, paired=paired, seed=seed)
+    return intervals.centred(value, draws)
 
 
-def cmmd(ours: Array, theirs: Array, *, paired: bool = False, seed: int = 0) -> ConfidenceInterval:
-    """1,000 times the squared MMD of CLIP embeddings: Jayasumana et al. (2024), arXiv 2401.09603.
+def cmmd(
+    candidate: Array, reference: Array, *, paired: bool = False, seed: int = 0
+) -> ConfidenceInterval:
+    """Return 1,000 times the squared MMD of CLIP embeddings: Jayasumana et al. (2024), 2401.09603.
 
-    A Gaussian kernel of sigma 10 on unit vectors, every image meeting itself, as in the authors'
-    implementation. The figures published are of ViT-L/14 at 336 pixels.
+    A Gaussian kernel with sigma 10 on unit vectors, each image also paired with itself, as in the
+    authors' implementation. Published figures use ViT-L/14 at 336 pixels.
 
     Raises:
         ShapeError: fewer than two images, or embeddings of another width.
     """
-    _check("cmmd", ours, theirs)
-    a, b = _unit(ours), _unit(theirs)
+    _check("cmmd", candidate, reference)
+    a, b = _unit(candidate), _unit(reference)
     value = _gaussian(a, a).mean() + _gaussian(b, b).mean() - 2 * _gaussian(a, b).mean()
     draws = _resampled(_gaussian, a, b, mean=_mean_of_all, paired=paired, seed=seed)
-    found = intervals.around(_CMMD_SCALE * max(0.0, float(value)), _CMMD_SCALE * draws)
+    found = intervals.centred(_CMMD_SCALE * max(0.0, float(value)), _CMMD_SCALE * draws)
     return ConfidenceInterval(value=found.value, low=max(0.0, found.low or 0.0), high=found.high)
 
 
 def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
-    """exp of the mean KL divergence to the mean: Salimans et al. (2016), arXiv 1606.03498.
+    """Return exp of the mean KL divergence to the mean: Salimans et al. (2016), arXiv 1606.03498.
 
-    The mean of ten splits from 5,000 images on, else of one.
+    Averaged over ten splits from 5,000 images on, else over one.
 
     Args:
         logits: (n, classes) before the softmax.
@@ -158,28 +163,28 @@ def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
         value = float(metric.compute()[0])
     shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
     p = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
-    weights = intervals.drawn(len(p), seed=seed) / len(p)
+    weights = intervals.resample_counts(len(p), seed=seed) / len(p)
     divergence = weights @ _plogp(p).sum(axis=1) - _plogp(weights @ p).sum(axis=1)
-    return intervals.around(value, np.exp(divergence))
+    return intervals.centred(value, np.exp(divergence))
 
 
 def clip_score(pictures: Array, texts: Array, *, seed: int = 0) -> ConfidenceInterval:
-    """100 times the mean cosine of embeddings (n, width), 0 at least: Hessel et al. (2021).
+    """Return 100 times the mean cosine of embeddings (n, width), clipped at 0: Hessel et al. (2021).
 
-    arXiv 2104.08718 scales by 2.5; 100 is what torchmetrics and MLPerf say.
+    arXiv 2104.08718 scales by 2.5; torchmetrics and MLPerf use 100.
     """
-    _check("clip", pictures, texts, least=1)
+    _check("clip", pictures, texts, minimum=1)
     cosines = (_unit(pictures) * _unit(texts)).sum(axis=1)
     return intervals.mean(100 * np.maximum(cosines, 0), seed=seed)
 
 
-def _check(name: str, ours: Array, theirs: Array, *, least: int = 2) -> None:
-    if min(len(ours), len(theirs)) < least:
-        raise ShapeError(f"{name} takes {least} images or more: make more with --images")
-    if ours.shape[1] != theirs.shape[1]:
+def _check(name: str, candidate: Array, reference: Array, *, minimum: int = 2) -> None:
+    if min(len(candidate), len(reference)) < minimum:
+        raise ShapeError(f"{name} needs {minimum} images or more: generate more with --images")
+    if candidate.shape[1] != reference.shape[1]:
         raise ShapeError(
-            f"{name}: features of {ours.shape[1]} and {theirs.shape[1]} numbers cannot be "
-            "compared: use the network that the others were made by"
+            f"{name}: features of {candidate.shape[1]} and {reference.shape[1]} numbers cannot be "
+            "compared: use the network that made the others"
         )
 
 
@@ -189,40 +194,40 @@ def _tensor(array: Array) -> torch.Tensor:
 
 @contextmanager
 def _quiet(seed: int) -> Iterator[None]:
-    """Without the library's remarks, and with random numbers of a seed that nobody else sees."""
+    """Silence the library's warnings, and seed torch without touching the global generator."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         yield
 
 
-def _torch_fid(ours: Array, theirs: Array | Statistics) -> float:
+def _torch_fid(candidate: Array, reference: Array | Statistics) -> float:
     network = torch.nn.Identity()
-    network.num_features = ours.shape[1]
+    network.num_features = candidate.shape[1]
     metric = FrechetInceptionDistance(feature=network)
-    metric.update(_tensor(ours), real=False)
-    if isinstance(theirs, Statistics):
-        mu, sigma = _tensor(theirs.mu), _tensor(theirs.sigma)
-        # What two pictures of this mean and covariance would have left.
+    metric.update(_tensor(candidate), real=False)
+    if isinstance(reference, Statistics):
+        mu, sigma = _tensor(reference.mu), _tensor(reference.sigma)
+        # The state that two images of this mean and covariance would have left.
         metric.real_features_sum = 2 * mu
         metric.real_features_cov_sum = sigma + 2 * torch.outer(mu, mu)
         metric.real_features_num_samples = torch.tensor(2)
     else:
-        metric.update(_tensor(theirs), real=True)
+        metric.update(_tensor(reference), real=True)
     return max(0.0, float(metric.compute()))
 
 
-def _in_span(ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """The same distances in fewer numbers: no feature leaves the span of them all."""
-    both = np.concatenate([ours, theirs]).astype(np.float64)
+def _in_span(candidate: Array, reference: Array) -> tuple[Array, Array]:
+    """Project features to their common span: fewer numbers with the same distances."""
+    both = np.concatenate([candidate, reference]).astype(np.float64)
     if len(both) >= both.shape[1]:
-        return ours, theirs
+        return candidate, reference
     basis, _ = np.linalg.qr(both.T)
-    return both[: len(ours)] @ basis, both[len(ours) :] @ basis
+    return both[: len(candidate)] @ basis, both[len(candidate) :] @ basis
 
 
 def _draws(features: Array, seed: int) -> NDArray[np.float64]:
-    return intervals.drawn(len(features), draws=_FID_DRAWS, seed=seed)
+    return intervals.resample_counts(len(features), draws=_FID_DRAWS, seed=seed)
 
 
 def _moments(features: Array, weights: Array) -> Statistics:
@@ -233,7 +238,7 @@ def _moments(features: Array, weights: Array) -> Statistics:
 
 
 def _closed_form(a: Statistics, b: Statistics) -> float:
-    """The distance, by eigenvalues of symmetric matrices alone."""
+    """Return the distance by eigenvalues of symmetric matrices alone."""
     values, vectors = np.linalg.eigh(b.sigma)
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
     inner = np.linalg.eigvalsh(root @ a.sigma @ root)
@@ -253,26 +258,26 @@ def _gaussian(a: Array, b: Array) -> NDArray[np.float64]:
 
 
 def _resampled(
-    kernel: Kernel, ours: Array, theirs: Array, *, mean: Mean, paired: bool, seed: int
+    kernel: Kernel, candidate: Array, reference: Array, *, mean: Mean, paired: bool, seed: int
 ) -> NDArray[np.float64]:
-    """Squared MMDs of resamples, of the first 4,000 images, scaled to how many there are."""
-    a, b = ours[:_KERNEL_IMAGES], theirs[:_KERNEL_IMAGES]
-    v = intervals.drawn(len(a), seed=seed)
-    w = v if paired else intervals.drawn(len(b), seed=seed + 1)
+    """Return squared MMDs of resamples of the first 4,000 images, scaled to the full number."""
+    a, b = candidate[:_KERNEL_IMAGES], reference[:_KERNEL_IMAGES]
+    v = intervals.resample_counts(len(a), seed=seed)
+    w = v if paired else intervals.resample_counts(len(b), seed=seed + 1)
     cross = ((v @ kernel(a, b)) * w).sum(axis=1) / (len(a) * len(b))
     draws = mean(v, kernel(a, a)) + mean(w, kernel(b, b)) - 2 * cross
-    shrunk: NDArray[np.float64] = draws * np.sqrt(len(a) / len(ours))
+    shrunk: NDArray[np.float64] = draws * np.sqrt(len(a) / len(candidate))
     return shrunk
 
 
 def _mean_of_all(weights: Array, kernel: Array) -> NDArray[np.float64]:
-    """The weighted mean of a kernel over all pairs, (draws,)."""
+    """Return the weighted mean of a kernel over all pairs, (draws,)."""
     mean: NDArray[np.float64] = ((weights @ kernel) * weights).sum(axis=1) / len(kernel) ** 2
     return mean
 
 
 def _mean_apart(weights: Array, kernel: Array) -> NDArray[np.float64]:
-    """The same over pairs of two different images; NaN where there are none."""
+    """Return the mean over pairs of two different images; NaN where there are none."""
     pairs = weights.sum(axis=1) ** 2 - np.square(weights).sum(axis=1)
     whole = ((weights @ kernel) * weights).sum(axis=1)
     apart: NDArray[np.float64] = whole - np.square(weights) @ np.diag(kernel)

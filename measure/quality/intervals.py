@@ -1,6 +1,6 @@
-"""How far a figure of some images may be from that of endlessly many: 95 % intervals.
+"""95 % confidence intervals for metrics estimated from a finite set of images.
 
-All resampling is over images and seeded: the same figures give the same interval.
+Resampling is over images, and seeded: equal values give equal intervals.
 """
 
 import math
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from latentforge.measure.results import ConfidenceInterval
 
-__all__ = ["around", "drawn", "mean", "share"]
+__all__ = ["centred", "mean", "proportion", "resample_counts"]
 
 Array = NDArray[np.float64]
 
 _DRAWS = 1000
 _TAILS = 2.5, 97.5  # percent
-_Z = 1.959964  # of the normal distribution, between its tails
+_Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
-def drawn(count: int, *, draws: int = _DRAWS, seed: int = 0) -> Array:
-    """How often each of ``count`` images is in each resample: (draws, count), rows sum to count."""
+def resample_counts(count: int, *, draws: int = _DRAWS, seed: int = 0) -> Array:
+    """Return how often each of ``count`` images occurs in each resample: (draws, count)."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
@@ -32,24 +32,26 @@ def mean(
     scale: Callable[[Array], Array] = np.asarray,
     seed: int = 0,
 ) -> ConfidenceInterval:
-    """The mean of one value an image (count,), with the percentiles of resampled means.
+    """Return the mean of one value per image, with the percentiles of resampled means.
 
     Args:
-        values: one an image.
-        scale: what the figure is of a mean, such as dB of a squared error; monotone.
+        values: one per image, (count,).
+        scale: monotone function of the mean, such as dB of a squared error.
         seed: of the resampling.
     """
     every = np.asarray(values, np.float64)
     value = float(scale(every.mean()))
     if len(every) < 2:
         return ConfidenceInterval(value=value)
-    low, high = np.percentile(scale(drawn(len(every), seed=seed) @ every / len(every)), _TAILS)
+    low, high = np.percentile(
+        scale(resample_counts(len(every), seed=seed) @ every / len(every)), _TAILS
+    )
     return ConfidenceInterval(value=value, low=float(low), high=float(high))
 
 
-def share(hits: int, count: int) -> ConfidenceInterval:
-    """A share of images with its score interval: Wilson (1927), which holds near 0 and 1 too."""
-    value, z2 = hits / count, _Z**2
+def proportion(successes: int, count: int) -> ConfidenceInterval:
+    """Return a proportion of images with Wilson's score interval (1927), valid near 0 and 1 too."""
+    value, z2 = successes / count, _Z**2
     middle = (value + z2 / (2 * count)) / (1 + z2 / count)
     inner = value * (1 - value) / count + z2 / (4 * count**2)
     half = _Z * math.sqrt(inner) / (1 + z2 / count)
@@ -58,10 +60,11 @@ def share(hits: int, count: int) -> ConfidenceInterval:
     )
 
 
-def around(value: float, resampled: Array) -> ConfidenceInterval:
-    """A figure that resampling shifts, because it repeats images: only the draws' spread counts.
+def centred(value: float, resampled: Array) -> ConfidenceInterval:
+    """Return a value with the spread of its resampled values, shifted to lie around it.
 
-    Draws that are NaN, for want of two different images, don't count.
+    Resampling repeats images, which biases FID and its kin; only the spread is used. Draws that are
+    NaN (no two different images) are ignored.
     """
     low, high = np.nanpercentile(resampled, _TAILS) - np.nanmean(resampled)
     return ConfidenceInterval(value=value, low=value + float(low), high=value + float(high))

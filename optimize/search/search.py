@@ -27,9 +27,9 @@ from latentforge.export.demo import prompts
 from latentforge.measure.bench.interleaved import measure, require_all_ok
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.prompts import read_prompts
-from latentforge.measure.quality.judges import Evaluation, load_metric_inputs
+from latentforge.measure.quality.inputs import MetricInputs, load_metric_inputs
 from latentforge.measure.quality.metrics import compare_pairs, decibels
-from latentforge.measure.quality.scores import MetricInputs
+from latentforge.measure.quality.request import EvalRequest
 from latentforge.optimize.gate.gate import Gate
 from latentforge.optimize.search.cached_step import STAGE as SPLIT
 from latentforge.optimize.search.cached_step import add_cached_step
@@ -95,8 +95,8 @@ class SearchRequest:
     Attributes:
         gate: thresholds as NAME=VALUE, see FastGate; USUAL if none is given.
         prompts: a text file, one a line; the demo's own or those of the package if None.
-        retrieval: the demo's training pictures, see judges.Evaluation.
-        network: what tells how far pictures are apart, see judges.Evaluation.
+        retrieval: the demo's training pictures, see measure.quality.request.EvalRequest.
+        network: what tells how far pictures are apart, see measure.quality.request.EvalRequest.
         effort: plans that are judged at most.
         repeats: pairs of images that are timed.
     """
@@ -363,7 +363,7 @@ class _PictureSet:
             **{name: float(values.mean()) for name, values in rows.items()},
         }
         texts = [request.prompts[0] for request in self.requests]
-        for name, share in self._judges.shares.items():
+        for name, share in self._judges.accuracies.items():
             figures[name] = share(pictures, texts) / len(texts)
             figures[f"{name}_exact"] = share(exact, texts) / len(texts)
         return figures
@@ -574,8 +574,14 @@ def _requests(manifest: Manifest, fast: SearchRequest, count: int) -> list[Setti
 
 
 def _judges(manifest: Manifest, fast: SearchRequest, requests: Sequence[Settings]) -> MetricInputs:
-    evaluation = Evaluation(network=fast.network, retrieval=fast.retrieval)
-    return load_metric_inputs(evaluation, manifest, requests)
+    from latentforge.accuracies import demo_accuracies
+
+    texts = [request.prompts[0] for request in requests]
+    return load_metric_inputs(
+        EvalRequest(network=fast.network, retrieval=fast.retrieval),
+        (requests[0].height, requests[0].width),
+        demo_accuracies(manifest.source.checkpoint, texts, fast.retrieval),
+    )
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Engines' pictures, judged: what ``latentforge eval`` does, as a function."""
+"""Quality metrics of engines at equal seeds: ``latentforge eval`` as a function."""
 
 from __future__ import annotations
 
@@ -17,99 +17,86 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from latentforge.accuracies import demo_accuracies
 from latentforge.measure.prompts import read_prompts
 from latentforge.measure.quality import mlperf
 from latentforge.measure.quality.catalogue import METRICS
-from latentforge.measure.quality.judges import (
-    Evaluation,
-    distance_of,
-    load_metric_inputs,
-    metrics_of,
-    path_metric,
-)
-from latentforge.measure.quality.path_length import path_lengths
-from latentforge.measure.quality.scores import MetricInputs, scores
+from latentforge.measure.quality.inputs import MetricInputs, load_metric_inputs
+from latentforge.measure.quality.path_length import path_lengths, path_metric
+from latentforge.measure.quality.request import EvalRequest, select_metrics
+from latentforge.measure.quality.scores import scores
 from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_picture, save, to_array
-from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores, described
-from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.manifest import FILENAME, Manifest, hash_file
+from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.sampling import samplers
 from latentforge.runtime.settings import Request, Settings, resolve
 
-__all__ = ["Evaluation", "evaluate", "judge", "summary"]
+__all__ = ["EvalRequest", "check_preset", "evaluate", "summary"]
 
 _IMAGES = 64
 _SHOWN = 6
 _EAGER = "eager"
 
-Draw = Callable[[Settings], Image.Image]
+Generate = Callable[[Settings], Image.Image]
 
 
 def evaluate(
-    engines: Sequence[Path], evaluation: Evaluation, *, command: str = "", quiet: bool = True
+    engines: Sequence[Path], request: EvalRequest, *, command: str = "", quiet: bool = True
 ) -> Results:
-    """Draw the same requests by all, and judge the pictures.
+    """Generate the same images by every participant, and compute their metrics.
 
     Args:
-        engines: directories; the first one's defaults fill in the request.
-        evaluation: what to judge by.
-        command: what repeats it, for the record.
+        engines: directories; the first one's defaults complete the request.
+        request: images, metrics and networks.
+        command: command line that repeats it, for the record.
         quiet: show no progress.
 
     Raises:
-        SettingsError: a metric lacks what it needs, or the preset's terms are not met.
-        ShapeError: the engines cannot make such pictures.
-        CheckpointError: there is no such checkpoint.
+        SettingsError: a metric lacks an input, or the preset's terms are not met.
+        ShapeError: the engines cannot generate images of this size.
+        CheckpointError: the reference checkpoint is missing or unsupported.
     """
     manifest = Manifest.read(engines[0])
-    texts = _texts(evaluation, manifest)
-    requests = _requests(evaluation, manifest, texts)
-    judges = load_metric_inputs(evaluation, manifest, requests)
-    able = judges.can(reference=evaluation.against is not None)
-    if evaluation.preset:
-        mlperf.check(
-            captions=len(texts),
-            images=len(requests),
-            family=manifest.family,
-            latents=evaluation.latents is not None,
-            metrics=evaluation.metrics or able,
-        )
-    metrics = metrics_of(evaluation, judges, able, len(requests))
-    study = _Study(evaluation, requests, judges, metrics, _painters(engines, evaluation))
-    with study.progress(quiet) as progress, _folder(evaluation.folder) as folder:
-        galleries, lengths = study.draw(folder, progress)
-        found = study.score(galleries, lengths, progress)
-        pictures = tuple(_pictures(requests, galleries))
+    prompts = _prompts(request, manifest)
+    settings = _settings(request, manifest, prompts)
+    inputs = _inputs(request, manifest, settings)
+    _check_protocol(request, manifest, inputs, len(prompts), len(settings))
+    metrics = select_metrics(replace(request, images=len(settings)), inputs)
+    evaluation = _Evaluation(request, settings, inputs, metrics, _sources(engines, request))
+    with evaluation.progress(quiet) as progress, _folder(request.folder) as folder:
+        galleries, lengths = evaluation.generate(folder, progress)
+        rows = evaluation.score(galleries, lengths, progress)
+        pictures = tuple(_pictures(settings, galleries))
     return Results(
         title=f"{manifest.name}: quality",
         command=command,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=described(),
-        settings={**asdict(requests[0]), "prompts": list(requests[0].prompts)},
-        threads=evaluation.threads or available_cores(),
-        method=_method(evaluation, len(requests)),
-        metrics=tuple(found),
+        settings={**asdict(settings[0]), "prompts": list(settings[0].prompts)},
+        threads=request.threads or available_cores(),
+        method=_method(request, len(settings)),
+        metrics=tuple(rows),
         pictures=pictures,
     )
 
 
-def judge(results: Results, evaluation: Evaluation) -> None:
-    """Hold the figures against the preset's band, if there is a preset.
+def check_preset(results: Results, request: EvalRequest) -> None:
+    """Check the metrics against the preset's band, if the request has a preset.
 
     Raises:
-        GateError: a figure lies outside.
+        GateError: a value lies outside the band.
     """
-    if evaluation.preset == "mlperf":
-        mlperf.judge(results.metrics)
+    if request.preset == "mlperf":
+        mlperf.check_bands(results.metrics)
 
 
 def summary(results: Results) -> str:
-    """The figures as a table for a terminal."""
+    """Return the metrics as a table for a terminal."""
     heads = ("metric", "of", "value", "95 % interval", "images", "against", "note")
     rows = [heads, *(_row(metric) for metric in results.metrics)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(heads) - 1)]
@@ -131,43 +118,61 @@ def _row(metric: Metric) -> tuple[str, ...]:
     return name, metric.subject, value, bounds, str(metric.images), metric.reference, note
 
 
-def _method(evaluation: Evaluation, count: int) -> str:
-    noise = "one noise for all" if evaluation.latents else "the same seed for all"
+def _method(request: EvalRequest, count: int) -> str:
+    noise = "one initial noise" if request.latents else "equal seeds"
     return (
-        f"{count} requests of one image each, {noise} participants; intervals of 95 % by resampling "
-        "the images, of shares by Wilson's score."
+        f"{count} requests of one image each, {noise} for all participants; 95 % intervals by "
+        "resampling images, of accuracies by Wilson's score."
     )
 
 
-# what is drawn
-
-
-def _texts(evaluation: Evaluation, manifest: Manifest) -> list[str]:
-    """The prompts, each once."""
-    if evaluation.prompts is not None:
-        return mlperf.read_captions(evaluation.prompts)
+def _prompts(request: EvalRequest, manifest: Manifest) -> list[str]:
+    """Return the prompts, each once."""
+    if request.prompts is not None:
+        return mlperf.read_captions(request.prompts)
     if manifest.source.checkpoint == "demo":
         from latentforge.export.demo import prompts
 
-        return prompts(evaluation.images or _IMAGES, evaluation.seed)
+        return prompts(request.images or _IMAGES, request.seed)
     return read_prompts()
 
 
-def _requests(evaluation: Evaluation, manifest: Manifest, texts: Sequence[str]) -> list[Settings]:
-    """One image each; prompts start again where there are more images."""
-    default = len(texts) if evaluation.prompts else _IMAGES
-    asked: Request = {**(mlperf.REQUEST if evaluation.preset else {}), **(evaluation.request or {})}
-    fixed: Request = {"images_per_prompt": 1, "seed": evaluation.seed}
-    complete = resolve(manifest.defaults, texts[0], {**asked, **fixed})
-    some = itertools.islice(itertools.cycle(texts), evaluation.images or default)
+def _settings(request: EvalRequest, manifest: Manifest, prompts: Sequence[str]) -> list[Settings]:
+    """Return one request per image; prompts repeat where there are more images."""
+    default = len(prompts) if request.prompts else _IMAGES
+    preset: Request = mlperf.REQUEST if request.preset else {}
+    fixed: Request = {"images_per_prompt": 1, "seed": request.seed}
+    complete = resolve(
+        manifest.defaults, prompts[0], {**preset, **(request.request or {}), **fixed}
+    )
+    repeated = itertools.islice(itertools.cycle(prompts), request.images or default)
     return [
-        replace(complete, prompts=(text,), seed=evaluation.seed + index)
-        for index, text in enumerate(some)
+        replace(complete, prompts=(text,), seed=request.seed + index)
+        for index, text in enumerate(repeated)
     ]
 
 
+def _inputs(request: EvalRequest, manifest: Manifest, settings: Sequence[Settings]) -> MetricInputs:
+    prompts = [each.prompts[0] for each in settings]
+    accuracies = demo_accuracies(manifest.source.checkpoint, prompts, request.retrieval)
+    return load_metric_inputs(request, (settings[0].height, settings[0].width), accuracies)
+
+
+def _check_protocol(
+    request: EvalRequest, manifest: Manifest, inputs: MetricInputs, captions: int, images: int
+) -> None:
+    if request.preset:
+        mlperf.check(
+            captions=captions,
+            images=images,
+            family=manifest.family,
+            latents=request.latents is not None,
+            metrics=request.metrics or inputs.available(reference=request.against is not None),
+        )
+
+
 class _Gallery(Sequence[Image.Image]):
-    """Pictures on the disk, read when they are looked at: thousands do not fit in memory."""
+    """Images on disk, read when they are accessed: thousands do not fit in memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -187,40 +192,37 @@ class _Gallery(Sequence[Image.Image]):
 
 @dataclass(frozen=True, kw_only=True)
 class _ImageSource:
-    """Somebody who draws.
+    """Source of images: an engine directory or the diffusers pipeline.
 
     Attributes:
         name: among the subjects.
-        mark: tells its pictures from those of an earlier build.
-        load: gives a context with the Pipeline, or diffusers' EagerPipeline.
+        fingerprint: distinguishes its images from those of an earlier build.
+        load: returns a context manager with the Pipeline, or diffusers' EagerPipeline.
     """
 
     name: str
-    mark: str
+    fingerprint: str
     load: Callable[[], Any]
 
 
-def _painters(engines: Sequence[Path], evaluation: Evaluation) -> list[_ImageSource]:
-    """The reference first, if there is one."""
-    directories = list(engines)
-    against = evaluation.against
-    if against is not None and (Path(against) / MANIFEST_FILE).is_file():
-        directories = [
-            Path(against),
-            *(e for e in engines if e.resolve() != Path(against).resolve()),
-        ]
+def _sources(engines: Sequence[Path], request: EvalRequest) -> list[_ImageSource]:
+    """Return the participants, the reference first if there is one."""
+    directories, against = list(engines), request.against
+    if against is not None and (Path(against) / FILENAME).is_file():
+        reference = Path(against)
+        directories = [reference, *(e for e in engines if e.resolve() != reference.resolve())]
     names = [_EAGER, *(path.resolve().name for path in directories)]
-    ours = [
+    sources = [
         _ImageSource(
             name=name if names.count(name) == 1 else str(path.resolve())[1:].replace("/", "-"),
-            mark=hash_file(path / MANIFEST_FILE),
-            load=partial(load, path, threads=evaluation.threads),
+            fingerprint=hash_file(path / FILENAME),
+            load=partial(load, path, threads=request.threads),
         )
         for path, name in zip(directories, names[1:], strict=True)
     ]
     if against is None or directories[0] == Path(against):
-        return ours
-    return [_eager(against, evaluation.threads), *ours]
+        return sources
+    return [_eager(against, request.threads), *sources]
 
 
 def _eager(name: str, threads: int) -> _ImageSource:
@@ -228,7 +230,7 @@ def _eager(name: str, threads: int) -> _ImageSource:
 
     checkpoint = open_checkpoint(name)
 
-    def load() -> Any:
+    def open_pipeline() -> Any:
         import torch
 
         from latentforge.export.reference.eager import EagerPipeline
@@ -238,75 +240,76 @@ def _eager(name: str, threads: int) -> _ImageSource:
         return nullcontext(EagerPipeline(checkpoint))
 
     stats = [(str(path), path.stat()) for path in sorted(checkpoint.path.rglob("*.safetensors"))]
-    mark = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-    return _ImageSource(name=_EAGER, mark=mark, load=load)
+    fingerprint = json.dumps([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    return _ImageSource(name=_EAGER, fingerprint=fingerprint, load=open_pipeline)
 
 
 @contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
         return
     with tempfile.TemporaryDirectory(prefix="latentforge-eval-") as name:
         yield Path(name)
 
 
 @dataclass(frozen=True)
-class _Study:
-    """Who draws what, and what is said of it."""
+class _Evaluation:
+    """One evaluation: participants, their requests, and the metrics to compute."""
 
-    evaluation: Evaluation
-    requests: Sequence[Settings]
-    judges: MetricInputs
+    request: EvalRequest
+    settings: Sequence[Settings]
+    inputs: MetricInputs
     metrics: Sequence[str]
-    painters: Sequence[_ImageSource]
+    sources: Sequence[_ImageSource]
 
     @property
     def reference(self) -> str:
-        return "" if self.evaluation.against is None else self.painters[0].name
+        """Name of the reference; empty without one."""
+        return "" if self.request.against is None else self.sources[0].name
 
     def progress(self, quiet: bool) -> Progress:
         return Progress(self._parts, quiet=quiet)
 
     @property
     def _parts(self) -> int:
-        """Pictures of everybody, and path lengths, which diffusers has none of."""
-        engines = sum(painter.name != _EAGER for painter in self.painters)
-        return len(self.requests) * (len(self.painters) + engines * ("ppl" in self.metrics))
+        """Number of images and of path lengths, which diffusers has none of."""
+        engines = sum(source.name != _EAGER for source in self.sources)
+        return len(self.settings) * (len(self.sources) + engines * ("ppl" in self.metrics))
 
-    def draw(
+    def generate(
         self, folder: Path, progress: Progress
     ) -> tuple[dict[str, _Gallery], dict[str, NDArray[np.float64]]]:
-        """Everybody's pictures, one after another so that one is in memory; and path lengths."""
-        noise = mlperf.read_latents(self.evaluation.latents) if self.evaluation.latents else None
+        """Return each participant's images and path lengths, with one participant in memory."""
+        noise = mlperf.read_latents(self.request.latents) if self.request.latents else None
         galleries, lengths = {}, {}
-        for painter in self.painters:
-            place = folder / painter.name
+        for source in self.sources:
+            place = folder / source.name
             place.mkdir(exist_ok=True)
-            paths = [place / f"{index:05}.png" for index in range(len(self.requests))]
-            with painter.load() as loaded:
-                self._draw(painter, loaded, paths, noise, progress)
+            paths = [place / f"{index:05}.png" for index in range(len(self.settings))]
+            with source.load() as loaded:
+                self._generate(source, _generator(loaded, noise), paths, noise, progress)
                 if "ppl" in self.metrics and isinstance(loaded, Pipeline):
-                    distance = distance_of(self.judges)
-                    lengths[painter.name] = path_lengths(loaded, self.requests, distance, progress)
-            galleries[painter.name] = _Gallery(paths)
+                    lengths[source.name] = path_lengths(
+                        loaded, self.settings, self.inputs.distance, progress
+                    )
+            galleries[source.name] = _Gallery(paths)
         return galleries, lengths
 
-    def _draw(
+    def _generate(
         self,
-        painter: _ImageSource,
-        loaded: Any,
+        source: _ImageSource,
+        generate: Generate,
         paths: Sequence[Path],
         noise: NDArray[np.float32] | None,
         progress: Progress,
     ) -> None:
-        paint = _painting(loaded, noise)
-        for request, path in zip(self.requests, paths, strict=True):
-            told = {"by": painter.mark, "latents": noise is not None, **asdict(request)}
-            if not _is_drawn(path, told):
-                save(paint(request), path, told)
-            progress.advance(f"pictures: {painter.name}", self._parts)
+        for settings, path in zip(self.settings, paths, strict=True):
+            origin = {"by": source.fingerprint, "latents": noise is not None, **asdict(settings)}
+            if not _exists(path, origin):
+                save(generate(settings), path, origin)
+            progress.advance(f"images: {source.name}", self._parts)
 
     def score(
         self,
@@ -314,61 +317,59 @@ class _Study:
         lengths: Mapping[str, NDArray[np.float64]],
         progress: Progress,
     ) -> list[Metric]:
-        """All figures, in the order of METRICS."""
-        progress.note("looking at the pictures")
-        texts = [request.prompts[0] for request in self.requests]
-        others = [name for name in self.metrics if name != "ppl"]
-        found = list(
+        """Return all metrics, in the order of METRICS."""
+        progress.note("computing metrics")
+        rows = list(
             scores(
                 galleries,
-                texts,
-                self.judges,
-                metrics=others,
+                [settings.prompts[0] for settings in self.settings],
+                self.inputs,
+                metrics=[name for name in self.metrics if name != "ppl"],
                 reference=self.reference,
-                seed=self.evaluation.seed,
+                seed=self.request.seed,
             )
         )
-        found += [path_metric(name, some, self.judges) for name, some in lengths.items()]
-        return sorted(found, key=lambda metric: list(METRICS).index(metric.name))
+        rows += [path_metric(name, values, self.inputs) for name, values in lengths.items()]
+        return sorted(rows, key=lambda metric: list(METRICS).index(metric.name))
 
 
-def _painting(loaded: Any, noise: NDArray[np.float32] | None) -> Draw:
-    """How a pipeline, ours or diffusers', makes one picture of a request."""
+def _generator(loaded: Any, noise: NDArray[np.float32] | None) -> Generate:
+    """Return the function that generates one image, by our pipeline or by diffusers'."""
     if not isinstance(loaded, Pipeline):
         if noise is not None:
             raise SettingsError("--latents are for engines: compare with an engine directory")
-        return lambda request: loaded(request).images[0]
-    fast = loaded.manifest.acceleration
+        return lambda settings: loaded(settings).images[0]
+    plan = loaded.manifest.acceleration
 
-    def own(request: Settings) -> Settings:
-        return request if fast is None or request.unaccelerated else request.following(fast)
+    def accelerated(settings: Settings) -> Settings:
+        return settings if plan is None or settings.unaccelerated else settings.following(plan)
 
     if noise is None:
-        return lambda request: loaded.run(own(request)).images[0]
+        return lambda settings: loaded.run(accelerated(settings)).images[0]
     schedule = loaded.manifest.schedule
 
-    def paint(asked: Settings) -> Image.Image:
-        request = own(asked)
-        scale = samplers.get(request.sampler).plan(schedule, request.steps).scale
-        # Going on at the very start of the schedule takes latents as the noise that is there.
-        start = replace(request, denoising_start=0.0)
+    def from_noise(settings: Settings) -> Image.Image:
+        own = accelerated(settings)
+        scale = samplers.get(own.sampler).plan(schedule, own.steps).scale
+        # denoising_start 0 takes latents as the initial noise.
+        start = replace(own, denoising_start=0.0)
         return loaded.run(start, image=noise * np.float32(scale)).images[0]
 
-    return paint
+    return from_noise
 
 
-def _is_drawn(path: Path, told: Mapping[str, Any]) -> bool:
-    """Whether the picture is there, of this very request by this very painter."""
+def _exists(path: Path, origin: Mapping[str, Any]) -> bool:
+    """Return True if the image exists and was made for this request by this source."""
     try:
         with Image.open(path) as image:
             image.load()
             text: Mapping[str, str] = getattr(image, "text", {})
     except (OSError, ValueError, SyntaxError):
         return False
-    return text.get("latentforge") == json.dumps(told, ensure_ascii=False)
+    return text.get("latentforge") == json.dumps(origin, ensure_ascii=False)
 
 
-def _pictures(requests: Sequence[Settings], galleries: Mapping[str, _Gallery]) -> Iterator[Picture]:
-    for index, request in enumerate(requests[:_SHOWN]):
+def _pictures(settings: Sequence[Settings], galleries: Mapping[str, _Gallery]) -> Iterator[Picture]:
+    for index, each in enumerate(settings[:_SHOWN]):
         shown = {name: to_array([gallery[index]])[0] for name, gallery in galleries.items()}
-        yield Picture.of(request.prompts[0], request.seed, shown)
+        yield Picture.of(each.prompts[0], each.seed, shown)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from latentforge.evaluate import Evaluation, evaluate, judge, summary
+from latentforge.evaluate import EvalRequest, check_preset, evaluate, summary
 from latentforge.measure.results import Metric, Results
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import to_array
@@ -74,7 +74,7 @@ def check_pictures(results: Results) -> None:
 
 def test_pictures_that_are_kept_are_not_drawn_again(demo_engines: Path, tmp_path: Path) -> None:
     def run(images: int, **request: Any) -> Results:
-        asked = Evaluation(images=images, folder=tmp_path / "kept", request={**QUICK, **request})
+        asked = EvalRequest(images=images, folder=tmp_path / "kept", request={**QUICK, **request})
         return evaluate([demo_engines], asked)
 
     first, before = run(2), kept(tmp_path)
@@ -93,10 +93,10 @@ def test_one_noise_for_all(demo_engines: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("owl on a red background\nowl on a red background\n")
     common: dict[str, Any] = {"prompts": prompts, "request": QUICK}
-    evaluate([demo_engines], Evaluation(**common, seed=5, folder=tmp_path / "seeds"))
-    noise = Evaluation(**common, latents=tmp_path / "latents.npy", folder=tmp_path / "noise")
+    evaluate([demo_engines], EvalRequest(**common, seed=5, folder=tmp_path / "seeds"))
+    noise = EvalRequest(**common, latents=tmp_path / "latents.npy", folder=tmp_path / "noise")
     results = evaluate([demo_engines], noise)
-    assert "one noise for all" in results.method
+    assert "one initial noise for all" in results.method
     seeds, ours = (
         [to_array([Image.open(path)]) for path in sorted((tmp_path / name).rglob("*.png"))]
         for name in ("seeds", "noise")
@@ -107,7 +107,7 @@ def test_one_noise_for_all(demo_engines: Path, tmp_path: Path) -> None:
 
 def test_engines_against_engines(demo_engines: Path, network: Path) -> None:
     """A set against itself is as near as can be, and the path length is that of both."""
-    asked = Evaluation(
+    asked = EvalRequest(
         against=str(demo_engines), images=2, network=str(network), request=QUICK,
         metrics=("psnr", "ppl", "is"), seed=3,
     )  # fmt: skip
@@ -115,14 +115,14 @@ def test_engines_against_engines(demo_engines: Path, network: Path) -> None:
     assert [(m.name, m.subject) for m in results.metrics] == [("is", "demo"), ("ppl", "demo")]
     path = found(results, "demo")["ppl"]
     assert path.value > 0 and path.images == 4 and path.note.startswith("median")
-    judge(results, asked)
+    check_preset(results, asked)
 
 
 def test_statistics_in_place_of_a_reference(
     demo_engines: Path, network: Path, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
-    asked = Evaluation(
+    asked = EvalRequest(
         images=3, network=str(network), statistics=tmp_path / "statistics.npz", request=QUICK
     )
     fid = found(evaluate([demo_engines], asked), "demo")["fid"]
@@ -138,19 +138,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"metrics": ("lpips",), "against": "demo"}, "lpips needs --against, and --lpips"),
     ({"metrics": ("clip",)}, "clip needs --clip"),
     ({"metrics": ("retrieval",)}, "retrieval is for the demo"),
-    ({"network": "nothing.onnx"}, "nothing.onnx is no network"),
-    ({"statistics": Path("nothing.npz")}, "nothing.npz is no .npz of mu and sigma"),
-    ({"retrieval": Path("nothing")}, "does not hold the demo's training pictures"),
+    ({"network": "nothing.onnx"}, "nothing.onnx is not a network"),
+    ({"statistics": Path("nothing.npz")}, "nothing.npz is not an .npz of mu and sigma"),
+    ({"retrieval": Path("nothing")}, "does not hold the demo's training images"),
     ({"prompts": Path("nothing.txt")}, "cannot read prompts"),
     ({"latents": Path("latents.pt"), "metrics": ("colour",)}, "is a pickle"),
-    ({"preset": "mlperf"}, "not the protocol of MLPerf: 64 captions were given"),
+    ({"preset": "mlperf"}, "not MLPerf's protocol: 64 captions were given"),
 ]
 
 
 @pytest.mark.parametrize(("given", "says"), REFUSED)
 def test_mistakes_are_told(demo_engines: Path, given: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError) as raised:
-        evaluate([demo_engines], Evaluation(**given))
+        evaluate([demo_engines], EvalRequest(**given))
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -158,7 +158,7 @@ def test_one_image_is_too_few_for_a_distribution(demo_engines: Path, network: Pa
     with pytest.raises(SettingsError, match="fid needs two images or more"):
         evaluate(
             [demo_engines],
-            Evaluation(against="demo", images=1, network=str(network), metrics=("fid",)),
+            EvalRequest(against="demo", images=1, network=str(network), metrics=("fid",)),
         )
 
 
@@ -166,13 +166,13 @@ def test_colours_are_the_demos_alone(demo_engines: Path, tmp_path: Path) -> None
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a cat\n")
     with pytest.raises(SettingsError, match="colour is for the demo checkpoint"):
-        evaluate([demo_engines], Evaluation(prompts=prompts, metrics=("colour",)))
-    with pytest.raises(SettingsError, match="nothing to judge by"):
-        evaluate([demo_engines], Evaluation(prompts=prompts))
+        evaluate([demo_engines], EvalRequest(prompts=prompts, metrics=("colour",)))
+    with pytest.raises(SettingsError, match="no metric can be computed"):
+        evaluate([demo_engines], EvalRequest(prompts=prompts))
 
 
 def test_the_protocol_takes_its_captions(demo_engines: Path, tmp_path: Path) -> None:
     path = tmp_path / "captions_source.tsv"
     path.write_text("id\tcaption\n" + "".join(f"{i}\towl {i}\n" for i in range(12)))
-    with pytest.raises(SettingsError, match="not the protocol of MLPerf: 12 captions"):
-        evaluate([demo_engines], Evaluation(preset="mlperf", prompts=path, images=5000))
+    with pytest.raises(SettingsError, match="not MLPerf's protocol: 12 captions"):
+        evaluate([demo_engines], EvalRequest(preset="mlperf", prompts=path, images=5000))

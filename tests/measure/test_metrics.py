@@ -24,11 +24,12 @@ from latentforge.measure.quality.distribution import (
     inception_score,
     kid,
 )
-from latentforge.measure.quality.features import ImageFeatures, OnnxNetwork, see
+from latentforge.measure.quality.features import ImageFeatures, OnnxNetwork, extract
+from latentforge.measure.quality.inputs import MetricInputs
 from latentforge.measure.quality.metrics import Lpips, Perceptual, compare_pairs, decibels
 from latentforge.measure.quality.networks import ClipNetwork, EfficientNetLite0, Inception
 from latentforge.measure.quality.path_length import path_length, path_lengths
-from latentforge.measure.quality.scores import MetricInputs, scores
+from latentforge.measure.quality.scores import scores
 from latentforge.measure.results import Metric
 from latentforge.runtime.errors import BackendError, GateError, SettingsError, ShapeError
 from latentforge.runtime.image import MAX_PSNR, to_array
@@ -88,9 +89,9 @@ def test_intervals_cover_what_they_should() -> None:
 
 def test_interval_of_a_share_is_wilsons() -> None:
     """Wilson's for 8 of 10, by Brown, Cai & DasGupta's formula worked by hand: 0.490 to 0.943."""
-    found = intervals.share(8, 10)
+    found = intervals.proportion(8, 10)
     assert (found.low, found.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, 1e-3))
-    sure = intervals.share(64, 64)
+    sure = intervals.proportion(64, 64)
     assert sure.high == 1 and sure.low == pytest.approx(64 / (64 + 1.959964**2), abs=1e-6)
 
 
@@ -226,14 +227,14 @@ def test_onnx_network_of_a_fixed_size_is_given_that(tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite(tmp_path: Path) -> None:
     network = OnnxNetwork(saved(ROOTS, tmp_path / "roots.onnx"))  # dark pixels are below 0
-    with pytest.raises(BackendError, match="roots's features of these pictures are not finite"):
-        see(network, pictures(3))
+    with pytest.raises(BackendError, match="roots's features of these images are not finite"):
+        extract(network, pictures(3))
 
 
 def test_pictures_of_unequal_size_or_number(tmp_path: Path) -> None:
     network = OnnxNetwork(saved(MEANS, tmp_path / "means.onnx"))
-    with pytest.raises(ShapeError, match="pictures of 16x16 and 8x8 pixels"):
-        see(network, [*pictures(1), *pictures(1, side=8)])
+    with pytest.raises(ShapeError, match="images of 16x16 and 8x8 pixels"):
+        extract(network, [*pictures(1), *pictures(1, side=8)])
     with pytest.raises(ShapeError, match="2 and 3 pictures cannot be compared"):
         compare_pairs(pictures(2), pictures(3), {})
 
@@ -261,7 +262,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="would run code"):
         EfficientNetLite0(tmp_path / "evil.pth")
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(SettingsError, match="no EfficientNet-Lite0: it lacks"):
+    with pytest.raises(SettingsError, match="not an EfficientNet-Lite0: it lacks"):
         EfficientNetLite0(tmp_path / "other.pth")
     with pytest.raises(SettingsError, match="torch-fidelity|run code"):
         Inception(tmp_path / "evil.pth")
@@ -295,13 +296,13 @@ def test_clip_embeds_what_transformers_does(clip: Path) -> None:
     pixels = (torch.from_numpy(to_array(some)) / 2 + 0.5 - mean) / deviation
     with torch.inference_mode():
         expected = model.get_image_features(pixel_values=pixels).pooler_output
-    assert see(ours, some).features == pytest.approx(expected.numpy(), abs=1e-5)
+    assert extract(ours, some).features == pytest.approx(expected.numpy(), abs=1e-5)
     both = ours.texts(["owl on a red background", "crab"])
     assert both.shape == (2, 8) and both[1] == pytest.approx(ours.texts(["crab"])[0], abs=1e-5)
 
 
 def test_no_clip_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="give --clip a folder of config.json"):
+    with pytest.raises(SettingsError, match="give --clip a folder with config.json"):
         ClipNetwork(str(tmp_path))
 
 
@@ -330,7 +331,7 @@ def test_lpips_is_the_users_file(tmp_path: Path) -> None:
     assert lpips.each(ones, -ones) == pytest.approx([4, 4])
     with pytest.raises(SettingsError, match="2 of"):
         Lpips(saved(MEANS, tmp_path / "means.onnx"))
-    with pytest.raises(SettingsError, match="gives no feature maps"):
+    with pytest.raises(SettingsError, match="has no feature maps"):
         Perceptual(OnnxNetwork(saved(ROOTS, tmp_path / "roots.onnx"))).each(ones, ones)
 
 
@@ -348,11 +349,11 @@ class Means:
 
 def rows(count: int) -> dict[tuple[str, str], Metric]:
     galleries = {"theirs": pictures(count), "ours": pictures(count, seed=1)}
-    judges = MetricInputs(
-        features=Means(), shares={"colour": lambda gallery, texts: len(gallery) - 1}
+    inputs = MetricInputs(
+        features=Means(), accuracies={"colour": lambda gallery, texts: len(gallery) - 1}
     )
     names = ["psnr", "ssim", "fid", "kid", "is", "colour"]
-    found = scores(galleries, ["a"] * count, judges, metrics=names, reference="theirs")
+    found = scores(galleries, ["a"] * count, inputs, metrics=names, reference="theirs")
     return {(metric.name, metric.subject): metric for metric in found}
 
 
@@ -364,17 +365,17 @@ def test_rows_say_of_whom_and_against_whom() -> None:
     }  # fmt: skip
     fid_row = found["fid", "ours"]
     assert (fid_row.reference, fid_row.network, fid_row.images) == ("theirs", "means", 6)
-    assert "cannot be compared with other people's figures" in fid_row.note
+    assert "not comparable with published figures" in fid_row.note
     assert "fewer images" not in fid_row.note
     assert found["colour", "ours"].value == 5 / 6 and found["psnr", "ours"].unit == "dB"
 
 
 def test_clip_judges_prompts_and_galleries(clip: Path) -> None:
     galleries = {"theirs": pictures(4, side=32), "ours": pictures(4, side=32)}
-    judges = MetricInputs(clip=ClipNetwork(str(clip)))
-    assert judges.can(reference=True) == ["psnr", "ssim", "cmmd", "clip"]
+    inputs = MetricInputs(clip=ClipNetwork(str(clip)))
+    assert inputs.available(reference=True) == ["psnr", "ssim", "cmmd", "clip"]
     prompts = ["owl", "crab", "an owl on a red background", "tiger"]
-    found = list(scores(galleries, prompts, judges, metrics=["clip", "cmmd"], reference="theirs"))
+    found = list(scores(galleries, prompts, inputs, metrics=["clip", "cmmd"], reference="theirs"))
     assert [(m.name, m.subject) for m in found] == [
         ("clip", "theirs"), ("clip", "ours"), ("cmmd", "ours")
     ]  # fmt: skip
@@ -391,7 +392,7 @@ def test_fid_of_a_thousand_images_by_another_network_is_still_only_its_own() -> 
     (row,) = scores(
         galleries, ["a"] * 1000, MetricInputs(features=Means()), metrics=["fid"], reference="theirs"
     )
-    assert row.note == "cannot be compared with figures of the standard Inception"
+    assert row.note == "not comparable with figures of the standard Inception"
 
 
 # path length
@@ -437,12 +438,12 @@ def metric(name: str, value: float) -> Metric:
 
 def test_the_band_has_two_sides() -> None:
     """The reference's own figures pass; 2 % off does not, on the better side either."""
-    mlperf.judge([metric("clip", 31.74981837), metric("fid", 23.48046692)])
+    mlperf.check_bands([metric("clip", 31.74981837), metric("fid", 23.48046692)])
     for name, value in (("fid", 22.9), ("fid", 24.0), ("clip", 31.6), ("clip", 31.9)):
         with pytest.raises(GateError, match=f"{name} is {value}"):
-            mlperf.judge([metric(name, value)])
+            mlperf.check_bands([metric(name, value)])
     with pytest.raises(GateError):
-        mlperf.judge([metric("fid", float("nan"))])
+        mlperf.check_bands([metric("fid", float("nan"))])
 
 
 PROTOCOL = {
@@ -467,7 +468,7 @@ PROTOCOL = {
 )
 def test_what_is_not_the_protocol(change: dict[str, Any], says: str) -> None:
     mlperf.check(**PROTOCOL)  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match=f"not the protocol of MLPerf.*{says}"):
+    with pytest.raises(SettingsError, match=f"not MLPerf's protocol.*{says}"):
         mlperf.check(**{**PROTOCOL, **change})
 
 
@@ -478,7 +479,7 @@ def test_captions_of_a_table(tmp_path: Path) -> None:
     )
     assert mlperf.read_captions(path) == ['A "red" apple.', "An owl"]
     path.write_text("id\ttext\n1\tA\n")
-    with pytest.raises(SettingsError, match="no column named caption"):
+    with pytest.raises(SettingsError, match="no captions in a column named caption"):
         mlperf.read_captions(path)
 
 
