@@ -27,10 +27,11 @@ from latentforge.measure.quality.request import EvalRequest, select_metrics
 from latentforge.measure.quality.scores import scores
 from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_picture, save, to_array
-from latentforge.runtime.machine import available_cores, described
-from latentforge.runtime.manifest import FILENAME, Manifest, hash_file
 from latentforge.runtime.loader import load
+from latentforge.runtime.machine import available_cores, described
+from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.sampling import samplers
@@ -208,14 +209,14 @@ class _ImageSource:
 def _sources(engines: Sequence[Path], request: EvalRequest) -> list[_ImageSource]:
     """Return the participants, the reference first if there is one."""
     directories, against = list(engines), request.against
-    if against is not None and (Path(against) / FILENAME).is_file():
+    if against is not None and (Path(against) / MANIFEST_FILE).is_file():
         reference = Path(against)
         directories = [reference, *(e for e in engines if e.resolve() != reference.resolve())]
     names = [_EAGER, *(path.resolve().name for path in directories)]
     sources = [
         _ImageSource(
             name=name if names.count(name) == 1 else str(path.resolve())[1:].replace("/", "-"),
-            fingerprint=hash_file(path / FILENAME),
+            fingerprint=hash_file(path / MANIFEST_FILE),
             load=partial(load, path, threads=request.threads),
         )
         for path, name in zip(directories, names[1:], strict=True)
