@@ -60,7 +60,9 @@ class Statistics:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SettingsError(f"{path} is not an .npz of mu and sigma: {one_line(error)}") from error
+            raise SettingsError(
+                f"{path} is not an .npz of mu and sigma: {one_line(error)}"
+            ) from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
             raise SettingsError(f"{path}: mu is (width,) and sigma (width, width), finite")
         return cls(mu=mu, sigma=sigma)

@@ -97,7 +97,9 @@ def load_onnx(path: Path, *, inputs: int) -> Any:
     try:
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class of their own
-        raise SettingsError(f"{path} is not a network for comparing images: {one_line(error)}") from error
+        raise SettingsError(
+            f"{path} is not a network for comparing images: {one_line(error)}"
+        ) from error
     shapes = [given.shape for given in session.get_inputs()]
     if len(shapes) != inputs or any(len(shape) != 4 for shape in shapes):
         raise SettingsError(
@@ -117,7 +119,9 @@ def run_onnx(session: Any, feeds: Mapping[str, Array], name: str) -> list[Array]
         outputs: list[Array] = session.run(None, feeds)
     except Exception as error:  # the library's errors share no base class of their own
         shape = next(iter(feeds.values())).shape
-        raise SettingsError(f"{name} does not accept images of shape {shape}: {one_line(error)}") from error
+        raise SettingsError(
+            f"{name} does not accept images of shape {shape}: {one_line(error)}"
+        ) from error
     return outputs
 
 
