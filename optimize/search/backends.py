@@ -20,7 +20,7 @@ from latentforge.runtime.manifest import DENOISER_PARTS, Component, Manifest, St
 
 __all__ = ["STAGE", "select_backends", "tune_rows"]
 
-STAGE = "choose"
+STAGE = "select"
 """Its name in a manifest's history."""
 
 _MARGIN = 1.03  # a later candidate has to be this much faster: less is noise

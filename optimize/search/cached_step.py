@@ -33,7 +33,7 @@ __all__ = ["CACHED_STEP", "STAGE", "add_cached_step", "count_levels", "split"]
 CACHED_STEP = f"{DENOISER}_cached"
 """The component that runs on the steps between."""
 
-STAGE = "split"
+STAGE = "cached-step"
 """The name in a manifest's history."""
 
 _AXES = (1, 3, -1, -3)  # of channels, first or last
@@ -95,7 +95,7 @@ def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
         level: see split().
 
     Returns:
-        The manifest that was written. Its last stage holds under CACHED_STEP the ``share`` of the
+        The manifest that was written. Its last stage holds under CACHED_STEP the ``macs_share`` of the
         full graph's multiply-accumulates that the shallow one takes, at the default size.
 
     Raises:
@@ -113,7 +113,7 @@ def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
         {DENOISER: full, CACHED_STEP: shallow},
         name=STAGE,
         options={"level": level},
-        measured={"share": round(costs[1] / costs[0], 4), "macs": float(costs[1])},
+        measured={"macs_share": round(costs[1] / costs[0], 4), "macs": float(costs[1])},
         start=start,
     )
 

@@ -32,7 +32,7 @@ __all__ = ["LEAST", "REDUCED", "STAGE", "add_reduced", "grids", "reduce_attentio
 REDUCED = f"{DENOISER}_reduced"
 """The component that takes and gives what the UNet's own does."""
 
-STAGE = "reduce"
+STAGE = "reduced-attention"
 """The name in a manifest's history."""
 
 LEAST = 2048
@@ -85,7 +85,7 @@ def add_reduced(source: Path, folder: Path, *, least: int = LEAST) -> Manifest:
         folder,
         {REDUCED: replace(part, model=model)},
         name=STAGE,
-        options={"least": least},
+        options={"min_tokens": least},
         measured={"attentions": float(count)},
         start=start,
     )

@@ -58,7 +58,7 @@ from latentforge.runtime.settings import Settings, resolve
 __all__ = ["POINTS", "STAGE", "STAGES", "USUAL", "SearchRequest", "PlanGate", "accelerate", "check"]
 __all__ += ["summary_lines"]
 
-STAGE = "fast"
+STAGE = "search"
 """Its name in a manifest's history."""
 
 STAGES = (SPLIT, REDUCE, STAGE)
@@ -248,7 +248,7 @@ def accelerate(directory: Path, fast: SearchRequest, *, quiet: bool = True) -> M
 def summary_lines(manifest: Manifest) -> Iterator[str]:
     """What came of the search, line by line."""
     stage = next(stage for stage in reversed(manifest.history) if stage.name == STAGE)
-    tried, gate = stage.options["tried"], stage.options["gate"]
+    tried, gate = stage.options["plans"], stage.options["gate"]
     plan = manifest.acceleration
     if plan is None:
         yield f"no plan of {len(tried)} that were judged passes {gate}: the engines stay exact"
@@ -256,8 +256,8 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
     figures = plan.measured
     yield f"plan: {stage.options['plan']} ({plan.sampler}); {len(tried)} were judged by {gate}"
     yield (
-        f"images {figures['speedup']:.2f}x faster than exact ({figures['speedup_least']:.2f} to "
-        f"{figures['speedup_most']:.2f} over pairs), class B"
+        f"images {figures['speedup']:.2f}x faster than exact ({figures['speedup_min']:.2f} to "
+        f"{figures['speedup_max']:.2f} over pairs), class B"
     )
     shown = (f"{k} {v:.4g}" for k, v in figures.items() if not k.startswith("speedup"))
     yield f"on prompts and seeds that it was not chosen by: {', '.join(shown)}"
@@ -420,7 +420,7 @@ class _Search:
         """What was tried, for the manifest's history."""
         return {
             "plan": self._name,
-            "tried": [{"plan": str(each), **how} for each, how in self._tried.items()],
+            "plans": [{"plan": str(each), **how} for each, how in self._tried.items()],
             "timesteps": [
                 {"steps": steps, **asdict(found), "timesteps": list(found.timesteps)}
                 for steps, found in sorted(self._found.items())
@@ -609,6 +609,6 @@ def _timed(
     ratios = [a.seconds["total"] / b.seconds["total"] for a, b in pairs]
     return {
         "speedup": ours.ratio["total"].value,
-        "speedup_least": min(ratios),
-        "speedup_most": max(ratios),
+        "speedup_min": min(ratios),
+        "speedup_max": max(ratios),
     }

@@ -245,8 +245,8 @@ def _timings(timed: Timed, name: str) -> dict[str, float]:
         "seconds_before": before.median["total"],
         "seconds_after": after.median["total"],
         "speedup": after.ratio["total"].value,
-        "speedup_least": min(speedups),
-        "speedup_most": max(speedups),
+        "speedup_min": min(speedups),
+        "speedup_max": max(speedups),
         "denoiser_step_speedup": after.ratio["denoiser step"].value,
         "memory_before": float(before.peak_memory or 0),
         "memory_after": float(after.peak_memory or 0),
@@ -269,7 +269,7 @@ def _options(
     }
     if chosen.layers:
         kept = set(chosen.kept)
-        options["layers"] = [{**asdict(x), "kept": x.name in kept} for x in chosen.layers]
+        options["layers"] = [{**asdict(x), "kept_float": x.name in kept} for x in chosen.layers]
     if len(candidates) > 1:
         options["chosen"] = chosen.name
         options["candidates"] = {c.name: _summary(c, timed) for c in candidates}

@@ -39,7 +39,7 @@ def automatic(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) -> None:
     manifest = Manifest.read(automatic)
     stage = manifest.history[-1]
-    assert stage.name == "choose" and stage.options["reference"] == "cpu"
+    assert stage.name == "select" and stage.options["reference"] == "cpu"
     ratios = stage.options["ratios"]["openvino"]
     assert {"text_encoder", "denoiser step", "vae_decoder", "total"} <= ratios.keys()
     assert all(ratio > 0 for ratio in ratios.values())

@@ -382,15 +382,15 @@ def test_a_directory_that_was_cut(unet: Unet, tmp_path: Path, outside: bool) -> 
 def test_its_history_says_what_was_done(unet: Unet, tmp_path: Path) -> None:
     written = add_cached_step(unet("sd"), tmp_path, level=0)
     stage = written.history[-1]
-    assert (stage.name, stage.options) == ("split", {"level": 0})
+    assert (stage.name, stage.options) == ("cached-step", {"level": 0})
     part = whole(unet("sd"))
     sizes = {"batch": 1, "latent_height": 16, "latent_width": 16}  # those of the manifest's default
     assert written.defaults.height == 16 * written.latent.downscale
     cost = [macs(each.model, each.inputs, sizes) for each in split(part, 0)]
-    assert stage.measured[CACHED_STEP]["share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
+    assert stage.measured[CACHED_STEP]["macs_share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
     (line,) = changes(stage)
     assert line.startswith(f"{CACHED_STEP}: share {cost[1] / cost[0]:.3g}")
-    assert 0.02 < stage.measured[CACHED_STEP]["share"] < 0.3
+    assert 0.02 < stage.measured[CACHED_STEP]["macs_share"] < 0.3
 
 
 def test_it_is_cut_once(unet: Unet, tmp_path: Path) -> None:

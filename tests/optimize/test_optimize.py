@@ -68,7 +68,7 @@ def test_history_says_what_was_done_and_measured(fused: Path) -> None:
     assert unet["nodes_after"] < unet["nodes_before"]
     assert unet["max_relative_error"] < 1e-4
     assert image["psnr"] > 60 and image["images"] == 1
-    assert 0 < image["speedup_least"] <= image["speedup"] <= image["speedup_most"]
+    assert 0 < image["speedup_min"] <= image["speedup"] <= image["speedup_max"]
     assert min(image[f"{what}_after"] for what in ("seconds", "memory")) > 0
 
 
@@ -184,12 +184,12 @@ def test_scan_keeps_the_worst_in_float(tiny_engines: Path, tmp_path: Path) -> No
     manifest = optimize(tiny_engines, tmp_path / "out", recipe=str(recipe), **QUICK)
     stage = manifest.history[-1]
     layers = stage.options["layers"]
-    kept = [layer for layer in layers if layer["kept"]]
+    kept = [layer for layer in layers if layer["kept_float"]]
     assert len(kept) == round(0.1 * len(layers)) > 0
     # what is kept costs more for what it saves than anything that is not
-    worth = {layer["kept"]: [] for layer in layers}
+    worth = {layer["kept_float"]: [] for layer in layers}
     for layer in layers:
-        worth[layer["kept"]].append(layer["error"] / layer["bytes"])
+        worth[layer["kept_float"]].append(layer["error"] / layer["bytes"])
     assert min(worth[True]) >= max(worth[False])
     assert stage.passes["unet/int8-kept"] >= len(kept)
 

@@ -199,7 +199,7 @@ def test_a_directory_with_a_reduced_unet(optimized: Path, tmp_path: Path) -> Non
     assert (reduced.inputs, reduced.outputs) == (unet.inputs, unet.outputs)
     assert unet.sha256 == Manifest.read(optimized).components["denoiser"].sha256
     stage = written.history[-1]
-    assert (stage.name, stage.options) == ("reduce", {"least": 256})
+    assert (stage.name, stage.options) == ("reduced-attention", {"min_tokens": 256})
     assert stage.measured[REDUCED]["attentions"] == 4  # one down, one in the middle, two up
     exact, small = (out_sample(tmp_path, name, 8) for name in ("denoiser", REDUCED))
     np.testing.assert_array_equal(small, exact)

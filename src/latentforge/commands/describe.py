@@ -109,7 +109,7 @@ def changes(stage: Stage) -> Iterator[str]:
     if "backends" in stage.options:
         yield from _compiled(stage)
         return
-    if "tried" in stage.options:
+    if "plans" in stage.options:
         yield from _searched(stage)
         return
     if "recipe" in stage.options:
@@ -140,7 +140,7 @@ def _choice(stage: Stage) -> Iterator[str]:
 
 def _searched(stage: Stage) -> Iterator[str]:
     """How many plans were judged, and which was taken."""
-    count, gate = len(stage.options["tried"]), stage.options["gate"]
+    count, gate = len(stage.options["plans"]), stage.options["gate"]
     taken = stage.options["plan"] or "none, the engines stay exact"
     yield f"{count} plans judged by {gate}; taken: {taken}"
 
@@ -185,7 +185,7 @@ def _verdict(stage: Stage) -> Iterator[str]:
             f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x SLOWER on this machine"
         )
         yield (
-            f"images {change} ({image['speedup_least']:.2f} to {image['speedup_most']:.2f} over "
+            f"images {change} ({image['speedup_min']:.2f} to {image['speedup_max']:.2f} over "
             f"pairs), UNet step {image['denoiser_step_speedup']:.2f}x, memory "
             f"{image['memory_before'] / 1e6:.0f} -> {image['memory_after'] / 1e6:.0f} MB"
         )
@@ -212,7 +212,7 @@ def _candidate(name: str, figures: Mapping[str, Any], *, chosen: bool) -> str:
 
 def _kept(layers: list[Mapping[str, Any]]) -> Iterator[str]:
     """The layers that stayed in float, the worst first."""
-    kept = [layer for layer in layers if layer["kept"]]
+    kept = [layer for layer in layers if layer["kept_float"]]
     if layers:
         yield f"{len(layers)} layers measured one by one, {len(kept)} kept in float"
     for layer in kept[:_SHOWN]:
