@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from latentforge.optimize.passes.native.convolution import pack
+from latentforge.optimize.passes.native.conv import pack
 from latentforge.runtime.kernels import DOMAIN, needed_library
 
 Array = np.ndarray[Any, Any]

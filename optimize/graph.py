@@ -16,7 +16,14 @@ from latentforge.runtime.errors import BackendError
 from latentforge.runtime.kernels import DOMAIN, needed_library
 from latentforge.runtime.text import one_line
 
-__all__ = ["GraphLayer", "add_constant", "constant", "dependencies", "layers", "lend"]
+__all__ = [
+    "GraphLayer",
+    "add_constant",
+    "constant",
+    "dependencies",
+    "layers",
+    "extract_initializers",
+]
 __all__ += ["matches", "module", "open_session", "operands", "set_weight", "tidy"]
 
 Array = NDArray[np.generic]
@@ -193,7 +200,7 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
         options.register_custom_ops_library(str(needed_library("the graph")))
     copy = model.clone()
     tidy(copy)  # ONNX Runtime takes no constant that nothing uses
-    arrays = lend(copy.graph)
+    arrays = extract_initializers(copy.graph)
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     options.add_external_initializers(list(arrays), values)
     try:
@@ -204,7 +211,7 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
         raise BackendError(f"onnxruntime refuses the graph: {reason}") from error
 
 
-def lend(graph: ir.Graph) -> dict[str, Array]:
+def extract_initializers(graph: ir.Graph) -> dict[str, Array]:
     """Take the large constants out of a graph, and return them by name."""
     arrays: dict[str, Array] = {}
     for name, value in graph.initializers.items():

@@ -1,70 +1,76 @@
-"""Which passes make the graph that each target runs best.
+"""Targets: the passes that produce the graph each backend runs fastest.
 
-What a pass makes has to load: ONNX Runtime's own operators (com.microsoft) exist for its CPU and
-CUDA providers, some of them for CUDA alone, and for no other engine.
+A backend has to know every operator that a pass inserts. The folder of a pass says which backends
+do: ``portable`` inserts standard ONNX operators only, ``ort`` com.microsoft operators with kernels
+in ONNX Runtime's CPU and CUDA providers, ``ort_cuda`` those with kernels in its CUDA provider
+alone (measured with 1.32), ``native`` operators of latentforge's own CPU library.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from latentforge.optimize.passes import PASSES
+from latentforge.optimize.passes import CUDA_ONLY, NATIVE, PASSES
 from latentforge.optimize.quantize.options import Form
 from latentforge.runtime.kernels import library
 
-__all__ = ["CUDA_ONLY", "NATIVE", "TARGETS", "Target"]
-
-CUDA_ONLY = frozenset({"fuse-geglu", "fuse-group-norm", "pack-attention", "nhwc-conv"})
-"""Passes that make operators which ONNX Runtime's CPU provider lacks, measured with 1.32."""
-
-NATIVE = frozenset({"native-conv", "fuse-conv", "native-product"})
-"""Passes that make operators of latentforge's own library, for ONNX Runtime's CPU provider."""
+__all__ = ["TARGETS", "Target"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What runs a graph.
+    """Backend to optimize for, and how.
 
     Attributes:
         passes: names in PASSES, in the order in which they run.
-        last: of those, which run when a graph has been cut into its parts and no layer of it was
-            quantized.
-        half: whether it computes in half precision.
-        form: how it takes quantized layers.
-        backend: that runs them, most of them when they are compiled.
+        post_partition_passes: names of passes that run on each part after the graph has been
+            partitioned, unless layers of it were quantized.
+        half: True if the backend computes in half precision.
+        form: how quantized layers are written for the backend.
+        backend: name of the backend. Most of them compile the graphs first.
     """
 
     passes: tuple[str, ...]
     half: bool
     form: Form
     backend: str
-    last: tuple[str, ...] = ()
+    post_partition_passes: tuple[str, ...] = ()
 
     @property
-    def portable(self) -> tuple[str, ...]:
-        """The passes whose graph ONNX Runtime's CPU provider runs too, for gates without a GPU."""
+    def portable_passes(self) -> tuple[str, ...]:
+        """Passes of the portable variant, which ONNX Runtime's CPU provider runs as well.
+
+        A quality gate measures the portable variant where there is no GPU.
+        """
         return tuple(name for name in self.passes if name not in CUDA_ONLY)
 
     @property
-    def runs_here(self) -> bool:
-        """Whether ONNX Runtime's CPU provider runs its graphs as they are."""
-        return self.portable == self.passes
+    def runs_on_cpu(self) -> bool:
+        """True if ONNX Runtime's CPU provider runs the target's graphs unchanged."""
+        return self.portable_passes == self.passes
 
     @property
-    def before(self) -> str:
-        """What runs its graphs before they are compiled."""
-        return "onnxruntime" if self.runs_here else self.backend
+    def source_backend(self) -> str:
+        """Name of the backend that runs the target's graphs before they are compiled."""
+        return "onnxruntime" if self.runs_on_cpu else self.backend
 
     @property
-    def runs_as_it_is(self) -> bool:
-        """Whether there is nothing to compile."""
-        return self.before == self.backend
+    def needs_compile(self) -> bool:
+        """True if the backend runs compiled engines rather than the ONNX graphs themselves."""
+        return self.source_backend != self.backend
 
 
 _STANDARD = ("fold-constants", "fuse-layer-norm", "fuse-gelu")
-"""What leaves nothing but ONNX's own operators: these engines fuse by themselves."""
+"""Passes for engines that fuse by themselves: they leave standard ONNX operators only."""
 
-_LAST = ("native-conv", "merge-transposes", "fuse-conv", "native-product")
+_NATIVE_CPU = (
+    "native-conv",
+    "merge-transposes",
+    "fuse-conv",
+    "native-product",
+    "native-attention",
+    "native-geglu",
+)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -73,7 +79,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             half=False,
             form="onnxruntime",
             backend="onnxruntime",
-            last=_LAST if library() is not None else (),
+            post_partition_passes=_NATIVE_CPU if library() is not None else (),
         ),
         "cuda": Target(
             passes=tuple(name for name in PASSES if name not in NATIVE),
@@ -86,3 +92,4 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         "openvino": Target(passes=_STANDARD, half=False, form="qdq", backend="openvino"),
     }
 )
+"""Targets by their command-line name."""

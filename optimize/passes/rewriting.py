@@ -13,37 +13,43 @@ from latentforge.runtime.kernels import DOMAIN
 
 __all__ = [
     "MICROSOFT",
+    "TO_NCHW",
+    "TO_NHWC",
     "Array",
     "Editor",
-    "Size",
+    "Dim",
     "apply_named",
-    "given",
+    "input_at",
     "is_native",
-    "lazily",
-    "made_by",
-    "only_user",
+    "lazy_tensor",
+    "producer_of",
+    "sole_consumer",
+    "replace_native",
     "scalar",
-    "size",
-    "sizes",
+    "dim",
+    "dim_values",
     "split_scalar",
-    "sweep",
-    "take_sum",
-    "vector",
+    "remove_unused",
+    "absorb_add",
+    "is_channel_vector",
 ]
 
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
+TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+"""Permutations between (batch, channels, height, width) and channels last."""
+
 Array = NDArray[Any]
 
-Size = int | str | tuple[ir.Value, int]
+Dim = int | str | tuple[ir.Value, int]
 """One dimension: a number, a name, or a place in a tensor (of whose shape nothing is known)."""
 
 _FEW = 8
 """A tensor of sizes has at most so many elements; larger constants are not looked into."""
 
 
-def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+def producer_of(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node that computes a value, if it is one of these operators of ONNX."""
     node = value.producer() if value is not None else None
     if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in op_types:
@@ -56,12 +62,12 @@ def is_native(node: ir.Node | None, op_type: str) -> bool:
     return node is not None and (node.domain, node.op_type) == (DOMAIN, op_type)
 
 
-def given(node: ir.Node, index: int) -> ir.Value | None:
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
     """An input, or None where it is missing or the node has fewer."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def only_user(value: ir.Value) -> ir.Node | None:
+def sole_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that uses a value, or None if there are more or the graph returns it."""
     users = value.consumers()
     return users[0] if len(users) == 1 and not value.is_graph_output() else None
@@ -88,7 +94,7 @@ def split_scalar(node: ir.Node) -> tuple[ir.Value, float] | None:
     return None
 
 
-def vector(value: ir.Value | None, channels: int, trailing: int) -> bool:
+def is_channel_vector(value: ir.Value | None, channels: int, trailing: int) -> bool:
     """Whether a value is a constant of one number a channel, with so many axes behind it."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     if value is None or tensor is None or value.is_graph_input():
@@ -98,7 +104,7 @@ def vector(value: ir.Value | None, channels: int, trailing: int) -> bool:
     return shape == wanted or shape == [1, *wanted]
 
 
-def size(value: ir.Value, axis: int) -> Size:
+def dim(value: ir.Value, axis: int) -> Dim:
     """One dimension of a value. A name stands for the same number all over a graph."""
     if value.shape is not None:
         axis %= len(value.shape)
@@ -110,7 +116,7 @@ def size(value: ir.Value, axis: int) -> Size:
     return (value, axis)
 
 
-def sizes(value: ir.Value | None) -> list[Size] | None:
+def dim_values(value: ir.Value | None) -> list[Dim] | None:
     """What is known of the elements of a tensor that holds sizes, or None if it isn't a list."""
     if value is None:
         return None
@@ -124,29 +130,29 @@ def sizes(value: ir.Value | None) -> list[Size] | None:
     return found if found is not None else _opaque(value)
 
 
-def _opaque(value: ir.Value) -> list[Size] | None:
+def _opaque(value: ir.Value) -> list[Dim] | None:
     if value.shape is None or len(value.shape) > 1:
         return None
     length = value.shape[0] if len(value.shape) else 1
     return [(value, place) for place in range(length)] if isinstance(length, int) else None
 
 
-def _shape(node: ir.Node) -> list[Size] | None:
+def _shape(node: ir.Node) -> list[Dim] | None:
     value = node.inputs[0]
     if value is None or value.shape is None:
         return None
     axes = range(len(value.shape))
     start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(axes))
-    return [size(value, axis) for axis in axes[start:end]]
+    return [dim(value, axis) for axis in axes[start:end]]
 
 
-def _concat(node: ir.Node) -> list[Size] | None:
-    parts = [sizes(value) for value in node.inputs]
+def _concat(node: ir.Node) -> list[Dim] | None:
+    parts = [dim_values(value) for value in node.inputs]
     return None if None in parts else [item for part in parts if part for item in part]
 
 
-def _slice(node: ir.Node) -> list[Size] | None:
-    given = sizes(node.inputs[0])
+def _slice(node: ir.Node) -> list[Dim] | None:
+    given = dim_values(node.inputs[0])
     numbers = [scalar(value) for value in node.inputs[1:]]
     if given is None or None in numbers or numbers[2:] not in ([], [0], [0, 1]):
         return None
@@ -154,8 +160,8 @@ def _slice(node: ir.Node) -> list[Size] | None:
     return given[start:end]
 
 
-def _gather(node: ir.Node) -> list[Size] | None:
-    given, places = sizes(node.inputs[0]), sizes(node.inputs[1])
+def _gather(node: ir.Node) -> list[Dim] | None:
+    given, places = dim_values(node.inputs[0]), dim_values(node.inputs[1])
     if given is None or places is None or node.attributes.get_int("axis", 0) != 0:
         return None
     numbers = [place for place in places if isinstance(place, int)]
@@ -163,14 +169,14 @@ def _gather(node: ir.Node) -> list[Size] | None:
     return [given[number] for number in numbers] if known else None
 
 
-def _same(node: ir.Node) -> list[Size] | None:
+def _same(node: ir.Node) -> list[Dim] | None:
     value = node.inputs[0]
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) != ir.DataType.INT64:
         return None
-    return sizes(value)
+    return dim_values(value)
 
 
-_COMPUTED: Mapping[str, Callable[[ir.Node], list[Size] | None]] = {
+_COMPUTED: Mapping[str, Callable[[ir.Node], list[Dim] | None]] = {
     "Shape": _shape,
     "Concat": _concat,
     "Slice": _slice,
@@ -211,13 +217,13 @@ class Editor:
             Its first output: of that shape, and of the first input's dtype.
         """
         module = scope_of(before) if scope is None else scope
-        name = self.free(f"{module}/{op_type}".lstrip("/"))
+        name = self.unique_name(f"{module}/{op_type}".lstrip("/"))
         known = [
             ir.convenience.convert_attribute(key, item) for key, item in (attributes or {}).items()
         ]
         node = ir.Node(domain, op_type, inputs, known, num_outputs=outputs, name=name)
         output = node.outputs[0]
-        output.name = self.free(f"{name}_output")
+        output.name = self.unique_name(f"{name}_output")
         output.type = next((value.type for value in inputs if value is not None), None)
         output.shape = None if shape is None else ir.Shape(shape)
         if domain:
@@ -225,7 +231,7 @@ class Editor:
         self._graph.insert_before(before, node)
         return output
 
-    def transpose(
+    def add_transpose(
         self, value: ir.Value, perm: Sequence[int], *, before: ir.Node, scope: str | None = None
     ) -> ir.Value:
         """Insert a Transpose, named like any node that is added."""
@@ -235,10 +241,10 @@ class Editor:
             "Transpose", [value], before=before, scope=scope, shape=shape, attributes=attributes
         )
 
-    def initializer(self, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:
+    def add_initializer(self, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:
         """Add a constant under this name, or this name with a number."""
         tensor = ir.tensor(tensor) if isinstance(tensor, np.ndarray) else tensor
-        value = ir.Value(name=self.free(name), const_value=tensor)
+        value = ir.Value(name=self.unique_name(name), const_value=tensor)
         value.dtype = tensor.dtype
         value.shape = ir.Shape(tensor.shape.numpy())
         self._graph.register_initializer(value)
@@ -255,16 +261,16 @@ class Editor:
         self._graph.remove(node)
         self._graph.insert_before(before, node)
 
-    def drop(self, node: ir.Node) -> None:
+    def remove(self, node: ir.Node) -> None:
         """Remove a node that nothing uses any more: it is no user of its inputs from now on."""
         self._graph.remove(node, safe=True)
 
-    def give(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
+    def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
         """Set an input, with missing ones before it."""
         node.resize_inputs(max(index + 1, len(node.inputs)))
         node.replace_input_with(index, value)
 
-    def free(self, name: str) -> str:
+    def unique_name(self, name: str) -> str:
         """This name, numbered if it is taken."""
         number, found = 1, name
         while found in self._names:
@@ -279,7 +285,7 @@ def scope_of(node: ir.Node) -> str:
     return str(node.name or "").rpartition("/")[0]
 
 
-def lazily(
+def lazy_tensor(
     compute: Callable[..., Array], values: Sequence[ir.Value], shape: Sequence[int]
 ) -> ir.LazyTensor:
     """What is computed from some constants, each time anew: gigabytes of weights stay on disk."""
@@ -312,7 +318,7 @@ def apply_named(apply: Callable[[ir.Model], Any], model: ir.Model) -> int:
             module = "" if maker is node else scope_of(maker)
             alike = maker is not node and maker.op_type == node.op_type
             name = f"{module}/{node.op_type}".lstrip("/")
-            node.name = maker.name if alike else editor.free(name)
+            node.name = maker.name if alike else editor.unique_name(name)
             node.metadata_props.clear()
     return int(count)
 
@@ -321,22 +327,39 @@ Place = Callable[[ir.Node, ir.Value], tuple[int, ir.Value] | None]
 """Tells which input of a node a summand of its output becomes, and in which form; None if none."""
 
 
-def take_sum(editor: Editor, add: ir.Node, op_type: str, place: Place) -> bool:
+def absorb_add(editor: Editor, add: ir.Node, op_type: str, place: Place) -> bool:
     """Let an operator of latentforge's own add what an Add adds to its output."""
     first, second = add.inputs
     for value, added in ((first, second), (second, first)):
-        node = value.producer() if value is not None and only_user(value) is add else None
+        node = value.producer() if value is not None and sole_consumer(value) is add else None
         if node is None or value is None or added is None or not is_native(node, op_type):
             continue
         if (found := place(node, added)) is not None:
-            editor.give(node, *found)
+            editor.set_input(node, *found)
             editor.move(node, before=add)
             editor.replace(add.outputs[0], value)
-            editor.drop(add)
+            editor.remove(add)
             return True
     return False
 
 
-def sweep(model: ir.Model) -> None:
+def remove_unused(model: ir.Model) -> None:
     """Remove what nothing uses any more."""
     common.RemoveUnusedNodesPass()(model)
+
+
+def replace_native(
+    editor: Editor,
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, int | float],
+) -> None:
+    output = node.outputs[0]
+    result = editor.add(
+        op_type, inputs, before=node, domain=DOMAIN, shape=output.shape, attributes=attributes
+    )
+    made = result.producer()
+    assert made is not None
+    node.name, made.name = made.name, node.name
+    editor.replace(output, result)

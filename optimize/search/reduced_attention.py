@@ -21,7 +21,14 @@ import onnx_ir as ir
 from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.partition.graph_analysis import ancestors, infer_shapes
 from latentforge.optimize.partition.hoist import GraphPartition
-from latentforge.optimize.passes.rewriting import MICROSOFT, Editor, made_by, scope_of, size, sweep
+from latentforge.optimize.passes.rewriting import (
+    MICROSOFT,
+    Editor,
+    dim,
+    producer_of,
+    remove_unused,
+    scope_of,
+)
 from latentforge.optimize.search.variants import extend, load_unet
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.kernels import DOMAIN
@@ -109,7 +116,7 @@ def reduce_attention(model: ir.Model, *, least: int = LEAST) -> int:
         for value in found.fewer:
             value.shape = None
         count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
@@ -144,7 +151,7 @@ def _self_attentions(graph: ir.Graph) -> Iterator[_SelfAttention]:
 
 def _projection(value: ir.Value | None) -> ir.Node | None:
     """The product that a key, query or value is of, with or without a bias."""
-    biased = made_by(value, "Add")
+    biased = producer_of(value, "Add")
     found = [_product(item) for item in (biased.inputs if biased else [value])]
     return next((node for node in found if node is not None), None)
 
@@ -155,7 +162,7 @@ def _product(value: ir.Value | None) -> ir.Node | None:
     ours = node is not None and (node.domain, node.op_type) == (DOMAIN, "MatMul")
     if ours and node is not None and all(item is None for item in node.inputs[3:]):
         return node
-    return made_by(value, "MatMul")
+    return producer_of(value, "MatMul")
 
 
 def _grid(graph: ir.Graph, tokens: ir.Value) -> ir.Value | None:
@@ -173,13 +180,13 @@ def _flattens(node: ir.Node) -> bool:
     if given is None or given.shape is None or made.shape is None:
         return False
     ranks = len(given.shape), len(made.shape)
-    return ranks == (4, 3) and isinstance(size(given, 3), int) and size(given, 3) == size(made, 2)
+    return ranks == (4, 3) and isinstance(dim(given, 3), int) and dim(given, 3) == dim(made, 2)
 
 
 def _fewer(editor: Editor, found: _SelfAttention, least: int) -> ir.Value:
     """Every second token of each axis of the grid if they are many, else all."""
     scope = scope_of(found.key)
-    channels = int(size(found.grid, 3))  # type: ignore[arg-type]
+    channels = int(dim(found.grid, 3))  # type: ignore[arg-type]
 
     def add(op_type: str, *inputs: ir.Value, like: ir.Value, **attributes: int) -> ir.Value:
         made = editor.add(op_type, inputs, before=found.key, attributes=attributes)
@@ -187,7 +194,7 @@ def _fewer(editor: Editor, found: _SelfAttention, least: int) -> ir.Value:
         return made
 
     def numbers(name: str, *items: int) -> ir.Value:
-        return editor.initializer(f"{scope}/{name}", np.array(items, np.int64))
+        return editor.add_initializer(f"{scope}/{name}", np.array(items, np.int64))
 
     axes = numbers("axes", 1, 2)
     sides = add("Shape", found.grid, like=axes, start=1, end=3)

@@ -91,7 +91,7 @@ def make(
     rewriter = Rewriter(recipe=recipe, target=origin.target, feeds=_feeds(recipe, origin))
     manifest, rewritten = _write(rewriter, origin, folder, progress)
     judged = folder
-    if not origin.target.runs_here:
+    if not origin.target.runs_on_cpu:
         judged = folder / "twin"
         judged.mkdir()
         _write(replace(rewriter, portable=True), origin, judged, progress)

@@ -81,7 +81,7 @@ class Rewriter:
 
     def fuse(self, model: ir.Model, precision: Precision, *, half: bool) -> Counter[str]:
         """Run the target's passes, but for those that this precision rules out."""
-        passes = self.target.portable if self.portable else self.target.passes
+        passes = self.target.portable_passes if self.portable else self.target.passes
         unfit = set(self.recipe.skip)
         if not half:
             unfit.add("pack-attention")  # whose kernels are in half alone
@@ -121,7 +121,7 @@ class Rewriter:
         """Run the target's last passes, which other analyses don't look behind."""
         if precision not in ("fp32", "fp16"):  # what is quantized keeps its layout
             return Counter()
-        names = [name for name in self.target.last if name not in self.recipe.skip]
+        names = [name for name in self.target.post_partition_passes if name not in self.recipe.skip]
         return optimize(model, {name: PASSES[name] for name in names})
 
     def _halve(self, model: ir.Model, precision: Precision, component: Component) -> Counter[str]:

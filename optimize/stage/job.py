@@ -88,7 +88,7 @@ def plan(
     for name, each in recipes.items():
         _check_recipe(name, each, backend, manifest)
     _check_graphs(source, manifest, recipes.values())
-    if len(recipes) > 1 and not (repeats and TARGETS[backend].runs_here):
+    if len(recipes) > 1 and not (repeats and TARGETS[backend].runs_on_cpu):
         raise SettingsError(
             f"recipe {recipe} chooses by measuring, which needs --repeats from 1 up and a target "
             "that runs here: name one recipe"

@@ -112,7 +112,7 @@ def optimize_into(job: OptimizeJob, directory: Path, *, quiet: bool = True) -> M
 
 def _needed(job: OptimizeJob) -> int:
     """Bytes on the disk: results are hardly larger than the input, and some have a twin."""
-    copies = len(job.recipes) * (1 if job.target.runs_here else 2)
+    copies = len(job.recipes) * (1 if job.target.runs_on_cpu else 2)
     return int(_SPACE * job.manifest.size * copies)
 
 
@@ -156,7 +156,7 @@ def _timed(
     able = [c for c in candidates if not c.failures]
     sizes = [manifest.size for manifest in (job.manifest, *(c.manifest for c in able))]
     together = fit_together(sizes)
-    if not (job.repeats and able and job.target.runs_here) or together is None:
+    if not (job.repeats and able and job.target.runs_on_cpu) or together is None:
         return None
     with load(job.source, hashes=False, low_memory=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request)
@@ -230,7 +230,7 @@ def _described(
         history=(*job.manifest.history, stage),
         quality=quality,
         components={
-            name: msgspec.structs.replace(component, backend=job.target.before)
+            name: msgspec.structs.replace(component, backend=job.target.source_backend)
             for name, component in chosen.manifest.components.items()
         },
     )

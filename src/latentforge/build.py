@@ -168,7 +168,7 @@ def estimate(
         )
     yield f"2. optimize by recipe {recipe}, for {', '.join(targets)}; pictures judge the result"
     for name in targets:
-        if TARGETS[name].runs_as_it_is and not (sizes and sizes.asdict()):
+        if not TARGETS[name].needs_compile and not (sizes and sizes.asdict()):
             continue
         entry = backends.BACKENDS[TARGETS[name].backend]
         memory = max(memory, int(entry.memory * max(weights.values())))
@@ -246,7 +246,7 @@ def _build_target(
     """Optimize into a directory, and compile what the target does not run as it is."""
     target = TARGETS[name]
     job = plan_optimization(exported, recipe=recipe, backend=name, **optimization)
-    if target.runs_as_it_is and not options and sizes == Sizes():
+    if not target.needs_compile and not options and sizes == Sizes():
         return optimize_into(job, directory, quiet=quiet)
     optimized = directory / "optimized"
     optimized.mkdir()

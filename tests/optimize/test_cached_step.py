@@ -70,7 +70,7 @@ def whole(directory: Path) -> GraphPartition:
 def step(directory: Path) -> GraphPartition:
     """What runs every step once the UNet is optimized for a CPU."""
     part = whole(directory)
-    optimize(part.model, {name: PASSES[name] for name in TARGETS["cpu"].portable})
+    optimize(part.model, {name: PASSES[name] for name in TARGETS["cpu"].portable_passes})
     return hoist(part.model, part.inputs, part.outputs).step
 
 
@@ -79,7 +79,7 @@ def native(directory: Path) -> GraphPartition:
     if library() is None:
         pytest.skip("the library of operators was not built")
     part = step(directory)
-    optimize(part.model, {name: PASSES[name] for name in TARGETS["cpu"].last})
+    optimize(part.model, {name: PASSES[name] for name in TARGETS["cpu"].post_partition_passes})
     assert any(node.domain == DOMAIN for node in part.model.graph)
     return part
 

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from latentforge.optimize.graph import constant, layers, lend, open_session
+from latentforge.optimize.graph import constant, extract_initializers, layers, open_session
 from latentforge.optimize.quantize import (
     Int8,
     Scan,
@@ -585,7 +585,7 @@ def test_weights_in_other_files_are_lent_and_not_copied(tmp_path: Path) -> None:
         for name, value in loaded.graph.initializers.items()
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes >= 1024
     }
-    assert outside and outside <= lend(loaded.clone().graph).keys()
+    assert outside and outside <= extract_initializers(loaded.clone().graph).keys()
     feed = small_feeds(1)[0]
     (got,) = open_session(loaded).run(None, dict(feed))
     (expected,) = open_session(model).run(None, dict(feed))

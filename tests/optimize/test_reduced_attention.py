@@ -172,7 +172,7 @@ def optimized(
     manifest = Manifest.read(target)
     unet = manifest.components["denoiser"]
     model = ir.load(target / unet.file)
-    for passes in (cpu.portable, cpu.last if native else ()):
+    for passes in (cpu.portable_passes, cpu.post_partition_passes if native else ()):
         optimize(model, {name: PASSES[name] for name in passes})
     written = save_part("denoiser", GraphPartition.whole(model, unet), unet, target)
     components = {**manifest.components, "denoiser": written}

@@ -14,10 +14,10 @@ import pytest
 from cuda_operators import OPERATORS
 from onnx.reference import ReferenceEvaluator
 
-from latentforge.optimize.passes import PASSES
+from latentforge.optimize.passes import CUDA_ONLY, NATIVE, PASSES
 from latentforge.optimize.passes.rewriting import MICROSOFT
 from latentforge.optimize.passes.runner import optimize
-from latentforge.optimize.targets import CUDA_ONLY, NATIVE, TARGETS
+from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.kernels import library
 
 Array = np.ndarray[Any, Any]
@@ -54,9 +54,11 @@ def component(request: pytest.FixtureRequest, tiny_engines: Path) -> Path:
 def fused(component: Path, target: str, portable: bool) -> tuple[bytes, Counter[str]]:
     """The graph of a component for a target, and what was fused."""
     model = ir.load(component)
-    names = TARGETS[target].portable if portable else TARGETS[target].passes
+    names = TARGETS[target].portable_passes if portable else TARGETS[target].passes
     counts = optimize(model, {name: PASSES[name] for name in names})
-    counts += optimize(model, {name: PASSES[name] for name in TARGETS[target].last})
+    counts += optimize(
+        model, {name: PASSES[name] for name in TARGETS[target].post_partition_passes}
+    )
     return ir.to_proto(model).SerializeToString(), counts
 
 
@@ -127,7 +129,7 @@ def test_openvino_takes_its_graph(component: Path, tmp_path: Path) -> None:
 
 def test_targets_name_passes() -> None:
     for target in TARGETS.values():
-        assert {*target.passes, *target.last} <= set(PASSES)
+        assert {*target.passes, *target.post_partition_passes} <= set(PASSES)
         assert not NATIVE & set(target.passes)
-        assert not CUDA_ONLY & set(target.portable)
+        assert not CUDA_ONLY & set(target.portable_passes)
     assert set(PASSES) > CUDA_ONLY

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from native_operators import attention, convolution, gelu, group_scale, product, silu
 
 from latentforge.optimize.partition.hoist import GraphPartition
-from latentforge.optimize.passes.native.convolution import pack
+from latentforge.optimize.passes.native.conv import pack
 from latentforge.optimize.stage.component import save_part
 from latentforge.runtime.backends import get
 from latentforge.runtime.errors import BackendError

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from latentforge.optimize.graph import constant
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
+    Dim,
     Editor,
-    Size,
-    made_by,
-    only_user,
+    dim,
+    dim_values,
+    producer_of,
+    remove_unused,
     scalar,
-    size,
-    sizes,
+    sole_consumer,
     split_scalar,
-    sweep,
 )
 
 __all__ = ["fuse_attention"]
@@ -58,12 +58,12 @@ class _Heads:
     axes: Axes
     heads: int
     channels: int
-    counts: Mapping[str, frozenset[Size]]
+    counts: Mapping[str, frozenset[Dim]]
     scale: float = 1.0
 
     def at(self, value: ir.Value, axes: Axes) -> "_Heads":
         """The same, seen at another tensor."""
-        words = {axis: frozenset({size(value, place)}) for place, axis in enumerate(axes)}
+        words = {axis: frozenset({dim(value, place)}) for place, axis in enumerate(axes)}
         known = {axis: said | words.get(axis, frozenset()) for axis, said in self.counts.items()}
         return replace(self, axes=axes, counts=known)
 
@@ -94,7 +94,7 @@ def fuse_attention(model: ir.Model) -> int:
         if node.op_type == "Softmax" and not node.domain and (found := _match(node)) is not None:
             _fuse(editor, found)
             count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
@@ -116,7 +116,7 @@ def _fuse(editor: Editor, found: _Attention) -> None:
 def _match(softmax: ir.Node) -> _Attention | None:
     scores = _scores(softmax)
     weights = _unguarded(softmax)
-    product = only_user(weights)
+    product = sole_consumer(weights)
     if scores is None or product is None or product.inputs[0] is not weights:
         return None
     left, right, scale, mask = scores
@@ -160,19 +160,19 @@ def _scores(
     rank = len(value.shape) if value is not None and value.shape is not None else 0
     if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
         return None
-    if (added := made_by(value, "Add")) is not None:
+    if (added := producer_of(value, "Add")) is not None:
         products = [_unscaled(item)[0] for item in added.inputs]
-        place = 0 if made_by(products[0], "MatMul") is not None else 1
+        place = 0 if producer_of(products[0], "MatMul") is not None else 1
         value, mask = added.inputs[place], added.inputs[1 - place]
     value, scale = _unscaled(value)
-    product = made_by(value, "MatMul")
+    product = producer_of(value, "MatMul")
     return None if product is None else (product.inputs[0], product.inputs[1], scale, mask)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     """A value before it was multiplied by numbers, and their product."""
     scale = 1.0
-    while (node := made_by(value, "Mul", "Div")) is not None:
+    while (node := producer_of(value, "Mul", "Div")) is not None:
         if (parts := split_scalar(node)) is None:
             break
         value, scale = parts[0], scale * parts[1]
@@ -193,7 +193,7 @@ def _unguarded(softmax: ir.Node) -> ir.Value:
 
 def _heads(value: ir.Value | None) -> _Heads | None:
     """Follow a factor of a product back to its projection."""
-    node = made_by(value, "Mul", "Div", "Transpose", "Reshape")
+    node = producer_of(value, "Mul", "Div", "Transpose", "Reshape")
     if node is None or node.inputs[0] is None:
         return None
     if node.op_type in ("Mul", "Div"):
@@ -215,15 +215,15 @@ def _permuted(heads: _Heads | None, node: ir.Node) -> _Heads | None:
 
 def _cut(node: ir.Node) -> _Heads | None:
     """A Reshape of (b, s, h * d) to (b, s, h, d)."""
-    source, target = node.inputs[0], sizes(node.inputs[1])
+    source, target = node.inputs[0], dim_values(node.inputs[1])
     if source is None or source.shape is None or len(source.shape) != 3 or target is None:
         return None
     if len(target) != 4 or not all(isinstance(item, int) and item > 0 for item in target[2:]):
         return None
     heads, channels = int(target[2]), int(target[3])  # type: ignore[arg-type]
-    if heads * channels != size(source, 2):
+    if heads * channels != dim(source, 2):
         return None
-    given = (size(source, 0), size(source, 1), heads, channels)
+    given = (dim(source, 0), dim(source, 1), heads, channels)
     counts = {axis: frozenset({count}) for axis, count in zip("bshd", given, strict=True)}
     cut = _Heads(
         source=source, axes=("b", "s", "hd"), heads=heads, channels=channels, counts=counts
@@ -235,14 +235,14 @@ def _cut(node: ir.Node) -> _Heads | None:
 def _regrouped(heads: _Heads, node: ir.Node) -> _Heads | None:
     """A Reshape that joins batch and heads, or parts them."""
     changes: dict[Axes, Axes] = {("b", "h"): ("bh",), ("bh",): ("b", "h")}
-    target, axes = sizes(node.inputs[1]), changes.get(heads.axes[:-2])
+    target, axes = dim_values(node.inputs[1]), changes.get(heads.axes[:-2])
     if target is None or axes is None:
         return None
     axes += heads.axes[-2:]
     return heads.at(node.outputs[0], axes) if _says(node, target, axes, heads) else None
 
 
-def _says(node: ir.Node, target: Sequence[Size], axes: Axes, heads: _Heads) -> bool:
+def _says(node: ir.Node, target: Sequence[Dim], axes: Axes, heads: _Heads) -> bool:
     """Whether a Reshape's target makes these axes; a single unknown follows from the others."""
     given, counts = heads.axes, heads.counts
     copies = not node.attributes.get_int("allowzero", 0)
@@ -259,7 +259,7 @@ def _says(node: ir.Node, target: Sequence[Size], axes: Axes, heads: _Heads) -> b
 
 def _joined(value: ir.Value, heads: _Heads) -> ir.Node | None:
     """Follow the product of weights and values to the Reshape that joins the heads again."""
-    while (node := only_user(value)) is not None:
+    while (node := sole_consumer(value)) is not None:
         following: _Heads | None = None
         if node.op_type == "Transpose":
             following = _permuted(heads, node)
@@ -274,8 +274,8 @@ def _joined(value: ir.Value, heads: _Heads) -> ir.Node | None:
 
 
 def _joins(node: ir.Node, heads: _Heads) -> bool:
-    target = sizes(node.inputs[1])
-    whole = {**heads.counts, "hd": frozenset({size(heads.source, 2)})}
+    target = dim_values(node.inputs[1])
+    whole = {**heads.counts, "hd": frozenset({dim(heads.source, 2)})}
     axes = ("b", "s", "hd")
     return target is not None and _says(node, target, axes, replace(heads, counts=whole))
 
@@ -284,7 +284,7 @@ def _is_bias(mask: ir.Value, query: _Heads, value: _Heads) -> bool:
     """Whether MultiHeadAttention takes a mask as what it adds to the scores."""
     if mask.shape is None or len(mask.shape) != 4 or query.axes[0] != "b":
         return False
-    batch, heads, tokens, seen = (size(mask, axis) for axis in range(4))
+    batch, heads, tokens, seen = (dim(mask, axis) for axis in range(4))
     free = batch in {1, *query.counts["b"]} and heads in {1, query.heads}
     square = tokens in query.counts["s"] and seen in value.counts["s"]
     return free and square and mask.dtype == query.source.dtype
@@ -306,7 +306,7 @@ def _evaluated(value: ir.Value | None) -> NDArray[Any] | None:
     """A mask's numbers, but for repetitions along batch or heads."""
     if (array := constant(value)) is not None:
         return array
-    node = made_by(value, "Expand", "Where")
+    node = producer_of(value, "Expand", "Where")
     if node is None:
         return None
     if node.op_type == "Where":
@@ -317,5 +317,5 @@ def _evaluated(value: ir.Value | None) -> NDArray[Any] | None:
     array, output = _evaluated(node.inputs[0]), node.outputs[0]
     rank = 0 if output.shape is None else len(output.shape)
     square = None if array is None else array.shape[-2:]
-    kept = rank >= 2 and square == tuple(size(output, axis) for axis in (rank - 2, rank - 1))
+    kept = rank >= 2 and square == tuple(dim(output, axis) for axis in (rank - 2, rank - 1))
     return array if kept else None

@@ -9,10 +9,10 @@ import onnx_ir as ir
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
     Editor,
-    made_by,
-    only_user,
+    producer_of,
+    remove_unused,
+    sole_consumer,
     split_scalar,
-    sweep,
 )
 
 __all__ = ["fuse_quick_gelu"]
@@ -35,19 +35,19 @@ def fuse_quick_gelu(model: ir.Model) -> int:
         )
         editor.replace(node.outputs[0], fused)
         count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
 def _match(node: ir.Node) -> tuple[ir.Value, float] | None:
     for x, gate in (node.inputs, node.inputs[::-1]):
-        sigmoid = made_by(gate, "Sigmoid")
-        if x is None or sigmoid is None or only_user(sigmoid.outputs[0]) is None:
+        sigmoid = producer_of(gate, "Sigmoid")
+        if x is None or sigmoid is None or sole_consumer(sigmoid.outputs[0]) is None:
             continue
         inner = sigmoid.inputs[0]
         if inner is x:
             return x, 1.0
-        scaled = made_by(inner, "Mul", "Div")
+        scaled = producer_of(inner, "Mul", "Div")
         parts = split_scalar(scaled) if scaled is not None else None
         if parts is not None and parts[0] is x:
             return parts

@@ -8,12 +8,12 @@ import onnx_ir as ir
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
     Editor,
-    made_by,
-    only_user,
-    size,
-    sizes,
-    sweep,
-    vector,
+    dim,
+    dim_values,
+    is_channel_vector,
+    producer_of,
+    remove_unused,
+    sole_consumer,
 )
 
 __all__ = ["HALVES", "fuse_geglu", "match_geglu"]
@@ -38,7 +38,7 @@ def fuse_geglu(model: ir.Model) -> int:
         )
         editor.replace(output, fused)
         count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
@@ -49,7 +49,7 @@ def match_geglu(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     """
     if node.op_type != "Gelu" or node.attributes.get_string("approximate", "none") != "none":
         return None
-    split, mul = made_by(node.inputs[0], "Split"), only_user(node.outputs[0])
+    split, mul = producer_of(node.inputs[0], "Split"), sole_consumer(node.outputs[0])
     if split is None or mul is None or mul.op_type != "Mul" or not _halves(split):
         return None
     left, right = split.outputs
@@ -61,17 +61,17 @@ def _halves(split: ir.Node) -> bool:
     last = len(split.outputs[0].shape or ()) - 1
     if len(split.outputs) != 2 or split.attributes.get_int("axis", 0) not in (-1, last):
         return False
-    half, other = (size(value, -1) for value in split.outputs)
-    given = sizes(split.inputs[1]) if len(split.inputs) > 1 else [half, half]
+    half, other = (dim(value, -1) for value in split.outputs)
+    given = dim_values(split.inputs[1]) if len(split.inputs) > 1 else [half, half]
     return isinstance(half, int) and given == [half, half] and other == half
 
 
 def _summands(split: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """x and the bias of their sum, if a Split cuts it and the kernel takes its sizes."""
-    half, added = size(split.outputs[0], -1), made_by(split.inputs[0], "Add")
+    half, added = dim(split.outputs[0], -1), producer_of(split.inputs[0], "Add")
     if half not in HALVES or len(split.outputs[0].shape or ()) != 3:
         return None
     for x, bias in (added.inputs, added.inputs[::-1]) if added is not None else ():
-        if x is not None and bias is not None and vector(bias, 2 * int(half), 0):
+        if x is not None and bias is not None and is_channel_vector(bias, 2 * int(half), 0):
             return x, bias
     return None

@@ -14,22 +14,22 @@ import onnx_ir as ir
 from latentforge.optimize.graph import constant
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
+    TO_NCHW,
+    TO_NHWC,
     Editor,
-    made_by,
-    only_user,
+    dim,
+    dim_values,
+    is_channel_vector,
+    producer_of,
+    remove_unused,
     scope_of,
-    size,
-    sizes,
-    sweep,
-    vector,
+    sole_consumer,
 )
 
 __all__ = ["GroupNorm", "fuse_group_norm", "match_group_norm", "replace_in_nhwc"]
 
 CHANNELS_PER_THREAD = 2
 """ONNX Runtime's CUDA kernel reads channels in pairs, which must not belong to two groups."""
-
-_TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class GroupNorm:
     @property
     def paired(self) -> bool:
         """Whether ONNX Runtime's CUDA kernel can do it."""
-        return int(size(self.x, 1)) % (self.groups * CHANNELS_PER_THREAD) == 0  # type: ignore[arg-type]
+        return int(dim(self.x, 1)) % (self.groups * CHANNELS_PER_THREAD) == 0  # type: ignore[arg-type]
 
 
 def fuse_group_norm(model: ir.Model) -> int:
@@ -70,7 +70,7 @@ def fuse_group_norm(model: ir.Model) -> int:
             own = {"activation": int(found.swish), "channels_last": 1}
             replace_in_nhwc(editor, found, MICROSOFT, own)
             count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
@@ -78,9 +78,9 @@ def match_group_norm(norm: ir.Node) -> GroupNorm | None:
     """What an InstanceNormalization is a part of, or None."""
     if norm.op_type != "InstanceNormalization":
         return None
-    grouped, whole = made_by(norm.inputs[0], "Reshape"), only_user(norm.outputs[0])
-    scaled = only_user(whole.outputs[0]) if whole is not None else None
-    shifted = only_user(scaled.outputs[0]) if scaled is not None else None
+    grouped, whole = producer_of(norm.inputs[0], "Reshape"), sole_consumer(norm.outputs[0])
+    scaled = sole_consumer(whole.outputs[0]) if whole is not None else None
+    shifted = sole_consumer(scaled.outputs[0]) if scaled is not None else None
     if grouped is None or whole is None or scaled is None or shifted is None:
         return None
     x = grouped.inputs[0]
@@ -88,17 +88,20 @@ def match_group_norm(norm: ir.Node) -> GroupNorm | None:
     if kinds != ("Reshape", "Mul", "Add") or x is None or not _groups(norm, grouped, whole):
         return None
     weight, bias = _other(scaled, whole.outputs[0]), _other(shifted, scaled.outputs[0])
-    channels, trailing = size(x, 1), len(x.shape or ()) - 2
+    channels, trailing = dim(x, 1), len(x.shape or ()) - 2
     if not isinstance(channels, int) or weight is None or bias is None:
         return None
-    if not (vector(weight, channels, trailing) and vector(bias, channels, trailing)):
+    if not (
+        is_channel_vector(weight, channels, trailing)
+        and is_channel_vector(bias, channels, trailing)
+    ):
         return None
     last = _silu(shifted)
     return GroupNorm(
         x=x,
         weight=weight,
         bias=bias,
-        groups=int(size(norm.inputs[1], 0)),  # type: ignore[arg-type]
+        groups=int(dim(norm.inputs[1], 0)),  # type: ignore[arg-type]
         epsilon=norm.attributes.get_float("epsilon", 1e-5),
         scope=scope_of(norm),
         last=last or shifted,
@@ -111,12 +114,12 @@ def _groups(norm: ir.Node, grouped: ir.Node, whole: ir.Node) -> bool:
     x, scale, shift = grouped.inputs[0], constant(norm.inputs[1]), constant(norm.inputs[2])
     if x is None or x.shape is None or len(x.shape) not in (3, 4) or scale is None or shift is None:
         return False
-    target, back = sizes(grouped.inputs[1]), sizes(whole.inputs[1])
-    channels, count = size(x, 1), len(scale)
-    if target not in ([0, count, -1], [size(x, 0), count, -1]) or back is None:
+    target, back = dim_values(grouped.inputs[1]), dim_values(whole.inputs[1])
+    channels, count = dim(x, 1), len(scale)
+    if target not in ([0, count, -1], [dim(x, 0), count, -1]) or back is None:
         return False
-    rows = {size(x, 0), 0} if not whole.attributes.get_int("allowzero", 0) else {size(x, 0)}
-    wrong = [item for item, axis in zip(back[1:], (1, 2, 3), strict=False) if item != size(x, axis)]
+    rows = {dim(x, 0), 0} if not whole.attributes.get_int("allowzero", 0) else {dim(x, 0)}
+    wrong = [item for item, axis in zip(back[1:], (1, 2, 3), strict=False) if item != dim(x, axis)]
     wrong += [] if back[:1] and back[0] in rows else back[:1]
     undone = len(back) == len(x.shape) and len(wrong) <= 1 and 0 not in wrong
     plain = bool((scale == 1).all() and (shift == 0).all())
@@ -130,14 +133,14 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 def _silu(node: ir.Node) -> ir.Node | None:
     """The node that ends x * sigmoid(x), where x is this node's and nothing else uses it."""
     value = node.outputs[0]
-    user = only_user(value)
+    user = sole_consumer(value)
     if user is not None and user.op_type == "QuickGelu":
         return user if abs(user.attributes.get_float("alpha", 1.702) - 1) < 1e-6 else None
     users = {user.op_type: user for user in value.consumers()}
     if set(users) != {"Sigmoid", "Mul"} or len(value.uses()) != 2 or value.is_graph_output():
         return None
     sigmoid, mul = users["Sigmoid"], users["Mul"]
-    ends = only_user(sigmoid.outputs[0]) is mul and value in mul.inputs
+    ends = sole_consumer(sigmoid.outputs[0]) is mul and value in mul.inputs
     return mul if ends else None
 
 
@@ -152,7 +155,7 @@ def replace_in_nhwc(
     x, before, scope = found.x, found.last, found.scope
     flat = len(x.shape or ()) == 3
     image = _image(editor, found) if flat else x
-    rows = editor.transpose(image, _TO_NHWC, before=before, scope=scope)
+    rows = editor.add_transpose(image, TO_NHWC, before=before, scope=scope)
     weights = [_flat(editor, value) for value in (found.weight, found.bias)]
     normed = editor.add(
         "GroupNorm",
@@ -163,9 +166,9 @@ def replace_in_nhwc(
         shape=rows.shape,
         attributes={**attributes, "epsilon": found.epsilon, "groups": found.groups},
     )
-    result = editor.transpose(normed, _TO_NCHW, before=before, scope=scope)
+    result = editor.add_transpose(normed, TO_NCHW, before=before, scope=scope)
     if flat:
-        target = editor.initializer(f"{scope}/flat", np.array([0, 0, -1], np.int64))
+        target = editor.add_initializer(f"{scope}/flat", np.array([0, 0, -1], np.int64))
         result = editor.add("Reshape", [result, target], before=before, scope=scope)
     editor.replace(found.last.outputs[0], result)
 
@@ -173,12 +176,12 @@ def replace_in_nhwc(
 def _image(editor: Editor, found: GroupNorm) -> ir.Value:
     """Channels by length as an image, (batch, channels, height, width)."""
     x, before, scope = found.x, found.last, found.scope
-    flattened = made_by(x, "Reshape")
+    flattened = producer_of(x, "Reshape")
     image = flattened.inputs[0] if flattened is not None else None
     if image is not None and image.shape is not None and len(image.shape) == 4:
-        if size(image, 0) == size(x, 0) and size(image, 1) == size(x, 1):
+        if dim(image, 0) == dim(x, 0) and dim(image, 1) == dim(x, 1):
             return image
-    axes = editor.initializer(f"{scope}/axes", np.array([3], np.int64))
+    axes = editor.add_initializer(f"{scope}/axes", np.array([3], np.int64))
     shape = [*(x.shape or ()), 1]
     return editor.add("Unsqueeze", [x, axes], before=before, scope=scope, shape=shape)
 
@@ -187,4 +190,4 @@ def _flat(editor: Editor, value: ir.Value) -> ir.Value:
     """A weight as one axis of float32, which the kernel wants whatever the input is."""
     array = constant(value)
     assert array is not None
-    return editor.initializer(f"{value.name}/channels", array.reshape(-1).astype(np.float32))
+    return editor.add_initializer(f"{value.name}/channels", array.reshape(-1).astype(np.float32))

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
     Editor,
-    lazily,
-    made_by,
+    dim,
+    is_channel_vector,
+    lazy_tensor,
+    producer_of,
+    remove_unused,
     scope_of,
-    size,
-    sweep,
-    vector,
 )
 
 __all__ = ["pack_attention"]
@@ -44,7 +44,7 @@ def pack_attention(model: ir.Model) -> int:
     for node in model.graph:
         if node.op_type == "MultiHeadAttention" and node.domain == MICROSOFT:
             count += _pack(editor, node)
-    sweep(model)
+    remove_unused(model)
     return count
 
 
@@ -71,12 +71,12 @@ def _alike(one: _Linear, other: _Linear) -> bool:
 
 def _linear(value: ir.Value | None) -> _Linear | None:
     bias: ir.Value | None = None
-    if (added := made_by(value, "Add")) is not None and value is not None:
-        channels = size(value, -1)
+    if (added := producer_of(value, "Add")) is not None and value is not None:
+        channels = dim(value, -1)
         for x, candidate in (added.inputs, added.inputs[::-1]):
-            if isinstance(channels, int) and vector(candidate, channels, 0):
+            if isinstance(channels, int) and is_channel_vector(candidate, channels, 0):
                 value, bias = x, candidate
-    product = made_by(value, "MatMul")
+    product = producer_of(value, "MatMul")
     if product is None or product.inputs[0] is None or product.inputs[1] is None:
         return None
     x, weight = product.inputs[0], product.inputs[1]
@@ -101,18 +101,22 @@ def _product(editor: Editor, node: ir.Node, linears: list[_Linear]) -> ir.Value:
         return np.stack(cut, axis=2)
 
     weights = [linear.weight for linear in linears]
-    weight = editor.initializer(f"{scope}/weight", lazily(packed, weights, (rows, count * columns)))
+    weight = editor.add_initializer(
+        f"{scope}/weight", lazy_tensor(packed, weights, (rows, count * columns))
+    )
     result = editor.add(
         "MatMul", [x, weight], before=node, scope=scope, shape=[*shape, count * columns]
     )
     biases = [linear.bias for linear in linears if linear.bias is not None]
     if biases:
-        bias = editor.initializer(f"{scope}/bias", lazily(packed, biases, (count * columns,)))
+        bias = editor.add_initializer(
+            f"{scope}/bias", lazy_tensor(packed, biases, (count * columns,))
+        )
         result = editor.add("Add", [result, bias], before=node, scope=scope, shape=result.shape)
     target = np.array([0, 0, heads, count, columns // heads], np.int64)
     return editor.add(
         "Reshape",
-        [result, editor.initializer(f"{scope}/shape", target)],
+        [result, editor.add_initializer(f"{scope}/shape", target)],
         before=node,
         scope=scope,
         shape=[*shape, heads, count, columns // heads],

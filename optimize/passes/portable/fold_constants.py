@@ -17,13 +17,13 @@ from onnxscript.rewriter.rules import common as rules
 
 from latentforge.optimize.graph import constant
 from latentforge.optimize.passes.rewriting import (
+    Dim,
     Editor,
-    Size,
     apply_named,
-    made_by,
-    size,
-    sizes,
-    sweep,
+    dim,
+    dim_values,
+    producer_of,
+    remove_unused,
 )
 
 __all__ = ["fold_constants"]
@@ -67,7 +67,7 @@ def fold_constants(model: ir.Model) -> int:
         apply_named(_fold, model)
         _straighten(model.graph)
         changed = _fix_reshapes(model.graph)
-        sweep(model)
+        remove_unused(model)
         shaped += changed
         if list(model.graph) == nodes and not changed:
             break
@@ -91,21 +91,21 @@ def _straighten(graph: ir.Graph) -> None:
     """Transpose the last two of four axes at once, not by way of three axes."""
     editor = Editor(graph)
     for node in graph:
-        turned = made_by(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
-        joined = made_by(turned.inputs[0], "Reshape") if turned is not None else None
+        turned = producer_of(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
+        joined = producer_of(turned.inputs[0], "Reshape") if turned is not None else None
         if turned is None or joined is None or (x := joined.inputs[0]) is None:
             continue
         perm = turned.attributes.get_ints("perm", ())
         if tuple(perm) != (0, 2, 1) or x.shape is None or len(x.shape) != 4:
             continue
-        batch, heads, rows, columns = (size(x, axis) for axis in range(4))
+        batch, heads, rows, columns = (dim(x, axis) for axis in range(4))
         if _makes(joined, [None, rows, columns]) and _makes(node, [batch, heads, columns, rows]):
-            editor.replace(node.outputs[0], editor.transpose(x, (0, 1, 3, 2), before=node))
+            editor.replace(node.outputs[0], editor.add_transpose(x, (0, 1, 3, 2), before=node))
 
 
-def _makes(node: ir.Node, shape: list[Size | None]) -> bool:
+def _makes(node: ir.Node, shape: list[Dim | None]) -> bool:
     """Whether a Reshape gives this shape; one unknown dimension follows from the others."""
-    target = sizes(node.inputs[1])
+    target = dim_values(node.inputs[1])
     if target is None or len(target) != len(shape):
         return False
     wrong = [item for item, wanted in zip(target, shape, strict=True) if item != wanted]
@@ -119,7 +119,7 @@ def _fix_reshapes(graph: ir.Graph) -> int:
         if node.op_type != "Reshape" or node.domain or (target := _target(node)) is None:
             continue
         name = f"{node.name}/shape"
-        value = editor.initializer(name, ir.tensor(target, dtype=ir.DataType.INT64))
+        value = editor.add_initializer(name, ir.tensor(target, dtype=ir.DataType.INT64))
         node.replace_input_with(1, value)
         node.attributes.add(ir.AttrInt64("allowzero", 0))
         count += 1
@@ -129,14 +129,14 @@ def _fix_reshapes(graph: ir.Graph) -> int:
 def _target(node: ir.Node) -> list[int] | None:
     """The target of a Reshape in numbers: 0 copies a dimension, and one may be left to count."""
     data, shape = node.inputs[0], node.inputs[1]
-    wanted = sizes(shape)
+    wanted = dim_values(shape)
     if data is None or data.shape is None or wanted is None or constant(shape) is not None:
         return None
     rank, output = len(data.shape), node.outputs[0]
     target = []
     for axis, item in enumerate(wanted):
-        known = item if isinstance(item, int) else size(output, axis) if output.shape else item
-        copied = axis < rank and size(data, axis) in (item, known)
+        known = item if isinstance(item, int) else dim(output, axis) if output.shape else item
+        copied = axis < rank and dim(data, axis) in (item, known)
         target.append(known if isinstance(known, int) else 0 if copied else -1)
     fits = target.count(-1) <= 1 and 0 not in [item for item in wanted if isinstance(item, int)]
     return target if fits else None

@@ -12,14 +12,14 @@ import onnx_ir as ir
 
 from latentforge.optimize.passes.rewriting import (
     MICROSOFT,
+    Dim,
     Editor,
-    Size,
-    made_by,
-    only_user,
+    dim,
+    is_channel_vector,
+    producer_of,
+    remove_unused,
     scope_of,
-    size,
-    sweep,
-    vector,
+    sole_consumer,
 )
 
 __all__ = ["fuse_skip_layer_norm"]
@@ -35,42 +35,42 @@ def fuse_skip_layer_norm(model: ir.Model) -> int:
         if node.op_type == "LayerNormalization" and not node.domain and _fits(node):
             _fuse(editor, node)
             count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
 def _fits(node: ir.Node) -> bool:
-    residual = made_by(node.inputs[0], "Add")
+    residual = producer_of(node.inputs[0], "Add")
     if residual is None or node.attributes.get_int("stash_type", 1) != 1:
         return False
     left, right = residual.inputs
     total = residual.outputs[0].shape
     if left is None or right is None or total is None or len(total) != 3:
         return False
-    alike = all(size(left, axis) == size(right, axis) for axis in range(3))
+    alike = all(dim(left, axis) == dim(right, axis) for axis in range(3))
     last = node.attributes.get_int("axis", -1) in (-1, 2)
     ranks = {len(value.shape or ()) for value in (left, right)} == {3}
     return (
         alike
         and last
         and ranks
-        and all(_is_vector(value, size(residual.outputs[0], 2)) for value in node.inputs[1:])
+        and all(_is_vector(value, dim(residual.outputs[0], 2)) for value in node.inputs[1:])
     )
 
 
-def _is_vector(value: ir.Value | None, channels: Size) -> bool:
+def _is_vector(value: ir.Value | None, channels: Dim) -> bool:
     known = value is not None and value.is_initializer()
-    return known and isinstance(channels, int) and vector(value, channels, 0)
+    return known and isinstance(channels, int) and is_channel_vector(value, channels, 0)
 
 
 def _fuse(editor: Editor, node: ir.Node) -> None:
-    residual = made_by(node.inputs[0], "Add")
+    residual = producer_of(node.inputs[0], "Add")
     assert residual is not None
     total = residual.outputs[0]
     weights = [*node.inputs[1:3], None][:2]
     normed = editor.add(
         "SkipLayerNormalization",
-        [*_addends(residual, size(total, 2), weights)],
+        [*_addends(residual, dim(total, 2), weights)],
         before=residual,
         scope=scope_of(node),
         domain=MICROSOFT,
@@ -81,7 +81,7 @@ def _fuse(editor: Editor, node: ir.Node) -> None:
     outputs = normed.producer().outputs  # type: ignore[union-attr]
     for unused in outputs[1:_SUM]:
         unused.name = ""
-    shared = only_user(total) is None
+    shared = sole_consumer(total) is None
     editor.replace(node.outputs[0], normed)
     if shared:
         editor.replace(total, outputs[_SUM])
@@ -90,15 +90,15 @@ def _fuse(editor: Editor, node: ir.Node) -> None:
 
 
 def _addends(
-    residual: ir.Node, channels: Size, weights: list[ir.Value | None]
+    residual: ir.Node, channels: Dim, weights: list[ir.Value | None]
 ) -> list[ir.Value | None]:
     """Inputs of the fused node; the bias of a linear layer that feeds the sum is one more."""
     left, right = residual.inputs
     for branch, other in ((left, right), (right, left)):
-        biased = made_by(branch, "Add")
-        if biased is None or only_user(biased.outputs[0]) is None:
+        biased = producer_of(branch, "Add")
+        if biased is None or sole_consumer(biased.outputs[0]) is None:
             continue
         for x, bias in (biased.inputs, biased.inputs[::-1]):
-            if made_by(x, "MatMul") is not None and _is_vector(bias, channels):
+            if producer_of(x, "MatMul") is not None and _is_vector(bias, channels):
                 return [x, other, *weights, bias]
     return [left, right, *weights]

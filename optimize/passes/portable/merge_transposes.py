@@ -1,69 +1,23 @@
-"""Convolve with channels last, com.microsoft's NhwcConv, and keep tensors in that layout.
-
-Tensor cores want channels last. Neither onnxscript nor onnx_ir ships rules; ONNX Runtime's own
-script makes NhwcConv too, and leaves two transposes around each.
-"""
+"""Move layout transposes."""
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from latentforge.optimize.graph import constant
 from latentforge.optimize.passes.rewriting import (
-    MICROSOFT,
+    TO_NCHW,
+    TO_NHWC,
     Editor,
-    lazily,
-    made_by,
+    dim,
+    is_channel_vector,
+    producer_of,
+    remove_unused,
     scalar,
-    size,
-    sweep,
-    vector,
 )
 
-__all__ = ["TO_NCHW", "TO_NHWC", "merge_transposes", "nhwc_conv"]
-
-TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+__all__ = ["merge_transposes"]
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Gelu", "QuickGelu", "Cast"})
-
-
-def nhwc_conv(model: ir.Model) -> int:
-    """Replace each Conv over images by Transpose, NhwcConv and Transpose."""
-    editor, count = Editor(model.graph), 0
-    for node in model.graph:
-        if node.op_type == "Conv" and not node.domain and _convertible(node):
-            _convert(editor, node)
-            count += 1
-    sweep(model)
-    return count
-
-
-def _convertible(node: ir.Node) -> bool:
-    weight = node.inputs[1]
-    fixed = weight is not None and weight.is_initializer() and not weight.is_graph_input()
-    plain = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-    return fixed and plain and weight is not None and len(weight.shape or ()) == 4
-
-
-def _convert(editor: Editor, node: ir.Node) -> None:
-    x, weight = node.inputs[:2]
-    assert x is not None and weight is not None and weight.shape is not None
-    shape = [weight.shape.numpy()[axis] for axis in TO_NHWC]
-    rows = editor.initializer(f"{weight.name}/nhwc", lazily(_to_nhwc, [weight], shape))
-    output = node.outputs[0]
-    result = editor.add(
-        "NhwcConv",
-        [editor.transpose(x, TO_NHWC, before=node), rows, *node.inputs[2:]],
-        before=node,
-        domain=MICROSOFT,
-        shape=None if output.shape is None else [output.shape[axis] for axis in TO_NHWC],
-        attributes={name: attribute.value for name, attribute in node.attributes.items()},
-    )
-    editor.replace(output, editor.transpose(result, TO_NCHW, before=node))
-
-
-def _to_nhwc(weight: NDArray[np.generic]) -> NDArray[np.generic]:
-    return weight.transpose(TO_NHWC)
 
 
 def merge_transposes(model: ir.Model) -> int:
@@ -86,13 +40,13 @@ def merge_transposes(model: ir.Model) -> int:
         elif (inputs := _inputs(editor, node)) is not None:
             _sink(editor, node, inputs)
             count += 1
-    sweep(model)
+    remove_unused(model)
     return count
 
 
 def _permuted(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
     """What a Transpose by this permutation made the value of."""
-    node = made_by(value, "Transpose")
+    node = producer_of(value, "Transpose")
     return node.inputs[0] if node and tuple(node.attributes.get_ints("perm", ())) == perm else None
 
 
@@ -108,18 +62,18 @@ def _cancel(node: ir.Node) -> bool:
 
 def _to_tokens(editor: Editor, node: ir.Node) -> bool:
     """Tokens (batch, height * width, channels) of an image that was turned to NCHW before."""
-    flat = made_by(node.inputs[0], "Reshape")
+    flat = producer_of(node.inputs[0], "Reshape")
     image = flat.inputs[0] if flat is not None else None
     rows, output = _permuted(image, TO_NCHW), node.outputs[0]
     if image is None or rows is None or tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1):
         return False
-    channels = size(image, 1)
-    if size(output, 0) != size(image, 0) or size(output, 2) != channels:
+    channels = dim(image, 1)
+    if dim(output, 0) != dim(image, 0) or dim(output, 2) != channels:
         return False
     if not isinstance(channels, int):
         return False
     target = np.array([0, -1, channels], np.int64)
-    shape = editor.initializer(f"{output.name}/shape", target)
+    shape = editor.add_initializer(f"{output.name}/shape", target)
     tokens = editor.add("Reshape", [rows, shape], before=node, shape=output.shape)
     editor.replace(output, tokens)
     return True
@@ -145,11 +99,11 @@ def _from_tokens(editor: Editor, node: ir.Node) -> bool:
     if tokens is None or target is None or output.shape is None or len(output.shape) != 4:
         return False
     copied = constant(target)
-    if size(output, 0) != size(tokens, 0) or size(output, 1) != size(tokens, 2):
+    if dim(output, 0) != dim(tokens, 0) or dim(output, 1) != dim(tokens, 2):
         return False
     if copied is not None and 0 in copied[1:]:
         return False
-    order = editor.initializer(f"{output.name}/order", np.array(TO_NHWC, np.int64))
+    order = editor.add_initializer(f"{output.name}/order", np.array(TO_NHWC, np.int64))
     turned = editor.add("Gather", [target, order], before=node, shape=[4])
     rows = editor.add(
         "Reshape",
@@ -158,7 +112,7 @@ def _from_tokens(editor: Editor, node: ir.Node) -> bool:
         shape=[output.shape[axis] for axis in TO_NHWC],
         attributes={"allowzero": 0},
     )
-    editor.replace(output, editor.transpose(rows, TO_NCHW, before=node))
+    editor.replace(output, editor.add_transpose(rows, TO_NCHW, before=node))
     return True
 
 
@@ -194,20 +148,20 @@ def _residual(node: ir.Node, value: ir.Value | None) -> bool:
     if node.op_type != "Add" or value is None or value.shape is None or output.shape is None:
         return False
     whole = len(value.shape) == len(output.shape) == 4
-    return whole and all(size(value, axis) == size(output, axis) for axis in range(4))
+    return whole and all(dim(value, axis) == dim(output, axis) for axis in range(4))
 
 
 def _channels(value: ir.Value | None) -> int | None:
     """The channels of a constant of one number each, (channels, 1, 1)."""
     if value is None or value.shape is None or len(value.shape) not in (3, 4):
         return None
-    channels = size(value, -3)
-    return channels if isinstance(channels, int) and vector(value, channels, 2) else None
+    channels = dim(value, -3)
+    return channels if isinstance(channels, int) and is_channel_vector(value, channels, 2) else None
 
 
 def _spread(value: ir.Value | None) -> ir.Value | None:
     """The (batch, channels) of which an Unsqueeze makes (batch, channels, 1, 1)."""
-    node = made_by(value, "Unsqueeze")
+    node = producer_of(value, "Unsqueeze")
     axes = constant(node.inputs[1]) if node is not None else None
     fits = axes is not None and axes.tolist() == [2, 3]
     return node.inputs[0] if node is not None and fits else None
@@ -216,22 +170,22 @@ def _spread(value: ir.Value | None) -> ir.Value | None:
 def _pixel(value: ir.Value | None) -> bool:
     """Whether a value is an image of a single pixel."""
     whole = value is not None and value.shape is not None and len(value.shape) == 4
-    return value is not None and whole and size(value, 2) == size(value, 3) == 1
+    return value is not None and whole and dim(value, 2) == dim(value, 3) == 1
 
 
 def _moved(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
     if (rows := _permuted(value, TO_NCHW)) is not None or value is None:
         return rows
     if (flat := _spread(value)) is not None:
-        axes = editor.initializer(f"{value.name}/axes", np.array([1, 2], np.int64))
-        shape = [size(flat, 0), 1, 1, size(flat, 1)] if flat.shape is not None else None
+        axes = editor.add_initializer(f"{value.name}/axes", np.array([1, 2], np.int64))
+        shape = [dim(flat, 0), 1, 1, dim(flat, 1)] if flat.shape is not None else None
         return editor.add("Unsqueeze", [flat, axes], before=node, shape=shape)
     if _channels(value) is not None:
         array = constant(value)
         assert array is not None
-        return editor.initializer(f"{value.name}/nhwc", array.reshape(-1))
+        return editor.add_initializer(f"{value.name}/nhwc", array.reshape(-1))
     turned = _residual(node, value) or _pixel(value)
-    return editor.transpose(value, TO_NHWC, before=node) if turned else value
+    return editor.add_transpose(value, TO_NHWC, before=node) if turned else value
 
 
 def _resized(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
@@ -244,7 +198,7 @@ def _resized(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
     if "axes" in node.attributes:
         return None
     name = f"{inputs[2].name}/nhwc" if inputs[2] is not None else "scales"
-    turned = editor.initializer(name, scales[list(TO_NHWC)])
+    turned = editor.add_initializer(name, scales[list(TO_NHWC)])
     return [_permuted(inputs[0], TO_NCHW), inputs[1], turned]
 
 
@@ -265,4 +219,4 @@ def _sink(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> None:
     rows = result.producer()
     assert rows is not None
     node.name, rows.name = rows.name, node.name
-    editor.replace(output, editor.transpose(result, TO_NCHW, before=node))
+    editor.replace(output, editor.add_transpose(result, TO_NCHW, before=node))
