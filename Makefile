@@ -5,18 +5,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check slow optimum clean
+.PHONY: demo test check docs slow optimum clean
 
 demo: $(VENV)/ready  ## build the embedded checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
 
 test: $(VENV)/ready check  ## lint, types and the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/ready  ## build the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict --quiet
 
 slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 	$(BIN)/python -m pytest -m slow
@@ -30,4 +33,4 @@ $(VENV)/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum .venv-peers demo-output dist
+	rm -rf $(VENV) .venv-optimum .venv-peers demo-output dist site
