@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test check docs slow optimum clean
 
-demo: $(VENV)/ready  ## build the embedded checkpoint, run it, time it, leave a page
+demo: $(VENV)/ready  ## build the demo checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
 
 test: $(VENV)/ready check  ## lint, types and the test suite
@@ -27,9 +27,9 @@ slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 optimum: $(VENV)/ready  ## beside optimum-onnx, in a second environment that this makes: minutes
 	$(BIN)/python -m pytest -m optimum
 
-$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
+$(VENV)/ready: pyproject.toml demo/pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./demo --editable '.[dev]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Read a diffusers checkpoint: a directory, a model hub id, or the embedded demo.
+"""Read a diffusers checkpoint: a directory, a model hub id, or the demo checkpoint.
 
 Only safetensors weights and JSON or text files are read. Nothing in a checkpoint is run.
 """
@@ -15,12 +15,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from latentforge.export.demo import CHECKPOINT as DEMO
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.text import one_line
 
-__all__ = ["SIDECAR", "Checkpoint", "open_checkpoint", "read_json", "sha256_of"]
+__all__ = ["DEMO", "SIDECAR", "Checkpoint", "open_checkpoint", "read_json", "sha256_of"]
+
+DEMO = "demo"
+"""Name of the checkpoint in the package latentforge-demo; a directory demo/ is never meant by it."""
 
 SIDECAR = "latentforge.json"
 """A file that a checkpoint may carry for us: {"name", "license", "defaults": {...}}."""
@@ -159,8 +161,10 @@ def sha256_of(digests: Sequence[str]) -> str:
 
 
 def _find(name: str) -> Path:
-    if name == "demo":
-        return DEMO
+    if name == DEMO:
+        from latentforge.export.demo import CHECKPOINT
+
+        return CHECKPOINT
     path = Path(name)
     try:
         if path.is_dir():

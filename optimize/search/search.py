@@ -23,7 +23,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from latentforge.export.demo import prompts
 from latentforge.measure.bench.interleaved import measure, require_all_ok
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.prompts import read_prompts
@@ -564,6 +563,8 @@ def _latents(pipeline: Pipeline, request: Settings, **changes: Any) -> Array:
 def _requests(manifest: Manifest, fast: SearchRequest, count: int) -> list[Settings]:
     """As many of one image each, every one of a seed of its own."""
     if fast.prompts is None and manifest.source.checkpoint == _DEMO:
+        from latentforge.export.demo import prompts
+
         texts = prompts(count, 0)
     else:
         texts = read_prompts(fast.prompts)

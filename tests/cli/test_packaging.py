@@ -1,4 +1,4 @@
-"""What is in the wheel, and that it runs in an environment of its own."""
+"""Contents of the wheels, and a run in an environment of its own."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from latentforge.runtime.kernels.compiler import compiler
+from latentforge.runtime.kernels import compiler
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = "latentforge/runtime/native/liblatentforge.so"
+LIBRARY = f"latentforge/runtime/kernels/{compiler.LIBRARY.name}"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def _build(source: Path, target: Path, *arguments: str, **variables: str) -> str
     return done.stdout + done.stderr
 
 
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(compiler.compiler() is None, reason="there is no C++ compiler")
 def test_wheel_has_the_kernels_and_says_for_which_platform(wheel: Path) -> None:
     assert LIBRARY in zipfile.ZipFile(wheel).namelist()
     assert re.search("-py3-none-(linux|macosx)_", wheel.name)
