@@ -1,5 +1,6 @@
-"""Contents of the wheels, and a run in an environment of its own."""
+"""Contents of the two wheels, and a run of the main one in an environment of its own."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,22 +12,33 @@ from pathlib import Path
 
 import pytest
 
+from latentforge.export.checkpoint import open_checkpoint
+from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.kernels import compiler
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = f"latentforge/runtime/kernels/{compiler.LIBRARY.name}"
+SOURCES = ("export", "measure", "optimize", "runtime", "src/latentforge")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist as an installer would."""
+    """The main wheel, built from the sdist as an installer would."""
     target = tmp_path_factory.mktemp("dist")
     _build(ROOT, target)
     return next(target.glob("*.whl"))
 
 
+@pytest.fixture(scope="module")
+def demo_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the demo checkpoint, built from its sdist."""
+    target = tmp_path_factory.mktemp("demo")
+    _build(ROOT / "demo", target)
+    return next(target.glob("*.whl"))
+
+
 def _build(source: Path, target: Path, *arguments: str, **variables: str) -> str:
-    """Build a distribution, and return what was said."""
+    """Build a distribution, and return the output of the build."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target)]
     done = subprocess.run(
         [*command, *arguments, str(source)],
@@ -35,39 +47,84 @@ def _build(source: Path, target: Path, *arguments: str, **variables: str) -> str
     return done.stdout + done.stderr
 
 
+def _tracked(*folders: str) -> set[str]:
+    """Files below these folders of the repository that git does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    return {name for name in listed if (ROOT / name).is_file()}
+
+
+def _contents(wheel: Path) -> tuple[set[str], set[str]]:
+    """The package's files in a wheel, and those of its metadata folder."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    metadata = {name for name in names if ".dist-info/" in name}
+    return names - metadata, metadata
+
+
+def _licenses(metadata: set[str]) -> set[str]:
+    return {name.rpartition("/")[2] for name in metadata if "/licenses/" in name}
+
+
 @pytest.mark.skipif(compiler.compiler() is None, reason="there is no C++ compiler")
-def test_wheel_has_the_kernels_and_says_for_which_platform(wheel: Path) -> None:
+def test_wheel_has_the_kernels_and_names_their_platform(wheel: Path) -> None:
     assert LIBRARY in zipfile.ZipFile(wheel).namelist()
     assert re.search("-py3-none-(linux|macosx)_", wheel.name)
 
 
-def test_wheel_without_a_compiler_is_of_every_platform(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_without_a_compiler_is_for_every_platform(wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")
     source = next(tmp_path.iterdir())
-    said = _build(source, tmp_path, "--wheel", CXX="false")
-    assert "installed without its own kernels and runs on ONNX Runtime's: false failed" in said
+    output = _build(source, tmp_path, "--wheel", CXX="false")
+    assert "installed without its own kernels and runs on ONNX Runtime's: false failed" in output
     pure = next(tmp_path.glob("*.whl"))
     assert pure.name.endswith("-py3-none-any.whl")
     assert LIBRARY not in zipfile.ZipFile(pure).namelist()
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    own = {name for name in names if ".dist-info/" not in name}
-    known = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard",
-         "export", "optimize", "runtime", "src/latentforge"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    files = {name for name in known if (ROOT / name).is_file() and not name.endswith("ruff.toml")}
-    expected = {f"latentforge/{name.removeprefix('src/latentforge/')}" for name in files}
-    assert own - {LIBRARY} == expected
-    assert sum(1 for name in names if name.endswith("licenses/NOTICE")) == 1
+    files, metadata = _contents(wheel)
+    tracked = {name for name in _tracked(*SOURCES) if not name.endswith("ruff.toml")}
+    assert files - {LIBRARY} == {
+        f"latentforge/{name.removeprefix('src/latentforge/')}" for name in tracked
+    }
+    assert _licenses(metadata) == {"LICENSE", "NOTICE"}
 
 
-def test_wheel_is_small_enough(wheel: Path) -> None:
-    assert wheel.stat().st_size < 40e6
+def test_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 1e6
+
+
+def test_demo_wheel_holds_the_checkpoint_and_nothing_else(demo_wheel: Path) -> None:
+    files, metadata = _contents(demo_wheel)
+    assert files == {name.removeprefix("demo/src/") for name in _tracked("demo/src")}
+    assert "latentforge_demo/checkpoint/model_index.json" in files
+    assert _licenses(metadata) == {"LICENSE", "NOTICE"}
+    assert demo_wheel.name.endswith("-py3-none-any.whl")
+    assert demo_wheel.stat().st_size < 32e6
+
+
+def test_demo_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory named demo, or latentforge_demo, in the working directory never stands in."""
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "model_index.json").write_text("{}")
+    (tmp_path / "latentforge_demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "latentforge_demo", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "latentforge.export.demo", raising=False)
+    with pytest.raises(CheckpointError, match=r"pip install latentforge-demo.*pip install \./demo"):
+        open_checkpoint("demo")
+
+
+def test_the_demo_package_needs_only_the_standard_library() -> None:
+    spec = importlib.util.find_spec("latentforge_demo")
+    assert spec is not None and spec.origin is not None
+    code = f"import sys; sys.path.insert(0, {str(Path(spec.origin).parents[1])!r})\n"
+    code += "import latentforge_demo as demo\nassert (demo.CHECKPOINT / 'unet').is_dir()\n"
+    code += "assert len(demo.prompts(3, seed=0)) == 3"
+    subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True)
 
 
 @pytest.mark.slow
