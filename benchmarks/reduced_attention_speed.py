@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentforge.measure.bench.statistics import bootstrap_median
 from latentforge.measure.results import ConfidenceInterval
+from latentforge.measure.statistics import median_interval
 from latentforge.optimize.graph import open_session
 from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.search.reduced_attention import REDUCED, grids, reduce_attention
@@ -98,7 +98,7 @@ def measure(engines: Path, side: int, *, most: int, steps: int, repeats: int) ->
             side=side,
             least=least,
             seconds=float(np.median([pair[0] for pair in pairs])),
-            speedup=bootstrap_median([pair[0] / pair[1] for pair in pairs]),
+            speedup=median_interval([pair[0] / pair[1] for pair in pairs]),
             error=pairs[0][2],
         )
 

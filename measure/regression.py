@@ -1,247 +1,290 @@
-"""What got slower, larger or worse between two measurements of the same request.
+"""Comparison of two result files of the same request: what became slower, larger or worse.
 
-A figure with an interval has changed when it is off by more than the tolerance and the two
-intervals don't overlap. Speed is the ratio to the reference where both files have one of the same
-name, since seconds drift between runs and machines and a ratio of neighbours doesn't; the
-reference's own seconds are then noted and not judged, unless nothing else ran. Else it is the
-median of the runs, with their range as its interval. A single value, such as memory or files, has
-none and is judged by the tolerance alone. A metric with intervals on both sides is judged by those
-alone: a small loss that is certain is a loss.
+A value with a confidence interval has changed if the change exceeds the tolerance and the two
+intervals do not overlap. Speed is compared as the speedup over the reference if both files have one
+of the same name: seconds drift between measurements and machines, and a ratio of neighbouring runs
+does not. A change of the reference's own seconds is then only a note, unless nothing else was
+measured. Otherwise speed is the median of the runs. A speed whose interval has a level below
+conclusion.MIN_LEVEL supports no conclusion, and a change of it is reported as unclear. A single
+value, such as memory or file size, has no interval and is compared by the tolerance alone. Quality
+metrics with intervals in both files are compared by those alone: a small loss that is certain is a
+loss.
 """
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from msgspec.structs import replace
+
+from latentforge.measure.conclusion import MIN_LEVEL, too_few_runs
 from latentforge.measure.results import BenchResult, ConfidenceInterval, Metric, Results
+from latentforge.measure.statistics import median_interval
 from latentforge.runtime.errors import ResultsError
 from latentforge.runtime.text import size_text
 
 __all__ = ["Change", "Verdict", "judge"]
 
-Outcome = Literal["better", "same", "worse"]
+Outcome = Literal["better", "same", "worse", "unclear"]
 
-_ELSEWHERE = ("seed", "prompts", "negative_prompts")  # cost the same time, and make other pictures
+_FREE_SETTINGS = ("seed", "prompts", "negative_prompts")  # change the images, not the time
 _STAGES = {
     "total": "image",
-    "denoiser step": "UNet step",
+    "denoiser step": "denoiser step",
     "text_encoder": "text encoder",
     "vae_decoder": "VAE decoder",
 }
-_SINGLE: Mapping[str, str] = {
+_SINGLE_VALUES: Mapping[str, str] = {
     "peak_memory": "peak memory",
     "device_memory": "device memory",
-    "file_bytes": "files",
+    "file_bytes": "file size",
 }
-_SEEN = 80.0  # dB; nobody sees a difference beyond, so that there is none to judge
+_MAX_PSNR = 80.0  # dB, beyond which no difference is visible
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One figure of one participant, then and now, in words."""
+    """Change of one quantity of one participant."""
 
     subject: str
-    what: str
+    quantity: str
     outcome: Outcome
     text: str
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.what} {self.text}"
+        return f"{self.subject}: {self.quantity} {self.text}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All that was compared, and ``notes`` on what makes the two differ from the outset."""
+    """All quantities that both files have, and ``notes`` on differences in how they were measured."""
 
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
 
     @property
     def worse(self) -> tuple[Change, ...]:
-        """What got slower, larger, worse, or lost."""
-        return self._of("worse")
+        """Changes for the worse, lost participants included."""
+        return self._with("worse")
 
     @property
     def failed(self) -> bool:
-        """Whether anything got worse."""
+        """True if anything became worse."""
         return bool(self.worse)
 
-    def _of(self, outcome: Outcome) -> tuple[Change, ...]:
+    def _with(self, outcome: Outcome) -> tuple[Change, ...]:
         return tuple(change for change in self.changes if change.outcome == outcome)
 
     def __str__(self) -> str:
         lines = [f"note    {note}" for note in self.notes]
-        for outcome in ("worse", "better"):
-            lines += [f"{outcome:<8}{change}" for change in self._of(outcome)]
-        return "\n".join([*lines, f"{len(self._of('same'))} figures are as they were"])
+        for outcome in ("worse", "unclear", "better"):
+            lines += [f"{outcome:<8}{change}" for change in self._with(outcome)]
+        return "\n".join([*lines, f"{len(self._with('same'))} values unchanged"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quantity:
+    """One quantity in both files.
+
+    Attributes:
+        runs: timed runs in each file, for quantities that are medians over runs.
+        text: how to write a value.
+    """
+
+    subject: str
+    name: str
+    old: ConfidenceInterval
+    new: ConfidenceInterval
+    text: Callable[[float], str]
+    better: Literal["higher", "lower"] = "lower"
+    runs: tuple[int, int] | None = None
 
 
 def judge(old: Results, new: Results, *, tolerance: float = 0.05) -> Verdict:
-    """Compare what both have.
+    """Compare two measurements of the same request.
 
     Args:
-        old: what it should be no worse than.
-        new: what is judged.
-        tolerance: the share by which a figure may get worse.
+        old: the baseline.
+        new: the measurement that should be no worse.
+        tolerance: relative change up to which a quantity counts as unchanged.
 
     Raises:
-        ResultsError: they are of different requests, or have nothing in common.
+        ResultsError: the requests differ, or the files have nothing in common.
     """
     _check_settings(old, new)
     changes = (*_participants(old, new, tolerance), *_metrics(old, new, tolerance))
     if not changes:
         raise ResultsError(
-            "the two have no participant and no metric in common: nothing to compare"
+            "nothing to compare: the files have no participant and no metric in common"
         )
     return Verdict(changes=changes, notes=tuple(_notes(old, new, tolerance)))
 
 
 def _check_settings(old: Results, new: Results) -> None:
-    then, now = ({**r.settings, "threads": r.threads} for r in (old, new))
-    keys = [key for key in dict.fromkeys([*then, *now]) if key not in _ELSEWHERE]
-    differing = [key for key in keys if _plain(then.get(key)) != _plain(now.get(key))]
+    before, after = ({**r.settings, "threads": r.threads} for r in (old, new))
+    keys = [key for key in dict.fromkeys([*before, *after]) if key not in _FREE_SETTINGS]
+    differing = [key for key in keys if _as_json(before.get(key)) != _as_json(after.get(key))]
     if differing:
-        said = ", ".join(f"{key} {then.get(key)} and {now.get(key)}" for key in differing)
-        raise ResultsError(f"not the same request: {said}; measure with the same settings")
+        listed = ", ".join(f"{key} {before.get(key)} and {after.get(key)}" for key in differing)
+        raise ResultsError(f"the requests differ: {listed}; measure with the same settings")
 
 
-def _plain(value: Any) -> Any:
-    """As JSON would have it, which knows no tuples."""
+def _as_json(value: Any) -> Any:
+    """Return a value as it is after a round trip through JSON, which has no tuples."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _notes(old: Results, new: Results, tolerance: float) -> Iterator[str]:
     for key in dict.fromkeys([*old.machine, *new.machine]):
-        then, now = old.machine.get(key, "unknown"), new.machine.get(key, "unknown")
-        if then != now:
-            yield f"another machine: {key} was {then} and is {now}"
-    for key in _ELSEWHERE:
-        if _plain(old.settings.get(key)) != _plain(new.settings.get(key)):
-            yield f"other pictures: not the same {key}"
-    known = {entry.name for entry in old.entries}
-    yield from (f"{entry.name} is new" for entry in new.entries if entry.name not in known)
-    yield from _yardstick(old, new, tolerance)
+        before, after = old.machine.get(key, "unknown"), new.machine.get(key, "unknown")
+        if before != after:
+            yield f"different machine: {key} was {before} and is {after}"
+    for key in _FREE_SETTINGS:
+        if _as_json(old.settings.get(key)) != _as_json(new.settings.get(key)):
+            yield f"different images: {key} changed"
+    names = {entry.name for entry in old.entries}
+    yield from (f"{entry.name} is new" for entry in new.entries if entry.name not in names)
+    yield from _reference_notes(old, new, tolerance)
 
 
-def _yardstick(old: Results, new: Results, tolerance: float) -> Iterator[str]:
-    """What speed is told in, and whether that has changed itself."""
+def _reference_notes(old: Results, new: Results, tolerance: float) -> Iterator[str]:
+    """Name the reference of the speedups, and tell if it became faster or slower itself."""
     if name := _common_reference(old, new):
-        yield f"speed is how many times faster than {name}, in pairs of runs"
-        before, after = (_median(_entry(results, name), "total") for results in (old, new))
+        yield f"speed is the speedup over {name}, from pairs of runs"
+        before, after = (_time(_entry(results, name), "total") for results in (old, new))
         if before and after and abs(after.value - before.value) > tolerance * before.value:
-            said = f"took {_seconds(before.value)} and takes {_seconds(after.value)}"
-            yield f"{name}, the reference, {said}"
+            change = f"took {_seconds(before.value)} and takes {_seconds(after.value)}"
+            yield f"{name}, the reference, {change}"
 
 
 # participants
 
 
 def _participants(old: Results, new: Results, tolerance: float) -> Iterator[Change]:
-    paired = _common_reference(old, new)
-    for then in old.entries:
-        now = _entry(new, then.name)
-        if then.name == paired and now:
-            yield from _resources(then, now, tolerance)
-        elif then.status == "ok" or (now and now.status == "ok"):
-            yield from _participant(then, now, tolerance, by_ratio=paired is not None)
+    reference = _common_reference(old, new)
+    for before in old.entries:
+        after = _entry(new, before.name)
+        if before.name == reference and after:
+            yield from _judged(_resources(before, after), tolerance)
+        elif before.status == "ok" or (after and after.status == "ok"):
+            yield from _participant(before, after, tolerance, by_speedup=reference is not None)
 
 
 def _participant(
-    then: BenchResult, now: BenchResult | None, tolerance: float, *, by_ratio: bool
+    before: BenchResult, after: BenchResult | None, tolerance: float, *, by_speedup: bool
 ) -> Iterator[Change]:
-    if now is None or now.status != "ok":
-        said = f"{now.status}: {now.message}" if now else "gone"
-        yield Change(subject=then.name, what="now", outcome="worse", text=said)
-    elif then.status != "ok":
-        said = f"runs; {then.status} then"
-        yield Change(subject=then.name, what="now", outcome="better", text=said)
+    if after is None or after.status != "ok":
+        text = f"{after.status}: {after.message}" if after else "missing from the new file"
+        yield Change(subject=before.name, quantity="now", outcome="worse", text=text)
+    elif before.status != "ok":
+        text = f"runs, and was {before.status}"
+        yield Change(subject=before.name, quantity="now", outcome="better", text=text)
     else:
-        yield from _speed(then, now, tolerance, by_ratio)
-        yield from _resources(then, now, tolerance)
-        yield from _picture(then, now, tolerance)
+        yield from _judged(_speed(before, after, by_speedup), tolerance)
+        yield from _judged(_resources(before, after), tolerance)
+        yield from _judged(_psnr(before, after), tolerance)
+        yield from _class_change(before, after)
 
 
-def _speed(
-    then: BenchResult, now: BenchResult, tolerance: float, by_ratio: bool
-) -> Iterator[Change]:
+def _speed(before: BenchResult, after: BenchResult, by_speedup: bool) -> Iterator[_Quantity]:
+    runs = len(before.runs), len(after.runs)
     for stage, name in _STAGES.items():
-        if by_ratio and stage in then.ratio and stage in now.ratio:
-            before, after = then.ratio[stage], now.ratio[stage]
-            yield _change(then.name, name, before, after, tolerance, _times, better="higher")
-        elif (first := _median(then, stage)) and (second := _median(now, stage)):
-            yield _change(then.name, name, first, second, tolerance, _seconds)
+        if by_speedup and stage in before.ratio and stage in after.ratio:
+            yield _Quantity(
+                subject=before.name,
+                name=name,
+                old=before.ratio[stage],
+                new=after.ratio[stage],
+                text=_speedup,
+                better="higher",
+                runs=runs,
+            )
+        elif (old := _time(before, stage)) and (new := _time(after, stage)):
+            yield _Quantity(
+                subject=before.name, name=name, old=old, new=new, text=_seconds, runs=runs
+            )
 
 
-def _resources(then: BenchResult, now: BenchResult, tolerance: float) -> Iterator[Change]:
-    """Single values, and the starts, which are some."""
-    if then.ready_seconds and now.ready_seconds:
-        before, after = _of(then.ready_seconds), _of(now.ready_seconds)
-        yield _change(then.name, "start to ready", before, after, tolerance, _seconds)
-    for key, name in _SINGLE.items():
-        values = getattr(then, key), getattr(now, key)
-        if None not in values:
-            before, after = (ConfidenceInterval(value=value) for value in values)
-            yield _change(then.name, name, before, after, tolerance, size_text)
-
-
-def _picture(then: BenchResult, now: BenchResult, tolerance: float) -> Iterator[Change]:
-    """How close to the reference's, and whether it is still the same picture."""
-    if then.psnr is not None and now.psnr is not None:
-        before, after = (
-            ConfidenceInterval(value=min(value, _SEEN)) for value in (then.psnr, now.psnr)
+def _resources(before: BenchResult, after: BenchResult) -> Iterator[_Quantity]:
+    if before.ready_seconds and after.ready_seconds:
+        yield _Quantity(
+            subject=before.name,
+            name="load time",
+            old=median_interval(before.ready_seconds),
+            new=median_interval(after.ready_seconds),
+            text=_seconds,
+            runs=(len(before.ready_seconds), len(after.ready_seconds)),
         )
-        yield _change(then.name, "PSNR", before, after, tolerance, _decibels, better="higher")
-    if then.speed_class and now.speed_class and then.speed_class != now.speed_class:
-        outcome: Outcome = "worse" if now.speed_class == "B" else "better"
-        text = f"was {then.speed_class} and is {now.speed_class}"
-        yield Change(subject=then.name, what="class", outcome=outcome, text=text)
+    for key, name in _SINGLE_VALUES.items():
+        values = getattr(before, key), getattr(after, key)
+        if None not in values:
+            old, new = (ConfidenceInterval(value=value) for value in values)
+            yield _Quantity(subject=before.name, name=name, old=old, new=new, text=size_text)
+
+
+def _psnr(before: BenchResult, after: BenchResult) -> Iterator[_Quantity]:
+    if before.psnr is not None and after.psnr is not None:
+        old, new = (
+            ConfidenceInterval(value=min(value, _MAX_PSNR)) for value in (before.psnr, after.psnr)
+        )
+        yield _Quantity(
+            subject=before.name, name="PSNR", old=old, new=new, text=_decibels, better="higher"
+        )
+
+
+def _class_change(before: BenchResult, after: BenchResult) -> Iterator[Change]:
+    if before.speed_class and after.speed_class and before.speed_class != after.speed_class:
+        outcome: Outcome = "worse" if after.speed_class == "B" else "better"
+        text = f"was {before.speed_class} and is {after.speed_class}"
+        yield Change(subject=before.name, quantity="class", outcome=outcome, text=text)
 
 
 def _common_reference(old: Results, new: Results) -> str | None:
-    """The reference's name, if both ran one of the same name, and something beside it."""
-    then, now = old.reference, new.reference
-    if then is None or now is None or then.name != now.name:
+    """Return the reference's name if both files have timed it and another participant."""
+    before, after = old.reference, new.reference
+    if before is None or after is None or before.name != after.name:
         return None
-    beside = any(entry.status == "ok" and entry is not then for entry in old.entries)
-    return then.name if beside and then.status == now.status == "ok" else None
+    compared = any(entry.status == "ok" and entry is not before for entry in old.entries)
+    return before.name if compared and before.status == after.status == "ok" else None
 
 
 def _entry(results: Results, name: str) -> BenchResult | None:
     return next((entry for entry in results.entries if entry.name == name), None)
 
 
-def _median(entry: BenchResult | None, stage: str) -> ConfidenceInterval | None:
-    """A stage's median and range over the runs."""
+def _time(entry: BenchResult | None, stage: str) -> ConfidenceInterval | None:
+    """Return a stage's median over the runs, with its interval."""
     if entry is None or stage not in entry.median:
         return None
-    taken = [run.seconds[stage] for run in entry.runs if stage in run.seconds]
-    span = _of(taken) if len(taken) > 1 else ConfidenceInterval(value=0)
-    return ConfidenceInterval(value=entry.median[stage], low=span.low, high=span.high)
-
-
-def _of(values: Sequence[float]) -> ConfidenceInterval:
-    """The median of values, with their range where there are several."""
-    low, high = (min(values), max(values)) if len(values) > 1 else (None, None)
-    return ConfidenceInterval(value=statistics.median(values), low=low, high=high)
+    seconds = [run.seconds[stage] for run in entry.runs if stage in run.seconds]
+    interval = median_interval(seconds) if seconds else ConfidenceInterval(value=0)
+    return replace(interval, value=entry.median[stage])
 
 
 # metrics
 
 
 def _metrics(old: Results, new: Results, tolerance: float) -> Iterator[Change]:
-    now = {_key(metric): metric for metric in new.metrics}
-    for then in old.metrics:
-        if (after := now.get(_key(then))) is not None:
-            yield _metric(then, after, tolerance)
+    by_key = {_key(metric): metric for metric in new.metrics}
+    for before in old.metrics:
+        if (after := by_key.get(_key(before))) is not None:
+            yield _metric(before, after, tolerance)
 
 
-def _metric(then: Metric, now: Metric, tolerance: float) -> Change:
-    before, after = (ConfidenceInterval(value=m.value, low=m.low, high=m.high) for m in (then, now))
-    bounded = None not in (before.low, before.high, after.low, after.high)
-    allowed = 0.0 if bounded else tolerance
-    name = then.name + (f" to {then.reference}" if then.reference else "")
-    return _change(then.subject, name, before, after, allowed, _figure, better=then.better)
+def _metric(before: Metric, after: Metric, tolerance: float) -> Change:
+    old, new = (_interval(metric) for metric in (before, after))
+    bounded = old.level is not None and new.level is not None
+    name = before.name + (f" to {before.reference}" if before.reference else "")
+    quantity = _Quantity(
+        subject=before.subject, name=name, old=old, new=new, text=_number, better=before.better
+    )
+    return _change(quantity, 0.0 if bounded else tolerance)
+
+
+def _interval(metric: Metric) -> ConfidenceInterval:
+    return ConfidenceInterval(
+        value=metric.value, low=metric.low, high=metric.high, level=metric.level
+    )
 
 
 def _key(metric: Metric) -> tuple[str, str, str, str]:
@@ -251,44 +294,62 @@ def _key(metric: Metric) -> tuple[str, str, str, str]:
 # both
 
 
-def _change(
-    subject: str,
-    what: str,
-    then: ConfidenceInterval,
-    now: ConfidenceInterval,
-    tolerance: float,
-    say: Callable[[float], str],
-    *,
-    better: Literal["higher", "lower"] = "lower",
-) -> Change:
-    """Beyond the tolerance, and with intervals apart where both have one."""
-    off = abs(now.value - then.value) > tolerance * abs(then.value) + 1e-12
-    improved = (now.value > then.value) == (better == "higher")
+def _judged(quantities: Iterator[_Quantity], tolerance: float) -> Iterator[Change]:
+    for quantity in quantities:
+        yield _change(quantity, tolerance)
+
+
+def _change(quantity: _Quantity, tolerance: float) -> Change:
+    """Judge one quantity.
+
+    It has changed if the change exceeds the tolerance and the two intervals, where both exist, do
+    not overlap; for a median over runs, both must exist at a sufficient level.
+    """
+    old, new = quantity.old, quantity.new
     outcome: Outcome = "same"
-    if off and not _overlap(then, now):
-        outcome = "better" if improved else "worse"
-    part = f" ({now.value / then.value - 1:+.1%})" if then.value else ""
-    text = f"was {say(then.value)} and is {say(now.value)}{part}"
-    return Change(subject=subject, what=what, outcome=outcome, text=text)
+    note = ""
+    if abs(new.value - old.value) > tolerance * abs(old.value) + 1e-12 and not _overlap(old, new):
+        note = _too_few(quantity)
+        improved = (new.value > old.value) == (quantity.better == "higher")
+        outcome = "unclear" if note else "better" if improved else "worse"
+    relative = f" ({new.value / old.value - 1:+.1%})" if old.value else ""
+    text = f"was {quantity.text(old.value)} and is {quantity.text(new.value)}{relative}{note}"
+    return Change(subject=quantity.subject, quantity=quantity.name, outcome=outcome, text=text)
 
 
-def _overlap(then: ConfidenceInterval, now: ConfidenceInterval) -> bool:
-    if then.low is None or then.high is None or now.low is None or now.high is None:
+def _too_few(quantity: _Quantity) -> str:
+    """Return why the runs of a quantity support no conclusion; empty if they do."""
+    if quantity.runs is None:
+        return ""
+    files: Sequence[tuple[str, ConfidenceInterval, int]] = (
+        ("old", quantity.old, quantity.runs[0]),
+        ("new", quantity.new, quantity.runs[1]),
+    )
+    reasons = [
+        f"{name} file has {too_few_runs(interval, runs)}"
+        for name, interval, runs in files
+        if (interval.level or 0) < MIN_LEVEL
+    ]
+    return f"; {' and '.join(reasons)}" if reasons else ""
+
+
+def _overlap(old: ConfidenceInterval, new: ConfidenceInterval) -> bool:
+    if old.low is None or old.high is None or new.low is None or new.high is None:
         return False
-    return then.low <= now.high and now.low <= then.high
+    return old.low <= new.high and new.low <= old.high
 
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s"
 
 
-def _times(value: float) -> str:
+def _speedup(value: float) -> str:
     return f"{value:.2f}x"
 
 
 def _decibels(value: float) -> str:
-    return f"{value:.1f} dB" if value < _SEEN else f"{value:g} dB or more"
+    return f"{value:.1f} dB" if value < _MAX_PSNR else f"{value:g} dB or more"
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:.4g}"

@@ -1,7 +1,7 @@
-"""What was measured, as data: bench and eval write it, report draws it, compare judges two of it.
+"""Result files: ``bench`` and ``eval`` write them, ``report`` draws them, ``compare`` compares two.
 
-Seconds, bytes, joules and dB throughout. What is not known is None, and what was not measured is
-absent; nothing is ever zero for want of a figure.
+Units are seconds, bytes, joules and dB. An unknown value is None and a value that was not measured
+is absent; zero never stands for a missing value.
 """
 
 import math
@@ -28,53 +28,72 @@ __all__ = [
     "Point",
     "ProfileTable",
     "Results",
+    "Role",
     "TimedRun",
 ]
 
-FORMAT = 1
+FORMAT = 2
+
+Role = Literal["reference", "peer", "engines"]
+"""Part of a participant in a benchmark: reference of the speedups, other software, or engines."""
 
 _MAX_BYTES = 256 << 20
 
 
 class ConfidenceInterval(Record, frozen=True, kw_only=True):
-    """A figure with its 95 % confidence interval; no bounds where there is too little to tell."""
+    """Estimate with its confidence interval; without bounds if the sample is too small for one.
+
+    Attributes:
+        level: probability that such an interval covers the true value, 0 to 1.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    level: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_interval(self.low, self.high, self.level)
 
 
 class TimedRun(Record, frozen=True, kw_only=True):
-    """One request. ``seconds`` are by stage: text_encoder, unet, denoiser step, vae_decoder, total."""
+    """One timed request.
+
+    Attributes:
+        seconds: by stage: text_encoder, denoiser, vae_decoder and so on, each summed over its
+            calls; ``denoiser step`` is the median call of the denoiser, ``total`` the whole request.
+        joules: energy of the whole machine, if it has meters.
+    """
 
     seconds: Mapping[str, float]
     joules: float | None = None
 
 
 class BenchResult(Record, frozen=True, kw_only=True):
-    """One participant of a benchmark, be it that it ran, failed, or isn't there.
+    """Result of one benchmark participant: measured, failed or not installed.
 
     Attributes:
-        name: unique among the entries.
-        role: ``reference`` is what the ratios compare with.
-        status: ``missing`` where it isn't installed.
-        message: what went wrong and what to do, in one line.
-        speed_class: ``A`` draws the reference's picture, ``B`` another one; None before a picture.
-        gate: the gate that another picture has passed, in words; empty where none has judged it.
-        prepare_seconds: what turning the checkpoint into its own files took.
-        ready_seconds: from the start of the process to the loaded model, for every start.
-        first: the first request after a start, kept apart from ``runs``.
-        runs: in turn with those of the other participants, so that equal places make pairs.
-        peak_memory: bytes resident at most.
-        device_memory: bytes on the GPU at most.
-        file_bytes: what it loads.
-        psnr: of its last picture to the reference's, in dB.
-        median: seconds by stage over ``runs``, and ``joules`` where the machine tells.
-        ratio: by stage, how many times faster than the reference, paired.
+        name: unique within a file.
+        role: ``reference`` is the participant that all speedups are relative to.
+        status: ``missing`` if the participant's libraries are not installed.
+        message: the error and its remedy, on one line.
+        speed_class: ``A`` for the reference's image (same trajectory), ``B`` for a different one,
+            None if no image could be compared.
+        gate: the quality gate that a class B participant has passed, in words; empty if none.
+        prepare_seconds: time to convert the checkpoint to the participant's own files.
+        ready_seconds: from process start to loaded model, one value per start.
+        first: the first request after a start; it is not counted among ``runs``.
+        runs: interleaved with those of the other participants, so that equal positions are pairs.
+        peak_memory: peak resident set, in bytes.
+        device_memory: peak memory on GPUs, in bytes.
+        file_bytes: size of the files that the participant loads.
+        psnr: of the last image to the reference's, in dB; None for the reference itself.
+        median: median seconds over ``runs`` by stage, and ``joules`` if the machine has meters.
+        ratio: speedup over the reference by stage, from pairs of runs.
     """
 
     name: str
-    role: Literal["reference", "peer", "ours"]
+    role: Role
     status: Literal["ok", "failed", "missing"] = "ok"
     message: str = ""
     speed_class: Literal["A", "B"] | None = None
@@ -93,18 +112,20 @@ class BenchResult(Record, frozen=True, kw_only=True):
     ratio: Mapping[str, ConfidenceInterval] = {}
 
     @property
-    def slowness(self) -> float:
-        """What to rank the entries of one file by: the time of an image as a share of the
-        reference's, which pairs tell better than seconds do; seconds where there is no reference.
+    def relative_time(self) -> float:
+        """Time of an image by which to rank the results of one file; infinite if unknown.
+
+        It is relative to the reference, since paired ratios are more reliable than seconds. It is in
+        seconds if the file has no reference.
         """
-        paired = self.ratio.get("total")
-        if paired is not None and paired.value > 0:
-            return 1 / paired.value
+        speedup = self.ratio.get("total")
+        if speedup is not None and speedup.value > 0:
+            return 1 / speedup.value
         return self.median.get("total", math.inf)
 
 
 class Point(Record, frozen=True, kw_only=True):
-    """One participant at one size and batch: a point of a scaling curve. Seconds are medians."""
+    """Point of a scaling curve: one participant at one batch and image size, median seconds."""
 
     name: str
     batch: int
@@ -117,7 +138,7 @@ class Point(Record, frozen=True, kw_only=True):
 
 
 class LayerTiming(Record, frozen=True, kw_only=True):
-    """One layer of one component over a whole image."""
+    """Time of one layer of one component, summed over one image."""
 
     component: str
     layer: str
@@ -126,7 +147,7 @@ class LayerTiming(Record, frozen=True, kw_only=True):
 
 
 class ProfileTable(Record, frozen=True, kw_only=True):
-    """The hottest layers of a participant, and the seconds of all its layers together."""
+    """Slowest layers of one participant; ``total`` is the seconds of all its layers."""
 
     name: str
     layers: tuple[LayerTiming, ...]
@@ -134,17 +155,16 @@ class ProfileTable(Record, frozen=True, kw_only=True):
 
 
 class Metric(Record, frozen=True, kw_only=True):
-    """One figure of quality.
+    """Value of one quality metric for one participant.
 
     Attributes:
         name: of the metric, such as ``psnr`` or ``fid``.
-        subject: whose pictures.
-        reference: what they were compared with; empty where the metric needs nothing.
-        value: with ``low`` and ``high``, its 95 % confidence interval.
-        images: how many of the subject went in.
-        better: which way is good.
-        network: whose features, where it takes some.
-        note: a caveat in words, such as too few images to compare with other people's figures.
+        subject: the participant whose images were scored.
+        reference: what the images were compared with; empty for metrics without a reference.
+        value: with the bounds ``low`` and ``high`` of its confidence interval at ``level``.
+        images: number of the subject's images.
+        network: the feature extractor, for metrics that use one.
+        note: a caveat, such as too few images to compare with published values.
     """
 
     name: str
@@ -152,6 +172,7 @@ class Metric(Record, frozen=True, kw_only=True):
     value: float
     low: float | None = None
     high: float | None = None
+    level: float | None = None
     images: int
     better: Literal["higher", "lower"]
     unit: str = ""
@@ -159,11 +180,17 @@ class Metric(Record, frozen=True, kw_only=True):
     network: str = ""
     note: str = ""
 
+    def __post_init__(self) -> None:
+        _check_interval(self.low, self.high, self.level)
+
 
 class Picture(Record, frozen=True, kw_only=True):
-    """One request's picture by several, as data URLs by name, and how far each is from the first.
+    """Images of one request by several participants, and their differences to the first.
 
-    ``differences`` are pictures too, of what is 0 where they are equal, made visible.
+    Attributes:
+        images: data URLs by participant.
+        differences: data URLs of amplified absolute differences to the first image.
+        psnr: to the first image, in dB.
     """
 
     prompt: str
@@ -174,32 +201,35 @@ class Picture(Record, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, prompt: str, seed: int, pictures: Mapping[str, NDArray[np.float32]]) -> "Picture":
-        """Pictures (3, height, width) in -1..1 by name; the first is what others are compared with.
+        """Encode images of shape (3, height, width) in -1..1, by participant.
 
-        What is of another size than the first is left out.
+        The first is the reference of the comparison. Images of another size than the first are
+        left out.
         """
-        theirs = next(iter(pictures.values()))
-        alike = {name: mine for name, mine in pictures.items() if mine.shape == theirs.shape}
-        others = dict(list(alike.items())[1:])
+        reference = next(iter(pictures.values()))
+        alike = {name: image for name, image in pictures.items() if image.shape == reference.shape}
+        compared = dict(list(alike.items())[1:])
         return cls(
             prompt=prompt,
             seed=seed,
-            images={name: data_url(mine) for name, mine in alike.items()},
-            differences={name: data_url(difference(theirs, mine)) for name, mine in others.items()},
-            psnr={name: psnr(theirs, mine, peak=2.0) for name, mine in others.items()},
+            images={name: data_url(image) for name, image in alike.items()},
+            differences={
+                n: data_url(difference(reference, image)) for n, image in compared.items()
+            },
+            psnr={n: psnr(reference, image, peak=2.0) for n, image in compared.items()},
         )
 
 
 class Results(Record, frozen=True, kw_only=True):
-    """One measurement, whole.
+    """Content of one result file.
 
     Attributes:
-        command: what repeats it.
+        command: the command line that repeats the measurement.
         date: ISO 8601, UTC.
-        machine: words about it, by what they tell: cpu, cores, memory, system, gpu.
-        settings: the request that was timed, see settings.Settings.
-        threads: each participant may use.
-        method: how it was measured, in a sentence or two.
+        machine: description by key: cpu, cores, memory, system, gpu.
+        settings: of the request that was measured, see runtime.settings.Settings.
+        threads: per participant.
+        method: how it was measured, in a few sentences.
     """
 
     format: int = FORMAT
@@ -218,10 +248,11 @@ class Results(Record, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Read a file that write() made.
+        """Read a result file.
 
         Raises:
-            ResultsError: it is missing, no such file, damaged, or of another version.
+            ResultsError: the file is missing, is not a result file, is damaged, or has another
+                format.
         """
         try:
             with path.open("rb") as file:
@@ -229,38 +260,51 @@ class Results(Record, frozen=True, kw_only=True):
         except OSError as error:
             raise ResultsError(f"cannot read {path}: {error.strerror}") from error
         if len(data) > _MAX_BYTES:
-            raise ResultsError(f"{path} is larger than results are: name what bench or eval wrote")
+            raise ResultsError(
+                f"{path} is larger than result files are: name a --json file of bench or eval"
+            )
         _check_format(data, path)
         try:
             return msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ResultsError(f"{path}: {error}; measure again") from error
+            raise ResultsError(f"{path} is damaged: {error}; measure again") from error
 
     def write(self, path: Path) -> None:
-        """Write the whole file or nothing."""
+        """Write the file, whole or not at all."""
         with staged_file(path) as partial:
             partial.write_bytes(self.encode())
 
     def encode(self) -> bytes:
-        """The same as JSON text, indented."""
+        """Return the content as indented JSON."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
     @property
     def reference(self) -> BenchResult | None:
-        """What the ratios compare with, if anything was timed."""
+        """Result that the speedups are relative to, if the file has one."""
         return next((entry for entry in self.entries if entry.role == "reference"), None)
 
 
+def _check_interval(low: float | None, high: float | None, level: float | None) -> None:
+    """Refuse an incomplete interval: bounds mean nothing without their level."""
+    bounds = (low, high, level)
+    if None in bounds and any(value is not None for value in bounds):
+        raise ValueError("an interval needs low, high and level, or none of them")
+    if level is not None and not 0 < level <= 1:
+        raise ValueError(f"the level of an interval is a probability above 0, not {level}")
+
+
 def _check_format(data: bytes, path: Path) -> None:
-    """Tell a file of another version from one that is damaged."""
+    """Refuse files that are not result files, and those of another format."""
     try:
         head = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} is not JSON: {error}; name what bench or eval wrote") from error
+        raise ResultsError(
+            f"{path} is not JSON: {error}; name a --json file of bench or eval"
+        ) from error
     if not isinstance(head, dict) or "format" not in head or "machine" not in head:
-        raise ResultsError(f"{path} holds no results: name a file that bench or eval wrote")
+        raise ResultsError(f"{path} is not a result file: name a --json file of bench or eval")
     if head["format"] != FORMAT:
         raise ResultsError(
-            f"{path} is of format {head['format']!r} and this latentforge reads {FORMAT}: "
-            "measure again, or use the version that wrote it"
+            f"{path} has result format {head['format']!r} and this latentforge reads format "
+            f"{FORMAT}: measure again with latentforge bench or eval, or use the version that wrote it"
         )

@@ -5,28 +5,25 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "Meter",
     "available_cores",
     "available_memory",
     "cpu_name",
     "described",
     "device_memory",
     "fit_together",
-    "joules",
-    "meters",
+    "gpus",
+    "nvml",
     "peak_memory",
     "resident_memory",
 ]
 
 _MEMORY = 3  # times its files, which is what a process takes that paints with them
-_POWERCAP = Path("/sys/class/powercap")
 
 
 def available_cores() -> int:
@@ -56,7 +53,7 @@ def described() -> dict[str, str]:
     }
     if total := _meminfo("MemTotal"):
         words["memory"] = f"{total / 2**30:.0f} GB"
-    if names := [name for _, name in _gpus()]:
+    if names := [name for _, name in gpus()]:
         words["gpu"] = ", ".join(names)
     return words
 
@@ -109,52 +106,9 @@ def _status(field: str, pid: int | None = None) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class Meter:
-    """A counter of joules since some moment, which starts again from 0 after ``wrap`` of them."""
-
-    name: str
-    read: Callable[[], float]
-    wrap: float = math.inf
-
-    def since(self, before: float) -> float:
-        """Joules since it stood at ``before``."""
-        spent = self.read() - before
-        return spent if spent >= 0 else spent + self.wrap
-
-
-def meters() -> list[Meter]:
-    """What counts energy here: RAPL's processor packages, NVML's GPUs. Often nothing does."""
-    return [*_rapl(), *_nvml_meters()]
-
-
-def joules(spent: Sequence[float]) -> float | None:
-    """The sum of what meters say; None where there are none."""
-    return math.fsum(spent) if spent else None
-
-
-def _rapl(root: Path = _POWERCAP) -> list[Meter]:
-    """Packages alone: their cores and memory controllers are counted in them."""
-    found = []
-    for folder in sorted(root.glob("intel-rapl:*")):
-        counter = folder / "energy_uj"
-        with suppress(OSError, ValueError):  # since 2020 the system shows it to root alone
-            if not (folder / "name").read_text().startswith("package"):
-                continue
-            wrap = int((folder / "max_energy_range_uj").read_text()) / 1e6
-            read = functools.partial(_microjoules, counter)
-            read()
-            found.append(Meter(folder.name, read, wrap))
-    return found
-
-
-def _microjoules(counter: Path) -> float:
-    return int(counter.read_text()) / 1e6
-
-
 @functools.cache
-def _nvml() -> Any:
-    """NVIDIA's management library, from the package nvidia-ml-py; None where it finds no GPU."""
+def nvml() -> Any:
+    """Return NVIDIA's management library, of the package nvidia-ml-py; None without a GPU."""
     with suppress(Exception):  # whatever is missing, there is nothing to ask
         import pynvml
 
@@ -163,35 +117,22 @@ def _nvml() -> Any:
     return None
 
 
-def _gpus() -> list[tuple[Any, str]]:
-    nvml = _nvml()
-    if nvml is None:
+def gpus() -> list[tuple[Any, str]]:
+    """Return the NVML handle and the name of every NVIDIA GPU."""
+    library = nvml()
+    if library is None:
         return []
-    handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-    return [(handle, str(nvml.nvmlDeviceGetName(handle))) for handle in handles]
-
-
-def _nvml_meters() -> list[Meter]:
-    nvml, found = _nvml(), []
-    for handle, name in _gpus():
-        read = functools.partial(_millijoules, nvml, handle)
-        with suppress(Exception):  # older than Volta
-            read()
-            found.append(Meter(name, read))
-    return found
-
-
-def _millijoules(nvml: Any, handle: Any) -> float:
-    return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    handles = map(library.nvmlDeviceGetHandleByIndex, range(library.nvmlDeviceGetCount()))
+    return [(handle, str(library.nvmlDeviceGetName(handle))) for handle in handles]
 
 
 def device_memory(pid: int) -> int | None:
     """Bytes that a process holds now on all GPUs; None where there are none."""
-    nvml = _nvml()
-    if nvml is None:
+    library = nvml()
+    if library is None:
         return None
     held = 0
-    for handle, _ in _gpus():
-        for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+    for handle, _ in gpus():
+        for process in library.nvmlDeviceGetComputeRunningProcesses(handle):
             held += (process.usedGpuMemory or 0) if process.pid == pid else 0
     return held

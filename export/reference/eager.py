@@ -22,7 +22,7 @@ from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.schedulers import SCHEDULERS, schedule_of
 from latentforge.measure.bench.protocol import BenchJob
-from latentforge.measure.bench.worker import Loaded, serve
+from latentforge.measure.bench.worker import ServedModel, serve
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profiling import Stopwatch
@@ -182,7 +182,7 @@ def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:
     return timed
 
 
-def _load(job: BenchJob) -> Loaded:
+def _load(job: BenchJob) -> ServedModel:
     torch.set_num_threads(job.threads)
     pipeline = EagerPipeline(open_checkpoint(job.model))
     if "compile" in sys.argv[1:-1]:

@@ -1,4 +1,4 @@
-"""Let participants take turns, and make an entry of what each took."""
+"""Interleaved runs: participants measured in turn, A B A B, and compared in pairs."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +10,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latentforge.measure.bench.protocol import BenchJob, MissingError, Participant, Process
-from latentforge.measure.bench.statistics import medians, ratios
+from latentforge.measure.bench import REPEATS
+from latentforge.measure.bench.process import MissingError, ParticipantProcess
+from latentforge.measure.bench.protocol import BenchJob, Participant
+from latentforge.measure.energy import energy_meters
 from latentforge.measure.results import BenchResult, TimedRun
+from latentforge.measure.statistics import medians, paired_speedups
 from latentforge.runtime.equivalence import SAME_PICTURE
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.image import psnr
-from latentforge.runtime.machine import meters
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
 
@@ -27,7 +29,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """An entry for every participant, and the pictures, (n, 3, height, width), of those that ran."""
+    """Results of all participants, and the images, (n, 3, height, width), of those that ran."""
 
     entries: tuple[BenchResult, ...]
     pictures: Mapping[str, Array]
@@ -38,47 +40,48 @@ def measure(
     settings: Settings,
     *,
     threads: int,
-    repeats: int = 5,
+    repeats: int = REPEATS,
     together: bool = True,
     noise: Array | None = None,
     folder: Path | None = None,
     quiet: bool = True,
 ) -> Measured:
-    """Let participants take turns, A B A B, so that a drifting machine hits all alike.
+    """Measure participants with interleaved runs, so that drift of the machine affects all alike.
 
-    A participant that fails is an entry that says so; the others go on.
+    A participant that fails is reported as a result; the others continue.
 
     Args:
-        participants: the first is what the others are compared with.
-        settings: one request.
-        threads: each may use.
-        repeats: counted runs of each; one more comes first after every start and is kept apart.
-        together: keep all loaded; without it a participant is started anew for each of its turns, so
-            that one at a time has to fit in memory.
-        noise: (n, channels, h, w) of unit variance, for participants that draw none like torch's.
-        folder: where participants keep what they convert; a temporary one if None.
+        participants: the first is the reference of the comparison.
+        settings: the request.
+        threads: per participant.
+        repeats: timed runs of each; the first run after every start is extra and not counted.
+        together: keep all models loaded. Otherwise each participant is started for each of its
+            runs, so that only one has to fit in memory.
+        noise: initial noise (n, channels, h, w) of unit variance, for participants whose own
+            generator differs from torch's.
+        folder: for the files that participants convert; a temporary one if None.
         quiet: show no progress.
     """
     total = len(participants) * (repeats + 2 if together else 3 * repeats)
     with ExitStack() as stack, Progress(total, quiet=quiet) as progress:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latentforge-")))
+        jobs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latentforge-")))
         if noise is not None:
-            np.save(place / "noise.npy", noise)
-        players = [
+            np.save(jobs / "noise.npy", noise)
+        runners = [
             _Runner(
-                participant, _job(participant, settings, threads, place, folder or place), threads
+                participant, _job(participant, settings, threads, jobs, folder or jobs), threads
             )
             for participant in participants
         ]
-        (_all_loaded if together else _one_loaded)(players, repeats, progress)
-        return _measured(players)
+        (_run_loaded if together else _run_restarted)(runners, repeats, progress)
+        return _measured(runners)
 
 
 def require_all_ok(measured: Measured) -> Measured:
-    """The same, where every participant has to have run.
+    """Return the measurement unchanged if every participant ran.
 
     Raises:
-        BackendError: one of them has not.
+        BackendError: a participant failed or is missing.
     """
     for entry in measured.entries:
         if entry.status != "ok":
@@ -87,74 +90,74 @@ def require_all_ok(measured: Measured) -> Measured:
 
 
 def _job(
-    participant: Participant, settings: Settings, threads: int, place: Path, folder: Path
+    participant: Participant, settings: Settings, threads: int, jobs: Path, folder: Path
 ) -> Path:
-    own = folder / participant.name
-    own.mkdir(parents=True, exist_ok=True)
-    path = place / f"{participant.name}.json"
+    files = folder / participant.name
+    files.mkdir(parents=True, exist_ok=True)
+    path = jobs / f"{participant.name}.json"
     BenchJob(
         model=participant.model,
-        settings=replace(settings, **participant.plan),
+        settings=replace(settings, **participant.overrides),
         threads=threads,
         picture=str(path.with_suffix(".npy")),
-        noise=str(place / "noise.npy"),
-        folder=str(own),
+        noise=str(jobs / "noise.npy"),
+        folder=str(files),
         scheduler=participant.scheduler,
     ).write(path)
     return path
 
 
 class _Runner:
-    """A participant, and what is known of it so far. A failure is noted, and it plays no more."""
+    """Participant with its process and its measurements so far; it stops at its first failure."""
 
     def __init__(self, participant: Participant, job: Path, threads: int) -> None:
         self.participant = participant
         self.failure: BackendError | None = None
         self._job = job
         self._threads = threads
-        self._meters = meters()
-        self._process: Process | None = None
-        self._known: dict[str, Any] = {}
+        self._meters = energy_meters()
+        self._process: ParticipantProcess | None = None
+        self._facts: dict[str, Any] = {}
         self._ready: list[float] = []
         self._first: TimedRun | None = None
         self._runs: list[TimedRun] = []
 
     def start(self) -> None:
-        """Start its process and wait until it has loaded."""
-        with self._noting():
-            process = Process(self.participant, self._job, threads=self._threads)
+        """Start the process and wait until the model is loaded."""
+        with self._recording_failure():
+            process = ParticipantProcess(self.participant, self._job, threads=self._threads)
             self._process = process
             self._ready.append(process.ready_seconds)
             if process.prepared is not None:
-                self._known["prepare_seconds"] = process.prepared
-            self._known["versions"] = dict(process.ready.get("versions", {}))
-            self._known["precision"] = process.ready.get("precision", "")
-            self._known["file_bytes"] = process.ready.get("bytes")
+                self._facts["prepare_seconds"] = process.prepared
+            self._facts["versions"] = dict(process.ready.get("versions", {}))
+            self._facts["precision"] = process.ready.get("precision", "")
+            self._facts["file_bytes"] = process.ready.get("bytes")
 
     def run(self, *, counted: bool) -> None:
-        """One turn."""
-        with self._noting():
+        """Run the request once."""
+        with self._recording_failure():
             assert self._process is not None
-            taken = self._process.run(self._meters)
+            run = self._process.run(self._meters)
             if counted:
-                self._runs.append(taken)
-            self._first = self._first or taken
-            self._note_most("peak_memory", self._process.peak_memory or None)
-            self._note_most("device_memory", self._process.device_memory)
+                self._runs.append(run)
+            self._first = self._first or run
+            self._raise_peak("peak_memory", self._process.peak_memory or None)
+            self._raise_peak("device_memory", self._process.device_memory)
 
     def stop(self) -> None:
-        """End its process, if it has one."""
+        """End the process, if one is running."""
         if self._process is not None:
             self._process.close()
             self._process = None
 
-    def _note_most(self, key: str, value: int | None) -> None:
+    def _raise_peak(self, key: str, value: int | None) -> None:
         if value is not None:
-            self._known[key] = max(value, self._known.get(key, 0))
+            self._facts[key] = max(value, self._facts.get(key, 0))
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Do what is in the block; where that fails, note it and end the process."""
+    def _recording_failure(self) -> Iterator[None]:
+        """Record an error of the block and end the process."""
         try:
             yield
         except BackendError as error:
@@ -163,7 +166,7 @@ class _Runner:
 
     @property
     def picture(self) -> Array | None:
-        """Its last one."""
+        """Images of the last run; None after a failure."""
         path = self._job.with_suffix(".npy")
         if self.failure is not None or not path.exists():
             return None
@@ -172,90 +175,86 @@ class _Runner:
 
     @property
     def runs(self) -> Sequence[TimedRun]:
-        """Those that count."""
+        """Timed runs; none after a failure."""
         return () if self.failure else self._runs
 
-    def entry(self, reference: "_Runner", close: float | None) -> BenchResult:
-        """What it took beside the reference, and how close their pictures are, in dB."""
-        head: dict[str, Any] = {"name": self.participant.name, "role": self.participant.role}
-        head |= {"ready_seconds": tuple(self._ready), **self._known}
+    def result(self, reference: "_Runner") -> BenchResult:
+        """Return the measurements, relative to the reference."""
+        facts: dict[str, Any] = {"name": self.participant.name, "role": self.participant.role}
+        facts |= {"ready_seconds": tuple(self._ready), **self._facts}
         if self.failure is not None:
-            return BenchResult(**head, **self._told(self.failure))
-        kind = (
-            _speed_class(close, self._known["precision"])
-            if self.participant.same_trajectory
-            else "B"
-        )
+            return BenchResult(**facts, **self._failure_fields(self.failure))
+        distance = _psnr(reference.picture, self.picture)
+        speed_class = self._speed_class(distance)
         return BenchResult(
-            **head,
-            speed_class=kind,
-            gate=self.participant.gate if kind == "B" else "",
+            **facts,
+            speed_class=speed_class,
+            gate=self.participant.gate if speed_class == "B" else "",
             first=self._first,
             runs=tuple(self._runs),
-            psnr=close,
+            psnr=None if self is reference else distance,
             median=medians(self._runs),
-            ratio=ratios(reference.runs, self._runs) if reference.runs else {},
+            ratio=paired_speedups(reference.runs, self._runs) if reference.runs else {},
         )
 
-    def _told(self, failure: BackendError) -> dict[str, Any]:
+    def _speed_class(self, distance: float | None) -> Literal["A", "B"] | None:
+        """Return A for the reference's image, within the accuracy of the precision."""
+        if not self.participant.same_trajectory:
+            return "B"
+        if distance is None:
+            return None
+        required = SAME_PICTURE.get(self._facts["precision"], SAME_PICTURE["fp32"])
+        return "A" if distance >= required else "B"
+
+    def _failure_fields(self, failure: BackendError) -> dict[str, Any]:
         if isinstance(failure, MissingError):
             return {"status": "missing", "message": f"{failure}; {self.participant.install}"}
         return {"status": "failed", "message": str(failure)}
 
 
-def _picture_psnr(reference: Array | None, picture: Array | None) -> float | None:
+def _psnr(reference: Array | None, picture: Array | None) -> float | None:
     if reference is None or picture is None or reference.shape != picture.shape:
         return None
     return psnr(reference, picture, peak=2.0)
 
 
-def _speed_class(close: float | None, precision: str) -> Literal["A", "B"] | None:
-    """A: the same picture, as far as the precision can give it."""
-    if close is None:
-        return None
-    return "A" if close >= SAME_PICTURE.get(precision, SAME_PICTURE["fp32"]) else "B"
-
-
-def _all_loaded(players: Sequence[_Runner], repeats: int, progress: Progress) -> None:
+def _run_loaded(runners: Sequence[_Runner], repeats: int, progress: Progress) -> None:
+    """Load all models, then interleave their runs; the first run of each is not counted."""
     with ExitStack() as stack:
-        for player in players:
-            stack.callback(player.stop)
-            with progress.part(f"{player.participant.name}: load"):
-                player.start()
-        for turn in range(repeats + 1):
-            for player in players:
-                if player.failure is None:
-                    with progress.part(f"{player.participant.name}: image"):
-                        player.run(counted=turn > 0)
+        for runner in runners:
+            stack.callback(runner.stop)
+            with progress.part(f"{runner.participant.name}: load"):
+                runner.start()
+        for index in range(repeats + 1):
+            for runner in runners:
+                if runner.failure is None:
+                    with progress.part(f"{runner.participant.name}: image"):
+                        runner.run(counted=index > 0)
 
 
-def _one_loaded(players: Sequence[_Runner], repeats: int, progress: Progress) -> None:
-    """The run after each start is not counted."""
+def _run_restarted(runners: Sequence[_Runner], repeats: int, progress: Progress) -> None:
+    """Load one model at a time; the first run after each start is not counted."""
     for _ in range(repeats):
-        for player in players:
-            if player.failure is None:
-                _one_turn(player, progress)
+        for runner in runners:
+            if runner.failure is None:
+                _start_run_stop(runner, progress)
 
 
-def _one_turn(player: _Runner, progress: Progress) -> None:
+def _start_run_stop(runner: _Runner, progress: Progress) -> None:
     try:
-        with progress.part(f"{player.participant.name}: load"):
-            player.start()
+        with progress.part(f"{runner.participant.name}: load"):
+            runner.start()
         for counted in (False, True):
-            if player.failure is None:
-                with progress.part(f"{player.participant.name}: image"):
-                    player.run(counted=counted)
+            if runner.failure is None:
+                with progress.part(f"{runner.participant.name}: image"):
+                    runner.run(counted=counted)
     finally:
-        player.stop()
+        runner.stop()
 
 
-def _measured(players: Sequence[_Runner]) -> Measured:
-    reference, pictures = players[0], {p.participant.name: p.picture for p in players}
-    theirs = pictures[reference.participant.name]
+def _measured(runners: Sequence[_Runner]) -> Measured:
+    pictures = {runner.participant.name: runner.picture for runner in runners}
     return Measured(
-        entries=tuple(
-            player.entry(reference, _picture_psnr(theirs, pictures[player.participant.name]))
-            for player in players
-        ),
+        entries=tuple(runner.result(runners[0]) for runner in runners),
         pictures={name: picture for name, picture in pictures.items() if picture is not None},
     )

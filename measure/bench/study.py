@@ -1,12 +1,14 @@
-"""All that ``latentforge bench`` measures, as one Results."""
+"""Everything that ``latentforge bench`` measures, as one Results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from latentforge.measure.bench import REPEATS
 from latentforge.measure.bench.interleaved import Array, Measured, measure
 from latentforge.measure.bench.protocol import Participant
+from latentforge.measure.formatting import level
 from latentforge.measure.results import (
     BenchResult,
     LayerTiming,
@@ -15,6 +17,7 @@ from latentforge.measure.results import (
     ProfileTable,
     Results,
 )
+from latentforge.measure.statistics import interval_level
 from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.loader import load
 from latentforge.runtime.machine import described
@@ -23,30 +26,32 @@ from latentforge.runtime.progress import Progress
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.settings import Settings
 
-__all__ = ["Study", "noise", "run"]
+__all__ = ["Study", "method", "noise", "run"]
 
-_MOST_LAYERS = 500
-_POINT_REPEATS = 3  # at most: a curve shows its own noise
+_MAX_LAYERS = 500
+_MAX_POINT_REPEATS = 3  # a curve shows its own noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is to be measured.
+    """Plan of a benchmark.
 
     Attributes:
         participants: the first is the reference.
-        latent: of the model, for the noise that participants start from.
-        batches, sizes: images at once, and sides in pixels, of the points beside the request's own.
-        layers: whether to tell what each layer of the engine directories takes.
-        together: keep all participants loaded, see turns.measure().
-        folder: where participants keep what they convert.
+        latent: the model's latent space, for the initial noise.
+        repeats: timed runs per participant; points of curves have at most three.
+        batches: further points, by images per prompt.
+        sizes: further points, by image side in pixels.
+        layers: profile the layers of the engine directories.
+        together: keep all participants loaded, see interleaved.measure().
+        folder: for the files that participants convert.
     """
 
     participants: Sequence[Participant]
     settings: Settings
     latent: Latent
     threads: int
-    repeats: int = 5
+    repeats: int = REPEATS
     batches: Sequence[int] = ()
     sizes: Sequence[int] = ()
     layers: bool = False
@@ -57,10 +62,10 @@ class Study:
 
 
 def run(study: Study, *, quiet: bool = True) -> Results:
-    """Measure the request itself, then the points of its curves, then the layers."""
-    asked = _asked(study)  # first, since a size that is none should not cost the work
-    measured = _measured(study, study.settings, study.repeats, quiet)
-    ran = [entry for entry in measured.entries if entry.status == "ok"]
+    """Measure the request, then the points of its curves, then the layers."""
+    points = _point_settings(study)  # first: an impossible size must fail before the work
+    measured = _measure(study, study.settings, study.repeats, quiet)
+    completed = [entry for entry in measured.entries if entry.status == "ok"]
     return Results(
         title=study.title,
         command=study.command,
@@ -68,21 +73,42 @@ def run(study: Study, *, quiet: bool = True) -> Results:
         machine=described(),
         settings=asdict(study.settings),
         threads=study.threads,
-        method=_method(study),
+        method=method(study.threads, study.repeats, together=study.together),
         entries=measured.entries,
-        scaling=tuple(_scaling(study, asked, ran, quiet)) if asked else (),
-        profiles=tuple(_profiles(study, ran, quiet)) if study.layers else (),
+        scaling=tuple(_scaling(study, points, completed, quiet)) if points else (),
+        profiles=tuple(_profiles(study, completed, quiet)) if study.layers else (),
         pictures=tuple(_pictures(study.settings, measured)),
     )
 
 
 def noise(settings: Settings, latent: Latent) -> Array:
-    """What torch draws of the seed: (n, channels, h, w), of unit variance."""
+    """Return what torch draws from the seed: (n, channels, h, w), of unit variance."""
     height, width = settings.height // latent.downscale, settings.width // latent.downscale
     return Generator(settings.seed).randn((settings.count, latent.channels, height, width))
 
 
-def _measured(study: Study, settings: Settings, repeats: int, quiet: bool) -> Measured:
+def method(threads: int, repeats: int, *, together: bool) -> str:
+    """Return how a benchmark of ``repeats`` runs measures, in sentences for its readers."""
+    runs = f"{repeats} timed run{'s' * (repeats != 1)}"
+    if together:
+        start = f"All models stay loaded; one untimed run precedes the {runs}"
+    else:
+        start = f"Each of the {runs} has a freshly started process and follows one untimed run"
+    if repeats == 1:
+        intervals = "A single run has no confidence interval."
+    else:
+        intervals = (
+            f"Confidence intervals of medians come from order statistics; {runs} give a level of "
+            f"{level(interval_level(repeats))}."
+        )
+    return (
+        f"Each participant has its own process with {threads} threads, and their runs are "
+        f"interleaved. {start}. Times are medians; speedups are medians of the ratios of "
+        f"neighbouring runs. {intervals} Peak memory includes mapped files."
+    )
+
+
+def _measure(study: Study, settings: Settings, repeats: int, quiet: bool) -> Measured:
     return measure(
         study.participants,
         settings,
@@ -95,32 +121,22 @@ def _measured(study: Study, settings: Settings, repeats: int, quiet: bool) -> Me
     )
 
 
-def _method(study: Study) -> str:
-    start = "all stay loaded" if study.together else "each is started anew for every turn"
-    return (
-        f"Every participant is a process of its own with {study.threads} threads. They take turns, "
-        f"{start}, and the run after a start is kept apart from the {study.repeats} that count. "
-        "Times are medians; ratios are medians over pairs of neighbouring runs, with a 95 % "
-        "bootstrap interval. Peak memory counts mapped pages of files."
-    )
-
-
-def _asked(study: Study) -> list[Settings]:
-    """The requests of the curves' points."""
+def _point_settings(study: Study) -> list[Settings]:
     batches = [replace(study.settings, images_per_prompt=batch) for batch in study.batches]
     return batches + [replace(study.settings, height=s, width=s) for s in study.sizes]
 
 
 def _scaling(
-    study: Study, asked: Sequence[Settings], ran: Sequence[BenchResult], quiet: bool
+    study: Study, points: Sequence[Settings], completed: Sequence[BenchResult], quiet: bool
 ) -> Iterator[Point]:
-    """The request's own point is known already."""
-    names = {entry.name for entry in ran}
-    able = replace(study, participants=[c for c in study.participants if c.name in names])
-    yield from (_point(study.settings, entry) for entry in ran)
-    for settings in asked:
+    """Yield the points of the curves; that of the request itself has been measured already."""
+    names = {entry.name for entry in completed}
+    able = replace(study, participants=[p for p in study.participants if p.name in names])
+    yield from (_point(study.settings, entry) for entry in completed)
+    for settings in points:
         if settings != study.settings:
-            measured = _measured(able, settings, min(study.repeats, _POINT_REPEATS), quiet)
+            repeats = min(study.repeats, _MAX_POINT_REPEATS)
+            measured = _measure(able, settings, repeats, quiet)
             yield from (_point(settings, entry) for entry in measured.entries)
 
 
@@ -137,9 +153,11 @@ def _point(settings: Settings, entry: BenchResult) -> Point:
     )
 
 
-def _profiles(study: Study, ran: Sequence[BenchResult], quiet: bool) -> Iterator[ProfileTable]:
-    names = {entry.name for entry in ran}
-    able = [c for c in study.participants if c.is_engines and c.name in names]
+def _profiles(
+    study: Study, completed: Sequence[BenchResult], quiet: bool
+) -> Iterator[ProfileTable]:
+    names = {entry.name for entry in completed}
+    able = [p for p in study.participants if p.is_engines and p.name in names]
     with Progress(len(able), quiet=quiet) as progress:
         for participant in able:
             with progress.part(f"{participant.name}: layers"):
@@ -153,7 +171,7 @@ def _profile(participant: Participant, study: Study) -> ProfileTable:
         profile = pipeline.layers()
     return ProfileTable(
         name=participant.name,
-        layers=tuple(map(_layer, profile.top(_MOST_LAYERS).layers)),
+        layers=tuple(map(_layer, profile.top(_MAX_LAYERS).layers)),
         total=profile.total,
     )
 
@@ -166,7 +184,7 @@ def _layer(layer: LayerTime) -> LayerTiming:
 
 
 def _pictures(settings: Settings, measured: Measured) -> Iterator[Picture]:
-    """The first picture of the request by everybody, beside the reference's."""
+    """Yield the first image of every participant, compared with the reference's."""
     first = {name: pictures[0] for name, pictures in measured.pictures.items()}
     if measured.entries[0].name in first:
         yield Picture.of(settings.prompts[0], settings.seed, first)

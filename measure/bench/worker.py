@@ -1,6 +1,6 @@
-"""An engine directory as a participant of a benchmark, and how any participant is served.
+"""Participant's side of a benchmark, and the program that serves an engine directory.
 
-``python -m latentforge.measure.bench.worker JOB`` answers as bench/participant.py has it.
+``python -m latentforge.measure.bench.worker JOB`` answers as described in bench/protocol.py.
 """
 
 import sys
@@ -19,39 +19,41 @@ from latentforge.runtime.process import send, take_stdout
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.text import one_line
 
-__all__ = ["Loaded", "main", "serve"]
+__all__ = ["ServedModel", "main", "serve"]
 
-Loaded = tuple[Callable[[Settings], Result], Mapping[str, Any]]
-"""What makes pictures, and what is said of it when it is ready: see bench/participant.py."""
+ServedModel = tuple[Callable[[Settings], Result], Mapping[str, Any]]
+"""Function that runs a request, and the content of the ``ready`` message."""
 
 
-def serve(load: Callable[[BenchJob], Loaded]) -> None:
-    """Load once, say so, and run once for every line on standard input.
+def serve(load_model: Callable[[BenchJob], ServedModel]) -> None:
+    """Load the model of a job, then run its request once per line of standard input.
 
-    The program's last argument is the file of its BenchJob.
+    The job file is the program's last argument.
     """
     job = BenchJob.read(sys.argv[-1])
     with take_stdout() as out:
         try:
-            _serve(job, load, partial(send, out))
-        except Exception as error:  # whatever it is, the other side wants it in a line
+            _serve(job, load_model, partial(send, out))
+        except Exception as error:  # the parent expects any failure as one line
             send(out, {"error": one_line(error, limit=None)})
             raise
 
 
 def _serve(
-    job: BenchJob, load: Callable[[BenchJob], Loaded], tell: Callable[[Mapping[str, Any]], None]
+    job: BenchJob,
+    load_model: Callable[[BenchJob], ServedModel],
+    reply: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    run, ready = load(job)
-    tell({"ready": ready})
+    run, ready = load_model(job)
+    reply({"ready": ready})
     for _ in sys.stdin:
         result = run(job.settings)
         np.save(job.picture, to_array(result.images))
         stages = {name: list(calls) for name, calls in result.timings.stages.items()}
-        tell({"total": result.timings.total, "stages": stages})
+        reply({"total": result.timings.total, "stages": stages})
 
 
-def _load_engines(job: BenchJob) -> Loaded:
+def _load_engines(job: BenchJob) -> ServedModel:
     pipeline = load(Path(job.model), threads=job.threads)
     manifest = pipeline.manifest
     precisions = {manifest.components[name].precision for name in manifest.required_components}

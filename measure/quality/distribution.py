@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -97,7 +98,9 @@ def fid(
         )
         spread = [_closed_form(_moments(candidate, v), _moments(reference, w)) for v, w in pairs]
     half = 1.96 * float(np.std(spread, ddof=1))
-    return ConfidenceInterval(value=value, low=max(0.0, value - half), high=value + half)
+    return ConfidenceInterval(
+        value=value, low=max(0.0, value - half), high=value + half, level=intervals.LEVEL
+    )
 
 
 def kid(
@@ -141,7 +144,7 @@ def cmmd(
     value = _gaussian(a, a).mean() + _gaussian(b, b).mean() - 2 * _gaussian(a, b).mean()
     draws = _resampled(_gaussian, a, b, mean=_mean_of_all, paired=paired, seed=seed)
     found = intervals.centred(_CMMD_SCALE * max(0.0, float(value)), _CMMD_SCALE * draws)
-    return ConfidenceInterval(value=found.value, low=max(0.0, found.low or 0.0), high=found.high)
+    return msgspec.structs.replace(found, low=max(0.0, found.low or 0.0))
 
 
 def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 
 from latentforge.measure.results import ConfidenceInterval
 
-__all__ = ["centred", "mean", "proportion", "resample_counts"]
+__all__ = ["LEVEL", "centred", "mean", "proportion", "resample_counts"]
+
+LEVEL = 0.95
+"""Confidence level of all intervals of quality metrics."""
 
 Array = NDArray[np.float64]
 
@@ -46,7 +49,7 @@ def mean(
     low, high = np.percentile(
         scale(resample_counts(len(every), seed=seed) @ every / len(every)), _TAILS
     )
-    return ConfidenceInterval(value=value, low=float(low), high=float(high))
+    return ConfidenceInterval(value=value, low=float(low), high=float(high), level=LEVEL)
 
 
 def proportion(successes: int, count: int) -> ConfidenceInterval:
@@ -56,7 +59,7 @@ def proportion(successes: int, count: int) -> ConfidenceInterval:
     inner = value * (1 - value) / count + z2 / (4 * count**2)
     half = _Z * math.sqrt(inner) / (1 + z2 / count)
     return ConfidenceInterval(
-        value=value, low=max(0.0, middle - half), high=min(1.0, middle + half)
+        value=value, low=max(0.0, middle - half), high=min(1.0, middle + half), level=LEVEL
     )
 
 
@@ -67,4 +70,6 @@ def centred(value: float, resampled: Array) -> ConfidenceInterval:
     NaN (no two different images) are ignored.
     """
     low, high = np.nanpercentile(resampled, _TAILS) - np.nanmean(resampled)
-    return ConfidenceInterval(value=value, low=value + float(low), high=value + float(high))
+    return ConfidenceInterval(
+        value=value, low=value + float(low), high=value + float(high), level=LEVEL
+    )

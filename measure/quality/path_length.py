@@ -74,6 +74,7 @@ def path_metric(name: str, lengths: NDArray[np.float64], inputs: MetricInputs) -
         value=interval.value,
         low=interval.low,
         high=interval.high,
+        level=interval.level,
         images=2 * len(lengths),
         better="lower",
         network=inputs.names[distance],

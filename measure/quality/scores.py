@@ -88,6 +88,7 @@ class _Comparison:
             value=interval.value,
             low=interval.low,
             high=interval.high,
+            level=interval.level,
             images=len(self.candidate.gallery),
             better=better,
             **texts,

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of what was measured: ``page.render`` and what it draws with.
+"""HTML report of measurements, one self-contained page: ``page.render`` and its parts.
 
-words.py says figures, conclusion.py draws the conclusion, tables.py and charts.py arrange what the
-templates (``*.j2``) put into HTML and SVG. The page loads nothing and runs nothing.
+tables.py and the chart modules arrange the data that the templates (``*.j2``) put into HTML and
+SVG. The page loads no resources and runs no scripts.
 """
 
 from latentforge.measure.report.page import render

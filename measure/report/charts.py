@@ -1,4 +1,4 @@
-"""What both kinds of charts are made of: places on a drawing, 440 by 300 units, and labels."""
+"""Parts shared by curves and scatter plots: records in drawing units (440 by 300), and labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = [
     "Chart",
     "Dot",
     "Line",
-    "extent",
+    "label_width",
     "shortened",
     "spaced",
     "tick_row",
@@ -25,31 +25,38 @@ __all__ = [
 WIDTH, HEIGHT = 440.0, 300.0
 LEFT, TOP, BOTTOM = 58.0, 14.0, 44.0
 GAP = 14.0
-"""Between the base lines of labels."""
+"""Distance between the base lines of labels."""
 
-_LETTER = 8.4  # at 12 units of size, rather too wide than too narrow
-_LONGEST = 18
+_LETTER = 8.4  # width at font size 12, rather an over- than an underestimate
+_MAX_LETTERS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A participant's curve. ``tips`` say its places in words; its label is at its end."""
+    """Curve of one participant, labelled at its end; ``tips`` are the tooltips of its points."""
 
     name: str
     role: str
     colour: int
-    places: tuple[tuple[float, float], ...]
+    points: tuple[tuple[float, float], ...]
     tips: tuple[str, ...]
     label_y: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """A participant's point, with the left end of its label's base line, and where it is near."""
+    """Point of one participant in a scatter plot.
+
+    Attributes:
+        different_image: True for class B.
+        on_front: True if it lies on the Pareto front.
+        label_x: left end of the label's base line, at height ``label_y``.
+        lead_x: the label's end of the line that connects it with the point.
+    """
 
     name: str
     role: str
-    other_picture: bool
+    different_image: bool
     on_front: bool
     x: float
     y: float
@@ -61,7 +68,7 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One drawing: ``right`` is where its frame ends, ``front`` the corners of a line."""
+    """Chart with curves or points; ``right`` is its plot's right edge, ``front`` a Pareto front."""
 
     title: str
     x_title: str
@@ -75,48 +82,48 @@ class Chart:
 
 @dataclass(frozen=True)
 class Box:
-    """What something covers."""
+    """Rectangle in drawing units."""
 
     left: float
     top: float
     right: float
     bottom: float
 
-    def meets(self, other: "Box") -> bool:
-        """Whether the two overlap."""
+    def overlaps(self, other: "Box") -> bool:
+        """Return True if the interiors of two rectangles intersect."""
         apart = self.right <= other.left or other.right <= self.left
         return not (apart or self.bottom <= other.top or other.bottom <= self.top)
 
 
 def shortened(name: str) -> str:
-    """A name that has room in a chart."""
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    """Return a name cut to a chart label's length."""
+    return name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…"
 
 
-def extent(name: str) -> float:
-    """Units that a label takes."""
+def label_width(name: str) -> float:
+    """Return the estimated width of a name's label."""
     return _LETTER * len(shortened(name))
 
 
 def tick_row(scale: Scale, values: Sequence[float]) -> tuple[Tick, ...]:
-    """The values with their places."""
+    """Return tick marks at values of an axis."""
     return tuple(Tick(scale(value), f"{value:g}") for value in values)
 
 
-def spaced(wanted: Sequence[float], *, low: float, high: float, gap: float = GAP) -> list[float]:
-    """Places as near as may be to the wanted ones, at least a gap apart, in low..high.
+def spaced(positions: Sequence[float], *, low: float, high: float, gap: float = GAP) -> list[float]:
+    """Move positions apart to at least ``gap`` within low..high, in their order.
 
-    They keep their order. Where there is no room for so many gaps, gaps shrink.
+    The gap shrinks if there is not enough room.
     """
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
     gap = min(gap, (high - low) / max(1, len(order) - 1))
-    places = [0.0] * len(wanted)
+    moved = [0.0] * len(positions)
     floor = low
     for index in order:
-        places[index] = max(wanted[index], floor)
-        floor = places[index] + gap
+        moved[index] = max(positions[index], floor)
+        floor = moved[index] + gap
     ceiling = high
     for index in reversed(order):
-        places[index] = min(places[index], ceiling)
-        ceiling = places[index] - gap
-    return places
+        moved[index] = min(moved[index], ceiling)
+        ceiling = moved[index] - gap
+    return moved

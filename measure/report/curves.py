@@ -1,4 +1,4 @@
-"""Scaling curves: time and memory by batch and by size, a line a participant."""
+"""Scaling curves: time and memory by batch and by image size, one line per participant."""
 
 import math
 from collections import defaultdict
@@ -6,52 +6,55 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from latentforge.measure.report import words
+from latentforge.measure import formatting
+from latentforge.measure.formatting import is_number
 from latentforge.measure.report.charts import (
     BOTTOM,
     HEIGHT,
     LEFT,
     TOP,
+    WIDTH,
     Chart,
     Line,
-    extent,
+    label_width,
     spaced,
     tick_row,
 )
 from latentforge.measure.report.scales import Scale, ticks
 from latentforge.measure.results import Point, Results
 
-__all__ = ["COLOURS", "curves", "without_points"]
+__all__ = ["COLOURS", "curves", "failed_points"]
 
 COLOURS = 8
-"""That the style sheet has, after the reference's; participants beyond them begin again."""
+"""Colours of the style sheet besides the reference's; further participants reuse them."""
 
 T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Axes:
-    """What of a point goes where, and how to say it."""
+    """Axes of a chart: how to read a point, the unit of y, and its text in tooltips."""
 
     title: str
     x_title: str
     x: Callable[[Point], float]
     y: Callable[[Point], float | None]
     unit: float
-    say: Callable[[float | None], str]
+    text: Callable[[float | None], str]
 
 
 def curves(results: Results) -> list[Chart]:
-    """The charts for which there are two places or more to join."""
+    """Return the charts that have two or more positions on their x axis."""
+    styles = _styles(results)
     return [
         chart
         for axes, points in _selections(results.scaling)
-        if (chart := _chart(axes, points, _looks(results)))
+        if (chart := _chart(axes, points, styles))
     ]
 
 
-def without_points(results: Results) -> list[str]:
-    """What could not be measured, in words."""
+def failed_points(results: Results) -> list[str]:
+    """Return one line for every point that could not be measured."""
     return [
         f"{p.name}, batch {p.batch} at {p.width}×{p.height}: {p.message}"
         for p in results.scaling
@@ -60,22 +63,29 @@ def without_points(results: Results) -> list[str]:
 
 
 def _selections(points: Sequence[Point]) -> Iterator[tuple[_Axes, list[Point]]]:
-    """Points that differ in one thing alone, where most of them do."""
-    for (height, width), alike in _most(points, lambda p: (p.height, p.width), _batch):
+    """Yield the largest sets of points that differ in batch alone, and in size alone."""
+    for (height, width), selected in _largest(points, lambda p: (p.height, p.width), _batch):
         title = f"Seconds by batch, {width}×{height}"
-        yield _times(title, "images a batch", _batch), alike
-    for batch, alike in _most(points, _batch, _side):
-        yield _times(f"Seconds by size, batch {batch:g}", "pixels a side", _side), alike
-        yield _memory(f"Peak memory by size in GB, batch {batch:g}", "pixels a side"), alike
+        yield _times(title, "images per batch", _batch), selected
+    for batch, selected in _largest(points, _batch, _side):
+        yield _times(f"Seconds by size, batch {batch:g}", "pixels per side", _side), selected
+        yield _memory(f"Peak memory by size in GB, batch {batch:g}", "pixels per side"), selected
 
 
 def _times(title: str, x_title: str, x: Callable[[Point], float]) -> _Axes:
-    return _Axes(title=title, x_title=x_title, x=x, y=lambda p: p.total, unit=1, say=words.seconds)
+    return _Axes(
+        title=title, x_title=x_title, x=x, y=lambda p: p.total, unit=1, text=formatting.seconds
+    )
 
 
 def _memory(title: str, x_title: str) -> _Axes:
     return _Axes(
-        title=title, x_title=x_title, x=_side, y=lambda p: p.peak_memory, unit=1e9, say=words.size
+        title=title,
+        x_title=x_title,
+        x=_side,
+        y=lambda p: p.peak_memory,
+        unit=1e9,
+        text=formatting.size,
     )
 
 
@@ -87,10 +97,10 @@ def _side(point: Point) -> float:
     return round(math.sqrt(point.height * point.width))
 
 
-def _most(
+def _largest(
     points: Sequence[Point], same: Callable[[Point], T], place: Callable[[Point], float]
 ) -> list[tuple[T, list[Point]]]:
-    """The largest group of points that are the same in one way and differ in another, if any."""
+    """Return the points with equal ``same`` that have the most different ``place``, if any do."""
     groups: dict[T, list[Point]] = defaultdict(list)
     for point in points:
         groups[same(point)].append(point)
@@ -98,23 +108,23 @@ def _most(
     return [best] if best and len({place(p) for p in best[1]}) > 1 else []
 
 
-def _looks(results: Results) -> dict[str, tuple[str, int]]:
-    """Role and colour by name, the same in every chart."""
+def _styles(results: Results) -> dict[str, tuple[str, int]]:
+    """Return role and colour by participant, the same in all charts."""
     roles = {entry.name: entry.role for entry in results.entries}
     names = dict.fromkeys(point.name for point in results.scaling)
-    others = [name for name in names if roles.get(name) != "reference"]
-    colours = {name: 1 + index % COLOURS for index, name in enumerate(others)}
+    coloured = [name for name in names if roles.get(name) != "reference"]
+    colours = {name: 1 + index % COLOURS for index, name in enumerate(coloured)}
     return {name: (roles.get(name, "peer"), colours.get(name, 0)) for name in names}
 
 
 def _chart(
-    axes: _Axes, points: Sequence[Point], looks: Mapping[str, tuple[str, int]]
+    axes: _Axes, points: Sequence[Point], styles: Mapping[str, tuple[str, int]]
 ) -> Chart | None:
-    shown = sorted((p for p in points if words.known(axes.y(p))), key=axes.x)
+    shown = sorted((p for p in points if is_number(axes.y(p))), key=axes.x)
     places = sorted({axes.x(p) for p in shown})
     if len(places) < 2:
         return None
-    right = 440 - 14 - max(extent(point.name) for point in shown)
+    right = WIDTH - 14 - max(label_width(point.name) for point in shown)
     x = Scale(low=places[0], high=places[-1], start=LEFT + 8, end=right - 8, logarithmic=True)
     top = max((axes.y(p) or 0) / axes.unit for p in shown) or 1.0
     y = Scale(low=0, high=top * 1.05, start=HEIGHT - BOTTOM, end=TOP)
@@ -124,12 +134,12 @@ def _chart(
         right=right,
         x_ticks=tick_row(x, places),
         y_ticks=tick_row(y, ticks(0, top * 1.05)),
-        lines=tuple(_lines(axes, shown, x, y, looks)),
+        lines=tuple(_lines(axes, shown, x, y, styles)),
     )
 
 
 def _lines(
-    axes: _Axes, points: Sequence[Point], x: Scale, y: Scale, looks: Mapping[str, tuple[str, int]]
+    axes: _Axes, points: Sequence[Point], x: Scale, y: Scale, styles: Mapping[str, tuple[str, int]]
 ) -> Iterator[Line]:
     by_name: dict[str, list[Point]] = defaultdict(list)
     for point in points:
@@ -137,12 +147,14 @@ def _lines(
     ends = [y((axes.y(own[-1]) or 0) / axes.unit) + 4 for own in by_name.values()]
     labels = spaced(ends, low=TOP + 4, high=HEIGHT - BOTTOM)
     for (name, own), label_y in zip(by_name.items(), labels, strict=True):
-        role, colour = looks[name]
+        role, colour = styles[name]
         yield Line(
             name=name,
             role=role,
             colour=colour,
-            places=tuple((x(axes.x(p)), y((axes.y(p) or 0) / axes.unit)) for p in own),
-            tips=tuple(f"{name}, {axes.x(p):g} {axes.x_title}: {axes.say(axes.y(p))}" for p in own),
+            points=tuple((x(axes.x(p)), y((axes.y(p) or 0) / axes.unit)) for p in own),
+            tips=tuple(
+                f"{name}, {axes.x(p):g} {axes.x_title}: {axes.text(axes.y(p))}" for p in own
+            ),
             label_y=label_y,
         )

@@ -1,18 +1,18 @@
-"""Layers by time: what operators take together, and the hottest of all."""
+"""Layer profile: time by operator, and the slowest layers."""
 
 from collections import defaultdict
 from dataclasses import dataclass
 
 from latentforge.measure.results import LayerTiming, ProfileTable
 
-__all__ = ["Hot", "LayerSegment", "layers"]
+__all__ = ["LayerGroup", "LayerProfile", "layer_profile"]
 
-_OPERATORS, _LAYERS = 10, 40
+_MAX_GROUPS, _MAX_LAYERS = 10, 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSegment:
-    """Some layers' share of the seconds of all."""
+class LayerGroup:
+    """Layers of one component and operator; ``share`` is of the time of all layers."""
 
     name: str
     count: int
@@ -21,33 +21,40 @@ class LayerSegment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hot:
-    """A participant's profile, arranged; ``listed`` is the share of the layers that it tells of."""
+class LayerProfile:
+    """Profile of one participant, arranged for the page.
+
+    Attributes:
+        total: seconds of all layers.
+        listed: share of ``total`` that the layers of the result file account for.
+        groups: slowest first.
+        layers: slowest first, each with its share of ``total``.
+    """
 
     name: str
     total: float
     listed: float
-    operators: tuple[LayerSegment, ...]
+    groups: tuple[LayerGroup, ...]
     layers: tuple[tuple[LayerTiming, float], ...]
 
 
-def layers(profile: ProfileTable) -> Hot:
-    """Sum the layers that are there by component and operator; hottest first."""
+def layer_profile(profile: ProfileTable) -> LayerProfile:
+    """Sum the layers by component and operator, and sort by time."""
     total = profile.total if profile.total > 0 else 1.0
-    groups: dict[str, list[LayerTiming]] = defaultdict(list)
+    by_operator: dict[str, list[LayerTiming]] = defaultdict(list)
     for layer in profile.layers:
-        groups[f"{layer.component} {layer.operator}"].append(layer)
-    parts = [_part(name, own, total) for name, own in groups.items()]
-    hottest = sorted(profile.layers, key=lambda layer: -layer.seconds)
-    return Hot(
+        by_operator[f"{layer.component} {layer.operator}"].append(layer)
+    groups = [_group(name, layers, total) for name, layers in by_operator.items()]
+    slowest = sorted(profile.layers, key=lambda layer: -layer.seconds)
+    return LayerProfile(
         name=profile.name,
         total=profile.total,
         listed=sum(layer.seconds for layer in profile.layers) / total,
-        operators=tuple(sorted(parts, key=lambda part: -part.seconds)[:_OPERATORS]),
-        layers=tuple((layer, layer.seconds / total) for layer in hottest[:_LAYERS]),
+        groups=tuple(sorted(groups, key=lambda group: -group.seconds)[:_MAX_GROUPS]),
+        layers=tuple((layer, layer.seconds / total) for layer in slowest[:_MAX_LAYERS]),
     )
 
 
-def _part(name: str, own: list[LayerTiming], total: float) -> LayerSegment:
-    seconds = sum(layer.seconds for layer in own)
-    return LayerSegment(name=name, count=len(own), seconds=seconds, share=seconds / total)
+def _group(name: str, layers: list[LayerTiming], total: float) -> LayerGroup:
+    seconds = sum(layer.seconds for layer in layers)
+    return LayerGroup(name=name, count=len(layers), seconds=seconds, share=seconds / total)

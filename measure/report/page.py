@@ -1,4 +1,4 @@
-"""The page itself: what was measured, part by part, put into the templates."""
+"""The page: measurements arranged in sections and rendered by the templates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from latentforge.measure.report import words
-from latentforge.measure.report.bars import STAGES, Group, bars
+from latentforge.measure import formatting
+from latentforge.measure.conclusion import summary_sentences
+from latentforge.measure.report.bars import STAGES, BarGroup, bars
 from latentforge.measure.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Chart, shortened
-from latentforge.measure.report.conclusion import in_short
-from latentforge.measure.report.curves import curves, without_points
-from latentforge.measure.report.layers import Hot, layers
-from latentforge.measure.report.pictures import Shown, shown
+from latentforge.measure.report.curves import curves, failed_points
+from latentforge.measure.report.images import PageImage, page_images
+from latentforge.measure.report.layers import LayerProfile, layer_profile
 from latentforge.measure.report.scatter import scatters
 from latentforge.measure.report.tables import (
     MetricTable,
     Table,
     metric_tables,
+    not_measured,
     participant_tables,
-    without_figures,
 )
 from latentforge.measure.results import BenchResult, Metric, Picture, Results
 from latentforge.runtime.errors import ResultsError
@@ -33,78 +33,82 @@ _FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "floor": H
 _SETTINGS = {
     "sampler": "sampler",
     "steps": "steps",
-    "guidance_scale": "guidance",
-    "guidance_rescale": "rescale",
-    "images_per_prompt": "images a prompt",
+    "guidance_scale": "guidance scale",
+    "guidance_rescale": "guidance rescale",
+    "images_per_prompt": "images per prompt",
     "seed": "seed",
 }
-_USUAL = {"guidance_rescale": 0, "images_per_prompt": 1}
+_DEFAULTS = {"guidance_rescale": 0, "images_per_prompt": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSection:
-    """One measurement, arranged. Every sequence may be empty, and its section is then left out."""
+    """One measurement, arranged for the page. Empty sequences are left out."""
 
     results: Results
     request: Mapping[str, str]
-    short: Sequence[str]
+    summary: Sequence[str]
     tables: Sequence[Table]
-    absent: Sequence[BenchResult]
-    groups: Sequence[Group]
+    not_measured: Sequence[BenchResult]
+    bar_groups: Sequence[BarGroup]
     curves: Sequence[Chart]
-    without_points: Sequence[str]
+    failed_points: Sequence[str]
     scatters: Sequence[Chart]
     metrics: Sequence[MetricTable]
-    pictures: Sequence[tuple[Picture, tuple[Shown, ...]]]
-    profiles: Sequence[Hot]
+    pictures: Sequence[tuple[Picture, tuple[PageImage, ...]]]
+    profiles: Sequence[LayerProfile]
 
 
 def render(*results: Results) -> str:
-    """One HTML page of one measurement or several. It loads nothing from anywhere.
+    """Return one self-contained HTML page of one or more measurements.
 
-    Metrics of any of them are drawn against the times of all, by the participants' names.
+    Metrics of any of them are plotted against the times of all, joined by the participants' names.
 
     Raises:
-        ResultsError: there is nothing to draw, or Jinja2 isn't installed.
+        ResultsError: there are no results, or Jinja2 is not installed.
     """
     if not results:
-        raise ResultsError("nothing to draw: name one file or more that bench or eval wrote")
+        raise ResultsError("nothing to draw: name one or more --json files of bench or eval")
     metrics = [metric for one in results for metric in one.metrics]
+    sections = [_section(one, metrics) for one in results]
     page = _environment().get_template("page.j2")
-    return page.render(parts=[_part(one, metrics) for one in results], frame=_FRAME, stages=STAGES)
+    return page.render(sections=sections, frame=_FRAME, stages=STAGES)
 
 
-def _part(results: Results, metrics: Sequence[Metric]) -> ReportSection:
+def _section(results: Results, metrics: Sequence[Metric]) -> ReportSection:
     return ReportSection(
         results=results,
         request=_request(results),
-        short=in_short(results),
+        summary=summary_sentences(results),
         tables=participant_tables(results),
-        absent=without_figures(results),
-        groups=bars(results),
+        not_measured=not_measured(results),
+        bar_groups=bars(results),
         curves=curves(results),
-        without_points=without_points(results),
+        failed_points=failed_points(results),
         scatters=scatters(results, metrics),
         metrics=metric_tables(results.metrics),
-        pictures=[(picture, tuple(shown(picture))) for picture in results.pictures],
-        profiles=[layers(profile) for profile in results.profiles],
+        pictures=[(picture, tuple(page_images(picture))) for picture in results.pictures],
+        profiles=[layer_profile(profile) for profile in results.profiles],
     )
 
 
 def _request(results: Results) -> dict[str, str]:
-    """The settings that tell what was asked for, in words."""
+    """Return the settings that describe the request, by their names on the page."""
     settings = results.settings
-    said = {}
+    shown = {}
     prompts = settings.get("prompts")
     if isinstance(prompts, list | tuple) and prompts:
-        said["prompt"] = str(prompts[0]) + (f" and {len(prompts) - 1} more" * (len(prompts) > 1))
+        more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+        shown["prompt"] = f"{prompts[0]}{more}"
     if "width" in settings and "height" in settings:
-        said["size"] = f"{settings['width']}×{settings['height']}"
-    told = {key: settings[key] for key in _SETTINGS if settings.get(key) is not None}
-    said |= {_SETTINGS[key]: str(v) for key, v in told.items() if _USUAL.get(key) != v}
+        shown["size"] = f"{settings['width']}×{settings['height']}"
+    for key, name in _SETTINGS.items():
+        value = settings.get(key)
+        if value is not None and _DEFAULTS.get(key) != value:
+            shown[name] = str(value)
     if results.threads:
-        said["threads"] = str(results.threads)
-    return said
+        shown["threads"] = str(results.threads)
+    return shown
 
 
 @cache
@@ -113,7 +117,7 @@ def _environment() -> "Environment":
         from jinja2 import Environment, FunctionLoader, StrictUndefined
     except ImportError as error:
         raise ResultsError(
-            "a page needs Jinja2, which isn't installed: pip install 'latentforge[report]'"
+            "an HTML report needs Jinja2: pip install 'latentforge[report]'"
         ) from error
     environment = Environment(
         loader=FunctionLoader(_template),
@@ -123,7 +127,7 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
     )
     filters: dict[str, Any] = {
-        name: getattr(words, name) for name in words.__all__ if name.islower()
+        name: getattr(formatting, name) for name in formatting.__all__ if name.islower()
     }
     environment.filters.update(filters, shortened=shortened)
     return environment

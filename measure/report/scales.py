@@ -1,15 +1,15 @@
-"""From figures to places on a drawing, and the round numbers along its edge."""
+"""Axes of charts: mapping of values to coordinates, and round tick values."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Scale", "Tick", "spread", "ticks"]
+__all__ = ["Scale", "Tick", "padded_range", "ticks"]
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A round number, or a measured one, and where it lies."""
+    """Tick mark: its coordinate and its label."""
 
     at: float
     text: str
@@ -17,7 +17,7 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Maps low..high to start..end; ``logarithmic`` gives equal room to equal ratios."""
+    """Mapping of the values low..high to the coordinates start..end, linear or logarithmic."""
 
     low: float
     high: float
@@ -26,18 +26,18 @@ class Scale:
     logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a value."""
-        low, high, here = (
+        """Return the coordinate of a value."""
+        low, high, position = (
             (math.log(v) for v in (self.low, self.high, value))
             if self.logarithmic
             else (self.low, self.high, value)
         )
-        part = (here - low) / (high - low) if high > low else 0.5
-        return self.start + part * (self.end - self.start)
+        fraction = (position - low) / (high - low) if high > low else 0.5
+        return self.start + fraction * (self.end - self.start)
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within low..high, about ``count`` of them."""
+    """Return about ``count`` multiples of 1, 2 or 5 times a power of ten within low..high."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -47,8 +47,8 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def spread(values: Sequence[float], *, margin: float = 0.12) -> tuple[float, float]:
-    """The range of values with some room around them, also where they are all the same."""
+def padded_range(values: Sequence[float], *, margin: float = 0.12) -> tuple[float, float]:
+    """Return the range of values with a margin on both sides; equal values get a margin too."""
     low, high = min(values), max(values)
-    room = (high - low) * margin or abs(high) * margin or 1.0
-    return low - room, high + room
+    padding = (high - low) * margin or abs(high) * margin or 1.0
+    return low - padding, high + padding

@@ -1,9 +1,10 @@
-"""Quality against speed, and the front of those that nothing beats in both."""
+"""Scatter plots of quality against speed, with the Pareto front."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from latentforge.measure.report import words
+from latentforge.measure import formatting
+from latentforge.measure.formatting import is_number
 from latentforge.measure.report.charts import (
     BOTTOM,
     GAP,
@@ -14,21 +15,21 @@ from latentforge.measure.report.charts import (
     Box,
     Chart,
     Dot,
-    extent,
+    label_width,
     tick_row,
 )
-from latentforge.measure.report.scales import Scale, spread, ticks
+from latentforge.measure.report.scales import Scale, padded_range, ticks
 from latentforge.measure.results import BenchResult, Metric, Results
 
 __all__ = ["pareto", "scatters"]
 
-_CAP = 80.0  # dB, beyond which nobody sees a difference
+_CAP = 80.0  # dB, beyond which no difference is visible
 _RIGHT = WIDTH - 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Quality:
-    """One metric by participant."""
+    """Values of one metric by participant."""
 
     title: str
     unit: str
@@ -37,20 +38,23 @@ class _Quality:
 
 
 def scatters(results: Results, metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for every metric that two participants with a time have; else one of PSNR.
+    """Return a chart per metric that two or more timed participants have; else one of PSNR.
 
     Args:
-        results: whose entries have the times.
-        metrics: of these results or others; a metric's subject is an entry's name.
+        results: the times.
+        metrics: of these results or others; a metric's subject is a participant's name.
     """
-    timed = [e for e in results.entries if e.status == "ok" and words.known(e.median.get("total"))]
+    timed = [e for e in results.entries if e.status == "ok" and is_number(e.median.get("total"))]
     names = {entry.name for entry in timed}
-    qualities = [*_measured(metrics, names)] or [_closeness(timed)]
+    qualities = [*_qualities(metrics, names)] or [_psnr_quality(timed)]
     return [_chart(quality, timed) for quality in qualities if len(quality.values) > 1]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (cost, quality) that no other equals in both and beats in one, by cost."""
+    """Return the indices of the (cost, quality) points that no other dominates, by cost.
+
+    A point dominates another if it is no worse in both and better in one.
+    """
     front = [
         index
         for index, (cost, quality) in enumerate(points)
@@ -59,34 +63,33 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(front, key=lambda index: points[index])
 
 
-def _measured(metrics: Sequence[Metric], names: set[str]) -> Iterator[_Quality]:
+def _qualities(metrics: Sequence[Metric], names: set[str]) -> Iterator[_Quality]:
     kinds = dict.fromkeys((m.name, m.reference, m.network) for m in metrics)
     for kind in kinds:
         alike = [m for m in metrics if (m.name, m.reference, m.network) == kind]
-        values = {m.subject: m.value for m in alike if m.subject in names and words.known(m.value)}
-        if len(set(values.values())) > 1:  # equal ones say nothing
+        values = {m.subject: m.value for m in alike if m.subject in names and is_number(m.value)}
+        if len(set(values.values())) > 1:  # equal values need no chart
             name, reference, network = kind
+            compared = f" to {reference}" if reference else ""
             yield _Quality(
-                title=name
-                + (f" to {reference}" if reference else "")
-                + (network and f", {network}"),
+                title=name + compared + (network and f", {network}"),
                 unit=alike[0].unit,
                 lower_is_better=alike[0].better == "lower",
                 values=values,
             )
 
 
-def _closeness(entries: Sequence[BenchResult]) -> _Quality:
-    """PSNR to the reference, whose own is the cap."""
-    found = {e.name: _CAP if e.role == "reference" else e.psnr for e in entries}
-    values = {name: min(value, _CAP) for name, value in found.items() if words.known(value)}
-    title = f"PSNR to the reference, {_CAP:g} dB where no one sees a difference"
+def _psnr_quality(entries: Sequence[BenchResult]) -> _Quality:
+    """Return the PSNR to the reference, which itself stands at the cap."""
+    psnr = {e.name: _CAP if e.role == "reference" else e.psnr for e in entries}
+    values = {name: min(value, _CAP) for name, value in psnr.items() if is_number(value)}
+    title = f"PSNR to the reference, capped at {_CAP:g} dB (no visible difference)"
     return _Quality(title=title, unit="dB", lower_is_better=False, values=values)
 
 
 def _chart(quality: _Quality, timed: Sequence[BenchResult]) -> Chart:
     shown = [entry for entry in timed if entry.name in quality.values]
-    low, high = spread([quality.values[e.name] for e in shown])
+    low, high = padded_range([quality.values[e.name] for e in shown])
     y = Scale(low=low, high=high, start=HEIGHT - BOTTOM, end=TOP)
     if quality.lower_is_better:
         y = Scale(low=low, high=high, start=TOP, end=HEIGHT - BOTTOM)
@@ -94,63 +97,64 @@ def _chart(quality: _Quality, timed: Sequence[BenchResult]) -> Chart:
     x = Scale(low=0, high=longest, start=LEFT, end=_RIGHT)
     sign = -1 if quality.lower_is_better else 1
     best = pareto([(e.median["total"], sign * quality.values[e.name]) for e in shown])
-    places = [(x(e.median["total"]), y(quality.values[e.name])) for e in shown]
+    points = [(x(e.median["total"]), y(quality.values[e.name])) for e in shown]
     return Chart(
         title=quality.title,
-        x_title="seconds an image",
+        x_title="seconds per image",
         right=_RIGHT,
         x_ticks=tick_row(x, ticks(0, longest)),
         y_ticks=tick_row(y, ticks(low, high)),
-        dots=tuple(_dots(quality, shown, places, set(best))),
-        front=tuple(_stairs([places[index] for index in best])),
+        dots=tuple(_dots(quality, shown, points, set(best))),
+        front=tuple(_stairs([points[index] for index in best])),
     )
 
 
 def _stairs(corners: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    """What can be had: up to the next better point, quality is that of the last one."""
-    for here, following in zip(corners, [*corners[1:], None], strict=True):
-        yield here
-        yield (following[0] if following else _RIGHT, here[1])
+    """Yield the Pareto front as steps: each point's quality holds up to the next point's time."""
+    for corner, following in zip(corners, [*corners[1:], None], strict=True):
+        yield corner
+        yield (following[0] if following else _RIGHT, corner[1])
 
 
 def _dots(
     quality: _Quality,
     entries: Sequence[BenchResult],
-    places: Sequence[tuple[float, float]],
+    points: Sequence[tuple[float, float]],
     front: set[int],
 ) -> Iterator[Dot]:
-    labels = _labels([entry.name for entry in entries], places)
-    for index, (entry, (x, y)) in enumerate(zip(entries, places, strict=True)):
-        value = words.figure(quality.values[entry.name], quality.unit)
+    labels = _label_boxes([entry.name for entry in entries], points)
+    for index, (entry, (x, y)) in enumerate(zip(entries, points, strict=True)):
+        value = formatting.number(quality.values[entry.name], quality.unit)
         yield Dot(
             name=entry.name,
             role=entry.role,
-            other_picture=entry.speed_class == "B",
+            different_image=entry.speed_class == "B",
             on_front=index in front,
             x=x,
             y=y,
-            tip=f"{entry.name}: {words.seconds(entry.median['total'])}, {value}",
+            tip=f"{entry.name}: {formatting.seconds(entry.median['total'])}, {value}",
             label_x=labels[index].left,
             lead_x=min(max(x, labels[index].left), labels[index].right),
             label_y=labels[index].bottom - 3,
         )
 
 
-def _labels(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Box]:
-    """A place for every label beside its point, clear of points and other labels if it can be."""
-    taken = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+def _label_boxes(names: Sequence[str], points: Sequence[tuple[float, float]]) -> list[Box]:
+    """Place a label near each point, without overlap with points and labels if possible."""
+    occupied = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     labels = []
-    for name, (x, y) in zip(names, places, strict=True):
-        options = [box for box in _around(extent(name), x, y) if _inside(box)]
-        free = (box for box in options if not any(box.meets(other) for other in taken))
-        label = next(free, options[0] if options else Box(LEFT, y - 7, LEFT + extent(name), y + 7))
-        taken.append(label)
+    for name, (x, y) in zip(names, points, strict=True):
+        width = label_width(name)
+        boxes = [box for box in _candidate_boxes(width, x, y) if _inside(box)]
+        free = (box for box in boxes if not any(box.overlaps(other) for other in occupied))
+        label = next(free, boxes[0] if boxes else Box(LEFT, y - 7, LEFT + width, y + 7))
+        occupied.append(label)
         labels.append(label)
     return labels
 
 
-def _around(width: float, x: float, y: float) -> Iterator[Box]:
-    """Beside the point, then over and under it, then ever further off."""
+def _candidate_boxes(width: float, x: float, y: float) -> Iterator[Box]:
+    """Yield label positions: beside the point, then above and below it, ever further away."""
     for lines in (0, -1, 1, -2, 2, -3, 3, -4, 4):
         middle = y + lines * GAP
         for left in (x + 8, x - 8 - width, x - width / 2) if lines else (x + 8, x - 8 - width):

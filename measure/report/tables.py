@@ -1,27 +1,34 @@
-"""Participants and metrics in rows. Same pictures and other pictures never share a table."""
+"""Tables of participants and of metrics. Classes A and B never share a table."""
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from latentforge.measure.report import words
-from latentforge.measure.report.conclusion import bounds, finding, is_wide
-from latentforge.measure.results import BenchResult, Metric, Results
+from latentforge.measure import formatting
+from latentforge.measure.conclusion import (
+    bounds,
+    finding,
+    interval_text,
+    is_wide,
+    too_few_runs,
+)
+from latentforge.measure.formatting import is_number
+from latentforge.measure.results import BenchResult, ConfidenceInterval, Metric, Results
 
 __all__ = [
     "Cell",
     "MetricTable",
-    "TableRow",
     "Table",
-    "participant_tables",
+    "TableRow",
     "metric_tables",
-    "without_figures",
+    "not_measured",
+    "participant_tables",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A figure, what is known of its spread, and a warning in words."""
+    """Value with its spread and, where one is due, a warning."""
 
     text: str
     detail: str = ""
@@ -30,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One participant: its name, what it is made of, and a cell a column."""
+    """Participant with one cell per column."""
 
     name: str
     role: str
@@ -41,7 +48,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Participants that may be compared with each other."""
+    """Participants of one class."""
 
     title: str
     lead: str
@@ -51,72 +58,89 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricTable:
-    """One metric, taken in one way, by whose pictures it is of."""
+    """Values of one metric, computed in one way, by subject.
+
+    Attributes:
+        how: the reference and the network of the metric.
+        note: the caveat that all values share; empty if they differ.
+        levels: confidence levels of the intervals, in words.
+    """
 
     name: str
     better: str
     how: str
     note: str
+    levels: str
     metrics: tuple[Metric, ...]
 
 
 def participant_tables(results: Results) -> list[Table]:
-    """Class A with the reference, class B, and what has no picture to tell its class by."""
+    """Return a table of class A with the reference, one of class B, and one of images not compared."""
     ran = [entry for entry in results.entries if entry.status == "ok"]
     reference = [entry for entry in ran if entry.role == "reference"]
-    others = [entry for entry in ran if entry.role != "reference"]
-    by_class = {kind: [e for e in others if e.speed_class == kind] for kind in ("A", "B", None)}
+    candidates = [entry for entry in ran if entry.role != "reference"]
+    by_class = {kind: [e for e in candidates if e.speed_class == kind] for kind in ("A", "B", None)}
     name = reference[0].name if reference else "the reference"
     if not (reference or by_class["A"] or by_class["B"]):
-        return [_table("Times", "Nothing to compare pictures with.", by_class[None])] * bool(ran)
-    same = f"At equal seed these make the picture that {name} makes; PSNR says how closely."
-    other = f"These make another picture than {name}: what they gain in time may cost quality."
-    none = "No picture of these could be compared, so nothing says that they do the same work."
+        return [_table("Times", "There is no reference image.", by_class[None])] * bool(ran)
+    same = f"At equal seeds these generate the image of {name}; PSNR measures how closely."
+    different = (
+        f"These generate a different image than {name}: speed may come at a cost in quality."
+    )
+    unknown = "These images could not be compared with the reference's."
     tables = [
-        _table("Same picture (class A)", same, [*reference, *by_class["A"]]),
-        _table("Another picture (class B)", other, by_class["B"]),
-        _table("Picture not compared", none, by_class[None]),
+        _table("Same image (class A)", same, [*reference, *by_class["A"]]),
+        _table("Different image (class B)", different, by_class["B"]),
+        _table("Image not compared", unknown, by_class[None]),
     ]
     return [table for table in tables if table.rows]
 
 
-def without_figures(results: Results) -> list[BenchResult]:
-    """Those that failed or aren't installed."""
+def not_measured(results: Results) -> list[BenchResult]:
+    """Return the participants that failed or are not installed."""
     return [entry for entry in results.entries if entry.status != "ok"]
 
 
 def metric_tables(metrics: Sequence[Metric]) -> list[MetricTable]:
-    """Figures that may be compared with each other, and the caveat that they share."""
+    """Group metrics whose values are comparable with each other."""
     groups: dict[tuple[str, ...], list[Metric]] = {}
     for metric in metrics:
         key = (metric.name, metric.better, metric.reference, metric.network)
         groups.setdefault(key, []).append(metric)
-    return [
-        MetricTable(
-            name=name,
-            better=better,
-            how=", ".join(filter(None, [reference and f"against {reference}", network])),
-            note=own[0].note if len({metric.note for metric in own}) == 1 else "",
-            metrics=tuple(own),
-        )
-        for (name, better, reference, network), own in groups.items()
-    ]
+    return [_metric_table(group) for group in groups.values()]
+
+
+def _metric_table(group: Sequence[Metric]) -> MetricTable:
+    first = group[0]
+    levels = sorted({metric.level for metric in group if metric.level is not None})
+    how = [first.reference and f"against {first.reference}", first.network]
+    return MetricTable(
+        name=first.name,
+        better=first.better,
+        how=", ".join(filter(None, how)),
+        note=first.note if len({metric.note for metric in group}) == 1 else "",
+        levels=", ".join(map(formatting.level, levels)),
+        metrics=tuple(group),
+    )
 
 
 def _table(title: str, lead: str, entries: Sequence[BenchResult]) -> Table:
-    """Fastest first below the reference; columns that no one has a figure for are left out."""
-    ranked = sorted(entries, key=lambda e: (e.role != "reference", e.slowness))
+    """Sort by speed, the reference first; leave out columns without any value."""
+    ranked = sorted(entries, key=lambda e: (e.role != "reference", e.relative_time))
     cells = {column: [read(entry) for entry in ranked] for column, read in _COLUMNS.items()}
-    shown = [column for column, found in cells.items() if any(cell is not None for cell in found)]
+    shown = [
+        column for column, values in cells.items() if any(cell and cell.text for cell in values)
+    ]
+    dash = Cell(text=formatting.DASH)
     rows = tuple(
-        _row(entry, tuple(cells[column][index] or Cell(text=words.DASH) for column in shown))
+        _row(entry, tuple(cells[column][index] or dash for column in shown))
         for index, entry in enumerate(ranked)
     )
     return Table(title=title, lead=lead, columns=tuple(shown), rows=rows)
 
 
 def _row(entry: BenchResult, cells: tuple[Cell, ...]) -> TableRow:
-    gate = (entry.gate or "no gate has judged it") if entry.speed_class == "B" else ""
+    gate = (entry.gate or "no quality gate") if entry.speed_class == "B" else ""
     detail = ", ".join(filter(None, [entry.precision, gate]))
     versions = ", ".join(f"{name} {version}" for name, version in entry.versions.items())
     return TableRow(name=entry.name, role=entry.role, detail=detail, versions=versions, cells=cells)
@@ -124,86 +148,98 @@ def _row(entry: BenchResult, cells: tuple[Cell, ...]) -> TableRow:
 
 def _median(entry: BenchResult, stage: str) -> float | None:
     value = entry.median.get(stage)
-    return value if words.known(value) else None
+    return value if is_number(value) else None
 
 
 def _image(entry: BenchResult) -> Cell | None:
     if (value := _median(entry, "total")) is None:
         return None
-    taken = [run.seconds["total"] for run in entry.runs if "total" in run.seconds]
-    few = f"{len(taken)} run" if len(taken) == 1 else ""
-    span = words.span(min(taken), max(taken)) if len(taken) > 1 else few
-    return Cell(text=words.seconds(value), detail=span)
+    seconds = [run.seconds["total"] for run in entry.runs if "total" in run.seconds]
+    detail = "1 run" if len(seconds) == 1 else ""
+    if len(seconds) > 1:
+        detail = formatting.seconds_range(min(seconds), max(seconds))
+    return Cell(text=formatting.seconds(value), detail=detail)
 
 
-def _ratio(entry: BenchResult) -> Cell | None:
-    ratio = entry.ratio.get("total")
-    if entry.role == "reference" or ratio is None or not words.known(ratio.value):
+def _speedup(entry: BenchResult) -> Cell | None:
+    if entry.role == "reference":
+        return Cell(text="")
+    speedup = entry.ratio.get("total")
+    if speedup is None or not is_number(speedup.value):
         return None
-    if (ends := bounds(ratio)) is None:
-        return Cell(text=words.times(ratio.value), warning="too few runs to tell")
-    warning = "no difference can be told" if finding(ratio) == "even" else ""
-    if is_wide(ratio):
-        warning = "too wide to conclude"
-    span = f"{ends[0]:.2f}–{ends[1]:.2f}"
-    return Cell(text=words.times(ratio.value), detail=span, warning=warning)
+    return Cell(
+        text=formatting.speedup(speedup.value),
+        detail=interval_text(speedup),
+        warning=_warning(speedup, len(entry.runs)),
+    )
 
 
-def _stage(*names: str) -> Callable[[BenchResult], Cell | None]:
-    """The sum of the stages of these names that were measured."""
+def _warning(speedup: ConfidenceInterval, runs: int) -> str:
+    match finding(speedup):
+        case "too few runs":
+            return too_few_runs(speedup, runs)
+        case "no difference":
+            return "no significant difference"
+    return "interval too wide to quantify" if bounds(speedup) and is_wide(speedup) else ""
+
+
+def _stages(*names: str) -> Callable[[BenchResult], Cell | None]:
+    """Return a column of the sum of the stages with these names that were timed."""
 
     def read(entry: BenchResult) -> Cell | None:
-        found = [value for name in names if (value := _median(entry, name)) is not None]
-        return Cell(text=words.seconds(sum(found))) if found else None
+        values = [value for name in names if (value := _median(entry, name)) is not None]
+        return Cell(text=formatting.seconds(sum(values))) if values else None
 
     return read
 
 
 def _first(entry: BenchResult) -> Cell | None:
     value = entry.first.seconds.get("total") if entry.first else None
-    return Cell(text=words.seconds(value)) if words.known(value) else None
+    return Cell(text=formatting.seconds(value)) if is_number(value) else None
 
 
-def _ready(entry: BenchResult) -> Cell | None:
+def _load(entry: BenchResult) -> Cell | None:
     if not entry.ready_seconds:
         return None
-    return Cell(text=words.seconds(statistics.median(entry.ready_seconds)))
+    return Cell(text=formatting.seconds(statistics.median(entry.ready_seconds)))
 
 
 def _attribute(
-    name: str, say: Callable[[float | None], str]
+    name: str, text: Callable[[float | None], str]
 ) -> Callable[[BenchResult], Cell | None]:
+    """Return a column of an attribute of the results."""
+
     def read(entry: BenchResult) -> Cell | None:
         value = getattr(entry, name)
-        return Cell(text=say(value)) if words.known(value) else None
+        return Cell(text=text(value)) if is_number(value) else None
 
     return read
 
 
 def _energy(entry: BenchResult) -> Cell | None:
     value = _median(entry, "joules")
-    return None if value is None else Cell(text=words.joules(value))
+    return None if value is None else Cell(text=formatting.joules(value))
 
 
 def _psnr(entry: BenchResult) -> Cell | None:
-    if entry.role == "reference" or not words.known(entry.psnr):
-        return None
-    return Cell(text=words.decibels(entry.psnr))
+    if entry.role == "reference":
+        return Cell(text="")
+    return Cell(text=formatting.decibels(entry.psnr)) if is_number(entry.psnr) else None
 
 
 _COLUMNS: dict[str, Callable[[BenchResult], Cell | None]] = {
     "image": _image,
-    "times faster": _ratio,
+    "speedup": _speedup,
     "PSNR": _psnr,
-    "UNet step": _stage("denoiser step"),
-    "text encoder": _stage("text_encoder", "text_encoder_2"),
-    "VAE decoder": _stage("vae_decoder"),
-    "sampler": _stage("sampler"),
+    "denoiser step": _stages("denoiser step"),
+    "text encoder": _stages("text_encoder", "text_encoder_2"),
+    "VAE decoder": _stages("vae_decoder"),
+    "sampler": _stages("sampler"),
     "first image": _first,
-    "start to ready": _ready,
-    "conversion": _attribute("prepare_seconds", words.seconds),
-    "peak memory": _attribute("peak_memory", words.size),
-    "device memory": _attribute("device_memory", words.size),
-    "files": _attribute("file_bytes", words.size),
+    "load": _load,
+    "conversion": _attribute("prepare_seconds", formatting.seconds),
+    "peak memory": _attribute("peak_memory", formatting.size),
+    "device memory": _attribute("device_memory", formatting.size),
+    "files": _attribute("file_bytes", formatting.size),
     "energy": _energy,
 }

@@ -599,7 +599,7 @@ def _timed(
     if together is None:
         raise BackendError("too little memory is free to time these engines: close other programs")
     measured = measure(
-        [Participant.of(exact, "exact", plain=True), Participant.of(folder, "plan")],
+        [Participant.of(exact, "exact", unaccelerated=True), Participant.of(folder, "plan")],
         settings,
         threads=available_cores(),
         repeats=fast.repeats,

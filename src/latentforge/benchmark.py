@@ -1,121 +1,190 @@
-"""Engines and their peers on one request: what ``latentforge bench`` does, as a function."""
+"""Benchmark of engine directories and other software: ``latentforge bench`` as a function."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from latentforge.measure.bench import REPEATS
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
+from latentforge.measure.peers import find_peer, participant
 from latentforge.measure.results import Results
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.settings import Request, Settings, resolve
 
-__all__ = ["PROMPT", "benchmark"]
+__all__ = ["PROMPT", "BenchRequest", "benchmark", "diffusers_scheduler"]
 
 PROMPT = "a photo of a cat"
 
+_MAX_REPEATS = 1000
+_CORRECTED_OPTIONS: Sequence[str] = ("steps_offset", "clip_sample")
 
-def benchmark(
-    engines: Sequence[Path],
-    *,
-    against: Sequence[str] = (),
-    checkpoint: str | None = None,
-    pythons: Mapping[str, str] | None = None,
-    prompt: str = PROMPT,
-    request: Request | None = None,
-    batches: Sequence[int] = (),
-    sizes: Sequence[int] = (),
-    layers: bool = False,
-    plain: bool = False,
-    repeats: int = 5,
-    threads: int = 0,
-    alone: bool = False,
-    folder: Path | None = None,
-    command: str = "",
-    quiet: bool = True,
-) -> Results:
-    """Time engine directories of one model, and peers on the checkpoint that they came from.
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """Options of a benchmark.
+
+    Attributes:
+        engines: engine directories of one model; the first one's defaults complete the request.
+        against: peers, keys of measure.peers.PEERS. The first is the reference of all speedups;
+            without peers, the first engine directory is.
+        checkpoint: for the peers, if not the one that the engines come from.
+        pythons: interpreters of peers that have their own environment, by peer.
+        prompt: of every image.
+        settings: the settings that differ from the defaults; the seed is 0 unless set.
+        batches: further points of curves, by images per prompt.
+        sizes: further points of curves, by image side in pixels.
+        layers: profile the layers of the engines.
+        unaccelerated: ignore the acceleration plans of engines, which are otherwise followed
+            (class B).
+        repeats: timed runs per participant.
+        threads: per participant; 0 for all cores.
+        one_at_a_time: load only one participant at a time even if all fit into memory.
+        folder: keep the files that peers convert here; a temporary folder if None.
+        command: the command line that repeats the benchmark.
+    """
+
+    engines: Sequence[Path]
+    against: Sequence[str] = ()
+    checkpoint: str | None = None
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    prompt: str = PROMPT
+    settings: Request = field(default_factory=lambda: Request())
+    batches: Sequence[int] = ()
+    sizes: Sequence[int] = ()
+    layers: bool = False
+    unaccelerated: bool = False
+    repeats: int = REPEATS
+    threads: int = 0
+    one_at_a_time: bool = False
+    folder: Path | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.repeats <= _MAX_REPEATS:
+            raise SettingsError(
+                f"repeats must be a whole number from 1 to {_MAX_REPEATS}, not {self.repeats}"
+            )
+
+
+def benchmark(request: BenchRequest, *, quiet: bool = True) -> Results:
+    """Time engine directories of one model, and peers on the checkpoint that they come from.
 
     Args:
-        engines: directories; the first one's defaults fill in the request.
-        against: names of measure.peers.PEERS. The first is the reference of all ratios; without
-            peers the first of the engines is.
-        checkpoint: for the peers, if not the one that the engines name.
-        pythons: interpreters of peers that live in another environment, by name.
-        batches, sizes, layers, repeats, folder: see measure.bench.study.Study.
-        plain: leave aside the plans of engines, which otherwise follow them, as class B.
-        threads: of each participant; 0 for every core.
-        alone: have only one participant in memory at a time, even if there is room for all.
+        request: what to measure.
+        quiet: show no progress.
 
     Raises:
-        SettingsError: no such peer, or a number out of range.
+        SettingsError: there is no such peer, or a setting is out of range.
         CheckpointError: there is no such checkpoint.
     """
-    if not 1 <= repeats <= 1000:
-        raise SettingsError(f"repeats is a whole number from 1 to 1000, not {repeats}")
-    manifest = Manifest.read(engines[0])
-    settings = resolve(manifest.defaults, prompt, {"seed": 0, **(request or {})})
-    source = checkpoint or manifest.source.checkpoint
-    peers = _peers(against, source, settings, pythons or {}) if against else []
-    participants = _distinct([*peers, *_named(engines, plain=plain)])
-    largest = max(Manifest.read(path, hashes=False).size for path in engines)
-    together = bool(fit_together([largest] * len(participants)))  # peers load the same weights
+    manifest = Manifest.read(request.engines[0])
+    settings = resolve(manifest.defaults, request.prompt, {"seed": 0, **request.settings})
+    checkpoint = request.checkpoint or manifest.source.checkpoint
+    peers = _peers(request, checkpoint, settings) if request.against else []
+    participants = _with_unique_names([*peers, *_engine_participants(request)])
     study = Study(
         participants=[replace(participants[0], role="reference"), *participants[1:]],
         settings=settings,
         latent=manifest.latent,
-        threads=threads or available_cores(),
-        repeats=repeats,
-        batches=batches,
-        sizes=sizes,
-        layers=layers,
-        together=together and not alone,
-        folder=folder,
-        title=f"{manifest.name}: engines and their peers" if against else manifest.name,
-        command=command,
+        threads=request.threads or available_cores(),
+        repeats=request.repeats,
+        batches=request.batches,
+        sizes=request.sizes,
+        layers=request.layers,
+        together=not request.one_at_a_time and _fit(request.engines, len(participants)),
+        folder=request.folder,
+        title=f"{manifest.name}: engines and peers" if request.against else manifest.name,
+        command=request.command,
     )
     return run(study, quiet=quiet)
 
 
-def _peers(
-    names: Sequence[str], checkpoint: str, settings: Settings, pythons: Mapping[str, str]
-) -> list[Participant]:
-    from latentforge.export.checkpoint import open_checkpoint
-    from latentforge.measure.peers import participant
+def diffusers_scheduler(checkpoint: Path, sampler: str, steps: int) -> Mapping[str, Any]:
+    """Return the diffusers scheduler that a sampler corresponds to.
 
+    diffusers' pipelines correct the scheduler options of some older checkpoints when they load
+    them. A scheduler that a peer creates from another one's configuration is not corrected, so that
+    the corrected options are part of the result.
+
+    Args:
+        checkpoint: a directory in diffusers' layout.
+        sampler: a key of export.schedulers.SCHEDULERS.
+        steps: number of steps, which samplers with their own timesteps depend on.
+
+    Returns:
+        The class (``name``), arguments for its from_config (``options``) and, for samplers with
+        their own timesteps, ``timesteps``.
+
+    Raises:
+        CheckpointError: the checkpoint's scheduler is missing or not supported.
+    """
+    from latentforge.export.checkpoint import read_json
+    from latentforge.export.schedulers import SCHEDULERS, corrected, schedule_of
+
+    counterpart = SCHEDULERS[sampler]
+    config = read_json(checkpoint / "scheduler" / "scheduler_config.json")
+    if "XL" not in read_json(checkpoint / "model_index.json").get("_class_name", ""):
+        config = corrected(config)
+    options = {key: config[key] for key in _CORRECTED_OPTIONS if key in config}
+    scheduler: dict[str, Any] = {
+        "name": counterpart.scheduler,
+        "options": {**options, **counterpart.options},
+    }
+    if counterpart.timesteps:
+        scheduler["timesteps"] = counterpart.timesteps(schedule_of(config), steps)
+    return scheduler
+
+
+def _peers(request: BenchRequest, checkpoint: str, settings: Settings) -> list[Participant]:
+    from latentforge.export.checkpoint import open_checkpoint
+
+    foreign = [name for name in request.against if find_peer(name).is_foreign]
     model = open_checkpoint(checkpoint).path
-    sampler, steps = settings.sampler, settings.steps
+    scheduler = diffusers_scheduler(model, settings.sampler, settings.steps) if foreign else {}
     return [
-        participant(name, model, sampler=sampler, steps=steps, python=pythons.get(name))
-        for name in names
+        participant(
+            name,
+            model,
+            scheduler=scheduler if name in foreign else {},
+            python=request.pythons.get(name),
+        )
+        for name in request.against
     ]
 
 
-def _named(engines: Sequence[Path], *, plain: bool) -> list[Participant]:
-    """Each under its folder's name, or its whole path where two are called the same."""
-    names = [path.resolve().name for path in engines]
+def _engine_participants(request: BenchRequest) -> list[Participant]:
+    """Name each after its folder, or after its whole path if folders share a name."""
+    names = [path.resolve().name for path in request.engines]
     return [
         Participant.of(
             path,
             name if names.count(name) == 1 else str(path).strip("/").replace("/", "-"),
-            plain=plain,
+            unaccelerated=request.unaccelerated,
         )
-        for path, name in zip(engines, names, strict=True)
+        for path, name in zip(request.engines, names, strict=True)
     ]
 
 
-def _distinct(participants: Sequence[Participant]) -> list[Participant]:
-    """The same, with a number behind a name that was there before: A against A is worth a look."""
-    seen: Counter[str] = Counter()
-    distinct = []
-    for participant in participants:
-        seen[participant.name] += 1
-        number = seen[participant.name]
-        name = participant.name if number == 1 else f"{participant.name}-{number}"
-        distinct.append(replace(participant, name=name))
-    return distinct
+def _with_unique_names(participants: Sequence[Participant]) -> list[Participant]:
+    """Number repeated names: comparing a participant with itself shows the noise of a benchmark."""
+    counts: Counter[str] = Counter()
+    unique = []
+    for entry in participants:
+        counts[entry.name] += 1
+        number = counts[entry.name]
+        name = entry.name if number == 1 else f"{entry.name}-{number}"
+        unique.append(replace(entry, name=name))
+    return unique
+
+
+def _fit(engines: Sequence[Path], count: int) -> bool:
+    """Return True if all participants fit into memory; peers load the same weights as engines."""
+    largest = max(Manifest.read(path, hashes=False).size for path in engines)
+    return bool(fit_together([largest] * count))

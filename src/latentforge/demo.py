@@ -124,7 +124,7 @@ def _bench(engines: Path, repeats: int, quiet: bool) -> Results:
     manifest = Manifest.read(engines, hashes=False)
     prompt = prompts(1, seed=_SHEET_SEED)[0]
     settings = resolve(manifest.defaults, prompt, {"seed": 0})
-    eager = participant("eager", open_checkpoint("demo").path, sampler=settings.sampler)
+    eager = participant("eager", open_checkpoint("demo").path)
     size = sum(entry.bytes for entry in manifest.files) / 1e6
     study = Study(
         participants=[replace(eager, role="reference"), Participant.of(engines)],

@@ -1,4 +1,4 @@
-"""Participants in processes of their own: taking turns, failing, being compared."""
+"""Participants in their own processes: interleaved runs, failures, comparison of images."""
 
 import signal
 import subprocess
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace as replace_record
 
-from latentforge.benchmark import benchmark
+from latentforge.benchmark import BenchRequest, benchmark
+from latentforge.measure import energy
 from latentforge.measure.bench.interleaved import measure, require_all_ok
-from latentforge.measure.bench.protocol import BenchJob, Participant, Process
-from latentforge.measure.bench.statistics import bootstrap_median, medians, ratios
-from latentforge.measure.bench.study import noise
-from latentforge.measure.bench.summary import summary, told
-from latentforge.measure.results import ConfidenceInterval, Results, TimedRun
+from latentforge.measure.bench.process import ParticipantProcess
+from latentforge.measure.bench.protocol import BenchJob, Participant
+from latentforge.measure.bench.study import method, noise
+from latentforge.measure.bench.summary import speedup_text, summary
+from latentforge.measure.results import BenchResult, ConfidenceInterval, Results, TimedRun
 from latentforge.runtime import machine
 from latentforge.runtime.errors import BackendError, SettingsError
-from latentforge.runtime.machine import Meter
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.settings import Settings
 
@@ -33,22 +34,22 @@ HEAD = """
 import json, sys, time
 import numpy as np
 job = json.load(open(sys.argv[-1]))
-def tell(**message):
+def send(**message):
     print(json.dumps(message), flush=True)
-def note(word):
-    with open(job["model"], "a") as log:
-        log.write(word + " ")
-def paint(value, shape=(1, 3, 8, 8)):
+def log(word):
+    with open(job["model"], "a") as file:
+        file.write(word + " ")
+def save(value, shape=(1, 3, 8, 8)):
     np.save(job["picture"], np.full(shape, value, np.float32))
 """
 
-SOUND = """
-note(NAME + ":load")
-tell(ready={"versions": {"library": "1.0"}, "precision": "fp32", "bytes": 12})
+WORKING = """
+log(NAME + ":load")
+send(ready={"versions": {"library": "1.0"}, "precision": "fp32", "bytes": 12})
 for _ in sys.stdin:
-    note(NAME)
-    paint(0.25)
-    tell(total=1.0, stages={"text_encoder": [0.1], "denoiser": [0.2, 0.4], "vae_decoder": [0.1]})
+    log(NAME)
+    save(0.25)
+    send(total=1.0, stages={"text_encoder": [0.1], "denoiser": [0.2, 0.4], "vae_decoder": [0.1]})
 """
 
 Make = Callable[..., Participant]
@@ -56,18 +57,18 @@ Make = Callable[..., Participant]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A participant of a few lines; all of them write to one log."""
+    """Make participants of a few lines, which all write to one log."""
 
-    def made(name: str, body: str = SOUND, **settings: str) -> Participant:
+    def make_participant(name: str, body: str = WORKING, **fields: object) -> Participant:
         path = tmp_path / f"{name}.py"
         path.write_text(f"NAME = {name!r}\n{HEAD}{textwrap.dedent(body)}")
         command = (sys.executable, str(path))
-        return Participant(name=name, command=command, model=str(tmp_path / "log"), **settings)  # type: ignore[arg-type]
+        return Participant(name=name, command=command, model=str(tmp_path / "log"), **fields)  # type: ignore[arg-type]
 
-    return made
+    return make_participant
 
 
-def test_they_take_turns_and_the_first_run_is_kept_apart(make: Make, tmp_path: Path) -> None:
+def test_runs_are_interleaved_and_the_first_is_not_counted(make: Make, tmp_path: Path) -> None:
     found = measure([make("a"), make("b")], SETTINGS, threads=1, repeats=2)
     assert (tmp_path / "log").read_text().split() == ["a:load", "b:load", *"abababab"[:6]]
     for entry in found.entries:
@@ -75,15 +76,15 @@ def test_they_take_turns_and_the_first_run_is_kept_apart(make: Make, tmp_path: P
         assert entry.versions == {"library": "1.0"} and entry.file_bytes == 12
 
 
-def test_one_at_a_time_starts_anew_for_every_turn(make: Make, tmp_path: Path) -> None:
+def test_one_at_a_time_restarts_for_every_run(make: Make, tmp_path: Path) -> None:
     found = measure([make("a"), make("b")], SETTINGS, threads=1, repeats=2, together=False)
-    turn = ["a:load", "a", "a", "b:load", "b", "b"]
-    assert (tmp_path / "log").read_text().split() == turn * 2
+    expected = ["a:load", "a", "a", "b:load", "b", "b"]
+    assert (tmp_path / "log").read_text().split() == expected * 2
     assert [len(entry.runs) for entry in found.entries] == [2, 2]
     assert [len(entry.ready_seconds) for entry in found.entries] == [2, 2]
 
 
-def test_stages_add_up_to_the_whole(make: Make) -> None:
+def test_stages_add_up_to_the_total(make: Make) -> None:
     (entry,) = measure([make("a")], SETTINGS, threads=1, repeats=1).entries
     seconds = entry.median
     assert seconds["denoiser"] == pytest.approx(0.6) and seconds["denoiser step"] == pytest.approx(
@@ -93,23 +94,30 @@ def test_stages_add_up_to_the_whole(make: Make) -> None:
     assert entry.peak_memory and entry.peak_memory > 1e6
 
 
-def test_the_picture_decides_the_class(make: Make) -> None:
-    other = SOUND.replace("paint(0.25)", "paint(-0.25)")
-    near = SOUND.replace("paint(0.25)", "paint(0.2501)")
-    larger = SOUND.replace("paint(0.25)", "paint(0.25, (1, 3, 16, 16))")
-    nan = SOUND.replace("paint(0.25)", "paint(float('nan'))")
+def test_the_image_decides_the_class(make: Make) -> None:
+    other = WORKING.replace("save(0.25)", "save(-0.25)")
+    near = WORKING.replace("save(0.25)", "save(0.2501)")
+    larger = WORKING.replace("save(0.25)", "save(0.25, (1, 3, 16, 16))")
+    nan = WORKING.replace("save(0.25)", "save(float('nan'))")
     participants = [make("a"), make("other", other), make("near", near), make("nan", nan)]
-    participants += [make("larger", larger), make("rounds", near, unaccelerated=False)]  # type: ignore[arg-type]
+    participants += [make("larger", larger), make("rounds", near, same_trajectory=False)]
     found = measure(participants, SETTINGS, threads=1, repeats=1)
-    kinds = {entry.name: entry.speed_class for entry in found.entries}
-    assert kinds == {"a": "A", "other": "B", "near": "A", "nan": "B", "larger": None, "rounds": "B"}
+    classes = {entry.name: entry.speed_class for entry in found.entries}
+    assert classes == {
+        "a": "A",
+        "other": "B",
+        "near": "A",
+        "nan": "B",
+        "larger": None,
+        "rounds": "B",
+    }
     assert found.entries[-2].psnr is None
 
 
 FAILURES = {
     "dies while loading": ("raise RuntimeError('no weights')", "failed", "no weights"),
-    "says why": ("tell(error='too small'); sys.exit(1)", "failed", "too small"),
-    "is missing": ("tell(missing='no module named x')", "missing", "no module named x; pip"),
+    "says why": ("send(error='too small'); sys.exit(1)", "failed", "too small"),
+    "is missing": ("send(missing='no module named x')", "missing", "no module named x; pip"),
     "is killed": ("import os; os.kill(os.getpid(), 9)", "failed", "memory runs out"),
     "runs out of memory": (
         """
@@ -120,19 +128,19 @@ FAILURES = {
         "failed",
         "allocate",
     ),
-    "chatters": ("print('hello')", "failed", "no answer"),
-    "answers beside the point": ("tell(total=1.0)", "failed", "not ready"),
-    "dies at work": (
-        "tell(ready={})\nfor line in sys.stdin:\n    raise MemoryError('at work')",
+    "prints": ("print('hello')", "failed", "not a JSON object"),
+    "answers out of order": ("send(total=1.0)", "failed", "expected 'ready'"),
+    "dies while running": (
+        "send(ready={})\nfor line in sys.stdin:\n    raise MemoryError('too large')",
         "failed",
-        "at work",
+        "too large",
     ),
 }
 
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("failure", FAILURES)
-def test_who_fails_is_an_entry_and_the_others_go_on(
+def test_a_failure_is_a_result_and_the_others_continue(
     make: Make, failure: str, together: bool
 ) -> None:
     body, status, words = FAILURES[failure]
@@ -146,38 +154,38 @@ def test_who_fails_is_an_entry_and_the_others_go_on(
         require_all_ok(found)
 
 
-def test_an_interpreter_that_is_none_is_an_entry_too(make: Make) -> None:
+def test_a_missing_interpreter_is_a_result(make: Make) -> None:
     absent = replace(make("b"), command=("/no/such/python", "x.py"))
     found = measure([make("a"), absent], SETTINGS, threads=1, repeats=1)
     assert found.entries[1].status == "failed" and "/no/such" in found.entries[1].message
 
 
-def test_without_a_reference_the_others_still_have_times(make: Make) -> None:
+def test_times_are_kept_if_the_reference_fails(make: Make) -> None:
     found = measure([make("a", "sys.exit('gone')"), make("b")], SETTINGS, threads=1, repeats=1)
     assert found.entries[1].median["total"] == 1.0
     assert found.entries[1].ratio == {} and found.entries[1].psnr is None
 
 
-def test_no_answer_is_waited_for_so_long(make: Make, tmp_path: Path) -> None:
+def test_a_missing_answer_times_out(make: Make, tmp_path: Path) -> None:
     job = tmp_path / "job.json"
     BenchJob(model=str(tmp_path / "log"), settings=SETTINGS, threads=1, picture="").write(job)
     with pytest.raises(BackendError, match="no answer within"):
-        Process(make("a", "time.sleep(60)"), job, threads=1, patience=0.3)
+        ParticipantProcess(make("a", "time.sleep(60)"), job, threads=1, timeout=0.3)
 
 
-def test_what_it_started_ends_with_it(make: Make, tmp_path: Path) -> None:
+def test_children_of_a_participant_end_with_it(make: Make, tmp_path: Path) -> None:
     body = """
     import subprocess
     child = subprocess.Popen(["sleep", "300"])
-    note(str(child.pid))
-    """ + textwrap.indent(SOUND, "    ")
+    log(str(child.pid))
+    """ + textwrap.indent(WORKING, "    ")
     measure([make("a", body)], SETTINGS, threads=1, repeats=1)
     pid = (tmp_path / "log").read_text().split()[0]
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 
-def test_an_interrupt_amid_its_start_leaves_no_process(
+def test_an_interrupt_during_the_start_leaves_no_process(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, started, popen = tmp_path / "job.json", [], subprocess.Popen
@@ -190,15 +198,15 @@ def test_an_interrupt_amid_its_start_leaves_no_process(
     BenchJob(model=str(tmp_path / "log"), settings=SETTINGS, threads=1, picture="").write(job)
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Process(make("a", "time.sleep(60)"), job, threads=1)
+        ParticipantProcess(make("a", "time.sleep(60)"), job, threads=1)
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_conversion_is_not_part_of_the_load(make: Make) -> None:
-    body = "time.sleep(0.4); tell(prepared=0.4)" + SOUND
+def test_the_conversion_is_not_part_of_the_load_time(make: Make) -> None:
+    body = "time.sleep(0.4); send(prepared=0.4)" + WORKING
     (entry,) = measure([make("a", body)], SETTINGS, threads=1, repeats=1).entries
     assert entry.prepare_seconds == 0.4
-    whole = measure([make("b", "time.sleep(0.4)" + SOUND)], SETTINGS, threads=1, repeats=1)
+    whole = measure([make("b", "time.sleep(0.4)" + WORKING)], SETTINGS, threads=1, repeats=1)
     assert entry.ready_seconds[0] < whole.entries[0].ready_seconds[0]
 
 
@@ -208,69 +216,58 @@ def test_job_round_trip(tmp_path: Path) -> None:
     assert BenchJob.read(str(tmp_path / "job.json")) == job
 
 
-# statistics
+# the table
 
 
-def runs(*totals: float) -> list[TimedRun]:
-    return [TimedRun(seconds={"total": total}) for total in totals]
+def test_speedups_are_printed_with_their_interval_and_what_it_supports(make: Make) -> None:
+    def text(runs: int = 5, **fields: float) -> str:
+        timed = (TimedRun(seconds={"total": 1.0}),) * runs
+        ratio = {"total": ConfidenceInterval(**fields)}
+        return speedup_text(BenchResult(name="x", role="peer", runs=timed, ratio=ratio))
+
+    assert text(value=2.0, low=1.9, high=2.1, level=0.9375) == "2.00x (1.90–2.10, 93.8 %)"
+    assert "no significant difference" in text(value=1.1, low=0.9, high=1.2, level=0.95)
+    assert "too wide to quantify" in text(value=2.0, low=1.5, high=2.5, level=0.95)
+    assert text(1, value=2.0) == "2.00x: 1 run: too few to conclude, run 5 or more"
+    assert text(3, value=2.0, low=1.9, high=2.1, level=0.75) == (
+        "2.00x (1.90–2.10, 75 %): 3 runs: 75 % interval, too few to conclude, run 5 or more"
+    )
 
 
-def test_ratios_are_paired() -> None:
-    """A machine that slows down tenfold on the way changes no ratio of neighbours."""
-    drift = np.geomspace(1, 10, 9)
-    found = ratios(runs(*(3 * drift)), runs(*drift))["total"]
-    assert (found.value, found.low, found.high) == pytest.approx((3, 3, 3))
+def test_the_reference_is_not_compared_with_itself(make: Make) -> None:
+    measured = measure([make("a"), make("b")], SETTINGS, threads=1, repeats=2)
+    assert [entry.psnr for entry in measured.entries] == [None, 200.0]
+    results = Results(title="", command="", date="", machine={}, entries=measured.entries)
+    reference = replace_record(results.entries[0], role="reference")
+    table = summary(replace_record(results, entries=(reference, *results.entries[1:])))
+    _, first, second, *_ = table.splitlines()
+    assert first.endswith("reference") and "dB" not in first and "x" not in first
+    assert "identical" in second and "50 %" in second
 
 
-def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
-    """Medians of 15 draws of a known distribution, 300 times; 95 % within what chance allows."""
-    generator = np.random.default_rng(1)
-    hits = 0
-    for _ in range(300):
-        found = bootstrap_median(list(generator.lognormal(0.0, 0.5, 15)))
-        assert found.low is not None and found.high is not None
-        hits += found.low <= 1.0 <= found.high
-    assert 0.90 <= hits / 300 <= 1.0
+@pytest.mark.parametrize(("repeats", "words"), [(1, "no confidence"), (3, "75 %"), (6, "96.9 %")])
+def test_the_method_names_the_level(repeats: int, words: str) -> None:
+    assert words in method(2, repeats, together=True)
+    assert "freshly started" in method(2, repeats, together=False)
 
 
-def test_two_values_tell_nothing_of_their_spread() -> None:
-    assert bootstrap_median([1.0, 2.0]) == ConfidenceInterval(value=1.5)
+# energy and memory
 
 
-def test_medians_have_joules_where_every_run_has() -> None:
-    some = [
-        TimedRun(seconds={"total": 1.0}, joules=5.0),
-        TimedRun(seconds={"total": 3.0}, joules=7.0),
-    ]
-    assert medians(some) == {"total": 2.0, "joules": 6.0}
-    assert medians([*some, TimedRun(seconds={"total": 9.0})]) == {"total": 3.0}
-    assert medians([]) == {}
-
-
-def test_ratios_are_told_with_what_they_are_worth() -> None:
-    assert told(ConfidenceInterval(value=2.0)) == "2.00x"
-    assert told(ConfidenceInterval(value=2.0, low=1.9, high=2.1)) == "2.00x (1.90 to 2.10)"
-    assert "no difference" in told(ConfidenceInterval(value=1.1, low=0.9, high=1.2))
-    assert "too wide" in told(ConfidenceInterval(value=2.0, low=1.5, high=2.5))
-
-
-# the machine
-
-
-def powercap(root: Path, name: str, kind: str, energy: int, most: int = 1000) -> Path:
+def powercap(root: Path, name: str, kind: str, microjoules: int, wrap: int = 1000) -> Path:
     folder = root / name
     folder.mkdir()
     (folder / "name").write_text(f"{kind}\n")
-    (folder / "energy_uj").write_text(str(energy))
-    (folder / "max_energy_range_uj").write_text(str(most))
+    (folder / "energy_uj").write_text(str(microjoules))
+    (folder / "max_energy_range_uj").write_text(str(wrap))
     return folder
 
 
-def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
-    package = powercap(tmp_path, "intel-rapl:0", "package-0", 900_000_000, most=1_000_000_000)
+def test_rapl_meters_count_packages_and_wrap(tmp_path: Path) -> None:
+    package = powercap(tmp_path, "intel-rapl:0", "package-0", 900_000_000, wrap=1_000_000_000)
     powercap(tmp_path, "intel-rapl:0:0", "core", 5)
     powercap(tmp_path, "intel-rapl:1", "psys", 5)
-    (meter,) = machine._rapl(tmp_path)
+    (meter,) = energy._rapl_meters(tmp_path)
     before = meter.read()
     (package / "energy_uj").write_text("950000000")
     assert meter.since(before) == pytest.approx(50)
@@ -278,10 +275,10 @@ def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
     assert meter.since(before) == pytest.approx(200)
 
 
-def test_energy_is_summed_and_absent_without_meters() -> None:
-    assert machine.joules([1.5, 2.0]) == 3.5
-    assert machine.joules([]) is None
-    assert Meter("m", lambda: 7.0).since(3.0) == 4.0
+def test_energy_is_summed_and_unknown_without_meters() -> None:
+    assert energy.total_joules([1.5, 2.0]) == 3.5
+    assert energy.total_joules([]) is None
+    assert energy.EnergyMeter("m", lambda: 7.0).since(3.0) == 4.0
 
 
 def test_memory_of_another_process() -> None:
@@ -295,11 +292,17 @@ def test_memory_of_another_process() -> None:
 
 
 def test_engines_against_themselves(tiny_engines: Path, tmp_path: Path) -> None:
-    results = benchmark(
-        [tiny_engines], request={"steps": 2}, batches=(1, 2), sizes=(128,), layers=True, repeats=2
+    request = BenchRequest(
+        engines=[tiny_engines],
+        settings={"steps": 2},
+        batches=(1, 2),
+        sizes=(128,),
+        layers=True,
+        repeats=2,
     )
+    results = benchmark(request)
     (entry,) = results.entries
-    assert entry.role == "reference" and entry.speed_class == "A" and entry.psnr == 200
+    assert entry.role == "reference" and entry.speed_class == "A" and entry.psnr is None
     assert entry.file_bytes == Manifest.read(tiny_engines).size
     assert {
         "text_encoder",
@@ -320,23 +323,24 @@ def test_engines_against_themselves(tiny_engines: Path, tmp_path: Path) -> None:
     assert entry.name in summary(results)
 
 
-def test_directories_of_one_name_are_told_apart(tiny_engines: Path, tmp_path: Path) -> None:
+def test_directories_of_one_name_get_different_names(tiny_engines: Path, tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "engines").symlink_to(tiny_engines, target_is_directory=True)
     paths = [tmp_path / "x" / "engines", tmp_path / "y" / "engines"]
-    results = benchmark([*paths, paths[0]], request={"steps": 1}, repeats=1)
+    request = BenchRequest(engines=[*paths, paths[0]], settings={"steps": 1}, repeats=1)
+    results = benchmark(request)
     assert len({entry.name for entry in results.entries}) == 3
     assert all(entry.status == "ok" for entry in results.entries)
 
 
 @pytest.mark.parametrize("repeats", [0, -1, 1001])
-def test_refuses_repeats_out_of_range(tiny_engines: Path, repeats: int) -> None:
+def test_refuses_repeats_out_of_range(repeats: int) -> None:
     with pytest.raises(SettingsError, match="1 to 1000"):
-        benchmark([tiny_engines], repeats=repeats)
+        BenchRequest(engines=[Path("engines")], repeats=repeats)
 
 
-def test_noise_is_what_torch_draws(tiny_engines: Path) -> None:
+def test_noise_equals_torchs(tiny_engines: Path) -> None:
     torch = pytest.importorskip("torch")
     drawn = noise(SETTINGS, Manifest.read(tiny_engines).latent)
     expected = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(3)).numpy()

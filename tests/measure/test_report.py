@@ -228,13 +228,13 @@ def test_hostile_strings_are_text() -> None:
 def test_classes_never_share_a_table() -> None:
     tables = {table.title: [row.name for row in table.rows] for table in participant_tables(BENCH)}
     assert tables == {
-        "Same picture (class A)": ["eager", "ours-a", "peer-a"],
-        "Another picture (class B)": ["ours-b", "peer-b"],
+        "Same picture (class A)": ["eager", "engines-a", "peer-a"],
+        "Another picture (class B)": ["engines-b", "peer-b"],
     }
     page = Page(render(BENCH))
     for rows in page.tables:
         names = {row[0].split(" ")[0] for row in rows}
-        assert not (names & {"eager", "ours-a", "peer-a"} and names & {"ours-b", "peer-b"})
+        assert not (names & {"eager", "engines-a", "peer-a"} and names & {"engines-b", "peer-b"})
     groups = {group.title: [bar.name for bar in group.bars] for group in bars(BENCH)}
     assert groups == tables
 
@@ -248,10 +248,10 @@ def test_what_has_no_picture_is_in_neither_class() -> None:
 
 
 def test_the_figures_on_the_page_are_those_of_the_data() -> None:
-    ours = next(e for e in BENCH.entries if e.name == "ours-a")
+    ours = next(e for e in BENCH.entries if e.name == "engines-a")
     ratio = ours.ratio["total"]
     row = next(
-        row for name, row in Page(render(BENCH)).table("UNet step").items() if "ours-a" in name
+        row for name, row in Page(render(BENCH)).table("UNet step").items() if "engines-a" in name
     )
     taken = [run.seconds["total"] for run in ours.runs]
     assert row["image"] == f"{ours.median['total']:.2f} s {min(taken):.2f}–{max(taken):.2f} s"
@@ -338,7 +338,7 @@ def test_in_short_of_little() -> None:
 
 def test_bars_are_as_long_as_the_times() -> None:
     drawn = {bar.name: bar for group in bars(BENCH) for bar in group.bars}
-    assert drawn["eager"].end / drawn["ours-b"].end == pytest.approx(
+    assert drawn["eager"].end / drawn["engines-b"].end == pytest.approx(
         BENCH.entries[0].median["total"] / BENCH.entries[3].median["total"]
     )
     reach = max(max(bar.end, *(bar.whisker or (0,))) for bar in drawn.values())
@@ -419,21 +419,26 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def test_the_front_of_a_metric_where_lower_is_better() -> None:
-    names = ("eager", "ours-a", "ours-b", "peer-a")
+    names = ("eager", "engines-a", "engines-b", "peer-a")
     values = (
         metric(n, v, name="fid", better="lower") for n, v in zip(names, (5, 6, 9, 7), strict=True)
     )
     (chart,) = scatters(BENCH, tuple(values))
-    assert {dot.name for dot in chart.dots if dot.on_front} == {"eager", "ours-a", "ours-b"}
+    assert {dot.name for dot in chart.dots if dot.on_front} == {"eager", "engines-a", "engines-b"}
     places = {dot.name: dot.y for dot in chart.dots}
-    assert places["eager"] < places["ours-a"] < places["peer-a"] < places["ours-b"]  # up is good
+    assert (
+        places["eager"] < places["engines-a"] < places["peer-a"] < places["engines-b"]
+    )  # up is good
 
 
 def test_metrics_of_one_file_meet_the_times_of_another() -> None:
     assert "Quality against speed" in headings(render(BENCH, EVAL))
     (chart,) = scatters(BENCH, EVAL.metrics)
     assert chart.title == "psnr to eager"
-    assert {dot.name: dot.other_picture for dot in chart.dots} == {"ours-a": False, "ours-b": True}
+    assert {dot.name: dot.other_picture for dot in chart.dots} == {
+        "engines-a": False,
+        "engines-b": True,
+    }
     (fallback,) = scatters(BENCH, ())
     assert fallback.title.startswith("PSNR to the reference") and len(fallback.dots) == 5
 
@@ -457,7 +462,7 @@ def test_curves_join_what_differs_in_one_thing() -> None:
     ]
     by_batch = charts["Seconds by batch, 512×512"]
     assert [tick.text for tick in by_batch.x_ticks] == ["1", "2", "4"]
-    assert {line.name: len(line.places) for line in by_batch.lines} == {"eager": 3, "ours-a": 3}
+    assert {line.name: len(line.places) for line in by_batch.lines} == {"eager": 3, "engines-a": 3}
     assert by_batch.lines[0].tips == (
         "eager, 1 images a batch: 4.00 s",
         "eager, 2 images a batch: 8.00 s",
@@ -489,8 +494,8 @@ def test_layers_are_summed_by_operator() -> None:
 
 def test_metrics_say_all_that_is_known_of_them() -> None:
     page = Page(render(EVAL))
-    assert page.table("95 % interval")["ours-b"] == {
-        "of": "ours-b", "value": "25.5 dB", "95 % interval": "24 to 27", "images": "64",
+    assert page.table("95 % interval")["engines-b"] == {
+        "of": "engines-b", "value": "25.5 dB", "95 % interval": "24 to 27", "images": "64",
     }  # fmt: skip
     assert "64 images: not comparable" in page.text and "lower is better" in page.text
     assert "against eager, Inception" in page.text
@@ -510,8 +515,8 @@ def test_pictures_are_shown_whole_and_small_ones_by_pixels() -> None:
     picture = EVAL.pictures[0]
     assert urls == [
         picture.images["eager"],
-        picture.images["ours-a"],
-        picture.differences["ours-a"],
+        picture.images["engines-a"],
+        picture.differences["engines-a"],
     ]
     assert text.count('class="small"') == 3
     assert f"{picture.psnr['ours-a']:.1f} dB" in page.text and "seed 3" in page.text

@@ -88,7 +88,7 @@ def _build(options: argparse.Namespace) -> None:
         verify_engines(options.engines)
     except DeviceError as error:
         print(f"--  not run on this machine: {error}")
-    output.say_what_is_next(options.engines)
+    output.print_next_step(options.engines)
 
 
 def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:

@@ -1,4 +1,4 @@
-"""latentforge compare: what got worse between two measurements."""
+"""latentforge compare: regressions between two measurements."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
+    """Add the command and its arguments."""
     parser = arguments.command(
         commands,
         "compare",
         _compare,
-        "Say what got slower, larger or worse between two measurements",
-        "Of the same request, by the same reference if both have one. Slower is what is off by "
-        "more than the tolerance and outside of the other's interval; then the exit status is 3.",
+        "Report what became slower, larger or worse between two result files",
+        "Both must be of the same request. Speeds are compared relative to the reference if both "
+        "files have the same one. A value has changed if it differs by more than the tolerance and "
+        "the confidence intervals do not overlap; speeds from fewer than 5 runs are reported as "
+        "unclear. The exit status is 3 if anything became worse.",
     )
-    parser.add_argument("old", type=Path, metavar="OLD", help="a --json of bench or eval")
-    parser.add_argument("new", type=Path, metavar="NEW", help="one that should be no worse")
+    parser.add_argument("old", type=Path, metavar="OLD", help="the baseline: a --json file")
+    parser.add_argument("new", type=Path, metavar="NEW", help="the file to compare with it")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=5.0,
         metavar="PERCENT",
-        help="by which a figure may be worse (default: 5)",
+        help="change that counts as none (default: 5)",
     )
 
 
@@ -37,7 +40,7 @@ def _compare(options: argparse.Namespace) -> None:
     from latentforge.measure.results import Results
 
     if not 0 <= options.tolerance <= 100:
-        raise SettingsError(f"--tolerance is 0 to 100 percent, not {options.tolerance:g}")
+        raise SettingsError(f"--tolerance must be 0 to 100 percent, not {options.tolerance:g}")
     old, new = map(Results.read, (options.old, options.new))
     verdict = judge(old, new, tolerance=options.tolerance / 100)
     print(verdict)

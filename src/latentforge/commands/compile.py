@@ -61,5 +61,5 @@ def _compile(options: argparse.Namespace) -> None:
     manifest = compile_engines(
         options.source, options.engines, **what, overwrite=options.overwrite, quiet=False
     )
-    output.say_what_changed(manifest)
-    output.say_what_is_next(options.engines)
+    output.print_changes(manifest)
+    output.print_next_step(options.engines)

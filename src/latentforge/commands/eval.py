@@ -97,6 +97,6 @@ def _eval(options: argparse.Namespace) -> None:
     names = {field.name for field in fields(EvalRequest)} - {"request", "folder"}
     given = {name: getattr(options, name) for name in names}
     request = EvalRequest(**given, folder=options.keep, request=settings)
-    results = evaluate(options.engines, request, command=output.called(), quiet=False)
+    results = evaluate(options.engines, request, command=output.command_line(), quiet=False)
     output.emit_results(results, options, summary(results))
     check_preset(results, request)

@@ -54,5 +54,5 @@ def _optimize(options: argparse.Namespace) -> None:
         quiet=False,
         **arguments.recipe_of(options),
     )
-    output.say_what_changed(manifest)
-    output.say_what_is_next(options.engines)
+    output.print_changes(manifest)
+    output.print_next_step(options.engines)

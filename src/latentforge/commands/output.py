@@ -1,4 +1,4 @@
-"""What commands say and write."""
+"""Output of the commands: text, JSON and HTML files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from latentforge.runtime.manifest import Manifest
 
 __all__ = [
-    "called",
     "check_result_files",
     "check_writable",
+    "command_line",
     "emit",
     "emit_results",
+    "print_changes",
+    "print_next_step",
     "quiet_libraries",
-    "say_what_changed",
-    "say_what_is_next",
     "write_text",
 ]
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' advice and bars off the screen; their errors still come through."""
+    """Silence advice and progress bars of other libraries; their errors still appear."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from transformers.utils import logging as transformers_logging
@@ -39,14 +39,20 @@ def quiet_libraries() -> None:
 
 
 def check_writable(*paths: str | Path) -> None:
-    """Before long work, that what it gives can be written."""
+    """Check before long work that its output files can be written.
+
+    Raises:
+        TargetError: a file's directory does not exist, or the path is a directory.
+    """
     for path in map(Path, paths):
-        if not path.absolute().parent.is_dir() or path.is_dir():
-            raise TargetError(f"cannot write {path}: no such directory, or it is one itself")
+        if not path.absolute().parent.is_dir():
+            raise TargetError(f"cannot write {path}: its directory does not exist")
+        if path.is_dir():
+            raise TargetError(f"cannot write {path}: it is a directory")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file, whole or not at all."""
     from latentforge.runtime.files import staged_file
 
     with staged_file(Path(path)) as partial:
@@ -54,7 +60,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def emit(data: Any, destination: str | None, text: str) -> None:
-    """Print for people, or write for programs: with -, nothing else is on standard output."""
+    """Print text, and write data as JSON to a file; for ``-``, print the JSON alone."""
     if destination == "-":
         json.dump(data, sys.stdout, indent=2)
         print()
@@ -65,12 +71,16 @@ def emit(data: Any, destination: str | None, text: str) -> None:
 
 
 def check_result_files(options: argparse.Namespace) -> None:
-    """The same for what bench and eval write."""
+    """Check that the files of --json and --html can be written.
+
+    Raises:
+        TargetError: one of them cannot.
+    """
     check_writable(*(path for path in (options.json, options.html) if path and path != "-"))
 
 
 def emit_results(results: Results, options: argparse.Namespace, text: str) -> None:
-    """Draw, write and print what was measured, as the options ask."""
+    """Write the files of --json and --html, and print the text, or the JSON alone for ``-``."""
     if options.html:
         from latentforge.measure.report import render
 
@@ -83,18 +93,18 @@ def emit_results(results: Results, options: argparse.Namespace, text: str) -> No
     print(text)
 
 
-def called() -> str:
-    """The command, for those who want to repeat it."""
+def command_line() -> str:
+    """Return the current command line, for records that say how to repeat them."""
     return shlex.join(["latentforge", *sys.argv[1:]])
 
 
-def say_what_is_next(engines: Path) -> None:
-    """The command that one goes on with."""
+def print_next_step(engines: Path) -> None:
+    """Print the command that generates an image with the engines."""
     print(f'\nnext: latentforge run {engines} "a prompt of yours" -o image.png')
 
 
-def say_what_changed(manifest: Manifest) -> None:
-    """What the last stage did to the graphs."""
+def print_changes(manifest: Manifest) -> None:
+    """Print what the last stage changed in the graphs."""
     from latentforge.commands.describe import changes
 
     print("\n".join(changes(manifest.history[-1])))

@@ -1,4 +1,4 @@
-"""latentforge report: a page of what was measured."""
+"""latentforge report: an HTML page of results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
+    """Add the command and its arguments."""
     parser = arguments.command(
         commands,
         "report",
         _report,
-        "Draw a page of what bench and eval have written",
-        "Several files share the page, and quality is then drawn against speed by the names of "
-        "the participants. It loads nothing from anywhere. Needs pip install 'latentforge[report]'.",
+        "Write an HTML page of results from bench and eval",
+        "Several files share one page; quality from one file is plotted against speed from "
+        "another, joined by the participants' names. The page is self-contained. Needs pip install "
+        "'latentforge[report]'.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="their --json")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a --json result file")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PAGE", help="the .html to write"
+        "-o", "--output", type=Path, required=True, metavar="PAGE", help="the .html file to write"
     )
 
 

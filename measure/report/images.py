@@ -1,4 +1,4 @@
-"""Pictures side by side: the first one, and every other with what is different in it."""
+"""Images side by side: the reference's first, every other one with its difference."""
 
 import base64
 import binascii
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from latentforge.measure.report import words
+from latentforge.measure import formatting
 from latentforge.measure.results import Picture
 
-__all__ = ["Shown", "shown"]
+__all__ = ["PageImage", "page_images"]
 
 _URL = re.compile(r"data:image/(png|webp|jpeg);base64,[A-Za-z0-9+/]+={0,2}\Z")
-_SMALL = 128  # pixels a side, below which they are enlarged by whole pixels
+_SMALL = 128  # pixels a side up to which images are enlarged without interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """One picture to draw; ``url`` is empty where the file has none that can be trusted."""
+class PageImage:
+    """Image to draw; ``url`` is empty if the result file has none that is safe to load."""
 
     name: str
     url: str
@@ -30,18 +30,18 @@ class Shown:
     caption: str
 
 
-def shown(picture: Picture) -> Iterator[Shown]:
-    """All of one request, each followed by its difference."""
+def page_images(picture: Picture) -> Iterator[PageImage]:
+    """Yield all images of one request, each followed by its difference to the first."""
     for index, (name, url) in enumerate(picture.images.items()):
-        close = picture.psnr.get(name) if index else None
-        yield _shown(name, url, words.decibels(close) if close is not None else "")
+        psnr = picture.psnr.get(name) if index else None
+        yield _page_image(name, url, formatting.decibels(psnr) if psnr is not None else "")
         if name in picture.differences:
-            yield _shown(name, picture.differences[name], "difference")
+            yield _page_image(name, picture.differences[name], "difference")
 
 
-def _shown(name: str, url: str, caption: str) -> Shown:
+def _page_image(name: str, url: str, caption: str) -> PageImage:
     width, height = _size(url)
-    return Shown(
+    return PageImage(
         name=name,
         url=url if width else "",
         width=width,
@@ -52,7 +52,7 @@ def _shown(name: str, url: str, caption: str) -> Shown:
 
 
 def _size(url: str) -> tuple[int, int]:
-    """Pixels of a data URL's picture; zeros for anything else, which is not to be loaded."""
+    """Return width and height of a data URL's image; zeros for any other URL."""
     if not _URL.match(url):
         return 0, 0
     try:
