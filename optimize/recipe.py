@@ -1,4 +1,7 @@
-"""Recipes: what an optimization does, as data. TOML files that anyone can read and write."""
+"""Recipes: how to optimize an engine directory, as data in a TOML file.
+
+Reading a recipe loads records alone, no graph code.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +10,12 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from latentforge.optimize.gate.gate import Gate
-from latentforge.optimize.prune import Prune, Sparsity
-from latentforge.optimize.quantize import Int8, Scan, WeightOnly
+from latentforge.optimize.prune.records import PruneSettings, SparsitySettings
+from latentforge.optimize.quantize.options import (
+    Int8Settings,
+    SensitivitySettings,
+    WeightOnlySettings,
+)
 from latentforge.optimize.recipes import names, text, tomllib
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.record import Record
@@ -20,83 +27,106 @@ Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights"]
 
 _MAX_BYTES = 1 << 20
 
+_RENAMED: Mapping[str, Mapping[str, str]] = {
+    "": {"hoist": "hoist_invariants", "scan": "[sensitivity]", "weights": "[weight_only]"},
+    "precision": {"unet": "denoiser"},
+    "int8": {
+        "keep": "exclude",
+        "smooth": "smoothquant_alpha",
+        "smooth_everywhere": "smoothquant_insert_mul",
+    },
+    "weight_only": {"keep": "exclude", "block": "block_size"},
+    "sensitivity": {
+        "share": "float_fraction",
+        "by": 'benefit, "size" or "latency" instead of "bytes" or "seconds"',
+    },
+    "prune": {"keep": "exclude", "multiple": "channel_multiple"},
+    "sparsity": {"keep": "exclude"},
+    "calibration": {"inputs": "samples"},
+}
+"""Former keys of each table ("" is the top level) and their present names."""
+
 
 class CalibrationSettings(Record, frozen=True, kw_only=True):
-    """The denoising runs from which ranges and scores are taken.
+    """Denoising runs that are recorded for calibration.
+
+    Activation ranges (quantize/calibration.py) and pruning scores come from these runs.
 
     Attributes:
-        prompts: how many of the prompt file's, beginning after those of the gate.
-        inputs: how many of a component's calls are used, spread evenly over all steps.
+        prompts: number of prompts of the prompt file, after those that the gate uses.
+        samples: number of a component's recorded calls to use, spread evenly over all steps.
     """
 
     prompts: int = 4
-    inputs: int = 64
+    samples: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "inputs"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"calibration: {name} is a number from 1 up")
+        for name in ("prompts", "samples"):
+            if (number := getattr(self, name)) < 1:
+                raise SettingsError(f"calibration: {name} has to be at least 1, not {number}")
 
 
 class Recipe(Record, frozen=True, kw_only=True):
-    """One way to optimize.
+    """Optimization of an engine directory.
 
     Attributes:
-        summary: what it is for, in a line.
-        candidates: recipes to measure on this machine; the fastest that passes its gate is taken,
-            and nothing else of this recipe counts.
-        skip: passes not to run, of those that the target has.
-        hoist: cut the UNet by what its nodes depend on.
-        precision: by component; ``default`` stands for the others.
-        int8: how activations and weights are quantized where the precision is ``int8``.
-        weights: how weights alone are, where it is ``int8-weights`` or ``int4-weights``.
-        scan: measure each int8 layer by itself and keep the worst in float; None keeps those that
-            ``int8`` names.
-        prune: what to take out of the UNet, if anything.
-        sparsity: make the UNet's weights 2:4 sparse, if given.
-        calibration: what is recorded to do so.
-        gate: what the result has to reach.
+        summary: purpose of the recipe in one line, for ``optimize --help``.
+        candidates: recipes to measure on this machine; the fastest that passes its gate is used,
+            and no other key of this recipe applies except ``sensitivity``.
+        skip: names of the target's passes that do not run.
+        hoist_invariants: move the parts of the denoiser that do not depend on the sample out of
+            the denoising loop (see partition/hoist.py).
+        precision: precision by component; ``default`` applies to the components not named.
+        int8: quantization of components whose precision is ``int8``.
+        weight_only: quantization of components whose precision is ``int8-weights`` or
+            ``int4-weights``.
+        sensitivity: measure the error of each int8 layer, and leave the most sensitive in float;
+            None leaves only those in float that ``int8.exclude`` names.
+        prune: structured pruning of the denoiser, if any.
+        sparsity: 2:4 sparsity of the denoiser's weights, if any.
+        calibration: runs to record for int8 and for pruning.
+        gate: required quality of the result.
     """
 
     summary: str
     candidates: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    hoist: bool = True
+    hoist_invariants: bool = True
     precision: Mapping[str, Precision] = {}
-    int8: Int8 = Int8()
-    weights: WeightOnly = WeightOnly()
-    scan: Scan | None = None
-    prune: Prune | None = None
-    sparsity: Sparsity | None = None
+    int8: Int8Settings = Int8Settings()
+    weight_only: WeightOnlySettings = WeightOnlySettings()
+    sensitivity: SensitivitySettings | None = None
+    prune: PruneSettings | None = None
+    sparsity: SparsitySettings | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     gate: Gate = Gate()
 
     @property
-    def calibrated(self) -> bool:
-        """Whether it needs to know what goes into the UNet."""
+    def needs_calibration(self) -> bool:
+        """True if the recipe needs recorded inputs of the denoiser."""
         int8 = self.precision_of("denoiser") == "int8"
         scored = self.sparsity is not None and self.sparsity.score == "activation"
         return int8 or scored or self.prune is not None
 
     def quantizes(self, component: str) -> bool:
-        """Whether it stores a component's weights in few bits."""
+        """Return True if a component's weights are stored in 8 or 4 bits."""
         return self.precision_of(component) not in ("fp32", "fp16")
 
     def precision_of(self, component: str) -> Precision:
-        """The precision of a component."""
+        """Return the precision of a component."""
         return self.precision.get(component, self.precision.get("default", "fp32"))
 
 
 def read_recipe(name: str) -> Recipe:
-    """Read a recipe by its name, or from a TOML file.
+    """Read a recipe by name, or from a TOML file.
 
     Raises:
-        SettingsError: there is none, or it has a key or a value that recipes don't have; the
-            message names the key, and the nearest that there is.
+        SettingsError: there is no such recipe or file, or it has an unknown key or a wrong value;
+            the message names the key, and its present name or the closest key that exists.
     """
-    written = _text(name)
+    content = _text(name)
     try:
-        data = tomllib.loads(written)
+        data = tomllib.loads(content)
         _check_keys("", data, Recipe)
         return msgspec.convert(data, Recipe)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, SettingsError) as error:
@@ -117,16 +147,30 @@ def _text(name: str) -> str:
         raise SettingsError(f"cannot read the recipe {path}: {error}") from error
 
 
-def _check_keys(where: str, data: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
-    """Refuse unknown keys at every level, by name and with the nearest known one."""
-    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+def _check_keys(table: str, data: Mapping[str, Any], record: type[msgspec.Struct]) -> None:
+    """Refuse unknown keys of a table and its subtables, with the name to use instead."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(record)}
     for key, value in data.items():
+        _check_renamed(table, key)
         if key not in fields:
-            raise SettingsError(f"{where}no key {key!r}; {near_miss(key, list(fields))}")
-        inner = next((t for t in (fields[key], *get_args(fields[key])) if _is_table(t)), None)
-        if inner is not None and isinstance(value, dict):
-            _check_keys(f"[{key}] ", value, inner)
+            raise SettingsError(f"{_place(table)}no key {key!r}; {near_miss(key, list(fields))}")
+        types = (fields[key], *get_args(fields[key]))
+        subtable = next((type_ for type_ in types if _is_record(type_)), None)
+        if subtable is not None and isinstance(value, dict):
+            _check_keys(key, value, subtable)
+        elif isinstance(value, dict):
+            for inner in value:
+                _check_renamed(key, inner)
 
 
-def _is_table(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+def _check_renamed(table: str, key: str) -> None:
+    if (present := _RENAMED.get(table, {}).get(key)) is not None:
+        raise SettingsError(f"{_place(table)}{key!r} is called {present} now")
+
+
+def _place(table: str) -> str:
+    return f"[{table}] " if table else ""
+
+
+def _is_record(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)

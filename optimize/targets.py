@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from latentforge.optimize.passes import CUDA_ONLY, NATIVE, PASSES
-from latentforge.optimize.quantize.options import Form
+from latentforge.optimize.quantize.options import QuantFormat
 from latentforge.runtime.kernels import library
 
 __all__ = ["TARGETS", "Target"]
@@ -32,7 +32,7 @@ class Target:
 
     passes: tuple[str, ...]
     half: bool
-    form: Form
+    form: QuantFormat
     backend: str
     post_partition_passes: tuple[str, ...] = ()
 

@@ -1,4 +1,7 @@
-"""The thresholds that a result has to reach, and the verdict on what was measured."""
+"""Quality gate: thresholds that optimized engines have to reach, checked on measured figures.
+
+comparison.py measures the figures.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -10,27 +13,27 @@ from latentforge.runtime.record import Record
 __all__ = ["Gate", "Measured"]
 
 Measured = Mapping[str, Mapping[str, float]]
-"""Figures by component, or ``image``, and metric."""
+"""Measured figures by component (or ``image``) and metric."""
 
-_AT_MOST = ("max_relative_error", "perceptual")
-_MOST_IMAGES = 1000
+_UPPER_BOUNDS = ("max_relative_error", "perceptual")
+_MAX_IMAGES = 1000
 
 
 class Gate(Record, frozen=True, kw_only=True):
-    """What a result has to reach against its input, at equal seeds. None asks for nothing.
+    """Thresholds of a result against its source at equal seeds; None sets no threshold.
 
-    NaN and pictures of a single colour are refused whatever is asked for.
+    NaN and images of a single colour are always refused.
 
     Attributes:
-        images: how many are compared.
-        psnr: at least, in dB, over all pixels of all images.
-        psnr_worst: at least, in dB, of the worst image.
-        ssim: at least, on average.
-        latents_psnr: at least, in dB, of the final latents.
-        perceptual: at most, on average, by ``network``.
-        max_relative_error: at most, of every component's outputs: the largest difference as a
-            fraction of the largest output.
-        network: an ONNX file whose outputs are feature maps of its input, pictures
+        images: number of images to compare.
+        psnr: minimum PSNR in dB over all pixels of all images.
+        psnr_worst: minimum PSNR in dB of the worst image.
+        ssim: minimum mean SSIM.
+        latents_psnr: minimum PSNR in dB of the final latents.
+        perceptual: maximum mean perceptual distance, measured with ``network``.
+        max_relative_error: maximum relative error of every component's outputs: the largest
+            difference as a fraction of the largest output.
+        network: ONNX file whose outputs are feature maps of its input, images
             (batch, 3, height, width) in -1..1.
     """
 
@@ -44,29 +47,33 @@ class Gate(Record, frozen=True, kw_only=True):
     network: str | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.images <= _MOST_IMAGES:
-            raise SettingsError(f"gate: images is a number from 1 to {_MOST_IMAGES}")
+        if not 1 <= self.images <= _MAX_IMAGES:
+            raise SettingsError(
+                f"gate: images has to be between 1 and {_MAX_IMAGES}, not {self.images}"
+            )
         if self.perceptual is not None and self.network is None:
             raise SettingsError("gate: perceptual needs a network: an ONNX file of feature maps")
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Those that are set, by metric."""
-        given = {name: getattr(self, name) for name in _METRICS}
-        return {name: value for name, value in given.items() if value is not None}
+        """Thresholds that are set, by metric."""
+        values = {name: getattr(self, name) for name in _METRICS}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def changed(self, settings: Iterable[str]) -> "Gate":
-        """The gate with some values replaced, each given as ``NAME=VALUE``.
+    def with_overrides(self, overrides: Iterable[str]) -> "Gate":
+        """Return the gate with some values replaced, each written as ``NAME=VALUE``.
 
         Raises:
-            SettingsError: no such name, or no number.
+            SettingsError: an unknown name, or a value of the wrong type or range.
         """
-        known = ("images", *_METRICS, "network")
+        names = ("images", *_METRICS, "network")
         changes: dict[str, object] = {}
-        for setting in settings:
-            name, sign, value = setting.partition("=")
-            if not sign or name not in known:
-                raise SettingsError(f"no gate {setting!r}: it is NAME=VALUE, of {', '.join(known)}")
+        for override in overrides:
+            name, sign, value = override.partition("=")
+            if not sign or name not in names:
+                raise SettingsError(
+                    f"no gate {override!r}: expected NAME=VALUE with a NAME of {', '.join(names)}"
+                )
             changes[name] = value
         try:
             return msgspec.convert({**msgspec.to_builtins(self), **changes}, Gate, strict=False)
@@ -74,14 +81,14 @@ class Gate(Record, frozen=True, kw_only=True):
             raise SettingsError(f"gate: {error}") from error
 
     def failures(self, measured: Measured) -> Iterator[str]:
-        """What is not reached, each in a few words. A metric that is NaN or missing isn't."""
+        """Describe each threshold that is not reached; a NaN or missing figure is a failure."""
         for metric, threshold in self.thresholds.items():
             of_images = metric != "max_relative_error"
             for part in (part for part in measured if (part == "image") == of_images):
                 value = measured[part].get(metric, float("nan"))
-                most = metric in _AT_MOST
-                if not (value <= threshold if most else value >= threshold):
-                    bound = "at most" if most else "at least"
+                upper = metric in _UPPER_BOUNDS
+                if not (value <= threshold if upper else value >= threshold):
+                    bound = "at most" if upper else "at least"
                     yield f"{part}: {metric} is {value:.4g} and has to be {bound} {threshold:g}"
 
 

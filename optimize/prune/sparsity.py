@@ -1,13 +1,15 @@
-"""2:4 sparsity: of every four weights along the sum of a layer, two are zero.
+"""2:4 sparsity: of every four consecutive weights over input channels, at least two are zero.
 
-Sparse tensor cores skip them, if TensorRT is told to look (SPARSE_WEIGHTS). Weights stay dense in
-the file.
+    input channels    0     1     2     3      4     5     6     7
+    weights         0.1  -0.4   0.3   0.2   -0.8   0.5   0.6   0.7
+    2:4 sparse        0  -0.4   0.3     0   -0.8     0     0   0.7
+
+Sparse tensor cores skip the zeros if TensorRT is built with the flag SPARSE_WEIGHTS. Weights stay
+dense in the file.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -16,86 +18,59 @@ from onnx_ir.passes import common
 
 from latentforge.optimize.graph import GraphLayer, layers, matches
 from latentforge.optimize.prune.averages import mean_squares, need_feeds
+from latentforge.optimize.prune.records import Sparse, SparsitySettings
 from latentforge.optimize.prune.slicing import replace, size
-from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.record import Record
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["Sparse", "Sparsity", "is_sparse24", "sparsify"]
+__all__ = ["is_sparse24", "sparsify"]
 
 _GROUP = 4
 
 
-class Sparsity(Record, frozen=True, kw_only=True):
-    """Which weights of four stay.
-
-    Attributes:
-        score: ``magnitude`` |w|, or ``activation`` |w| * ||x||, where x is what the weight is
-            multiplied with, over all recorded inputs (Wanda, Sun et al. 2023, arXiv 2306.11695,
-            equation 1).
-        keep: patterns, as of fnmatch, of names of layers that stay dense.
-    """
-
-    score: Literal["magnitude", "activation"] = "magnitude"
-    keep: tuple[str, ...] = ("*conv_in*", "*conv_out*", "*time_emb*", "*add_embedding*")
-
-    def __post_init__(self) -> None:
-        if self.score not in ("magnitude", "activation"):
-            raise SettingsError(f"sparsity: score is magnitude or activation, not {self.score!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparse:
-    """A layer that was made 2:4 sparse.
-
-    Attributes:
-        name: of the layer.
-        score: the share of the squared scores of its weights that is gone, 0 to 1.
-        parameters: how many weights became zero that were not.
-    """
-
-    name: str
-    score: float
-    parameters: int
-
-
 def is_sparse24(array: NDArray[np.generic], axis: int) -> bool:
-    """Whether of every four consecutive elements along an axis at least two are zero."""
+    """Return True if two of every four consecutive elements along an axis are zero, or more."""
     if array.shape[axis] % _GROUP:
         return False
     return bool((np.count_nonzero(_groups(array, axis), axis=-1) <= _GROUP // 2).all())
 
 
 def _groups(array: NDArray[np.generic], axis: int) -> NDArray[np.generic]:
-    """A view or copy (…, groups, 4) with the axis last."""
+    """Move an axis last and split it in groups of four: (..., groups, 4)."""
     last = np.moveaxis(array, axis, -1)
     return last.reshape(*last.shape[:-1], -1, _GROUP)
 
 
-def sparsify(model: ir.Model, settings: Sparsity, *, feeds: Sequence[Feeds] = ()) -> list[Sparse]:
-    """Zero the two lesser of every four weights of each layer, and say what that took.
+def sparsify(
+    model: ir.Model, settings: SparsitySettings, *, feeds: Sequence[Feeds] = ()
+) -> list[Sparse]:
+    """Set the two weights of lower score in every group of four to zero, in each layer.
 
-    Four are consecutive input channels, for each output channel and position of a kernel. Layers
-    whose input channels are not a multiple of four or in groups are left, as are those that are
-    sparse already.
+    A group is four consecutive input channels, for each output channel and kernel position. Layers
+    with grouped channels, or whose number of input channels is not a multiple of four, stay dense;
+    layers that are 2:4 sparse already stay as they are.
 
     Args:
         model: edited in place.
-        settings: which weights stay.
+        settings: score of a weight, and layers to exclude.
         feeds: recorded inputs of the graph; needed for the score ``activation``.
 
+    Returns:
+        One record per layer that was made sparse.
+
     Raises:
-        SettingsError: activations are to be measured, and there are no feeds.
+        SettingsError: the score needs activations, and feeds is empty.
     """
-    chosen = [layer for layer in layers(model.graph) if _eligible(layer, settings.keep)]
+    chosen = [layer for layer in layers(model.graph) if _eligible(layer, settings.exclude)]
     norms = _norms(model, chosen, settings, feeds)
-    made = [_sparsified(model.graph, layer, norms.get(str(layer.input.name))) for layer in chosen]
+    records = [
+        _make_sparse(model.graph, layer, norms.get(str(layer.input.name))) for layer in chosen
+    ]
     common.RemoveUnusedNodesPass()(model)
-    return made
+    return records
 
 
-def _eligible(layer: GraphLayer, keep: Sequence[str]) -> bool:
-    if matches(layer.name, keep):
+def _eligible(layer: GraphLayer, exclude: Sequence[str]) -> bool:
+    if matches(layer.name, exclude):
         return False
     grouped = layer.node.attributes.get_int("group", 1) > 1
     if grouped or size(layer.weight, layer.in_axis) % _GROUP:
@@ -106,10 +81,13 @@ def _eligible(layer: GraphLayer, keep: Sequence[str]) -> bool:
 def _norms(
     model: ir.Model,
     chosen: Sequence[GraphLayer],
-    settings: Sparsity,
+    settings: SparsitySettings,
     feeds: Sequence[Feeds],
 ) -> dict[str, NDArray[np.float64]]:
-    """By a layer's input, the root mean square of each channel; a common factor is left out."""
+    """Return the root mean square of each channel, by name of a layer's input.
+
+    It is Wanda's ||x|| up to a factor that all channels have in common.
+    """
     if settings.score == "magnitude":
         return {}
     need_feeds(feeds, "sparsity with the score activation")
@@ -118,23 +96,24 @@ def _norms(
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 
-def _sparsified(graph: ir.Graph, layer: GraphLayer, norms: NDArray[np.float64] | None) -> Sparse:
+def _make_sparse(graph: ir.Graph, layer: GraphLayer, norms: NDArray[np.float64] | None) -> Sparse:
+    """Set the weights of lower score to zero; norms are those of the input channels."""
     weight, axis = layer.array, layer.in_axis
     scores = np.abs(weight, dtype=np.float64)
     if norms is not None:
         scores *= norms.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
-    keep = _kept(scores, axis)
+    keep = _keep_mask(scores, axis)
     squares = np.square(scores)
-    gone = float(squares[~keep].sum() / max(squares.sum(), math.ulp(0.0)))
-    lost = int(np.count_nonzero(weight[~keep]))
-    kind = layer.weight.dtype
-    assert kind is not None
-    replace(graph, layer.node, 1, (weight * keep).astype(kind.numpy()))
-    return Sparse(name=layer.name, score=gone, parameters=lost)
+    removed = float(squares[~keep].sum() / max(squares.sum(), math.ulp(0.0)))
+    zeroed = int(np.count_nonzero(weight[~keep]))
+    dtype = layer.weight.dtype
+    assert dtype is not None
+    replace(graph, layer.node, 1, (weight * keep).astype(dtype.numpy()))
+    return Sparse(name=layer.name, score=removed, parameters=zeroed)
 
 
-def _kept(scores: NDArray[np.float64], axis: int) -> NDArray[np.bool_]:
-    """True for the two largest of four; of equals the first."""
+def _keep_mask(scores: NDArray[np.float64], axis: int) -> NDArray[np.bool_]:
+    """Return True for the two largest scores of each four; the first ones of equals."""
     grouped = _groups(-scores, axis)
     order = np.argsort(grouped, axis=-1, kind="stable")
     keep = np.zeros(grouped.shape, bool)

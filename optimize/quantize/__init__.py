@@ -1,23 +1,14 @@
-"""Weights and activations in 8 bits, weights alone in 8 or 4, and which layers stand it."""
+"""Quantization: 8-bit weights and activations, 8-bit or 4-bit weights alone.
 
-from latentforge.optimize.quantize.nodes import check_float, is_quantized
-from latentforge.optimize.quantize.options import KEEP, Form, Int8, Scan, WeightOnly
-from latentforge.optimize.quantize.qdq import quantize
-from latentforge.optimize.quantize.sensitivity import Latents, Sensitivity, keep_worst, scan
-from latentforge.optimize.quantize.weights import quantize_weights
+Modules, in the order in which data passes through them:
 
-__all__ = [
-    "KEEP",
-    "Form",
-    "Int8",
-    "Latents",
-    "Scan",
-    "Sensitivity",
-    "WeightOnly",
-    "check_float",
-    "is_quantized",
-    "keep_worst",
-    "quantize",
-    "quantize_weights",
-    "scan",
-]
+* options.py: the settings that a recipe has.
+* calibration.py: collects activation ranges from recorded calls (which stage/recording.py makes).
+* ranges.py: turns a range into scale and zero point: minmax, percentile, mse.
+* smooth.py, concat.py: SmoothQuant and split concatenations, which even ranges out.
+* qdq.py: int8 quantization of a graph, which combines all of these; write.py writes its nodes.
+* weights.py: weight-only quantization, without calibration.
+* sensitivity.py: error and savings of each layer in 8 bits.
+
+This package imports none of them, so that reading a recipe loads no graph code.
+"""

@@ -1,4 +1,4 @@
-"""Put nodes into a graph, and tell whether it has quantized ones."""
+"""Insert nodes into a graph, and detect graphs that are quantized already."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import onnx_ir as ir
 
 from latentforge.runtime.errors import SettingsError
 
-__all__ = ["add_node", "add_variant", "check_float", "is_quantized", "replace"]
+__all__ = ["add_copy", "add_node", "check_float", "is_quantized", "replace"]
 
 _INTEGER_OPS = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul")
 
 
 def is_quantized(model: ir.Model) -> bool:
-    """Whether any node quantizes, or works on quantized numbers."""
+    """Return True if any node quantizes, or computes with quantized numbers."""
     return any(
         node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMulNBits")
         or node.op_type.startswith(("QLinear", *_INTEGER_OPS))
@@ -22,13 +22,13 @@ def is_quantized(model: ir.Model) -> bool:
 
 
 def check_float(model: ir.Model) -> None:
-    """Raise SettingsError for a graph that is quantized already."""
+    """Raise SettingsError if a graph is quantized already."""
     if is_quantized(model):
         raise SettingsError("the graph is quantized already: start from the float engines")
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Put a value in the place of another, whose node goes; an output keeps its name."""
+    """Replace a value by another and remove its node; a graph output keeps its name."""
     node = old.producer()
     assert node is not None and isinstance(node.graph, ir.Graph)
     if old.is_graph_output():
@@ -37,14 +37,12 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     node.graph.remove(node, safe=True)
 
 
-def add_variant(
-    node: ir.Node, inputs: Sequence[ir.Value | None], name: str | None = None
-) -> ir.Value:
-    """Put a node of the same kind, with other inputs, before a node; its output is returned."""
-    twin = ir.Node(node.domain, node.op_type, inputs, [*node.attributes.values()])
+def add_copy(node: ir.Node, inputs: Sequence[ir.Value | None], name: str | None = None) -> ir.Value:
+    """Insert a copy of a node with other inputs in front of it, and return the copy's output."""
+    copy = ir.Node(node.domain, node.op_type, inputs, [*node.attributes.values()])
     assert isinstance(node.graph, ir.Graph)
-    node.graph.insert_before(node, twin)
-    twin.name, old, new = name or node.name, node.outputs[0], twin.outputs[0]
+    node.graph.insert_before(node, copy)
+    copy.name, old, new = name or node.name, node.outputs[0], copy.outputs[0]
     new.type, new.shape = old.type, old.shape
     return new
 
@@ -62,19 +60,19 @@ def add_node(
     node_name: str | None = None,
     **attributes: Any,
 ) -> ir.Value:
-    """Put a node before another and return its first output.
+    """Insert a new node and return its first output.
 
     Args:
-        before: what it goes in front of.
-        operator: its type.
-        inputs: its inputs.
-        name: of the module that it belongs to.
-        like: whose shape the output has, and whose dtype if none is given.
-        dtype: of the output.
-        domain: of the operator.
-        outputs: how many it has.
-        node_name: its own, if not made of its module and its type.
-        attributes: the operator's.
+        before: node in front of which to insert it.
+        operator: operator type.
+        inputs: inputs of the node.
+        name: name of the module that the node belongs to.
+        like: value whose shape the output has, and whose dtype by default.
+        dtype: dtype of the outputs.
+        domain: domain of the operator.
+        outputs: number of outputs.
+        node_name: name of the node; by default the module's name and the operator.
+        attributes: attributes of the operator.
     """
     graph = before.graph
     assert isinstance(graph, ir.Graph)
@@ -87,8 +85,8 @@ def add_node(
         name=node_name or f"{name}/{operator}",
     )
     graph.insert_before(before, node)
-    if (kind := dtype or (None if like is None else like.dtype)) is not None:
+    if (type_ := dtype or (None if like is None else like.dtype)) is not None:
         for value in node.outputs:
-            value.dtype = kind
+            value.dtype = type_
     node.outputs[0].shape = None if like is None else like.shape
     return node.outputs[0]

@@ -1,4 +1,18 @@
-"""What each layer in 8 bits does to the final latents, and what it saves."""
+"""Sensitivity of each layer to 8 bits: error of the final latents, bytes and time saved.
+
+Each layer is quantized alone, over a whole denoising run. One graph holds both versions of every
+layer and a switch per layer, so that nothing has to be loaded again:
+
+    before                        after
+
+    x ─► Conv(w) ─► y             x ─┬──────────────────────────────┐
+                                     └─► Quantize ─► Dequantize ─► mix ─► Conv ─► ... ─► y
+                                                                    ▲
+                                  int8_layers (layers,) ─► Gather(i) ┘
+
+where mix = x + switch * (rounded x - x); the weight, and the output where the format quantizes it,
+are mixed alike.
+"""
 
 import json
 import tempfile
@@ -14,35 +28,42 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from latentforge.optimize.graph import add_constant, layers, module, open_session
-from latentforge.optimize.quantize.nodes import add_node, add_variant, replace
-from latentforge.optimize.quantize.options import Form, Int8, Scan
-from latentforge.optimize.quantize.qdq import plan, quantize
-from latentforge.optimize.quantize.write import Planned, Writer
+from latentforge.optimize.quantize.nodes import add_copy, add_node, replace
+from latentforge.optimize.quantize.options import Int8Settings, QuantFormat, SensitivitySettings
+from latentforge.optimize.quantize.qdq import plan_layers, quantize
+from latentforge.optimize.quantize.write import Int8Writer, PlannedLayer
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["Latents", "Sensitivity", "keep_worst", "scan", "scopes_of", "times_by_module"]
+__all__ = [
+    "Denoise",
+    "LayerSensitivity",
+    "measure_sensitivity",
+    "module_times",
+    "profiler_scopes",
+    "select_sensitive",
+]
 
 Array = NDArray[Any]
 
-Latents = Callable[[Session], Array]
-"""Denoise with the UNet that a session runs, and return the final latents. The same noise and the
-same prompts every time."""
+Denoise = Callable[[Session], Array]
+"""Denoise with the network that a session runs, and return the final latents. Noise and prompts are
+the same in every call."""
 
 _SWITCHES = "int8_layers"
-_TIMED = 8  # runs of each graph, spread over the feeds
+_TIMED_RUNS = 8  # of each graph, spread over the feeds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """What one layer in 8 bits does.
+class LayerSensitivity:
+    """Effect of quantizing one layer to 8 bits.
 
     Attributes:
-        name: the layer's.
-        error: mean squared difference of the final latents, with this layer alone in 8 bits, from
-            those of the float graph, by the mean square of the latter.
-        bytes: that its weights become smaller by, from float32.
-        seconds: that one run becomes shorter by; negative where 8 bits take longer.
+        name: name of the layer.
+        error: mean squared error of the final latents with this layer alone in 8 bits, relative to
+            the mean square of the float graph's latents.
+        bytes: bytes saved by its weights, against float32.
+        seconds: time saved in one run of the graph; negative if 8 bits take longer.
     """
 
     name: str
@@ -51,69 +72,69 @@ class Sensitivity:
     seconds: float
 
 
-def scan(
+def measure_sensitivity(
     model: ir.Model,
     feeds: Sequence[Feeds],
-    settings: Int8,
-    latents: Latents,
+    settings: Int8Settings,
+    denoise: Denoise,
     *,
-    form: Form = "onnxruntime",
-) -> list[Sensitivity]:
-    """Measure every layer that would be quantized, by itself, over a whole denoising run.
+    form: QuantFormat = "onnxruntime",
+) -> list[LayerSensitivity]:
+    """Measure each layer that would be quantized alone, over a whole denoising run.
 
-    One graph holds both versions of every layer and a switch between them, so that nothing is
-    loaded anew for a layer. Times are of the float and the 8-bit graph in turns.
+    Times come from interleaved runs of the float graph and of the fully quantized one.
 
     Args:
-        model: a float graph; it stays as it is.
+        model: float graph, which is not changed.
         feeds: its inputs, as for quantize().
-        settings: which layers, and which ranges.
-        latents: makes the final latents with a session; called once a layer, and once before.
-        form: which runtime is to take the graph.
+        settings: layers to exclude, and the methods of calibration.
+        denoise: computes the final latents with a session; called once for the float graph, and
+            once per layer.
+        form: representation of quantized layers.
 
     Returns:
-        A record a layer, the largest error first.
+        One record per layer, the largest error first.
     """
     copy = model.clone()
-    planned, _ = plan(copy, feeds, settings, form)
+    planned, _ = plan_layers(copy, feeds, settings, form)
     saved: defaultdict[str, int] = defaultdict(int)
-    for each in planned:
-        saved[each.name] += _bytes_saved(each)
-    _add_switches(
-        copy.graph,
-        planned,
-        list(saved),
-        Writer(copy.graph, limit=settings.weight_limit(form), form=form),
-    )
-    errors = _errors(_Switched(open_session(copy), len(saved)), list(saved), latents)
-    seconds = _seconds_saved(model, feeds, settings, form, list(saved))
-    found = [
-        Sensitivity(name=name, error=errors[name], bytes=saved[name], seconds=seconds[name])
-        for name in saved
+    for part in planned:
+        saved[part.name] += _bytes_saved(part)
+    names = list(saved)
+    writer = Int8Writer(copy.graph, limit=settings.weight_limit(form), form=form)
+    _add_switches(copy.graph, planned, names, writer)
+    errors = _errors(_SwitchedSession(open_session(copy), len(names)), names, denoise)
+    seconds = _seconds_saved(model, feeds, settings, form, names)
+    records = [
+        LayerSensitivity(name=name, error=errors[name], bytes=saved[name], seconds=seconds[name])
+        for name in names
     ]
-    return sorted(found, key=lambda record: -record.error)
+    return sorted(records, key=lambda record: -record.error)
 
 
-def keep_worst(records: Sequence[Sensitivity], settings: Scan) -> tuple[str, ...]:
-    """The names of the layers to keep in float: those with the most error for what they save.
+def select_sensitive(
+    records: Sequence[LayerSensitivity], settings: SensitivitySettings
+) -> tuple[str, ...]:
+    """Select the layers to leave in float: those with the largest error per benefit.
 
     Args:
-        records: what scan() returned.
-        settings: how many, and what counts as saving.
+        records: results of measure_sensitivity().
+        settings: fraction of layers to select, and the benefit: bytes or seconds saved. Layers
+            without a benefit are always selected, and count.
     """
 
-    def saved(record: Sensitivity) -> float:
-        return record.seconds if settings.by == "seconds" else record.bytes
+    def benefit(record: LayerSensitivity) -> float:
+        return record.seconds if settings.benefit == "latency" else record.bytes
 
-    slower = [record for record in records if saved(record) <= 0]
-    others = [record for record in records if saved(record) > 0]
-    others.sort(key=lambda record: -record.error / saved(record))
-    count = max(0, round(settings.share * len(records)) - len(slower))
-    return tuple(record.name for record in [*slower, *others[:count]])
+    useless = [record for record in records if benefit(record) <= 0]
+    useful = [record for record in records if benefit(record) > 0]
+    useful.sort(key=lambda record: -record.error / benefit(record))
+    count = max(0, round(settings.float_fraction * len(records)) - len(useless))
+    return tuple(record.name for record in [*useless, *useful[:count]])
 
 
-class _Switched:
-    """A session whose layers are in 8 bits as its mask says: 0 for float, 1 for 8 bits."""
+class _SwitchedSession:
+    """Session of a graph with switches; mask has a 1 for each layer that is to run in 8 bits."""
 
     def __init__(self, session: ort.InferenceSession, count: int) -> None:
         self.mask = np.zeros(count, np.float32)
@@ -131,92 +152,96 @@ class _Switched:
         pass
 
 
-def _errors(session: _Switched, names: Sequence[str], latents: Latents) -> dict[str, float]:
-    """The relative error that each layer makes by itself."""
-    reference = np.asarray(latents(session), np.float64)
+def _errors(session: _SwitchedSession, names: Sequence[str], denoise: Denoise) -> dict[str, float]:
+    """Return the relative error of the latents for each layer alone in 8 bits."""
+    reference = np.asarray(denoise(session), np.float64)
     errors: dict[str, float] = {}
     for index, name in enumerate(names):
         session.mask = np.zeros(len(names), np.float32)
         session.mask[index] = 1
-        difference = np.asarray(latents(session), np.float64) - reference
+        difference = np.asarray(denoise(session), np.float64) - reference
         errors[name] = float(np.mean(difference**2) / np.mean(reference**2))
     return errors
 
 
 def _add_switches(
-    graph: ir.Graph, planned: Sequence[Planned], names: Sequence[str], writer: Writer
+    graph: ir.Graph, planned: Sequence[PlannedLayer], names: Sequence[str], writer: Int8Writer
 ) -> None:
-    """Give a graph one more input, (layers,), that says how far each layer is in 8 bits."""
+    """Add an input (layers,) to a graph that blends each layer from float (0) to 8 bits (1)."""
     mask = ir.Value(
         name=_SWITCHES, shape=ir.Shape([len(names)]), type=ir.TensorType(ir.DataType.FLOAT)
     )
     graph.inputs.append(mask)
-    for each in planned:
-        node, scope = each.layer.node, module(each.name)
-        index = add_constant(graph, np.asarray(names.index(each.name), np.int64), "switch")
+    for part in planned:
+        node, scope = part.layer.node, module(part.name)
+        index = add_constant(graph, np.asarray(names.index(part.name), np.int64), "switch")
         on = add_node(node, "Gather", [mask, index], name=scope, dtype=ir.DataType.FLOAT)
-        x, w = each.layer.input, each.layer.weight
+        x, w = part.layer.input, part.layer.weight
         mixed = [
-            _mixed(x, writer.rounded(x, each.input, node, scope), on, node),
-            _mixed(w, writer.weight(each), on, node),
+            _mixed(x, writer.rounded(x, part.input, node, scope), on, node),
+            _mixed(w, writer.weight(part), on, node),
         ]
-        y = add_variant(node, [*mixed, *node.inputs[2:]])
-        if each.output is not None:
-            y = _mixed(y, writer.rounded(y, each.output, node, scope), on, node)
-        replace(each.layer.output, y)
+        y = add_copy(node, [*mixed, *node.inputs[2:]])
+        if part.output is not None:
+            y = _mixed(y, writer.rounded(y, part.output, node, scope), on, node)
+        replace(part.layer.output, y)
 
 
 def _mixed(value: ir.Value, rounded: ir.Value, on: ir.Value, before: ir.Node) -> ir.Value:
-    """The value where the switch is 0, the rounded one where it is 1."""
+    """Return the value if the switch is 0, and the rounded one if it is 1."""
     name = module(str(before.name))
     difference = add_node(before, "Sub", [rounded, value], name=name, like=value)
-    part = add_node(before, "Mul", [difference, on], name=name, like=value)
-    return add_node(before, "Add", [value, part], name=name, like=value)
+    scaled = add_node(before, "Mul", [difference, on], name=name, like=value)
+    return add_node(before, "Add", [value, scaled], name=name, like=value)
 
 
-def _bytes_saved(each: Planned) -> int:
-    """Bytes of a weight in float32 less those in int8 with its scales."""
-    array = each.layer.array
-    return int(3 * array.size - 4 * array.shape[each.layer.out_axis])
+def _bytes_saved(part: PlannedLayer) -> int:
+    """Return the bytes of a weight in float32 minus those in int8 with its scales."""
+    array = part.layer.array
+    return int(3 * array.size - 4 * array.shape[part.layer.out_axis])
 
 
 def _seconds_saved(
-    model: ir.Model, feeds: Sequence[Feeds], settings: Int8, form: Form, names: Sequence[str]
+    model: ir.Model,
+    feeds: Sequence[Feeds],
+    settings: Int8Settings,
+    form: QuantFormat,
+    names: Sequence[str],
 ) -> dict[str, float]:
-    """By layer, what a run takes less in 8 bits: medians of runs that take turns."""
+    """Return the time per run that each layer saves in 8 bits: medians of interleaved runs."""
     quantized = model.clone()
     quantize(quantized, feeds, settings, form)
-    scopes = scopes_of(model, names)
-    with tempfile.TemporaryDirectory(prefix="latentforge-scan-") as folder:
+    scopes = profiler_scopes(model, names)
+    with tempfile.TemporaryDirectory(prefix="latentforge-sensitivity-") as folder:
         sessions = [
             open_session(graph, profile=str(Path(folder) / name))
             for name, graph in (("float", model), ("int8", quantized))
         ]
-        for feed in feeds[:: max(1, len(feeds) // _TIMED)]:
+        for feed in feeds[:: max(1, len(feeds) // _TIMED_RUNS)]:
             for session in sessions:
                 session.run(None, dict(feed))
-        before, after = (times_by_module(session.end_profiling(), scopes) for session in sessions)
+        before, after = (module_times(session.end_profiling(), scopes) for session in sessions)
     return {name: before[module(name)] - after[module(name)] for name in names}
 
 
-def scopes_of(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
-    """The modules of layers, by what ONNX Runtime's names for their nodes begin with."""
+def profiler_scopes(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
+    """Return the modules of layers by prefix of the node names in ONNX Runtime's profile."""
     scopes = {module(name): module(name) for name in names}
-    # In ONNX Runtime's own layout a convolution has the name of its output.
+    # A convolution in ONNX Runtime's blocked layout (NCHWc) is named after its output.
     outputs = {layer.name: f"{layer.output.name}_nchwc" for layer in layers(model.graph)}
     return {**scopes, **{outputs[name]: module(name) for name in names}}
 
 
-def times_by_module(record: str, scopes: Mapping[str, str]) -> defaultdict[str, float]:
-    """The median time of what ran of each layer's module.
+def module_times(profile: str, scopes: Mapping[str, str]) -> defaultdict[str, float]:
+    """Return the time in seconds of each layer's module: the sum of its nodes' medians.
 
     Args:
-        record: a file of ONNX Runtime's profiler, which adds to names where it fuses, such as
+        profile: file of ONNX Runtime's profiler, which appends to the names of fused nodes, as in
             ``a.b/Conv_token_3`` and ``a.b/MatMul/MatMulAddFusion``.
-        scopes: the module by what such a name begins with.
+        scopes: modules by prefix of such a name.
     """
     events: defaultdict[str, list[float]] = defaultdict(list)
-    for event in json.loads(Path(record).read_bytes()):
+    for event in json.loads(Path(profile).read_bytes()):
         name = event["name"].removesuffix("_kernel_time")
         if event["cat"] == "Node" and name != event["name"]:
             events[name].append(event["dur"] / 1e6)

@@ -1,4 +1,11 @@
-"""Weights in few bits and everything else in float: smaller files, not less time."""
+"""Weight-only quantization: 8-bit or 4-bit weights, arithmetic in float.
+
+It makes files smaller, not runs faster. A weight is stored in one of three ways:
+
+    per output channel           w (int8) ─► DequantizeLinear(axis) ─► Conv, MatMul, Gemm
+    blocks, ``qdq``              w (int4) ─► DequantizeLinear(axis, block_size) ─► MatMul
+    blocks, ``onnxruntime``      MatMul(w) ─► Add(b)  becomes  MatMulNBits(w, scales, b)
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,24 +25,24 @@ from latentforge.optimize.graph import (
     tidy,
 )
 from latentforge.optimize.quantize.nodes import add_node, check_float, replace
-from latentforge.optimize.quantize.options import Form, WeightOnly
-from latentforge.optimize.quantize.write import plain, round_weight, take_bias
+from latentforge.optimize.quantize.options import QuantFormat, WeightOnlySettings
+from latentforge.optimize.quantize.write import is_plain, round_weight, take_bias
 from latentforge.runtime.errors import SettingsError
 
-__all__ = ["quantize_weights", "store_in_channels"]
+__all__ = ["quantize_per_channel", "quantize_weights"]
 
 Array = NDArray[Any]
 
-_BLOCKS_SINCE = 21  # the opset from which DequantizeLinear knows blocks and 4-bit integers
+_BLOCKED_OPSET = 21  # the first in which DequantizeLinear has blocks and 4-bit integers
 
-_INTS_OF_4_SINCE = 10  # the version of ONNX's file format
+_INT4_IR_VERSION = 10  # the first version of ONNX's file format with 4-bit integers
 
-_BLOCK = {4: 32, 8: 0}  # by bits, how many weights share a scale unless settings say
+_DEFAULT_BLOCK = {4: 32, 8: 0}  # by bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Blocks:
-    """Integers of so many bits, of which ``size`` in a row share a scale; 0 is no blocks."""
+    """Block quantization: ``size`` consecutive weights share a scale; 0 is one per output channel."""
 
     bits: Literal[4, 8]
     size: int
@@ -43,89 +50,98 @@ class _Blocks:
 
 def quantize_weights(
     model: ir.Model,
-    settings: WeightOnly,
-    form: Form = "onnxruntime",
+    settings: WeightOnlySettings,
+    form: QuantFormat = "onnxruntime",
     *,
     bits: Literal[4, 8] = 8,
 ) -> int:
-    """Store weights in few bits, symmetric, and compute in float.
+    """Store weights as symmetric 8-bit or 4-bit integers, and compute in float.
 
-    Conv weights and embedding tables get 8 bits and a scale an output channel; so do linear layers'
-    without blocks. A table's scales are by column, so that they apply after the rows are picked;
-    for ``qdq`` they are by row and apply before, as TensorRT takes integers nowhere but in front of
-    their DequantizeLinear, and OpenVINO 2026.4 reads beyond the scales of columns there and breaks
-    the heap. With blocks, linear layers become MatMulNBits for ``onnxruntime`` and, for ``qdq``, a
-    DequantizeLinear of blocks, which raises the graph's opset to 21. There a weight that blocks do
-    not divide has a scale an output channel: OpenVINO refuses short blocks. 4 bits need blocks.
+    Conv weights and embedding tables get 8 bits and one scale per output channel; so do linear
+    layers without blocks. With blocks, linear layers become MatMulNBits in the ``onnxruntime``
+    format, and have a DequantizeLinear of blocks in ``qdq``, which raises the graph's opset to 21.
+    A weight whose size is no multiple of the block size has one scale per output channel in
+    ``qdq``, since OpenVINO refuses short blocks. 4 bits need blocks.
 
-    ONNX Runtime's CPU keeps the integers and makes floats of them in every run. Stable Diffusion
-    1.5's UNet, two latents of 64x64 on two cores, from float to 8 bits: a file of 3.4 to 0.9 GB,
-    6.5 to 2.0 s to load, a peak of 6.8 to 4.5 GB, and 20 to 26 s a run.
+    The scales of an embedding table are by column in the ``onnxruntime`` format, so that they apply
+    after the Gather of rows. In ``qdq`` they are by row and apply before: TensorRT accepts integers
+    only in front of their DequantizeLinear, and OpenVINO 2026.4 reads beyond the scales of columns
+    there and corrupts the heap.
+
+    ONNX Runtime's CPU provider keeps the integers and dequantizes them in every run. Stable
+    Diffusion 1.5's UNet, two latents of 64x64 on two cores, goes from float to 8 bits: from 3.4 to
+    0.9 GB of file, from 6.5 to 2.0 s of load time, from 6.8 to 4.5 GB of peak memory, and from 20
+    to 26 s per run.
 
     Args:
-        model: a float graph, changed in place.
-        settings: which layers are left alone, and how large blocks are.
-        form: which runtime is to take it.
-        bits: of linear layers' weights; with 4, blocks are of 32 unless the settings say.
+        model: float graph, changed in place.
+        settings: layers to exclude, and the block size.
+        form: representation of quantized layers.
+        bits: bits of linear layers' weights; 4 uses blocks of 32 unless the settings say otherwise.
 
     Returns:
-        How many weights are stored in few bits now.
+        The number of weights that were quantized.
 
     Raises:
-        SettingsError: the graph is quantized already.
+        SettingsError: the graph is quantized already, or cannot have the opset of blocks.
     """
     check_float(model)
-    blocks = _Blocks(bits=bits, size=settings.block or _BLOCK[bits])
-    chosen = [layer for layer in layers(model.graph) if not matches(layer.name, settings.keep)]
+    blocks = _Blocks(bits=bits, size=settings.block_size or _DEFAULT_BLOCK[bits])
+    chosen = [layer for layer in layers(model.graph) if not matches(layer.name, settings.exclude)]
     for layer in chosen:
-        if layer.linear and plain(layer) and _fit(blocks, layer, form):
-            _in_blocks(model, layer, blocks, form)
+        if layer.linear and is_plain(layer) and _has_blocks(blocks, layer, form):
+            _quantize_blocks(model, layer, blocks, form)
         else:
-            store_in_channels(model.graph, layer)
+            quantize_per_channel(model.graph, layer)
     tables = [node for node in model.graph if _is_table(node)]
-    tables = [node for node in tables if not matches(str(node.name), settings.keep)]
+    tables = [node for node in tables if not matches(str(node.name), settings.exclude)]
     for node in tables:
-        _table(model.graph, node, form)
+        _quantize_table(model.graph, node, form)
     tidy(model)
     return len(chosen) + len(tables)
 
 
-def _fit(blocks: _Blocks, layer: GraphLayer, form: Form) -> bool:
-    """Whether there are blocks, and a layer's weight can be stored in them."""
+def _has_blocks(blocks: _Blocks, layer: GraphLayer, form: QuantFormat) -> bool:
+    """Return True if a layer's weight is to be stored in blocks, and the format allows it."""
     if not blocks.size:
         return False
     return form == "onnxruntime" or layer.array.shape[layer.in_axis] % blocks.size == 0
 
 
-def store_in_channels(graph: ir.Graph, layer: GraphLayer) -> None:
-    """A weight from int8 with a scale an output channel."""
+def quantize_per_channel(graph: ir.Graph, layer: GraphLayer) -> None:
+    """Store a layer's weight in int8 with one scale per output channel."""
     integers, scale = round_weight(layer.array, layer.out_axis, 127)
     name, weight = module(layer.name), layer.weight
     inputs = _stored(graph, weight, integers, scale)
-    kind, axis = "DequantizeLinear", layer.out_axis
-    layer.node.replace_input_with(
-        1, add_node(layer.node, kind, inputs, name=name, like=weight, axis=axis)
+    dequantized = add_node(
+        layer.node, "DequantizeLinear", inputs, name=name, like=weight, axis=layer.out_axis
     )
+    layer.node.replace_input_with(1, dequantized)
 
 
-def _table(graph: ir.Graph, node: ir.Node, form: Form) -> None:
-    """Store the table that a node picks rows of in int8."""
+def _quantize_table(graph: ir.Graph, node: ir.Node, form: QuantFormat) -> None:
+    """Store the embedding table of a Gather in int8.
+
+    before:                 table (float) ─► Gather ─► y
+    after, ``qdq``:         table (int8) ─► DequantizeLinear(rows) ─► Gather ─► y
+    after, ``onnxruntime``: table (int8) ─► Gather ─► DequantizeLinear(columns) ─► y
+    """
     table, rows, name = node.inputs[0], node.inputs[1], module(str(node.name))
-    array, old, kind = constant(table), node.outputs[0], "DequantizeLinear"
+    array, old, dequantize = constant(table), node.outputs[0], "DequantizeLinear"
     assert table is not None and array is not None
     axis = 0 if form == "qdq" else 1
     integers, scale = round_weight(np.asarray(array, np.float32), axis, 127)
     stored, scales = _stored(graph, table, integers, scale)
     if form == "qdq":
-        floats = add_node(node, kind, [stored, scales], name=name, like=table, axis=axis)
+        floats = add_node(node, dequantize, [stored, scales], name=name, like=table, axis=axis)
         node.replace_input_with(0, floats)
         return
-    picked = add_node(node, "Gather", [stored, rows], name=name, like=old, dtype=ir.DataType.INT8)
-    replace(old, add_node(node, kind, [picked, scales], name=name, like=old, axis=-1))
+    gathered = add_node(node, "Gather", [stored, rows], name=name, like=old, dtype=ir.DataType.INT8)
+    replace(old, add_node(node, dequantize, [gathered, scales], name=name, like=old, axis=-1))
 
 
 def _is_table(node: ir.Node) -> bool:
-    """Whether a node picks rows of a constant matrix of floats."""
+    """Return True if a node gathers rows of a constant float matrix."""
     table = node.inputs[0] if node.op_type == "Gather" else None
     return (
         table is not None
@@ -136,20 +152,22 @@ def _is_table(node: ir.Node) -> bool:
     )
 
 
-def _in_blocks(model: ir.Model, layer: GraphLayer, blocks: _Blocks, form: Form) -> None:
-    """A weight in few bits with a scale for every few inputs of an output."""
+def _quantize_blocks(
+    model: ir.Model, layer: GraphLayer, blocks: _Blocks, form: QuantFormat
+) -> None:
+    """Store a linear layer's weight with one scale per block of its input channels."""
     graph = model.graph
     array = layer.array.T if layer.in_axis == 0 else layer.array  # (outputs, inputs)
     integers, scale = _round_blocks(array, blocks)
     if form == "onnxruntime":
-        _by_bits(graph, layer, integers, scale, blocks)
+        _replace_by_matmul_nbits(graph, layer, integers, scale, blocks)
         return
     _raise_opset(model)
     if layer.in_axis == 0:
         integers, scale = integers.T, scale.T
-    kind = ml_dtypes.int4 if blocks.bits == 4 else np.int8
+    dtype = ml_dtypes.int4 if blocks.bits == 4 else np.int8
     weight = layer.weight
-    inputs = _stored(graph, weight, integers.astype(kind), scale, bits=blocks.bits)
+    inputs = _stored(graph, weight, integers.astype(dtype), scale, bits=blocks.bits)
     floats = add_node(
         layer.node,
         "DequantizeLinear",
@@ -163,7 +181,11 @@ def _in_blocks(model: ir.Model, layer: GraphLayer, blocks: _Blocks, form: Form) 
 
 
 def _round_blocks(array: Array, blocks: _Blocks) -> tuple[NDArray[np.int8], Array]:
-    """(outputs, inputs) in few bits, and (outputs, blocks) scales; the last block may be short."""
+    """Round an (outputs, inputs) weight in blocks, of which the last may be short.
+
+    Returns:
+        (outputs, inputs) integers and (outputs, blocks) scales.
+    """
     outputs, inputs = array.shape
     count, limit = -(-inputs // blocks.size), 2 ** (blocks.bits - 1) - 1
     padded = np.zeros((outputs * count, blocks.size), np.float32)
@@ -172,10 +194,10 @@ def _round_blocks(array: Array, blocks: _Blocks) -> tuple[NDArray[np.int8], Arra
     return integers.reshape(outputs, -1)[:, :inputs], scale.reshape(outputs, count)
 
 
-def _by_bits(
+def _replace_by_matmul_nbits(
     graph: ir.Graph, layer: GraphLayer, integers: Array, scale: Array, blocks: _Blocks
 ) -> None:
-    """Replace a layer and the Add of its bias by com.microsoft's MatMulNBits."""
+    """Replace a layer and the Add of its bias by com.microsoft.MatMulNBits."""
     outputs, inputs = integers.shape
     count, bits = scale.shape[1], blocks.bits
     packed = _packed(integers, count * blocks.size, bits)
@@ -199,30 +221,33 @@ def _by_bits(
 
 
 def _packed(integers: Array, length: int, bits: int) -> NDArray[np.uint8]:
-    """Rows as unsigned numbers around 2^(bits - 1), padded to a length; two to a byte of 4 bits."""
-    middle = 2 ** (bits - 1)
-    rows = np.full((len(integers), length), middle, np.uint8)
-    rows[:, : integers.shape[1]] = integers.astype(np.int16) + middle
+    """Pack rows as MatMulNBits expects them: padded, unsigned around 2^(bits - 1).
+
+    Two 4-bit numbers share a byte, the first in the lower half.
+    """
+    zero_point = 2 ** (bits - 1)
+    rows = np.full((len(integers), length), zero_point, np.uint8)
+    rows[:, : integers.shape[1]] = integers.astype(np.int16) + zero_point
     return rows if bits == 8 else np.asarray(rows[:, ::2] | rows[:, 1::2] << 4, np.uint8)
 
 
 def _raise_opset(model: ir.Model) -> None:
-    """Let DequantizeLinear have blocks."""
-    if model.graph.opset_imports[""] >= _BLOCKS_SINCE:
+    """Raise the graph's opset to the first one in which DequantizeLinear has blocks."""
+    if model.graph.opset_imports[""] >= _BLOCKED_OPSET:
         return
     if any(node.op_type == "GroupNormalization" for node in model.graph):
         raise SettingsError(
-            "weights: blocks need opset 21, in which GroupNormalization is another operator; "
-            "quantize without blocks"
+            "weight_only: blocks need opset 21, in which GroupNormalization has another definition: "
+            "use int8-weights with block_size 0"
         )
-    model.graph.opset_imports[""] = _BLOCKS_SINCE
-    model.ir_version = max(model.ir_version, _INTS_OF_4_SINCE)
+    model.graph.opset_imports[""] = _BLOCKED_OPSET
+    model.ir_version = max(model.ir_version, _INT4_IR_VERSION)
 
 
 def _stored(
     graph: ir.Graph, source: ir.Value, integers: Array, scale: Array, *, bits: int = 8
 ) -> tuple[ir.Value, ir.Value]:
-    """Integers and their scales as initializers, the scales in the precision of the source."""
+    """Add integers and scales as initializers, the scales in the dtype of the float weight."""
     assert source.dtype is not None
     scale = scale.astype(source.dtype.numpy())
     stored = add_constant(graph, integers, f"{source.name}.int{bits}")

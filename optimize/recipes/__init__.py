@@ -1,4 +1,4 @@
-"""The recipes that come with the package: one TOML file each, by its name."""
+"""Recipes that ship with the package: one TOML file each, named after the recipe."""
 
 import sys
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ __all__ = ["names", "summary", "text", "tomllib"]
 
 
 def names() -> tuple[str, ...]:
-    """What there is."""
+    """Return the names of all recipes that ship with the package, in alphabetical order."""
     files = resources.files(__package__).iterdir()
     return tuple(sorted(file.name[:-5] for file in files if file.name.endswith(".toml")))
 
 
 def text(name: str) -> str:
-    """A recipe as it was written."""
+    """Return the TOML text of a recipe."""
     return resources.files(__package__).joinpath(f"{name}.toml").read_text("utf-8")
 
 
 def summary(name: str) -> str:
-    """What a recipe is for, in a line."""
+    """Return the one-line summary of a recipe."""
     data: Mapping[str, Any] = tomllib.loads(text(name))
     return str(data["summary"])

@@ -143,7 +143,7 @@ class PlanGate:
         points = {name: _number(name, value) for name, _, value in (t.partition("=") for t in own)}
         images = _IMAGES_OF_SHARES if points else Gate().images
         try:
-            gate = Gate(images=images, network=network).changed(
+            gate = Gate(images=images, network=network).with_overrides(
                 text for text in settings if text not in own
             )
         except SettingsError as error:

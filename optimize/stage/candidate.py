@@ -10,10 +10,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from latentforge.optimize.gate.comparison import component_errors, image_errors
 from latentforge.optimize.gate.gate import Measured
-from latentforge.optimize.gate.verdict import component_errors, image_errors
 from latentforge.optimize.graph_io import DENOISER, load_graph
-from latentforge.optimize.quantize import Latents, Sensitivity, keep_worst, scan
+from latentforge.optimize.quantize.sensitivity import (
+    Denoise,
+    LayerSensitivity,
+    measure_sensitivity,
+    select_sensitive,
+)
 from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.stage.component import Rewriter, Rewritten, save_part
 from latentforge.optimize.stage.recording import CallRecording, spread
@@ -71,7 +76,7 @@ class RecipeCandidate:
     manifest: Manifest
     passes: Mapping[str, int]
     measured: Measured
-    layers: tuple[Sensitivity, ...]
+    layers: tuple[LayerSensitivity, ...]
     kept: tuple[str, ...]
     failures: tuple[str, ...]
 
@@ -86,7 +91,7 @@ def make(
     """
     layers, kept = _scan(recipe, origin, progress)
     if kept:
-        settings = msgspec.structs.replace(recipe.int8, keep=(*recipe.int8.keep, *kept))
+        settings = msgspec.structs.replace(recipe.int8, exclude=(*recipe.int8.exclude, *kept))
         recipe = msgspec.structs.replace(recipe, int8=settings)
     rewriter = Rewriter(recipe=recipe, target=origin.target, feeds=_feeds(recipe, origin))
     manifest, rewritten = _write(rewriter, origin, folder, progress)
@@ -116,9 +121,9 @@ def make(
 
 def _scan(
     recipe: Recipe, origin: Origin, progress: Progress
-) -> tuple[tuple[Sensitivity, ...], tuple[str, ...]]:
+) -> tuple[tuple[LayerSensitivity, ...], tuple[str, ...]]:
     """Measure each int8 layer of the UNet by itself, if the recipe asks, and choose the worst."""
-    if recipe.scan is None or recipe.precision_of(DENOISER) != "int8":
+    if recipe.sensitivity is None or recipe.precision_of(DENOISER) != "int8":
         return (), ()
     assert origin.calibration is not None
     with progress.part("unet: each layer by itself"):
@@ -128,9 +133,9 @@ def _scan(
         feeds, form = _feeds(recipe, origin)[DENOISER], origin.target.form
         slot = _SessionSlot()
         with load(origin.directory, hashes=False, wrap_session=slot.wrap) as pipeline:
-            latents = _latents(pipeline, slot, origin.calibration.results[0], recipe.scan.steps)
-            layers = scan(model, feeds, recipe.int8, latents, form=form)
-    return tuple(layers), keep_worst(layers, recipe.scan)
+            latents = _latents(pipeline, slot, origin.calibration.results[0], recipe.sensitivity.steps)
+            layers = measure_sensitivity(model, feeds, recipe.int8, latents, form=form)
+    return tuple(layers), select_sensitive(layers, recipe.sensitivity)
 
 
 class _SessionSlot:
@@ -155,7 +160,7 @@ class _SessionSlot:
         self.session.close()
 
 
-def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: int) -> Latents:
+def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: int) -> Denoise:
     """What makes the final latents of a picture, in few steps, with a UNet of the scan's."""
     settings = replace(reference.settings, sampler="euler", steps=steps)
 
@@ -171,7 +176,7 @@ def _feeds(recipe: Recipe, origin: Origin) -> dict[str, list[Any]]:
     if origin.calibration is None:
         return {}
     return {
-        name: [call.feeds for call in spread(calls, recipe.calibration.inputs)]
+        name: [call.feeds for call in spread(calls, recipe.calibration.samples)]
         for name, calls in origin.calibration.calls.items()
     }
 

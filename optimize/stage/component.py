@@ -14,8 +14,11 @@ from latentforge.optimize.half import compute_half, store_half
 from latentforge.optimize.partition.hoist import GraphPartition, hoist
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.runner import optimize
-from latentforge.optimize.prune import prune, sparsify
-from latentforge.optimize.quantize import check_float, quantize, quantize_weights
+from latentforge.optimize.prune.pruning import prune
+from latentforge.optimize.prune.sparsity import sparsify
+from latentforge.optimize.quantize.nodes import check_float
+from latentforge.optimize.quantize.qdq import quantize
+from latentforge.optimize.quantize.weights import quantize_weights
 from latentforge.optimize.recipe import Precision, Recipe
 from latentforge.optimize.targets import Target
 from latentforge.runtime.kernels import DOMAIN
@@ -69,7 +72,7 @@ class Rewriter:
         counts.update(self.fuse(model, precision, half=self._computes_half(precision, component)))
         counts.update(self._quantize(name, precision, model))
         parts = {name: GraphPartition.whole(model, component)}
-        if name == DENOISER and self.recipe.hoist:
+        if name == DENOISER and self.recipe.hoist_invariants:
             hoisted = hoist(model, component.inputs)
             parts = hoisted.parts(name)
             counts.update(hoisted.counts)
@@ -114,7 +117,7 @@ class Rewriter:
             counts = quantize(model, self.feeds[name], self.recipe.int8, self.target.form)
             return Counter({f"int8-{kind}": count for kind, count in counts.items()})
         bits: Literal[4, 8] = 4 if precision == "int4-weights" else 8
-        made = quantize_weights(model, self.recipe.weights, self.target.form, bits=bits)
+        made = quantize_weights(model, self.recipe.weight_only, self.target.form, bits=bits)
         return Counter({precision: made})
 
     def _finish(self, model: ir.Model, precision: Precision) -> Counter[str]:

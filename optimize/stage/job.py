@@ -11,7 +11,7 @@ import msgspec
 from latentforge.measure.prompts import read_prompts
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.passes import PASSES
-from latentforge.optimize.quantize import check_float
+from latentforge.optimize.quantize.nodes import check_float
 from latentforge.optimize.recipe import Recipe, read_recipe
 from latentforge.optimize.targets import TARGETS, Target
 from latentforge.runtime.errors import ManifestError, SettingsError
@@ -60,7 +60,7 @@ class OptimizeJob:
         """The gate's prompts, and those for calibration: others, unless there are too few."""
         recipes = self.recipes.values()
         images = max(recipe.gate.images for recipe in recipes)
-        wanted = max((r.calibration.prompts for r in recipes if r.calibrated), default=0)
+        wanted = max((r.calibration.prompts for r in recipes if r.needs_calibration), default=0)
         gate = tuple(itertools.islice(itertools.cycle(self.prompts), images))
         rest = self.prompts[images:] or self.prompts
         return gate, rest[:wanted]
@@ -130,9 +130,14 @@ def _recipes(name: str, gate: Sequence[str], calibrate: int | None) -> dict[str,
         calibration = each.calibration
         if calibrate is not None:
             calibration = msgspec.structs.replace(calibration, prompts=calibrate)
-        scan = each.scan or (recipe.scan if each.precision_of(DENOISER) == "int8" else None)
+        sensitivity = each.sensitivity or (
+            recipe.sensitivity if each.precision_of(DENOISER) == "int8" else None
+        )
         changed[Path(key).stem] = msgspec.structs.replace(
-            each, gate=each.gate.changed(gate), calibration=calibration, scan=scan
+            each,
+            gate=each.gate.with_overrides(gate),
+            calibration=calibration,
+            sensitivity=sensitivity,
         )
     return changed
 
