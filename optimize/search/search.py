@@ -151,7 +151,7 @@ class PlanGate:
         if gate.max_relative_error is not None:
             raise SettingsError("max_relative_error is of engines: judge a plan by its pictures")
         if not gate.thresholds and not points:
-            gate = gate.changed([USUAL])
+            gate = gate.with_overrides([USUAL])
         return cls(pictures=gate, points=points)
 
     def failures(self, figures: Mapping[str, float]) -> Iterator[str]:

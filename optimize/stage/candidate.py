@@ -133,7 +133,9 @@ def _scan(
         feeds, form = _feeds(recipe, origin)[DENOISER], origin.target.form
         slot = _SessionSlot()
         with load(origin.directory, hashes=False, wrap_session=slot.wrap) as pipeline:
-            latents = _latents(pipeline, slot, origin.calibration.results[0], recipe.sensitivity.steps)
+            latents = _latents(
+                pipeline, slot, origin.calibration.results[0], recipe.sensitivity.steps
+            )
             layers = measure_sensitivity(model, feeds, recipe.int8, latents, form=form)
     return tuple(layers), select_sensitive(layers, recipe.sensitivity)
 

@@ -33,7 +33,7 @@ Run = Callable[[Path, Arrays], dict[str, Array]]
 RECIPES = {
     **{name: read_recipe(name) for name in ("fp32", "fp16", "int8", "int8-weights")},
     "int4-weights": Recipe(summary="", precision={"default": "int4-weights"}),
-    "uncut": Recipe(summary="", hoist=False),
+    "uncut": Recipe(summary="", hoist_invariants=False),
 }
 BOUNDS = {
     **{"fp32": 1e-5, "uncut": 1e-5, "fp16": 2e-3},

@@ -180,7 +180,9 @@ def test_auto_measures_and_says_what_it_chose(tiny_engines: Path, tmp_path: Path
 
 def test_scan_keeps_the_worst_in_float(tiny_engines: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "scan.toml"
-    recipe.write_text('summary = "s"\n[precision]\nunet = "int8"\n[scan]\nshare = 0.1\n')
+    recipe.write_text(
+        'summary = "s"\n[precision]\ndenoiser = "int8"\n[sensitivity]\nfloat_fraction = 0.1\n'
+    )
     manifest = optimize(tiny_engines, tmp_path / "out", recipe=str(recipe), **QUICK)
     stage = manifest.history[-1]
     layers = stage.options["layers"]

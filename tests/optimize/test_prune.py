@@ -12,17 +12,12 @@ import pytest
 
 from latentforge.optimize.graph import layers
 from latentforge.optimize.graph_io import save_graph
-from latentforge.optimize.prune import (
-    Prune,
-    Removed,
-    Sparsity,
-    is_sparse24,
-    prune,
-    sparsify,
-)
 from latentforge.optimize.prune.blocks import branches, parameters
 from latentforge.optimize.prune.channels import mlps
 from latentforge.optimize.prune.heads import attentions
+from latentforge.optimize.prune.pruning import prune
+from latentforge.optimize.prune.records import PruneSettings, Removed, SparsitySettings
+from latentforge.optimize.prune.sparsity import is_sparse24, sparsify
 from latentforge.runtime.errors import SettingsError
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>\n'
@@ -87,7 +82,7 @@ X = {"x": normal(2, 4, 8, seed=20)}
 def test_the_branch_that_adds_nothing_goes(useless: int, branch: str, tmp_path: Path) -> None:
     model = blocks(*(0.0 if index == useless else 1.0 for index in range(3)))
     wanted = run(model, tmp_path, X)
-    removed = prune(model, Prune(blocks=0.34), feeds=[X])
+    removed = prune(model, PruneSettings(blocks=0.34), feeds=[X])
     assert [(r.kind, r.score, r.parameters) for r in removed] == [("block", 0.0, 128)]
     assert parameters(model.graph) == 256
     assert branch not in {node.outputs[0].name for node in model.graph}
@@ -97,7 +92,7 @@ def test_the_branch_that_adds_nothing_goes(useless: int, branch: str, tmp_path: 
 def test_a_score_is_the_mean_squared_change_of_the_output(tmp_path: Path) -> None:
     model = blocks(1.0, 0.01, 1.0)
     whole = run(model, tmp_path, X)
-    (removed,) = prune(model, Prune(blocks=0.34), feeds=[X])
+    (removed,) = prune(model, PruneSettings(blocks=0.34), feeds=[X])
     pruned = run(model, tmp_path, X)
     np.testing.assert_array_equal(pruned, run(blocks(1.0, 0.0, 1.0), tmp_path, X))
     assert removed.name == "h/Add"
@@ -108,7 +103,7 @@ def test_a_score_is_the_mean_squared_change_of_the_output(tmp_path: Path) -> Non
 def test_scores_are_averages_over_all_inputs() -> None:
     quiet, loud = {"x": np.zeros_like(X["x"])}, X
     scores = [
-        prune(blocks(1.0, 0.01, 1.0), Prune(blocks=0.34), feeds=feeds)[0].score
+        prune(blocks(1.0, 0.01, 1.0), PruneSettings(blocks=0.34), feeds=feeds)[0].score
         for feeds in ([loud], [loud, quiet])
     ]
     assert scores[1] == pytest.approx(scores[0] / 2)
@@ -116,14 +111,14 @@ def test_scores_are_averages_over_all_inputs() -> None:
 
 @pytest.mark.parametrize(("share", "gone"), [(0.3, 0), (0.34, 1), (0.6, 1), (0.67, 2), (0.99, 2)])
 def test_no_more_goes_than_the_share(share: float, gone: int) -> None:
-    removed = prune(blocks(1.0, 0.1, 0.01), Prune(blocks=share), feeds=[X])
+    removed = prune(blocks(1.0, 0.1, 0.01), PruneSettings(blocks=share), feeds=[X])
     assert len(removed) == gone
     assert [r.score for r in removed] == sorted(r.score for r in removed)
 
 
 def test_kept_branches_stay() -> None:
     model = blocks(1.0, 0.0, 1.0)
-    removed = prune(model, Prune(blocks=0.34, keep=("g/*",)), feeds=[X])
+    removed = prune(model, PruneSettings(blocks=0.34, exclude=("g/*",)), feeds=[X])
     assert removed and removed[0].score > 0
     assert "g" in {node.outputs[0].name for node in model.graph}
 
@@ -142,10 +137,10 @@ def test_a_branch_inside_a_branch(scales: dict[str, float], sizes: list[int]) ->
     weights = {name: scales.get(name, 1.0) * normal(8, 8) for name in ("before", "inner", "after")}
     model = build(NESTED, **weights)
     assert [parameters(model.graph, b.nodes) for b in branches(model.graph)] == [64, 192]
-    inner_only = prune(model.clone(), Prune(blocks=0.34), feeds=[X])
+    inner_only = prune(model.clone(), PruneSettings(blocks=0.34), feeds=[X])
     assert [r.parameters for r in inner_only] == [64]
     model.graph.register_initializer(_more_weights())  # so that all of the branch may go
-    removed = prune(model, Prune(blocks=0.99), feeds=[X])
+    removed = prune(model, PruneSettings(blocks=0.99), feeds=[X])
     assert sum(r.parameters for r in removed) == 192
     if scales:
         assert [r.parameters for r in removed] == sizes
@@ -178,7 +173,7 @@ def test_channels_that_add_nothing_go_and_shapes_shrink(tmp_path: Path) -> None:
     down[1::4] = 0
     model = geglu(down=down)
     wanted = run(model, tmp_path, X)
-    (removed,) = prune(model, Prune(channels=0.25), feeds=[X])
+    (removed,) = prune(model, PruneSettings(channels=0.25), feeds=[X])
     assert removed == Removed(kind="channels", name="a", score=0.0, parameters=8 * (16 + 2 + 8))
     assert shapes(model) == {"up": [8, 48], "bias": [48], "down": [24, 8], "halves": [2]}
     np.testing.assert_allclose(run(model, tmp_path, X), wanted, rtol=1e-5, atol=1e-5)
@@ -197,7 +192,7 @@ def test_the_channels_that_go_add_least_to_the_output(tmp_path: Path) -> None:
     assert down is not None
     scores = np.mean(hidden**2, axis=0) * np.sum(down.numpy() ** 2, axis=1)
     staying = np.sort(np.argsort(-scores)[:16])
-    (removed,) = prune(model, Prune(channels=0.5), feeds=feeds)
+    (removed,) = prune(model, PruneSettings(channels=0.5), feeds=feeds)
     pruned = model.graph.initializers["down"].const_value
     assert pruned is not None
     np.testing.assert_array_equal(pruned.numpy(), down.numpy()[staying])
@@ -213,7 +208,7 @@ def test_the_channels_that_go_add_least_to_the_output(tmp_path: Path) -> None:
 )
 def test_as_many_channels_stay_as_kernels_like(share: float, multiple: int, staying: int) -> None:
     model = geglu()
-    prune(model, Prune(channels=share, multiple=multiple), feeds=[X])
+    prune(model, PruneSettings(channels=share, channel_multiple=multiple), feeds=[X])
     assert shapes(model)["down"] == [staying, 8]
     assert shapes(model)["up"] == [8, 2 * staying]
 
@@ -228,7 +223,7 @@ def test_an_mlp_without_gates(tmp_path: Path) -> None:
     down[:16] = 0
     model = build(text, up=normal(8, 32), bias=normal(32), down=down)
     wanted = run(model, tmp_path, X)
-    prune(model, Prune(channels=0.5), feeds=[X])
+    prune(model, PruneSettings(channels=0.5), feeds=[X])
     assert shapes(model) == {"up": [8, 16], "bias": [16], "down": [16, 8], "slope": []}
     np.testing.assert_allclose(run(model, tmp_path, X), wanted, rtol=1e-5, atol=1e-5)
 
@@ -281,7 +276,7 @@ def test_the_head_that_adds_nothing_goes(text: str, useless: int, tmp_path: Path
     output[useless * 8 : useless * 8 + 8] = 0
     model = attention(text, o=output)
     wanted = run(model, tmp_path, X)
-    (removed,) = prune(model, Prune(heads=0.34), feeds=[X])
+    (removed,) = prune(model, PruneSettings(heads=0.34), feeds=[X])
     assert (removed.kind, removed.score, removed.parameters) == ("heads", 0.0, 200)
     found = shapes(model)
     assert [found[name] for name in "qkvo"] == [[8, 8], [8, 8], [8, 16], [16, 8]]
@@ -298,13 +293,13 @@ def test_a_score_is_what_a_head_adds_in_the_mean(text: str, tmp_path: Path) -> N
         whole, without = attention(text), attention(text, o=output)
         difference = run(whole, tmp_path, X) - run(without, tmp_path, X)
         changes.append(float(np.square(difference).sum(axis=-1).mean()))
-    (removed,) = prune(attention(text), Prune(heads=0.34), feeds=[X])
+    (removed,) = prune(attention(text), PruneSettings(heads=0.34), feeds=[X])
     assert removed.score == pytest.approx(min(changes), rel=1e-4)
 
 
 def test_one_head_stays(tmp_path: Path) -> None:
     model = attention(FUSED)
-    prune(model, Prune(heads=0.99), feeds=[X])
+    prune(model, PruneSettings(heads=0.99), feeds=[X])
     node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
     assert node.attributes.get_int("num_heads") == 1
     run(model, tmp_path, X)
@@ -324,14 +319,14 @@ def test_two_of_four_stay_along_the_sum() -> None:
     weight = np.tile(np.array([[1], [-4], [3], [2]], np.float32), (2, 8))
     weight[4:] = [[-8], [5], [6], [7]]
     model = build(LINEAR, w=weight)
-    (made,) = sparsify(model, Sparsity())
+    (made,) = sparsify(model, SparsitySettings())
     kept = [[0], [-4], [3], [0], [-8], [0], [0], [7]]
     (layer,) = layers(model.graph)
     np.testing.assert_array_equal(layer.array, np.tile(np.array(kept, np.float32), (1, 8)))
     assert made.parameters == 32 and made.name == "y/MatMul"
     assert made.score == pytest.approx((1 + 4 + 25 + 36) / (1 + 16 + 9 + 4 + 64 + 25 + 36 + 49))
     assert is_sparse24(layer.array, 0) and not is_sparse24(weight, 0)
-    assert sparsify(model, Sparsity()) == []
+    assert sparsify(model, SparsitySettings()) == []
 
 
 def test_loud_inputs_make_small_weights_matter() -> None:
@@ -339,7 +334,7 @@ def test_loud_inputs_make_small_weights_matter() -> None:
     x = np.ones((2, 4, 8), np.float32)
     x[..., 0] = 10
     model = build(LINEAR, w=weight)
-    sparsify(model, Sparsity(score="activation"), feeds=[{"x": x}])
+    sparsify(model, SparsitySettings(score="activation"), feeds=[{"x": x}])
     (layer,) = layers(model.graph)
     np.testing.assert_array_equal(layer.array[:, 0], [1, 4, 0, 0, 0, 4, 3, 0])
 
@@ -350,7 +345,7 @@ def test_convolutions_are_sparse_over_input_channels() -> None:
     weight = normal(6, 8, 3, 3)
     x = normal(1, 8, 5, 5) * np.arange(1, 9, dtype=np.float32).reshape(1, 8, 1, 1)
     model = build(text, w=weight)
-    sparsify(model, Sparsity(score="activation"), feeds=[{"x": x}])
+    sparsify(model, SparsitySettings(score="activation"), feeds=[{"x": x}])
     (layer,) = layers(model.graph)
     assert is_sparse24(layer.array, 1) and not is_sparse24(layer.array, 0)
     scores = np.abs(weight) * np.sqrt(np.mean(x**2, axis=(0, 2, 3))).reshape(1, 8, 1, 1)
@@ -366,7 +361,7 @@ def test_some_layers_stay_dense() -> None:
     weights = {"odd": normal(6, 8), "even": normal(8, 8)}
     names = [
         [made.name for made in sparsify(build(text, **weights), settings)]
-        for settings in (Sparsity(), Sparsity(keep=("y/*",)))
+        for settings in (SparsitySettings(), SparsitySettings(exclude=("y/*",)))
     ]
     assert names == [["y/MatMul"], []]
 
@@ -375,7 +370,7 @@ def test_a_weight_that_two_layers_share_is_sparse_for_each(tmp_path: Path) -> No
     text = """m (float[2,4,8] x, float[8,8] w) => (float[2,4,8] y)
     { a = MatMul(x, w)  b = Tanh(a)  y = MatMul(b, w) }"""
     model = build(text, w=normal(8, 8))
-    assert len(sparsify(model, Sparsity())) == 2
+    assert len(sparsify(model, SparsitySettings())) == 2
     assert all(is_sparse24(layer.array, 0) for layer in layers(model.graph))
     run(model, tmp_path, X)
 
@@ -386,29 +381,29 @@ def test_a_weight_that_two_layers_share_is_sparse_for_each(tmp_path: Path) -> No
         {"blocks": 1.0},
         {"channels": -0.1},
         {"heads": float("nan")},
-        {"multiple": 0},
+        {"channel_multiple": 0},
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match=f"prune: {next(iter(settings))} is a"):
-        Prune(**settings)
+    with pytest.raises(SettingsError, match=f"prune: {next(iter(settings))} has to be"):
+        PruneSettings(**settings)
 
 
 def test_bad_score_is_refused() -> None:
     with pytest.raises(SettingsError, match="magnitude or activation, not 'random'"):
-        Sparsity(score="random")  # type: ignore[arg-type]
+        SparsitySettings(score="random")  # type: ignore[arg-type]
 
 
 def test_scores_need_inputs() -> None:
     for model, settings in (
-        (blocks(1.0, 1.0, 1.0), Prune(blocks=0.5)),
-        (geglu(), Prune(channels=0.5)),
-        (attention(FUSED), Prune(heads=0.5)),
+        (blocks(1.0, 1.0, 1.0), PruneSettings(blocks=0.5)),
+        (geglu(), PruneSettings(channels=0.5)),
+        (attention(FUSED), PruneSettings(heads=0.5)),
     ):
         with pytest.raises(SettingsError, match="got none; calibrate"):
             prune(model, settings, feeds=[])
     with pytest.raises(SettingsError, match="got none; calibrate"):
-        sparsify(build(LINEAR, w=normal(8, 8)), Sparsity(score="activation"))
+        sparsify(build(LINEAR, w=normal(8, 8)), SparsitySettings(score="activation"))
 
 
 def test_weights_may_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
@@ -416,7 +411,7 @@ def test_weights_may_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     outside, inside = ir.load(tmp_path / "m.onnx"), geglu()
     folder = tmp_path / "folder"
-    removed = [prune(model, Prune(channels=0.5), feeds=[X]) for model in (outside, inside)]
+    removed = [prune(model, PruneSettings(channels=0.5), feeds=[X]) for model in (outside, inside)]
     assert removed[0] == removed[1]
     save_graph(outside, folder / "pruned.onnx")
     found = ort.InferenceSession(folder / "pruned.onnx").run(None, X)[0]
@@ -426,7 +421,7 @@ def test_weights_may_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
 def test_no_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    prune(geglu(), Prune(blocks=0.5, channels=0.5, heads=0.5), feeds=[X])
+    prune(geglu(), PruneSettings(blocks=0.5, channels=0.5, heads=0.5), feeds=[X])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -444,14 +439,14 @@ def unet_feeds(count: int) -> list[dict[str, np.ndarray]]:
 def test_a_real_unet(tiny_engines: Path, tmp_path: Path) -> None:
     """Everything at once, twice over: the file shrinks, is sound, and is the same to the byte."""
     feeds = unet_feeds(2)
-    settings = Prune(blocks=0.1, channels=0.25, heads=0.5)
+    settings = PruneSettings(blocks=0.1, channels=0.25, heads=0.5)
     files = []
     for name in ("one", "two"):
         model = ir.load(tiny_engines / "denoiser.onnx")
         before = parameters(model.graph)
         whole = run(model, tmp_path, feeds[0])
         removed = prune(model, settings, feeds=feeds)
-        sparsify(model, Sparsity(score="activation"), feeds=feeds)
+        sparsify(model, SparsitySettings(score="activation"), feeds=feeds)
         ir.save(model, tmp_path / f"{name}.onnx")
         files.append((tmp_path / f"{name}.onnx").read_bytes())
     assert files[0] == files[1]

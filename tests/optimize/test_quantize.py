@@ -1,4 +1,4 @@
-"""Quantized graphs: known scales, bounded errors, unchanged floats, and real 8-bit kernels."""
+"""Quantized graphs: exact scales, bounded errors, unchanged floats, and real 8-bit kernels."""
 
 import re
 from collections import Counter
@@ -14,21 +14,24 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from latentforge.optimize.graph import constant, extract_initializers, layers, open_session
-from latentforge.optimize.quantize import (
-    Int8,
-    Scan,
-    Sensitivity,
-    WeightOnly,
-    is_quantized,
-    keep_worst,
-    quantize,
-    quantize_weights,
-    scan,
+from latentforge.optimize.quantize.calibration import collect_channel_maxima, collect_ranges
+from latentforge.optimize.quantize.concat import concat_channels
+from latentforge.optimize.quantize.nodes import is_quantized
+from latentforge.optimize.quantize.options import (
+    Int8Settings,
+    SensitivitySettings,
+    WeightOnlySettings,
 )
-from latentforge.optimize.quantize.concat import parts
-from latentforge.optimize.quantize.qdq import plan
-from latentforge.optimize.quantize.ranges import channel_peaks, grid, spreads
-from latentforge.optimize.quantize.sensitivity import scopes_of, times_by_module
+from latentforge.optimize.quantize.qdq import plan_layers, quantize
+from latentforge.optimize.quantize.ranges import choose_grid
+from latentforge.optimize.quantize.sensitivity import (
+    LayerSensitivity,
+    measure_sensitivity,
+    module_times,
+    profiler_scopes,
+    select_sensitive,
+)
+from latentforge.optimize.quantize.weights import quantize_weights
 from latentforge.optimize.quantize.write import round_weight
 from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.stage.component import Rewriter
@@ -80,7 +83,7 @@ skip (float[b,4,h,w] sample) => (float[b,2,h,w] y) {{
 
 
 def make(text: str, constants: Mapping[str, NDArray[Any]]) -> ir.Model:
-    """A model of ONNX text, in which nodes may have names such as a.b/MatMul, and initializers."""
+    """Parse ONNX text in which nodes may have names such as a.b/MatMul, and add initializers."""
     names = re.findall(r"\[([\w.]+/\w+)\]", text)
     for index, name in enumerate(names):
         text = text.replace(f"[{name}]", f"[name_{index}]", 1)
@@ -136,7 +139,7 @@ def run(model: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> Array:
 
 
 def error(model: ir.Model, reference: ir.Model, feeds: list[Feeds]) -> float:
-    """The mean square difference of outputs by the mean square of the reference's."""
+    """Return the mean squared error of the outputs, relative to the reference's mean square."""
     pairs = [(run(model, feed), run(reference, feed)) for feed in feeds]
     return float(
         np.mean([np.mean((a - b) ** 2) for a, b in pairs])
@@ -149,13 +152,13 @@ def operators(model: ir.Model) -> list[str]:
 
 
 def is_integer(value: ir.Value | None) -> bool:
-    """Whether a float is made of an integer."""
+    """Return True if a value is a dequantized integer."""
     node = None if value is None else value.producer()
     return node is not None and node.op_type == "DequantizeLinear"
 
 
 def optimized(model: ir.Model, path: Path) -> list[str]:
-    """The operators that ONNX Runtime really runs."""
+    """Return the operators of the graph after ONNX Runtime's optimizations."""
     load(model, optimized_model_filepath=str(path), log_severity_level=3)
     return operators(ir.load(path))
 
@@ -166,7 +169,7 @@ def test_known_scales() -> None:
     w = np.array([[63, -126], [21, 41.6]], np.float32)
     model = make(text, {"w": w})
     sample = np.array([[127, -3], [5, 1]], np.float32)
-    counts = quantize(model, [{"sample": sample}], Int8(ranges="minmax", symmetric=True))
+    counts = quantize(model, [{"sample": sample}], Int8Settings(ranges="minmax", symmetric=True))
     assert counts == Counter(linears=1)
     node = model.graph[-1]
     assert (node.op_type, node.name) == ("MatMulIntegerToFloat", "l/MatMul")
@@ -179,34 +182,34 @@ def test_known_scales() -> None:
     np.testing.assert_allclose(run(model, {"sample": sample}), sample @ rounded, rtol=1e-6)
 
 
-def test_uint8_spends_its_steps_where_values_are() -> None:
-    """From -1 to 3 in 255 steps, and zero on one of them."""
+def test_an_asymmetric_grid_covers_the_range() -> None:
+    """The grid goes from -1 to 3 in 255 steps, and contains zero."""
     model = small()
     value = model.graph.inputs[0]
     feed = {**small_feeds(1)[0], "sample": np.linspace(-1, 3, 160, dtype=np.float32)}
     feed["sample"] = feed["sample"].reshape(2, 4, 4, 5)
-    seen = spreads(model, [value], [feed], count=False)[value]
-    assert (seen.low, seen.high) == (-1, 3)
-    found = grid(seen, Int8(ranges="minmax", symmetric=False), signed=False)
-    assert found.scale == pytest.approx(4 / 255) and found.zero == 64 and found.low == 0
-    assert grid(seen, Int8(ranges="minmax", symmetric=False), signed=True).scale == pytest.approx(
-        3 / 127
-    )
+    observed = collect_ranges(model, [value], [feed], histogram=False)[value]
+    assert (observed.min, observed.max) == (-1, 3)
+    found = choose_grid(observed, Int8Settings(ranges="minmax", symmetric=False), signed=False)
+    assert found.scale == pytest.approx(4 / 255) and found.zero_point == 64 and found.qmin == 0
+    assert choose_grid(
+        observed, Int8Settings(ranges="minmax", symmetric=False), signed=True
+    ).scale == pytest.approx(3 / 127)
 
 
 @pytest.mark.parametrize("form", ["qdq", "onnxruntime"])
 def test_error_is_that_of_8_bits(form: Any) -> None:
     model, feeds = small(), small_feeds()
-    smoothed = 2  # what to_out reads comes from no norm
-    counts = quantize(model, feeds, Int8(ranges="minmax", keep=()), form)
+    smoothed = 2  # no norm precedes to_out
+    counts = quantize(model, feeds, Int8Settings(ranges="minmax", exclude=()), form)
     assert counts == Counter(convs=1, linears=3, smoothed=smoothed, weights=1)
     assert 1e-7 < error(model, small(), feeds) < 1e-3
 
 
 def test_forms() -> None:
     plain, fast = small(), small()
-    quantize(plain, small_feeds(), Int8(keep=()), "qdq")
-    quantize(fast, small_feeds(), Int8(keep=()), "onnxruntime")
+    quantize(plain, small_feeds(), Int8Settings(exclude=()), "qdq")
+    quantize(fast, small_feeds(), Int8Settings(exclude=()), "onnxruntime")
     zeros = [constant(n.inputs[2]) for n in plain.graph if n.op_type == "QuantizeLinear"]
     assert len(zeros) == 3 and all(z is not None and z.dtype == np.int8 and z == 0 for z in zeros)
     biases = [n.inputs[2] for n in plain.graph if n.op_type == "Conv"]
@@ -222,27 +225,29 @@ def test_forms() -> None:
 
 def test_kernels_compute_in_8_bits(tmp_path: Path) -> None:
     model = small()
-    quantize(model, small_feeds(), Int8(keep=()))
+    quantize(model, small_feeds(), Int8Settings(exclude=()))
     found = optimized(model, tmp_path / "optimized.onnx")
     assert found.count("QLinearConv") == 1
     assert found.count("MatMulIntegerToFloat") == 3
     assert "Conv" not in found and "FusedConv" not in found
-    assert found.count("MatMul") + found.count("MatMulNBits") == 1  # of the prompt alone
+    assert (
+        found.count("MatMul") + found.count("MatMulNBits") == 1
+    )  # to_v depends on the prompt alone
 
 
-def test_what_the_sample_does_not_reach_and_what_is_kept_stays() -> None:
+def test_excluded_and_sample_independent_layers_keep_float_activations() -> None:
     model = small()
     before = {layer.name: layer.weight for layer in layers(model.graph)}
-    counts = quantize(model, small_feeds(), Int8(keep=("*.to_out/*", "block.conv/Conv")))
+    counts = quantize(model, small_feeds(), Int8Settings(exclude=("*.to_out/*", "block.conv/Conv")))
     assert (counts["convs"], counts["linears"], counts["kept"]) == (0, 2, 2)
     left = {layer.name: layer.weight for layer in layers(model.graph)}
     assert left == {name: before[name] for name in ("block.conv/Conv", "block.to_out/MatMul")}
     (v,) = [node for node in model.graph if node.name == "block.to_v/MatMul"]
-    assert v.inputs[0] is model.graph.inputs[1]  # of the prompt alone: as it is, by int8 weights
+    assert v.inputs[0] is model.graph.inputs[1]  # the prompt alone: int8 weights only
     assert counts["weights"] == 1 and is_integer(v.inputs[1])
 
 
-def test_weights_have_a_scale_a_channel() -> None:
+def test_weights_have_a_scale_per_channel() -> None:
     array = np.diag([1.0, 10.0, 100.0]).astype(np.float32)
     integers, scale = round_weight(array, 0, 127)
     np.testing.assert_array_equal(integers, 127 * np.eye(3))
@@ -259,30 +264,35 @@ def test_gemm() -> None:
     feeds = [{"sample": rng.normal(size=(9, 5)).astype(np.float32)}]
     for form in ("qdq", "onnxruntime"):
         model = make(text, {"w": w, "b": b})
-        assert quantize(model, feeds, Int8(), form)["linears"] == 1  # type: ignore[arg-type]
+        assert quantize(model, feeds, Int8Settings(), form)["linears"] == 1  # type: ignore[arg-type]
         assert error(model, make(text, {"w": w, "b": b}), feeds) < 1e-3
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.8, 1.0])
-def test_smoothing_changes_no_number(alpha: float) -> None:
+def test_smoothing_preserves_the_outputs(alpha: float) -> None:
     model, feeds = small(), small_feeds()
-    settings = Int8(smooth=alpha, smooth_everywhere=True, keep=())
-    _, counts = plan(model, feeds, settings, "onnxruntime")
+    settings = Int8Settings(smoothquant_alpha=alpha, smoothquant_insert_mul=True, exclude=())
+    _, counts = plan_layers(model, feeds, settings, "onnxruntime")
     assert counts["smoothed"] == 3
     for feed in feeds:
         np.testing.assert_allclose(run(model, feed), run(small(), feed), atol=1e-5)
     assert operators(model).count("Mul") == operators(small()).count("Mul") + 1  # before to_out
 
 
-def test_smoothing_goes_into_the_norm_and_evens_channels_out() -> None:
-    """With alpha 1, each channel of what the two layers read is at most 1."""
+def test_smoothing_folds_into_the_norm_and_equalizes_channels() -> None:
+    """With alpha 1, the largest magnitude of each input channel is 1."""
     model, feeds = small(), small_feeds()
-    plan(model, feeds, Int8(smooth=1.0, keep=("*to_out*", "*conv*")), "onnxruntime")
+    plan_layers(
+        model,
+        feeds,
+        Int8Settings(smoothquant_alpha=1.0, exclude=("*to_out*", "*conv*")),
+        "onnxruntime",
+    )
     assert operators(model) == operators(small())
     (norm,) = [node for node in model.graph if node.op_type == "LayerNormalization"]
     value = norm.outputs[0]
-    peaks = channel_peaks(model, {value: (-1, 8)}, feeds)[value]
-    np.testing.assert_allclose(peaks, np.ones(8), rtol=1e-5)
+    maxima = collect_channel_maxima(model, {value: (-1, 8)}, feeds)[value]
+    np.testing.assert_allclose(maxima, np.ones(8), rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["SkipLayerNormalization", "Mul", "shared"])
@@ -301,7 +311,12 @@ def test_smoothing_before_other_norms(norm: str) -> None:
     arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
     feeds = [{"sample": rng.normal(size=(2, 4, 6)).astype(np.float32)}]
     model = make(text, arrays)
-    plan(model, feeds, Int8(smooth=0.5, smooth_everywhere=True), "onnxruntime")
+    plan_layers(
+        model,
+        feeds,
+        Int8Settings(smoothquant_alpha=0.5, smoothquant_insert_mul=True),
+        "onnxruntime",
+    )
     for a, b in zip(
         load(model).run(None, feeds[0]), load(make(text, arrays)).run(None, feeds[0]), strict=True
     ):
@@ -310,46 +325,49 @@ def test_smoothing_before_other_norms(norm: str) -> None:
     assert added == (1 if norm == "shared" else 0)
 
 
-def test_parts_of_a_concatenation_get_ranges_of_their_own() -> None:
+def test_concatenated_tensors_get_separate_ranges() -> None:
     model, feeds = skip(), skip_feeds()
     (layer,) = layers(model.graph)
-    assert parts(layer) == (4, 4)
-    _, counts = plan(model, feeds, Int8(split_concat=2.0, smooth=0.0), "qdq")
+    assert concat_channels(layer) == (4, 4)
+    _, counts = plan_layers(
+        model, feeds, Int8Settings(split_concat=2.0, smoothquant_alpha=0.0), "qdq"
+    )
     assert counts["split"] == 1
     np.testing.assert_allclose(run(model, feeds[0]), run(skip(), feeds[0]), rtol=1e-4, atol=1e-4)
     assert [node.name for node in model.graph if node.op_type == "Conv"] == [
         "up.conv/Conv",
         "up.conv/Conv_4",
     ]
-    assert plan(skip(), feeds, Int8(split_concat=1000.0), "qdq")[1]["split"] == 0
-    assert plan(skip(), feeds, Int8(split_concat=0), "qdq")[1]["split"] == 0
+    assert plan_layers(skip(), feeds, Int8Settings(split_concat=1000.0), "qdq")[1]["split"] == 0
+    assert plan_layers(skip(), feeds, Int8Settings(split_concat=0), "qdq")[1]["split"] == 0
 
 
 def test_a_split_keeps_what_one_range_loses() -> None:
-    """With a part a hundred times as loud, nothing is left of the other on one grid."""
+    """One range for parts that differ by a factor of 100 rounds the smaller part to nothing."""
     apart, together, feeds = skip(), skip(), skip_feeds()
     for model in (apart, together):
         weights = layers(model.graph)[0].weight
         array = np.array(constant(weights))
-        array[:, 4:] /= 100  # both parts matter alike
+        array[:, 4:] /= 100  # both parts contribute equally
         weights.const_value = ir.tensor(array, name=weights.name)
     reference = apart.clone()
-    quantize(apart, feeds, Int8(ranges="minmax"), "qdq")
-    quantize(together, feeds, Int8(ranges="minmax", split_concat=0), "qdq")
+    quantize(apart, feeds, Int8Settings(ranges="minmax"), "qdq")
+    quantize(together, feeds, Int8Settings(ranges="minmax", split_concat=0), "qdq")
     assert error(apart, reference, feeds) < 0.2 * error(together, reference, feeds)
 
 
 def test_ranges_of_known_values() -> None:
-    """1 to 1000 evenly and one value of 10000: what each method clips at."""
+    """Check the clipping range of each method for 1 to 999 evenly and one value of 10000."""
     text = f"{HEAD}\nm (float[n] sample) => (float[n] y) {{ y = Relu(sample) }}"
     model = ir.from_onnx_text(text)
     value = model.graph.inputs[0]
     sample = np.append(np.arange(1, 1000), 10_000).astype(np.float32)
     feeds = [{"sample": sample[:300]}, {"sample": sample[300:]}]
-    seen = spreads(model, [value], feeds, count=True)[value]
-    assert (seen.low, seen.high, seen.counts.sum()) == (0, 10_000, 1000)
+    observed = collect_ranges(model, [value], feeds, histogram=True)[value]
+    assert (observed.min, observed.max, observed.histogram.sum()) == (0, 10_000, 1000)
     top = {
-        method: 127 * grid(seen, Int8(ranges=method, percentile=90.0), signed=True).scale
+        method: 127
+        * choose_grid(observed, Int8Settings(ranges=method, percentile=90.0), signed=True).scale
         for method in ("minmax", "percentile", "mse")
     }
     assert top["minmax"] == pytest.approx(10_000)
@@ -364,21 +382,21 @@ def test_a_tensor_of_zeros_has_a_grid() -> None:
     value = model.graph.inputs[0]
     feed = {**small_feeds(1)[0], "sample": np.zeros((1, 4, 2, 2), np.float32)}
     feed["context"] = feed["context"][:1]
-    seen = spreads(model, [value], [feed], count=True)[value]
+    observed = collect_ranges(model, [value], [feed], histogram=True)[value]
     for method in ("minmax", "percentile", "mse"):
-        assert grid(seen, Int8(ranges=method), signed=False).scale == 1.0  # type: ignore[arg-type]
+        assert choose_grid(observed, Int8Settings(ranges=method), signed=False).scale == 1.0  # type: ignore[arg-type]
 
 
 def test_refusals() -> None:
     model = small()
     with pytest.raises(SettingsError, match="no calibration inputs"):
-        quantize(model, [], Int8())
+        quantize(model, [], Int8Settings())
     assert not is_quantized(model)
-    quantize(model, small_feeds(1), Int8(keep=()))
+    quantize(model, small_feeds(1), Int8Settings(exclude=()))
     assert is_quantized(model)
     for again in (
-        lambda: quantize(model, small_feeds(1), Int8()),
-        lambda: quantize_weights(model, WeightOnly()),
+        lambda: quantize(model, small_feeds(1), Int8Settings()),
+        lambda: quantize_weights(model, WeightOnlySettings()),
     ):
         with pytest.raises(SettingsError, match="start from the float engines"):
             again()
@@ -387,12 +405,12 @@ def test_refusals() -> None:
 @pytest.mark.parametrize(
     "make_settings",
     [
-        lambda: Int8(percentile=101.0),
-        lambda: Int8(smooth=1.5),
-        lambda: Int8(smooth=float("nan")),
-        lambda: Int8(split_concat=0.5),
-        lambda: WeightOnly(block=24),
-        lambda: Scan(share=2.0),
+        lambda: Int8Settings(percentile=101.0),
+        lambda: Int8Settings(smoothquant_alpha=1.5),
+        lambda: Int8Settings(smoothquant_alpha=float("nan")),
+        lambda: Int8Settings(split_concat=0.5),
+        lambda: WeightOnlySettings(block_size=24),
+        lambda: SensitivitySettings(float_fraction=2.0),
     ],
 )
 def test_settings_out_of_range(make_settings: Callable[[], Any]) -> None:
@@ -401,12 +419,15 @@ def test_settings_out_of_range(make_settings: Callable[[], Any]) -> None:
 
 
 def test_same_input_same_bytes() -> None:
-    def content(settings: Int8) -> bytes:
+    def content(settings: Int8Settings) -> bytes:
         model = small()
         quantize(model, small_feeds(), settings)
         return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
-    for settings in (Int8(smooth_everywhere=True, keep=()), Int8(ranges="minmax")):
+    for settings in (
+        Int8Settings(smoothquant_insert_mul=True, exclude=()),
+        Int8Settings(ranges="minmax"),
+    ):
         assert content(settings) == content(settings)
 
 
@@ -435,11 +456,11 @@ def table(width: int = 100) -> ir.Model:
         (4, 32, 100, "onnxruntime", 0.28, 1e-2),
     ],
 )
-def test_weights_alone(
+def test_weight_only_quantization(
     bits: Any, block: int, width: int, form: Any, share: float, bound: float
 ) -> None:
     model = table(width)
-    assert quantize_weights(model, WeightOnly(block=block), form, bits=bits) == 2
+    assert quantize_weights(model, WeightOnlySettings(block_size=block), form, bits=bits) == 2
     sizes = [len(ir.to_proto(m).SerializeToString()) for m in (model, table(width))]
     assert sizes[0] < share * sizes[1]
     feeds: Any = [{"ids": np.arange(500).reshape(2, 250)}]
@@ -448,20 +469,20 @@ def test_weights_alone(
     assert model.graph.opset_imports[""] == (21 if block and form == "qdq" else 20)
 
 
-def test_what_blocks_do_not_divide_has_none_in_qdq() -> None:
-    """OpenVINO refuses a short block."""
+def test_sizes_that_blocks_do_not_divide_have_none_in_qdq() -> None:
+    """OpenVINO refuses short blocks."""
     model = table(100)
-    assert quantize_weights(model, WeightOnly(), "qdq", bits=4) == 2
+    assert quantize_weights(model, WeightOnlySettings(), "qdq", bits=4) == 2
     nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert len(nodes) == 2 and not any("block_size" in node.attributes for node in nodes)
     stored = [node.inputs[0] for node in nodes]
     assert {value.dtype for value in stored if value is not None} == {ir.DataType.INT8}
 
 
-def test_a_table_in_qdq_is_dequantized_by_row_before_rows_are_picked() -> None:
-    """TensorRT takes an integer weight nowhere else, and OpenVINO no scales of columns there."""
+def test_a_table_in_qdq_is_dequantized_by_row_before_its_gather() -> None:
+    """TensorRT accepts integer weights only there, and OpenVINO no scales of columns there."""
     model = table()
-    quantize_weights(model, WeightOnly(), "qdq")
+    quantize_weights(model, WeightOnlySettings(), "qdq")
     (gather,) = [node for node in model.graph if node.op_type == "Gather"]
     source = gather.inputs[0].producer() if gather.inputs[0] is not None else None
     assert source is not None and source.op_type == "DequantizeLinear"
@@ -469,12 +490,12 @@ def test_a_table_in_qdq_is_dequantized_by_row_before_rows_are_picked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "block", "found"),
+    ("precision", "block", "expected"),
     [("int4-weights", 0, (4, 32)), ("int4-weights", 64, (4, 64)), ("int8-weights", 64, (8, 64))],
 )
-def test_a_precision_says_how_many_bits(precision: Any, block: int, found: Any) -> None:
-    model, weights = table(), WeightOnly(block=block)
-    recipe = Recipe(summary="", precision={"text_encoder": precision}, weights=weights)
+def test_the_precision_determines_the_bits(precision: Any, block: int, expected: Any) -> None:
+    model, weights = table(), WeightOnlySettings(block_size=block)
+    recipe = Recipe(summary="", precision={"text_encoder": precision}, weight_only=weights)
     component = Component(
         file="t.onnx",
         sha256="0" * 64,
@@ -485,32 +506,32 @@ def test_a_precision_says_how_many_bits(precision: Any, block: int, found: Any) 
         outputs={"y": TensorSpec(dtype="float32", shape=("b", "n", 32))},
     )
     rewriter = Rewriter(recipe=recipe, target=TARGETS["cpu"], feeds={})
-    made = rewriter.rewrite("text_encoder", model, component)
-    assert made.counts[precision] == 2
+    rewritten = rewriter.rewrite("text_encoder", model, component)
+    assert rewritten.counts[precision] == 2
     (linear,) = [node for node in model.graph if node.op_type == "MatMulNBits"]
-    assert tuple(linear.attributes.get_int(name) for name in ("bits", "block_size")) == found
+    assert tuple(linear.attributes.get_int(name) for name in ("bits", "block_size")) == expected
 
 
-def test_numbers_that_numpy_lacks_run_from_memory() -> None:
+def test_int4_graphs_run_from_memory() -> None:
     model, feeds = table(96), {"ids": np.arange(6).reshape(2, 3)}
-    quantize_weights(model, WeightOnly(), "qdq", bits=4)
+    quantize_weights(model, WeightOnlySettings(), "qdq", bits=4)
     dtypes = {value.dtype for value in model.graph.initializers.values()}
     assert ir.DataType.INT4 in dtypes
     np.testing.assert_array_equal(open_session(model).run(None, feeds)[0], run(model, feeds))
 
 
 def test_scalars_have_no_axes() -> None:
-    """A scale of one axis would stand for channels."""
+    """A scale with an axis would count as one per channel."""
     model = small()
-    quantize(model, small_feeds(1), Int8(), "qdq")
+    quantize(model, small_feeds(1), Int8Settings(), "qdq")
     nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     values = [value for node in nodes for value in node.inputs[1:]]
     assert values and {np.shape(constant(value)) for value in values} == {()}
 
 
-def test_weights_alone_keep_and_convs() -> None:
+def test_weight_only_quantization_of_convs_with_excluded_layers() -> None:
     model = small()
-    assert quantize_weights(model, WeightOnly(keep=("*to_*",))) == 1
+    assert quantize_weights(model, WeightOnlySettings(exclude=("*to_*",))) == 1
     assert [layer.name for layer in layers(model.graph)] == [
         f"block.to_{name}/MatMul" for name in ("q", "k", "v", "out")
     ]
@@ -518,7 +539,7 @@ def test_weights_alone_keep_and_convs() -> None:
 
 
 def fragile() -> ir.Model:
-    """Small, with one input channel of to_q so loud that the others vanish beside it."""
+    """Build the small graph with one input channel of to_q so large that the others round to 0."""
     model = small()
     weights = {layer.name: layer.weight for layer in layers(model.graph)}
     weight = weights["block.to_q/MatMul"]
@@ -533,46 +554,54 @@ def fragile() -> ir.Model:
     return model
 
 
-def test_scan_finds_the_fragile_layer() -> None:
+def test_sensitivity_is_highest_for_the_fragile_layer() -> None:
     model, feeds = fragile(), small_feeds()
 
-    def latents(session: Session) -> Array:
+    def denoise(session: Session) -> Array:
         outputs = [session.run(feed)["y"] for feed in feeds]
         return np.concatenate(outputs).astype(np.float32)
 
-    records = scan(model, feeds, Int8(keep=(), ranges="minmax"), latents)
+    records = measure_sensitivity(model, feeds, Int8Settings(exclude=(), ranges="minmax"), denoise)
     assert not is_quantized(model)
     assert records[0].name == "block.to_q/MatMul" and records[0].error > 10 * records[1].error
     assert [r.error for r in records] == sorted((r.error for r in records), reverse=True)
     saved = {record.name: record.bytes for record in records}
     assert saved["block.to_q/MatMul"] == 3 * 48 - 4 * 6
     assert saved["block.conv/Conv"] == 3 * 288 - 4 * 8
-    assert keep_worst(records, Scan(share=0.25)) == ("block.to_q/MatMul",)
+    assert select_sensitive(records, SensitivitySettings(float_fraction=0.25)) == (
+        "block.to_q/MatMul",
+    )
     alone = fragile()
-    quantize(alone, feeds, Int8(ranges="minmax", keep=tuple(r.name for r in records[1:])))
+    quantize(
+        alone, feeds, Int8Settings(ranges="minmax", exclude=tuple(r.name for r in records[1:]))
+    )
     assert records[0].error == pytest.approx(error(alone, fragile(), feeds), rel=0.05)
 
 
-def test_times_are_found_under_the_names_that_onnxruntime_makes(tmp_path: Path) -> None:
-    """A float Conv has the name of its output there, a fused node that of its first part."""
+def test_profiled_times_are_attributed_to_modules(tmp_path: Path) -> None:
+    """ONNX Runtime names a float Conv after its output, and a fused node after its first part."""
     model, record = small(), tmp_path / "record"
     session = open_session(model, profile=str(record))
     for feed in small_feeds():
         session.run(None, dict(feed))
     names = [layer.name for layer in layers(model.graph)]
-    found = times_by_module(session.end_profiling(), scopes_of(model, names))
+    found = module_times(session.end_profiling(), profiler_scopes(model, names))
     assert set(found) >= {name.rpartition("/")[0] for name in names}
 
 
-def test_keep_worst() -> None:
-    def record(name: str, error: float, size: int, seconds: float) -> Sensitivity:
-        return Sensitivity(name=name, error=error, bytes=size, seconds=seconds)
+def test_select_sensitive() -> None:
+    def record(name: str, error: float, size: int, seconds: float) -> LayerSensitivity:
+        return LayerSensitivity(name=name, error=error, bytes=size, seconds=seconds)
 
     records = [record("a", 4, 400, 1), record("b", 3, 100, -1), record("c", 2, 1000, 0.1)]
-    assert keep_worst(records, Scan(share=0.34)) == ("b",)
-    assert keep_worst(records, Scan(share=0.67)) == ("b", "a")
-    assert keep_worst(records, Scan(share=0.0, by="seconds")) == ("b",)
-    assert keep_worst(records, Scan(share=0.67, by="seconds")) == ("b", "c")
+    assert select_sensitive(records, SensitivitySettings(float_fraction=0.34)) == ("b",)
+    assert select_sensitive(records, SensitivitySettings(float_fraction=0.67)) == ("b", "a")
+    assert select_sensitive(
+        records, SensitivitySettings(float_fraction=0.0, benefit="latency")
+    ) == ("b",)
+    assert select_sensitive(
+        records, SensitivitySettings(float_fraction=0.67, benefit="latency")
+    ) == ("b", "c")
 
 
 def test_weights_in_other_files_are_lent_and_not_copied(tmp_path: Path) -> None:
