@@ -38,7 +38,8 @@ from latentforge.optimize.stage.component import Rewriter
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.backends import Session
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.manifest import Component, TensorSpec
+from latentforge.runtime.manifest import Component
+from latentforge.runtime.tensor import TensorSpec
 
 Array = NDArray[np.float32]
 Feeds = dict[str, Array]
