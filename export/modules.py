@@ -1,4 +1,4 @@
-"""Load the torch modules of a checkpoint: strictly, in float32, from safetensors alone."""
+"""Strict loading of a checkpoint's torch modules, in float32 and from safetensors only."""
 
 import logging
 import re
@@ -17,35 +17,41 @@ from latentforge.runtime.text import one_line
 
 __all__ = ["check_finite", "load_module", "quiet"]
 
-# How the two libraries say that a weight has another shape than the configuration makes it.
+# Messages of diffusers and transformers about a weight whose shape contradicts config.json.
 _MISMATCHES = (
     re.compile(
-        r"(?P<key>\S+) expected shape \S*?(?P<told>\[.*?\])\S* but got \S*?(?P<held>\[.*?\])"
+        r"(?P<key>\S+) expected shape \S*?(?P<config>\[.*?\])\S* but got \S*?(?P<weights>\[.*?\])"
     ),
     re.compile(
-        r"^(?P<key>\S+) *\| *MISMATCH.*?(?P<held>\[.*?\]).*?(?P<told>\[.*?\])", re.MULTILINE
+        r"^(?P<key>\S+) *\| *MISMATCH.*?(?P<weights>\[.*?\]).*?(?P<config>\[.*?\])", re.MULTILINE
     ),
 )
 
 
 def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Module:
-    """Load a component as ``kind``, a model class of diffusers or transformers.
+    """Load a component of a checkpoint.
 
-    The class comes from us and never from the checkpoint, so no code of its is run.
+    Args:
+        checkpoint: the checkpoint.
+        folder: of the component.
+        kind: a model class of diffusers or transformers. The checkpoint never names the class,
+            so none of its code is run.
 
     Returns:
         The module in float32 and evaluation mode, without gradients.
 
     Raises:
-        CheckpointError: weights and configuration do not fit, a key is missing or left over,
-            or a weight holds NaN or infinity.
+        CheckpointError: weights and configuration contradict each other, a key is missing or
+            unexpected, or a weight holds NaN or infinity.
     """
     checkpoint.config(folder)
     _, variant = checkpoint.weights(folder)
     path = checkpoint.path / folder
     if (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path} is an adapter to another model: merge it into that first")
-    with quiet() as said:
+        raise CheckpointError(
+            f"{path} is an adapter of another model: merge it into that model first"
+        )
+    with quiet() as logged:
         try:
             module, info = kind.from_pretrained(
                 path,
@@ -55,8 +61,10 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # each library has its own, and a bad config raises any of them
-            reason = _mismatch(f"{error}\n{said()}") or one_line(error)
+        except (
+            Exception
+        ) as error:  # the libraries have no common class, and a bad config raises anything
+            reason = _mismatch(f"{error}\n{logged()}") or one_line(error)
             raise CheckpointError(f"cannot load {path}: {reason}") from error
     _check_keys(checkpoint, folder, info)
     check_finite(checkpoint, folder, module)
@@ -64,22 +72,25 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
 
 
 def _mismatch(text: str) -> str | None:
-    """What a library says of a weight's shape, with both numbers; None if it is not about that."""
+    """Return a shape mismatch that a library's message describes, with both shapes, or None."""
     for pattern in _MISMATCHES:
-        if found := pattern.search(text):
-            return "config.json makes {key} {told}, and in the weights it is {held}".format(
-                **found.groupdict()
+        if match := pattern.search(text):
+            return "config.json makes {key} {config}, but in the weights it is {weights}".format(
+                **match.groupdict()
             )
     return None
 
 
 def _check_keys(checkpoint: Checkpoint, folder: str, info: dict[str, Any]) -> None:
-    """from_pretrained fills gaps with random numbers and drops what it does not know."""
+    """Refuse missing and unexpected keys.
+
+    from_pretrained fills missing weights with random numbers and drops unexpected ones.
+    """
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, info.get(problem, ())))
         if keys:
             raise CheckpointError(
-                f"{checkpoint.name}: the weights of {folder} do not fit its config.json: "
+                f"{checkpoint.name}: the weights of {folder} do not match its config.json: "
                 f"{len(keys)} {problem.replace('_', ' ')}, such as {keys[0]}"
             )
 
@@ -88,7 +99,7 @@ def check_finite(checkpoint: Checkpoint, folder: str, module: nn.Module) -> None
     """Refuse weights that hold NaN or infinity.
 
     Raises:
-        CheckpointError: a weight does, with its name.
+        CheckpointError: one does; the message names it.
     """
     for name, weight in module.named_parameters():
         if not torch.isfinite(weight).all():
@@ -99,7 +110,11 @@ def check_finite(checkpoint: Checkpoint, folder: str, module: nn.Module) -> None
 
 @contextmanager
 def quiet() -> Iterator[Callable[[], str]]:
-    """Hide what diffusers and transformers show on loading; what they log can be asked for."""
+    """Hide progress bars and log output of diffusers and transformers.
+
+    Yields:
+        A function that returns the messages logged so far, one per line.
+    """
     records = _Records()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     handlers = [logger.handlers for logger in loggers]
@@ -122,6 +137,8 @@ def quiet() -> Iterator[Callable[[], str]]:
 
 
 class _Records(logging.Handler):
+    """Log handler that keeps the messages."""
+
     def __init__(self) -> None:
         super().__init__()
         self._messages: list[str] = []

@@ -1,4 +1,4 @@
-"""One torch module to one ONNX file, through torch.onnx's torch.export based exporter."""
+"""Export of one torch module to one ONNX file, with torch.onnx's exporter on torch.export."""
 
 import ast
 import contextlib
@@ -24,31 +24,36 @@ from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 __all__ = [
     "OPSET",
     "Dimensions",
-    "as_it_is",
     "component_entry",
     "export_onnx",
     "fix_dimensions",
+    "unchanged",
 ]
 
 OPSET = 20
-"""Has Gelu as one operator, and every target reads it."""
+"""ONNX opset of the graphs: it has Gelu as one operator, and every target reads it."""
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch notes the modules that a node lies in, the innermost and its own name last."""
+"""Metadata key under which torch lists a node's enclosing modules, and its own name last."""
 
 _INLINE_LIMIT = 256_000_000
-"""Bytes of weights up to which they stay inside the file.
+"""Largest total size of weights, in bytes, that are stored inside the ONNX file.
 
-protobuf ends at 2 GiB, and long before that costs three copies of the weights in memory.
+protobuf is limited to 2 GiB, and far below that costs three copies of the weights in memory.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """Sizes that the engines are fixed to; None leaves a dimension free.
+    """Sizes that the graphs are fixed to; None leaves a dimension free.
 
-    ``batch`` is the rows of one run of an engine, guidance's two halves counted apart, and
-    ``height`` and ``width`` are those of the image, in pixels.
+    Attributes:
+        batch: rows of one engine run; classifier-free guidance takes two rows per image.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Raises:
+        SettingsError: a size is not a positive integer.
     """
 
     batch: int | None = None
@@ -59,24 +64,28 @@ class Dimensions:
         for name in ("batch", "height", "width"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise SettingsError(f"{name} is a whole number from 1 up, not {value!r}")
+                raise SettingsError(f"{name} must be a positive integer, not {value!r}")
 
     def sizes(self, downscale: int) -> dict[str, int]:
-        """The fixed ones by the names that tensor specs use."""
-        given = {
+        """Return the fixed sizes by the names that tensor specs use.
+
+        Args:
+            downscale: pixels per latent, along one side.
+        """
+        sizes = {
             "batch": self.batch,
             "height": self.height,
             "width": self.width,
             "latent_height": self.height and self.height // downscale,
             "latent_width": self.width and self.width // downscale,
         }
-        return {name: size for name, size in given.items() if size is not None}
+        return {name: size for name, size in sizes.items() if size is not None}
 
 
 def fix_dimensions(
     specs: Mapping[str, TensorSpec], sizes: Mapping[str, int]
 ) -> dict[str, TensorSpec]:
-    """The same specs with some free dimensions turned into numbers."""
+    """Replace free dimensions of tensor specs by fixed sizes, also inside ``h*8`` and ``h//8``."""
 
     def fixed(size: int | str) -> int | str:
         free = isinstance(size, str) and size.split("*")[0].split("//")[0] not in sizes
@@ -87,8 +96,8 @@ def fix_dimensions(
     }
 
 
-def as_it_is(size: int | str) -> int | str:
-    """Dimensions in the file as they are in the manifest."""
+def unchanged(size: int | str) -> int | str:
+    """Write a dimension into the file as the manifest has it."""
     return size
 
 
@@ -99,19 +108,19 @@ def export_onnx(
     target: Path,
     sizes: Mapping[str, int],
     *,
-    spelled: Callable[[int | str], int | str] = as_it_is,
+    format_size: Callable[[int | str], int | str] = unchanged,
 ) -> None:
-    """Write the module as ``target``, with large weights beside it.
+    """Export the module to the ONNX file ``target``; large weights go to ``target``.data.
 
-    The module is used up: its weights are freed.
+    The module cannot be used afterwards: its weights are freed.
 
     Args:
-        module: what plan.load gave.
+        module: the module that plan.load returned.
         plan: names, dtypes and free dimensions of its inputs and outputs.
-        feeds: real inputs to trace it with.
+        feeds: recorded inputs to trace it with.
         target: the ONNX file to write.
         sizes: dimensions to fix, by name.
-        spelled: how dimensions are written into the file.
+        format_size: returns a dimension of the manifest as the file should have it.
 
     Raises:
         ShapeError: the feeds do not fit the plan.
@@ -122,7 +131,8 @@ def export_onnx(
         program = torch.onnx.export(
             module,
             kwargs={
-                name: torch.from_numpy(array) for name, array in _traced(inputs, feeds).items()
+                name: torch.from_numpy(array)
+                for name, array in _tracing_inputs(inputs, feeds).items()
             },
             dynamo=True,
             opset_version=OPSET,
@@ -131,12 +141,12 @@ def export_onnx(
             output_names=list(outputs),
             verbose=False,
         )
-    assert program is not None  # only the old exporter gives None
+    assert program is not None  # only the TorchScript exporter returns None
     shapes = {
-        name: ir.Shape([spelled(size) for size in spec.shape])
+        name: ir.Shape([format_size(size) for size in spec.shape])
         for name, spec in {**inputs, **outputs}.items()
     }
-    model = _tidied(program.model, plan.name, shapes)
+    model = _cleaned(program.model, plan.name, shapes)
     size = sum(_bytes(value) for value in model.graph.initializers.values())
     ir.save(model, target, external_data=f"{target.name}.data" if size > _INLINE_LIMIT else None)
     _drop_weights(program, module)
@@ -145,7 +155,14 @@ def export_onnx(
 def component_entry(
     plan: ComponentPlan, path: Path, directory: Path, sizes: Mapping[str, int]
 ) -> Component:
-    """Describe an exported file of directory, and the weights beside it, for the manifest."""
+    """Return the manifest entry of an exported graph.
+
+    Args:
+        plan: the component's plan.
+        path: the ONNX file; ``path``.data holds its weights if it exists.
+        directory: the engine directory.
+        sizes: fixed dimensions, by name.
+    """
     data = path.with_name(f"{path.name}.data")
     weights = (FileEntry.of(data, directory),) if data.exists() else ()
     main = FileEntry.of(path, directory)
@@ -163,7 +180,7 @@ def component_entry(
 
 
 def _drop_weights(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
-    """Free the weights by hand, since torch keeps exported graphs until the process ends."""
+    """Free the weights explicitly: torch keeps exported graphs until the process ends."""
     exported = program.exported_program
     kept = list(exported.state_dict.values()) if exported is not None else []
     for weight in (*module.parameters(), *kept):
@@ -176,8 +193,10 @@ def _bytes(weight: ir.Value) -> int:
     return int(weight.const_value.nbytes) if weight.const_value is not None else 0
 
 
-def _traced(specs: Mapping[str, TensorSpec], feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-    """Feeds with two rows where the batch is free: torch.export takes one row for a constant."""
+def _tracing_inputs(
+    specs: Mapping[str, TensorSpec], feeds: Feeds
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Repeat the feeds to two rows if the batch is free: torch.export makes one row a constant."""
     arrays = {}
     for name, spec in specs.items():
         rows = 2 if spec.shape[0] == "batch" else int(spec.shape[0])
@@ -185,14 +204,16 @@ def _traced(specs: Mapping[str, TensorSpec], feeds: Feeds) -> dict[str, np.ndarr
         arrays[name] = np.concatenate([feeds[name]] * repeats)[:rows]
         for size, got in zip(spec.shape, arrays[name].shape, strict=True):
             if isinstance(size, int) and size != got:
-                raise ShapeError(f"{name}: traced with {arrays[name].shape}, and fixed to {spec}")
+                raise ShapeError(
+                    f"{name}: the recorded input is {arrays[name].shape}, but the graph is fixed to {spec}"
+                )
     return arrays
 
 
 def _dynamic_shapes(
     specs: Mapping[str, TensorSpec], multiples: Mapping[str, int]
 ) -> dict[str, dict[int, Any]]:
-    """torch.export's description of the free dimensions, one Dim a name."""
+    """Return the free dimensions of each input for torch.export, with one Dim per name."""
     names = {size for spec in specs.values() for size in spec.shape if isinstance(size, str)}
     dims = {name: _dim(name, multiples.get(name, 1)) for name in names}
     return {
@@ -204,20 +225,20 @@ def _dynamic_shapes(
 def _dim(name: str, factor: int) -> Any:
     if factor > 1:
         return factor * torch.export.Dim(f"{name}_units")
-    # From 64 rows on diffusers copies tensors at one place, which changes nothing in the graph;
-    # but torch, told of no limit, finds out by tracing twice.
+    # From 64 rows on, diffusers copies tensors in one place. The graph is the same, but without
+    # an upper limit torch specializes on that branch and traces twice.
     return torch.export.Dim(name, max=63) if name == "batch" else torch.export.Dim(name)
 
 
-def _tidied(model: ir.Model, name: str, shapes: Mapping[str, ir.Shape]) -> ir.Model:
-    """Name what users see, and drop what the exporter noted about this machine."""
+def _cleaned(model: ir.Model, name: str, shapes: Mapping[str, ir.Shape]) -> ir.Model:
+    """Name the graph and its nodes, set the shapes, and remove metadata about this machine."""
     model.graph.name = name
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = shapes[str(value.name)]
     model.metadata_props.clear()
     _name_nodes(model.graph)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()  # stack traces, with paths of this machine
+        node.metadata_props.clear()  # stack traces with local paths
         for output in node.outputs:
             output.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -228,21 +249,21 @@ def _tidied(model: ir.Model, name: str, shapes: Mapping[str, ir.Shape]) -> ir.Mo
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Call each node by the module that it comes from: ``mid_block.attentions.0.proj_in/Conv``.
+    """Name each node after its module, such as ``mid_block.attentions.0.proj_in/Conv``.
 
     Profiles, recipes and reports name layers by these.
     """
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['', '']"))
         name = f"{scopes[-2].removeprefix('model.')}/{node.op_type}".lstrip("/")
-        taken[name] += 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks on its own inner workings; errors still come through."""
+    """Silence the exporter's warnings about its own internals; errors still propagate."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Does the engine compute what torch computes? Recorded inputs, both sides, one figure."""
+"""Comparison of exported components with torch, on inputs recorded from a denoising run."""
 
 import gc
 from collections.abc import Mapping
@@ -28,23 +28,27 @@ __all__ = [
 ]
 
 MAX_RELATIVE_ERROR = 1e-3
-"""The most that an fp32 engine may differ from torch, as a fraction of the largest output."""
+"""Largest allowed difference of an fp32 engine from torch, relative to the largest output."""
 
 Outputs = Mapping[str, NDArray[np.generic]]
 
 
 @dataclass
 class ComponentRecording:
-    """What went into a component during a denoising run, and what came out of torch."""
+    """Inputs of a component during a denoising run, and torch's outputs.
+
+    Attributes:
+        runs: feeds and outputs of each run, by tensor name.
+    """
 
     runs: list[tuple[Feeds, Outputs]] = field(default_factory=list)
 
 
 class LazyModules:
-    """The torch modules of a checkpoint, one in memory at a time.
+    """Torch modules of a checkpoint, with at most one in memory.
 
-    A denoising run uses the components one after the other, so the weights of the largest
-    are all that has to fit.
+    A denoising run uses the components one after the other, so only the weights of the largest
+    have to fit into memory.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -53,7 +57,7 @@ class LazyModules:
         self._module: nn.Module | None = None
 
     def get(self, plan: ComponentPlan) -> nn.Module:
-        """Load the module of a component, letting go of the one before."""
+        """Return the module of a component, loading it in place of the previous one if needed."""
         if self._module is None or self._name != plan.name:
             self.free()
             self._module = plan.load(self._checkpoint)
@@ -61,13 +65,13 @@ class LazyModules:
         return self._module
 
     def free(self) -> None:
-        """Let go of the module in memory."""
+        """Free the module in memory."""
         self._module = None
-        gc.collect()  # modules refer to themselves
+        gc.collect()  # modules hold reference cycles
 
 
 class TorchSession:
-    """A Session that runs a component in torch and keeps what it saw."""
+    """Session that runs a component in torch and records its inputs and outputs."""
 
     def __init__(self, plan: ComponentPlan, modules: LazyModules) -> None:
         self.plan = plan
@@ -100,16 +104,22 @@ class TorchSession:
 def check_parity(
     name: str, component: Component, directory: Path, recording: ComponentRecording
 ) -> dict[str, float]:
-    """Run the exported component on recorded inputs and compare with torch's outputs.
+    """Run an exported component on recorded inputs and compare its outputs with torch's.
+
+    Args:
+        name: of the component.
+        component: its manifest entry.
+        directory: the engine directory.
+        recording: inputs, and torch's outputs for them.
 
     Returns:
-        max_relative_error, the largest difference as a fraction of the largest output, and
-        psnr in dB.
+        ``max_relative_error``, the largest difference divided by the largest output, and
+        ``psnr`` in dB.
 
     Raises:
         GateError: the error is above MAX_RELATIVE_ERROR.
     """
-    # One row at a time and weights as they lie: less memory, and the same operators.
+    # One row per run and no repacked weights: less memory, and the same operators.
     engine = Engine.load(name, component, directory, {}, max_rows=1, low_memory=True)
     worst, lowest = 0.0, np.inf
     for feeds, expected in recording.runs:
@@ -120,9 +130,9 @@ def check_parity(
             worst = float(np.maximum(worst, relative_error(reference, outputs[key])))
             lowest = min(lowest, psnr(reference, outputs[key]))
     engine.session.close()
-    if not worst <= MAX_RELATIVE_ERROR:  # which NaN is not either
+    if not worst <= MAX_RELATIVE_ERROR:  # also true for NaN
         raise GateError(
-            f"{name}: the engine differs from torch by {worst:.1e} of its largest output, and "
-            f"{MAX_RELATIVE_ERROR:.0e} is allowed: please report this checkpoint"
+            f"{name}: the engine differs from torch by {worst:.1e} of its largest output, but at "
+            f"most {MAX_RELATIVE_ERROR:.0e} is allowed: please report this checkpoint"
         )
     return {"max_relative_error": worst, "psnr": float(lowest)}

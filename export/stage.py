@@ -1,4 +1,4 @@
-"""The export stage: a checkpoint in, an engine directory out."""
+"""Export stage: from a checkpoint to a directory of ONNX engines."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from latentforge.export.families import ComponentPlan, ExportPlan, Family, famil
 from latentforge.export.onnx import (
     OPSET,
     Dimensions,
-    as_it_is,
     component_entry,
     export_onnx,
+    unchanged,
 )
 from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
@@ -47,15 +47,47 @@ from latentforge.runtime.manifest import (
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 
-__all__ = ["export"]
+__all__ = ["ExportRequest", "export"]
 
-_STEPS = 2  # a guided run of two steps sees high and low noise; more only costs time
-_SPACE = 1.1  # engines are as large as the float32 weights, and graphs are small beside them
+_STEPS = 2  # a guided run of two steps covers high and low noise; more only costs time
+_SPACE = 1.1  # engines are as large as the float32 weights; the graphs add little
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What one export works on; ``graphs`` are those of a checkpoint that optimum exported."""
+class ExportRequest:
+    """Options of an export.
+
+    Attributes:
+        components: names of the components to export; all of the family's if empty.
+        dimensions: sizes to fix in the graphs; the others stay free.
+        layout: arrangement of the engine directory; optimum's pipelines load ``optimum`` too.
+        overwrite: replace an existing engine directory.
+        quiet: show no progress.
+    """
+
+    components: tuple[str, ...] = ()
+    dimensions: Dimensions = Dimensions()
+    layout: Layout = "plain"
+    overwrite: bool = False
+    quiet: bool = True
+
+
+_DEFAULT = ExportRequest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportJob:
+    """Resolved inputs of one export.
+
+    Attributes:
+        checkpoint: the checkpoint to export.
+        family: its model family.
+        plan: the family's plan for it, adapted to the layout.
+        components: the components to export, of the plan's.
+        dimensions: sizes that the graphs are fixed to.
+        layout: arrangement of the engine directory.
+        graphs: graphs of a checkpoint that optimum exported, by component name.
+    """
 
     checkpoint: Checkpoint
     family: Family
@@ -67,58 +99,47 @@ class _Job:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Fixed sizes by the names that tensor specs use."""
         return self.dimensions.sizes(self.plan.latent.downscale)
 
     @property
-    def parts(self) -> int:
-        """How many there are to show progress of."""
+    def progress_parts(self) -> int:
+        """Number of parts of the progress bar."""
         count = len(self.components)
         return count + 1 if self.graphs else 2 * count + 2
 
 
-def export(
-    source: str,
-    target: Path,
-    *,
-    components: Sequence[str] = (),
-    dimensions: Dimensions | None = None,
-    layout: Layout = "plain",
-    overwrite: bool = False,
-    quiet: bool = True,
-) -> Manifest:
-    """Export a checkpoint to an engine directory in float32, and check it against torch.
+def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Manifest:
+    """Export a checkpoint to an engine directory in float32, and compare the engines with torch.
 
-    A denoising run in torch gives each component's real inputs; the exported component has
-    to give torch's outputs for them. The graphs of a directory that optimum exported are taken as
-    they are, and have to make an image.
+    A denoising run in torch records each component's inputs and outputs; the exported component
+    must reproduce the outputs. Graphs of a directory that optimum exported are copied unchanged,
+    and must produce an image.
 
     Args:
         source: a diffusers directory, one that optimum-onnx exported, a hub id, or ``demo``.
-        target: the engine directory to write, whole or not at all.
-        components: names of those to export; all of the family's if empty.
-        dimensions: sizes to fix; the others stay free.
-        layout: ``optimum`` arranges the directory so that optimum's pipelines load it too.
-        overwrite: replace an engine directory that is there already.
-        quiet: show no progress.
+        target: the engine directory to write; a failed export leaves none.
+        request: components, sizes and layout.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of a kind we refuse.
-        SettingsError: no such component or layout, or a size that the model cannot have.
-        GateError: an engine does not compute what torch computes.
+        CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind.
+        SettingsError: unknown component or layout.
+        ShapeError: a size that the model cannot have.
+        GateError: the outputs of an engine differ from torch's.
         TargetError: the directory cannot be written.
     """
     start = time.perf_counter()
-    check_target(target, overwrite=overwrite)
-    job = _job(source, components, dimensions or Dimensions(), layout)
+    check_target(target, overwrite=request.overwrite)
+    job = _job(source, request)
     with (
-        staged_directory(target, overwrite=overwrite) as directory,
-        Progress(job.parts, quiet=quiet) as progress,
+        staged_directory(target, overwrite=request.overwrite) as directory,
+        Progress(job.progress_parts, quiet=request.quiet) as progress,
     ):
         _check_space(job, directory)
         manifest = _draft(job, directory)
-        make = _adopt if job.graphs else _convert
-        manifest = make(job, manifest, directory, progress)
-        if layout == "optimum":
+        write_components = _copy_graphs if job.graphs else _export_modules
+        manifest = write_components(job, manifest, directory, progress)
+        if job.layout == "optimum":
             names = list(manifest.components)
             optimum.write_companions(job.checkpoint, job.plan, names, directory)
         manifest = msgspec.structs.replace(manifest, history=(_history(job, start),))
@@ -126,25 +147,18 @@ def export(
     return manifest
 
 
-def _job(source: str, names: Sequence[str], dimensions: Dimensions, layout: Layout) -> _Job:
+def _job(source: str, request: ExportRequest) -> _ExportJob:
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint)
-    plan = _plan(checkpoint, family, layout)
-    known = [component.name for component in plan.components]
-    if unknown := [name for name in names if name not in known]:
-        raise SettingsError(f"no component {unknown[0]!r}; {family.name} has {', '.join(known)}")
-    unit = plan.latent.downscale * plan.latent.multiple
-    for side in (dimensions.height, dimensions.width):
-        if side is not None and side % unit:
-            raise ShapeError(f"height and width are multiples of {unit} here, not {side}")
-    chosen = tuple(c for c in plan.components if not names or c.name in names)
-    job = _Job(
+    plan = _plan(checkpoint, family, request.layout)
+    _check_sides(plan, request.dimensions)
+    job = _ExportJob(
         checkpoint=checkpoint,
         family=family,
         plan=plan,
-        components=chosen,
-        dimensions=dimensions,
-        layout=layout,
+        components=_selected(family, plan, request.components),
+        dimensions=request.dimensions,
+        layout=request.layout,
     )
     if optimum.is_exported(checkpoint):
         return _with_graphs(job)
@@ -153,8 +167,25 @@ def _job(source: str, names: Sequence[str], dimensions: Dimensions, layout: Layo
     return job
 
 
+def _selected(family: Family, plan: ExportPlan, names: Sequence[str]) -> tuple[ComponentPlan, ...]:
+    """Return the named components in the plan's order, or all of them for no names."""
+    available = [component.name for component in plan.components]
+    if unknown := [name for name in names if name not in available]:
+        raise SettingsError(
+            f"no component {unknown[0]!r}; {family.name} has {', '.join(available)}"
+        )
+    return tuple(c for c in plan.components if not names or c.name in names)
+
+
+def _check_sides(plan: ExportPlan, dimensions: Dimensions) -> None:
+    unit = plan.latent.downscale * plan.latent.multiple
+    for side in (dimensions.height, dimensions.width):
+        if side is not None and side % unit:
+            raise ShapeError(f"height and width must be multiples of {unit}, not {side}")
+
+
 def _plan(checkpoint: Checkpoint, family: Family, layout: Layout) -> ExportPlan:
-    """The family's plan of a checkpoint, as its kind and the layout would have it."""
+    """Return the family's plan of a checkpoint, adapted to the layout and to existing graphs."""
     plan = family.plan(checkpoint)
     optimum.check_layout(layout, family.name, plan)
     if optimum.is_exported(checkpoint):
@@ -162,12 +193,12 @@ def _plan(checkpoint: Checkpoint, family: Family, layout: Layout) -> ExportPlan:
     return optimum.with_outputs(plan) if layout == "optimum" else plan
 
 
-def _with_graphs(job: _Job) -> _Job:
-    """The job with the graphs that are there, and the size that they are fixed to."""
+def _with_graphs(job: _ExportJob) -> _ExportJob:
+    """Return the job with the checkpoint's graphs, and the sizes that these are fixed to."""
     if job.dimensions != Dimensions():
         raise SettingsError(
-            f"the graphs of {job.checkpoint.name} are fixed already: to give height, width or "
-            "batch, export from the original checkpoint"
+            f"the sizes of the graphs of {job.checkpoint.name} are fixed already: to set height, "
+            "width or batch, export the original checkpoint"
         )
     graphs = {plan.name: optimum.read_graph(job.checkpoint, plan) for plan in job.components}
     sizes = graphs["denoiser"].sizes if "denoiser" in graphs else {}
@@ -181,8 +212,8 @@ def _with_graphs(job: _Job) -> _Job:
     return replace(job, graphs=graphs, dimensions=fixed)
 
 
-def _check_space(job: _Job, directory: Path) -> None:
-    """Refuse to begin what the disk has no room for."""
+def _check_space(job: _ExportJob, directory: Path) -> None:
+    """Fail early if the disk has no room for the engines."""
     if job.graphs:
         needed = sum(graph.bytes for graph in job.graphs.values())
     else:
@@ -191,8 +222,8 @@ def _check_space(job: _Job, directory: Path) -> None:
     check_space(directory, needed)
 
 
-def _draft(job: _Job, directory: Path) -> Manifest:
-    """The manifest before there are engines, with the tokenizers written."""
+def _draft(job: _ExportJob, directory: Path) -> Manifest:
+    """Write the tokenizers, and return a manifest without components."""
     checkpoint, plan = job.checkpoint, job.plan
     scheduler = job.family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
     folders = [] if job.graphs else sorted({component.folder for component in job.components})
@@ -214,25 +245,28 @@ def _draft(job: _Job, directory: Path) -> Manifest:
     )
 
 
-def _defaults(job: _Job, scheduler: Mapping[str, Any]) -> RequestDefaults:
-    usual = job.plan.defaults
+def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
+    """Return the request defaults: the checkpoint's own where its sidecar has any."""
+    family = job.plan.defaults
     defaults = {
-        "sampler": usual.sampler or default_sampler(scheduler),
-        "steps": usual.steps,
-        "guidance_scale": usual.guidance_scale,
-        "guidance_rescale": usual.guidance_rescale,
+        "sampler": family.sampler or default_sampler(scheduler),
+        "steps": family.steps,
+        "guidance_scale": family.guidance_scale,
+        "guidance_rescale": family.guidance_rescale,
         "height": job.dimensions.height or job.plan.sample_size,
         "width": job.dimensions.width or job.plan.sample_size,
     }
-    given = job.checkpoint.sidecar.get("defaults", {})
+    sidecar = job.checkpoint.sidecar.get("defaults", {})
     try:
-        return msgspec.convert({**defaults, **given}, RequestDefaults)
+        return msgspec.convert({**defaults, **sidecar}, RequestDefaults)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{job.checkpoint.name}: defaults: {error}") from error
 
 
-def _adopt(job: _Job, manifest: Manifest, directory: Path, progress: Progress) -> Manifest:
-    """Copy the graphs that the checkpoint is made of, and see that they run."""
+def _copy_graphs(
+    job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
+) -> Manifest:
+    """Copy the graphs that the checkpoint consists of, and check that they run."""
     components = {}
     for name, graph in job.graphs.items():
         with progress.part(f"{name}: copy"):
@@ -243,31 +277,36 @@ def _adopt(job: _Job, manifest: Manifest, directory: Path, progress: Progress) -
     manifest = msgspec.structs.replace(manifest, source=source)
     with progress.part("running the graphs"):
         try:
-            _try(job, manifest, directory)
+            _check_graphs_run(job, manifest, directory)
         except LatentforgeError as error:
             raise CheckpointError(f"{job.checkpoint.name}: {error}") from error
     return manifest
 
 
-def _try(job: _Job, manifest: Manifest, directory: Path) -> None:
-    """Load every engine and make an image if all are there: nothing else is known of theirs."""
+def _check_graphs_run(job: _ExportJob, manifest: Manifest, directory: Path) -> None:
+    """Load every engine, and make an image if all components are there.
+
+    There is no torch module to compare these graphs with.
+    """
     manifest.write(directory)
-    whole = all(name in manifest.components for name in manifest.required_components)
-    left = set(manifest.components)
-    pictures: NDArray[np.float32] | None = None
-    if whole:
+    required = manifest.required_components
+    others = set(manifest.components)
+    pixels: NDArray[np.float32] | None = None
+    if all(name in manifest.components for name in required):
         with load(directory, hashes=False, low_memory=True) as pipeline:
-            pictures = to_array(_short_run(job, pipeline).images)
-        left -= set(manifest.required_components)
-    for name in sorted(left):
+            pixels = to_array(_short_run(job, pipeline).images)
+        others -= set(required)
+    for name in sorted(others):
         engine = Engine.load(name, manifest.components[name], directory, {}, low_memory=True)
-        if pictures is not None and name == "vae_encoder":
-            engine.run({"sample": pictures})
+        if pixels is not None and name == "vae_encoder":
+            engine.run({"sample": pixels})
         engine.session.close()
 
 
-def _convert(job: _Job, manifest: Manifest, directory: Path, progress: Progress) -> Manifest:
-    """Export the components from torch, and compare them and their image with it."""
+def _export_modules(
+    job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
+) -> Manifest:
+    """Export the components from torch, and compare the engines and their image with it."""
     with progress.part("recording a run in torch"):
         sessions, reference = _record(job, manifest, directory)
     manifest = _export_components(job, manifest, directory, sessions, progress)
@@ -276,9 +315,9 @@ def _convert(job: _Job, manifest: Manifest, directory: Path, progress: Progress)
 
 
 def _record(
-    job: _Job, manifest: Manifest, directory: Path
+    job: _ExportJob, manifest: Manifest, directory: Path
 ) -> tuple[dict[str, TorchSession], Result]:
-    """Run the checkpoint in torch, by our own loop, and keep what each component saw."""
+    """Run the checkpoint in torch with the runtime's loop, recording each component."""
     modules = LazyModules(job.checkpoint)
     sessions = {plan.name: TorchSession(plan, modules) for plan in job.plan.components}
     engines = Engines(lambda name, _: _torch_engine(sessions[name]), sessions)
@@ -309,13 +348,13 @@ def _torch_engine(session: TorchSession) -> Engine:
     return Engine(plan.name, component, session)
 
 
-def _short_run(job: _Job, pipeline: Pipeline) -> Result:
+def _short_run(job: _ExportJob, pipeline: Pipeline) -> Result:
     sides = {"height": job.dimensions.height or 0, "width": job.dimensions.width or 0}
     return trial(pipeline, steps=_STEPS, **sides)
 
 
 def _export_components(
-    job: _Job,
+    job: _ExportJob,
     manifest: Manifest,
     directory: Path,
     sessions: Mapping[str, TorchSession],
@@ -323,7 +362,7 @@ def _export_components(
 ) -> Manifest:
     """Export each component and compare it with its recording."""
     modules = LazyModules(job.checkpoint)
-    spelled = optimum.spaced if job.layout == "optimum" else as_it_is
+    format_size = optimum.spaced if job.layout == "optimum" else unchanged
     components: dict[str, Component] = {}
     quality: dict[str, Mapping[str, float]] = {}
     for plan in job.components:
@@ -332,7 +371,7 @@ def _export_components(
         recording = sessions[plan.name].recording
         with progress.part(f"{plan.name}: export"):
             feeds = recording.runs[0][0]
-            export_onnx(modules.get(plan), plan, feeds, path, job.sizes, spelled=spelled)
+            export_onnx(modules.get(plan), plan, feeds, path, job.sizes, format_size=format_size)
         modules.free()
         with progress.part(f"{plan.name}: compare with torch"):
             components[plan.name] = component_entry(plan, path, directory, job.sizes)
@@ -344,19 +383,21 @@ def _export_components(
     return msgspec.structs.replace(manifest, components=components, quality=quality)
 
 
-def _check_image(job: _Job, manifest: Manifest, directory: Path, reference: Result) -> Manifest:
-    """Make the recorded image again on the engines: PSNR of latents and of pixels, in dB."""
+def _check_image(
+    job: _ExportJob, manifest: Manifest, directory: Path, reference: Result
+) -> Manifest:
+    """Repeat the recorded run on the engines: add the PSNR of latents and of pixels, in dB."""
     if any(name not in manifest.components for name in manifest.required_components):
         return manifest
     manifest.write(directory)
     with load(directory, hashes=False, low_memory=True) as pipeline:
         result = _short_run(job, pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
-    measured = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}
-    return msgspec.structs.replace(manifest, quality={**manifest.quality, "image": measured})
+    image = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}
+    return msgspec.structs.replace(manifest, quality={**manifest.quality, "image": image})
 
 
-def _history(job: _Job, start: float) -> Stage:
+def _history(job: _ExportJob, start: float) -> Stage:
     traced = () if job.graphs else ("torch", "onnxscript")
     names = (*traced, "diffusers", "transformers", "onnxruntime")
     chosen = {"components": [component.name for component in job.components]}

@@ -1,4 +1,4 @@
-"""A checkpoint's CLIP tokenizer, in the one file that the runtime reads."""
+"""Conversion of a checkpoint's CLIP tokenizer to the tokenizer.json that the runtime reads."""
 
 import json
 import logging
@@ -21,11 +21,16 @@ _log = logging.getLogger(__name__)
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> TokenizerEntry:
-    """Write directory/folder/tokenizer.json, padding and cutting included.
+    """Write directory/folder/tokenizer.json, with padding and truncation to the full length.
+
+    Args:
+        checkpoint: the checkpoint.
+        folder: of the tokenizer, in the checkpoint and in the engine directory.
+        directory: the engine directory.
 
     Raises:
         CheckpointError: the tokenizer's files are missing or malformed, or the text encoder of
-            the same number is not made for it.
+            the same number has fewer token ids or positions.
     """
     length = _length(checkpoint, folder)
     try:
@@ -36,7 +41,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
         tokenizer.enable_padding(
             length=length, pad_id=int(clip.pad_token_id), pad_token=str(clip.pad_token)
         )
-    except Exception as error:  # missing vocab, bad merges: each library has its own
+    except Exception as error:  # missing vocab, bad merges: the libraries have no common class
         reason = one_line(error)
         raise CheckpointError(f"cannot load {checkpoint.path / folder}: {reason}") from error
     _check_merges(checkpoint.path / folder, tokenizer)
@@ -53,7 +58,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
 
 
 def special_tokens(checkpoint: Checkpoint, folder: str) -> dict[str, str]:
-    """The tokens at a prompt's start and end, for what is unknown and for what is missing."""
+    """Return the start, end, unknown and padding tokens, by their names in a tokenizer_config."""
     with quiet():
         clip = CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -64,33 +69,37 @@ def _length(checkpoint: Checkpoint, folder: str) -> int:
     length = checkpoint.config(folder, "tokenizer_config.json").get("model_max_length", 77)
     if type(length) is not int or not 3 <= length <= MAX_TOKENS:
         raise CheckpointError(
-            f"{checkpoint.path / folder}: model_max_length is 3 to {MAX_TOKENS} tokens, not "
+            f"{checkpoint.path / folder}: model_max_length must be 3 to {MAX_TOKENS} tokens, not "
             f"{reprlib.repr(length)}"
         )
     return length
 
 
 def _check_merges(path: Path, tokenizer: Tokenizer) -> None:
-    """Without its merges, a tokenizer spells every word, and none is what it was trained on."""
+    """Refuse a vocabulary without merges, and warn about tokens that no merge produces.
+
+    A tokenizer without merges splits every word into characters, unlike in training.
+    """
     model = json.loads(tokenizer.to_str())["model"]
-    made = {"".join(pair) for pair in model["merges"]}
+    merged = {"".join(pair) for pair in model["merges"]}
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     words = {token for token in model["vocab"] if len(token.removesuffix("</w>")) > 1} - special
-    if words and not made:
+    if words and not merged:
         raise CheckpointError(f"{path} has no merges: merges.txt is damaged; fetch it again")
-    if lost := words - made:
-        text = "%s: no merge makes %d tokens, such as %r: merges.txt may be cut short"
+    if lost := words - merged:
+        text = "%s: no merge produces %d tokens, such as %r: merges.txt may be truncated"
         _log.warning(text, path, len(lost), min(lost))
 
 
 def _check_encoder(checkpoint: Checkpoint, folder: str, tokenizer: Tokenizer, length: int) -> None:
+    """Refuse a text encoder with fewer token ids or positions than the tokenizer produces."""
     encoder = folder.replace("tokenizer", "text_encoder")
     config = checkpoint.config(encoder)
-    most = max(tokenizer.get_vocab().values(), default=0)
-    for key, need in (("vocab_size", most + 1), ("max_position_embeddings", length)):
-        size = config.get(key, need)
-        if type(size) is not int or size < need:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    for key, minimum in (("vocab_size", largest + 1), ("max_position_embeddings", length)):
+        size = config.get(key, minimum)
+        if type(size) is not int or size < minimum:
             raise CheckpointError(
-                f"{checkpoint.name}: {folder} needs a {key} of {need}, and that of {encoder} is "
+                f"{checkpoint.name}: {folder} needs a {key} of at least {minimum}, but {encoder} has "
                 f"{reprlib.repr(size)}"
             )

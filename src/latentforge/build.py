@@ -16,7 +16,7 @@ from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import is_exported
-from latentforge.export.stage import export
+from latentforge.export.stage import ExportRequest, export
 from latentforge.optimize.recipe import read_recipe
 from latentforge.optimize.search.backends import select_backends, tune_rows
 from latentforge.optimize.search.search import SearchRequest, accelerate, check
@@ -80,7 +80,7 @@ def build(
     with staged_directory(engines, overwrite=overwrite) as directory:
         exported = directory / "exported"
         try:
-            export(checkpoint, exported, dimensions=dimensions(wanted), quiet=quiet)
+            export(checkpoint, exported, ExportRequest(dimensions=dimensions(wanted), quiet=quiet))
             manifest = optimize_and_compile(
                 exported,
                 directory,

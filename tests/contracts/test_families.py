@@ -26,7 +26,7 @@ from latentforge.export.models.flexible_unet import load_flexible_unet
 from latentforge.export.modules import load_module
 from latentforge.export.onnx import Dimensions
 from latentforge.export.reference.eager import EagerPipeline
-from latentforge.export.stage import export
+from latentforge.export.stage import ExportRequest, export
 from latentforge.optimize.stage.stage import optimize
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
@@ -57,7 +57,9 @@ def built(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
         keys = {part.name: identity(checkpoint, part) for part in parts}
         new = [part for part, key in keys.items() if key not in exported] or [parts[0].name]
         sizes = Dimensions(height=SIDE, width=SIDE)
-        export(str(tiny(name)), folder / name, components=new, dimensions=sizes)
+        export(
+            str(tiny(name)), folder / name, ExportRequest(components=tuple(new), dimensions=sizes)
+        )
         for part, key in keys.items():
             if key in exported:
                 lend(part, exported[key], folder / name)

@@ -23,7 +23,7 @@ from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.families import ComponentPlan, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.reference.eager import EagerPipeline
-from latentforge.export.stage import export
+from latentforge.export.stage import ExportRequest, export
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import (
     CheckpointError,
@@ -210,7 +210,9 @@ def fixed(
     directory = tmp_path_factory.mktemp("fixed")
     dimensions = Dimensions(batch=1, height=24, width=40)
     manifest = export(
-        str(tiny_checkpoint), directory / "unet", components=["denoiser"], dimensions=dimensions
+        str(tiny_checkpoint),
+        directory / "unet",
+        ExportRequest(components=("denoiser",), dimensions=dimensions),
     )
     assert manifest.history[0].options["height"] == 24
     shutil.copytree(tiny_engines, directory / "all")
@@ -265,13 +267,17 @@ def test_a_fixed_batch_serves_guided_requests_of_many(fixed: Path, tiny_engines:
     ("options", "error", "message"),
     [
         (
-            {"components": ["unett"]},
+            {"components": ("unett",)},
             SettingsError,
             "no component 'unett'; .* text_encoder, denoiser",
         ),
-        ({"dimensions": {"height": 30}}, ShapeError, "multiples of 4 here, not 30"),
-        ({"dimensions": {"batch": 0}}, SettingsError, "batch is a whole number from 1"),
-        ({"dimensions": {"width": 2.5}}, SettingsError, "width is a whole number from 1"),
+        ({"dimensions": {"height": 30}}, ShapeError, "must be multiples of 4, not 30"),
+        ({"dimensions": {"batch": 0}}, SettingsError, "batch must be a positive integer, not 0"),
+        (
+            {"dimensions": {"width": 2.5}},
+            SettingsError,
+            "width must be a positive integer, not 2.5",
+        ),
     ],
 )
 def test_refuses_options(
@@ -284,7 +290,7 @@ def test_refuses_options(
     with pytest.raises(error, match=message):
         if "dimensions" in options:
             options = {"dimensions": Dimensions(**options["dimensions"])}
-        export(str(tiny_checkpoint), tmp_path / "new", **options)
+        export(str(tiny_checkpoint), tmp_path / "new", ExportRequest(**options))
     assert names(tmp_path) == []
 
 
@@ -297,7 +303,7 @@ def test_refuses_damage_anywhere_before_any_work(
     weights.write_bytes(weights.read_bytes()[:-1])
     start = time.monotonic()
     with pytest.raises(CheckpointError, match=f"{folder}.*cut short"):
-        export(str(checkpoint), tmp_path / "new", components=["text_encoder"])
+        export(str(checkpoint), tmp_path / "new", ExportRequest(components=("text_encoder",)))
     assert time.monotonic() - start < 2
     assert names(tmp_path) == [checkpoint.name]
 
@@ -307,7 +313,7 @@ def test_refuses_a_target_that_is_there(tiny_checkpoint: Path, tmp_path: Path) -
     (tmp_path / "home" / "diary").touch()
     for overwrite in (False, True):
         with pytest.raises(TargetError, match="home"):
-            export(str(tiny_checkpoint), tmp_path / "home", overwrite=overwrite)
+            export(str(tiny_checkpoint), tmp_path / "home", ExportRequest(overwrite=overwrite))
     assert names(tmp_path / "home") == ["diary"]
 
 
@@ -332,7 +338,7 @@ def test_nan_in_the_weights_never_becomes_an_engine(
     weights["conv_in.weight"][0, 0, 0, 0] = np.nan
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"NaN or infinity in conv_in\.weight"):
-        export(str(checkpoint), tmp_path / "new", components=["text_encoder"])
+        export(str(checkpoint), tmp_path / "new", ExportRequest(components=("text_encoder",)))
     assert names(tmp_path) == [checkpoint.name]
 
 
@@ -345,7 +351,7 @@ def test_what_differs_from_torch_is_rejected(
     monkeypatch.setattr(parity, "MAX_RELATIVE_ERROR", 0.0)
     target = tmp_path / "new"
     with pytest.raises(GateError, match="text_encoder: the engine differs from torch") as caught:
-        export(str(tiny_checkpoint), target, components=["text_encoder"])
+        export(str(tiny_checkpoint), target, ExportRequest(components=("text_encoder",)))
     assert names(tmp_path) == ["new.rejected"]
     assert str(caught.value).endswith(f"kept as {target}.rejected")
     assert "text_encoder.onnx" in names(tmp_path / "new.rejected")
@@ -373,10 +379,11 @@ def test_the_gate_sees_what_differs(tiny_engines: Path, wrong: str) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from latentforge.export.stage import export
+from latentforge.export.stage import ExportRequest, export
 print("ready", flush=True)
 quiet = len(sys.argv) == 3
-export(sys.argv[1], Path(sys.argv[2]), components=["text_encoder"], quiet=quiet)
+request = ExportRequest(components=("text_encoder",), quiet=quiet)
+export(sys.argv[1], Path(sys.argv[2]), request)
 """
 
 
@@ -424,7 +431,7 @@ def check_killed_anywhere(
         if target.exists():
             assert list(Manifest.read(target).components) == ["text_encoder"]
     assert names(parent)  # leftovers, for the next one to remove
-    export(str(checkpoint), target, components=["text_encoder"], overwrite=True)
+    export(str(checkpoint), target, ExportRequest(components=("text_encoder",), overwrite=True))
     Manifest.read(target)
     assert names(parent) == ["new"]
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from latentforge.__main__ import main
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import spaced
-from latentforge.export.stage import export
+from latentforge.export.stage import ExportRequest, export
 from latentforge.runtime.compile.verify import verify
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.errors import CheckpointError, SettingsError
@@ -49,7 +49,7 @@ def arranged(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines of 32 x 32 pixels that optimum's pipelines load too. Copy before changing them."""
     target = tmp_path_factory.mktemp("arranged") / "sd"
     sizes = Dimensions(height=32, width=32)
-    export(str(tiny("sd")), target, dimensions=sizes, layout="optimum")
+    export(str(tiny("sd")), target, ExportRequest(dimensions=sizes, layout="optimum"))
     return target
 
 
@@ -65,7 +65,7 @@ def texts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(checkpoint / "tokenizer_2")
     assert not (checkpoint / "tokenizer_2" / "vocab.json").exists()
     names = ("text_encoder", "text_encoder_2")
-    export(str(checkpoint), folder / "engines", components=names, layout="optimum")
+    export(str(checkpoint), folder / "engines", ExportRequest(components=names, layout="optimum"))
     return folder / "engines"
 
 
@@ -129,7 +129,7 @@ def test_a_scaling_factor_is_added_where_it_lacks(arranged: Path, copy: Copy) ->
         del config["scaling_factor"]
         path.write_text(json.dumps(config))
     target = directory.parent / "again"
-    export(str(directory), target, components=["vae_decoder"], layout="optimum")
+    export(str(directory), target, ExportRequest(components=("vae_decoder",), layout="optimum"))
     assert read(target / "vae_decoder" / "config.json")["scaling_factor"] == 0.18215
 
 
@@ -168,9 +168,9 @@ def test_dimensions_have_blanks_for_io_binding() -> None:
 
 def test_no_pipeline_of_optimum_knows_a_flexible_unet(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no pipeline of optimum's knows the UNet of deci"):
-        export(str(tiny("decidiffusion-1")), tmp_path / "target", layout="optimum")
+        export(str(tiny("decidiffusion-1")), tmp_path / "target", ExportRequest(layout="optimum"))
     with pytest.raises(SettingsError, match="no layout 'flat'; there are plain, optimum"):
-        export(str(tiny("sd")), tmp_path / "target", layout="flat")  # type: ignore[arg-type]
+        export(str(tiny("sd")), tmp_path / "target", ExportRequest(layout="flat"))  # type: ignore[arg-type]
     assert not (tmp_path / "target").exists()
 
 
@@ -193,7 +193,7 @@ def test_graphs_are_taken_as_they_are(arranged: Path, tmp_path: Path) -> None:
 
 
 def test_and_can_be_arranged_again(arranged: Path, tmp_path: Path) -> None:
-    export(str(arranged), tmp_path / "again", layout="optimum")
+    export(str(arranged), tmp_path / "again", ExportRequest(layout="optimum"))
     assert files(tmp_path / "again") == files(arranged)
     for name in files(arranged) - {"manifest.json"}:
         assert (tmp_path / "again" / name).read_bytes() == (arranged / name).read_bytes(), name
@@ -272,7 +272,7 @@ def test_a_directory_of_optimums_own_names(arranged: Path, copy: Copy, tmp_path:
 
 
 def test_chosen_components(arranged: Path, tmp_path: Path) -> None:
-    manifest = export(str(arranged), tmp_path / "taken", components=["vae_encoder"])
+    manifest = export(str(arranged), tmp_path / "taken", ExportRequest(components=("vae_encoder",)))
     assert list(manifest.components) == list(manifest.source.sha256) == ["vae_encoder"]
     assert manifest.components["vae_encoder"].inputs["sample"].shape == ("batch", 3, 32, 32)
 
@@ -466,7 +466,7 @@ def directories(
             task = ("--task", "text-to-image")
             called(programs / "optimum-cli", "export", "onnx", "-m", checkpoint, *task, target)
         else:
-            export(str(checkpoint), target, layout="optimum")
+            export(str(checkpoint), target, ExportRequest(layout="optimum"))
         return target
 
     yield directory

@@ -50,13 +50,13 @@ Unet = Callable[[str], Path]
 def unet(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Unet:
     """A function that gives the engine directory of a family's UNet, exported and no more."""
     pytest.importorskip("diffusers", exc_type=ImportError)
-    from latentforge.export.stage import export
+    from latentforge.export.stage import ExportRequest, export
 
     folder = tmp_path_factory.mktemp("split")
 
     @cache
     def exported(family: str) -> Path:
-        export(str(tiny(family)), folder / family, components=["denoiser"])
+        export(str(tiny(family)), folder / family, ExportRequest(components=("denoiser",)))
         return folder / family
 
     return exported

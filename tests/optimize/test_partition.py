@@ -150,7 +150,7 @@ def both(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     """Return a function that exports a family, whole and partitioned; ``sd/2`` has batch 2."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.onnx import Dimensions
-    from latentforge.export.stage import export
+    from latentforge.export.stage import ExportRequest, export
 
     folder = tmp_path_factory.mktemp("hoist")
 
@@ -158,8 +158,8 @@ def both(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     def built(name: str) -> tuple[Path, Path]:
         family, _, batch = name.partition("/")
         whole = folder / name.replace("/", "-")
-        sizes = Dimensions(batch=int(batch)) if batch else None
-        export(str(tiny(family)), whole, components=["denoiser"], dimensions=sizes)
+        sizes = Dimensions(batch=int(batch) if batch else None)
+        export(str(tiny(family)), whole, ExportRequest(components=("denoiser",), dimensions=sizes))
         complete(whole)
         return whole, cut(whole, whole.with_name(f"{whole.name}-cut"))
 

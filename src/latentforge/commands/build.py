@@ -149,4 +149,4 @@ def _build_for_optimum(options: argparse.Namespace, sizes: Sizes) -> None:
             "--layout optimum keeps graphs as optimum knows them: give no recipe, target, option, "
             "--fast, --dry-run or several sizes, or leave it plain"
         )
-    export_engines(options, (), fixed)
+    export_engines(options, fixed)

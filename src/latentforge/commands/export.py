@@ -1,9 +1,8 @@
-"""latentforge export: a checkpoint as ONNX engines."""
+"""Command ``latentforge export``: from a checkpoint to ONNX engines."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,13 @@ __all__ = ["add", "export_engines"]
 
 
 def add(commands: Any) -> None:
+    """Add the command to the subparsers of the main parser."""
     parser = arguments.command(
         commands,
         "export",
         _export,
-        "Turn a checkpoint into ONNX engines, each compared with torch",
-        "Each component must give torch's outputs, within a thousandth of the largest, on "
+        "Export a checkpoint to ONNX engines, and compare each with torch",
+        "Each component must reproduce torch's outputs, within a thousandth of the largest one, on "
         "inputs recorded from a denoising run. Needs pip install 'latentforge[cpu,export]'.",
     )
     arguments.add_stage(parser)
@@ -33,45 +33,44 @@ def add(commands: Any) -> None:
         "--batch",
         type=int,
         metavar="ROWS",
-        help="fix the rows of one engine run; guidance takes two rows an image, and what does "
-        "not fit runs in parts (default: free)",
+        help="fix the rows of one engine run; classifier-free guidance takes two rows per image, "
+        "and larger batches are split into several runs (default: free)",
     )
     parser.add_argument(
         "--components",
         type=arguments.names,
         default=(),
         metavar="NAME,...",
-        help="only these (default all)",
+        help="export these components only (default: all)",
     )
 
 
 def _export(options: argparse.Namespace) -> None:
     from latentforge.export.onnx import Dimensions
 
-    fixed = Dimensions(batch=options.batch, height=options.height, width=options.width)
-    export_engines(options, options.components, fixed)
-    _inspect_plainly(options.engines)
+    dimensions = Dimensions(batch=options.batch, height=options.height, width=options.width)
+    export_engines(options, dimensions, tuple(options.components))
+    _print_description(options.engines)
 
 
 def export_engines(
-    options: argparse.Namespace, components: Sequence[str], dimensions: Dimensions
+    options: argparse.Namespace, dimensions: Dimensions, components: tuple[str, ...] = ()
 ) -> None:
-    """Export as the arguments of add_stage() say."""
+    """Export with the checkpoint, target and layout that arguments.add_stage() parsed."""
     output.quiet_libraries()
-    from latentforge.export.stage import export
+    from latentforge.export.stage import ExportRequest, export
 
-    export(
-        options.checkpoint,
-        options.engines,
+    request = ExportRequest(
         components=components,
         dimensions=dimensions,
         layout=options.layout,
         overwrite=options.overwrite,
         quiet=False,
     )
+    export(options.checkpoint, options.engines, request)
 
 
-def _inspect_plainly(engines: Path) -> None:
+def _print_description(engines: Path) -> None:
     from latentforge.commands.describe import describe
     from latentforge.runtime.manifest import Manifest
 
