@@ -538,7 +538,7 @@ def test_merges_cut_short(
     (tmp_path / "again").mkdir()
     write_tokenizer(opened, "tokenizer", tmp_path / "again")
     (message,) = caplog.messages
-    assert "no merge makes 20 tokens" in message and "cut short" in message
+    assert "no merge produces 20 tokens" in message and "truncated" in message
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings"])
