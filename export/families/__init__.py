@@ -1,4 +1,4 @@
-"""Every model family, and how its checkpoints are cut into components."""
+"""Table of model families."""
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.decidiffusion import DECIDIFFUSION
@@ -13,16 +13,16 @@ FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, DECIDIFFU
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """The family that a checkpoint belongs to, by its pipeline's class name.
+    """Return the family of a checkpoint, by the pipeline class that its model_index.json names.
 
     Raises:
-        CheckpointError: we know no such family.
+        CheckpointError: no family has that pipeline class.
     """
     for family in FAMILIES:
         if checkpoint.pipeline_class in family.pipelines:
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
+    supported = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise CheckpointError(
-        f"{checkpoint.name} is a {checkpoint.pipeline_class}, which we cannot export; "
-        f"we know {known}"
+        f"{checkpoint.name} is a {checkpoint.pipeline_class}, which cannot be exported; "
+        f"supported pipelines: {supported}"
     )

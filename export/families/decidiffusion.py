@@ -1,7 +1,7 @@
-"""DeciDiffusion 1.0 and 2.0: Stable Diffusion around a leaner UNet of Deci's own making.
+"""DeciDiffusion 1.0 and 2.0: Stable Diffusion with a smaller UNet, found by architecture search.
 
-The denoiser is the folder flexible_unet/; unet/ is a placeholder in the size of Stable
-Diffusion 1.5's, and never read. https://huggingface.co/Deci/DeciDiffusion-v1-0 and -v2-0.
+The UNet is in the folder flexible_unet/; unet/ is a placeholder of the size of Stable Diffusion
+1.5's UNet and is never read. https://huggingface.co/Deci/DeciDiffusion-v1-0 and -v2-0.
 """
 
 from transformers import CLIPTextModel
@@ -17,8 +17,8 @@ __all__ = ["DECIDIFFUSION"]
 
 _FOLDER = "flexible_unet"
 
-# Of the two releases' own pipelines, told apart by the mid block that only the first one has.
-# The second one's steps are counted before its solver squeezes them.
+# Defaults of the two releases' own pipelines. Only the first release has a mid block. The steps of
+# the second are those before its scheduler maps them to fewer.
 _FIRST = FamilyDefaults(steps=30, guidance_rescale=0.7)
 _SECOND = FamilyDefaults(sampler="squeezed_10", steps=16, guidance_rescale=0.8)
 

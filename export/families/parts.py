@@ -1,6 +1,6 @@
-"""The components that families share, each as a plan made from a checkpoint's configurations.
+"""Component plans that several families share, made from a checkpoint's configurations.
 
-Inputs and outputs have the names that optimum's ONNX exports gave them.
+Inputs and outputs have the names of optimum's ONNX exports.
 """
 
 import reprlib
@@ -33,9 +33,10 @@ __all__ = [
 
 
 class TextEncoder(nn.Module):
-    """Token ids (batch, tokens) to hidden states (batch, tokens, width) and pooled outputs.
+    """Text encoder: token ids (batch, tokens) to hidden states and pooled outputs.
 
-    ``hidden_states.K`` is what enters layer K, ``last_hidden_state`` comes after the final norm.
+    Hidden states are (batch, tokens, width): ``hidden_states.K`` is the input of layer K,
+    ``last_hidden_state`` the output of the final norm. Pooled outputs are (batch, width).
     """
 
     def __init__(self, model: nn.Module, outputs: tuple[str, ...]) -> None:
@@ -44,17 +45,17 @@ class TextEncoder(nn.Module):
         self.outputs = outputs
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(input_ids=input_ids, output_hidden_states=True)
-        return tuple(self._value(found, name) for name in self.outputs)
+        values = self.model(input_ids=input_ids, output_hidden_states=True)
+        return tuple(self._value(values, name) for name in self.outputs)
 
     @staticmethod
-    def _value(found: Any, name: str) -> Tensor:
+    def _value(values: Any, name: str) -> Tensor:
         key, _, index = name.partition(".")
-        return found[key][int(index)] if index else found[key]
+        return values[key][int(index)] if index else values[key]
 
 
 class UNet(nn.Module):
-    """Noisy latents (batch, channels, h, w), timestep (1,) and conditions to the prediction."""
+    """UNet: noisy latents (batch, channels, h, w), timestep (1,) and conditioning to prediction."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -82,11 +83,11 @@ class UNet(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latents (batch, channels, h, w), divided by the scaling factor, to pixels in -1..1."""
+    """VAE decoder: latents (batch, channels, h, w), divided by the scaling factor, to -1..1 pixels."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        model.encoder = model.quant_conv = None  # half of the weights, and no use here
+        model.encoder = model.quant_conv = None  # half of the weights, and unused here
         self.model = model
 
     def forward(self, latent_sample: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Pixels in -1..1 to the mean and log variance of their latents, stacked by channel."""
+    """VAE encoder: pixels in -1..1 to mean and log variance of the latents, joined by channel."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -109,7 +110,15 @@ class VaeEncoder(nn.Module):
 def text_encoder(
     checkpoint: Checkpoint, kind: type[Any], outputs: tuple[str, ...], name: str = "text_encoder"
 ) -> ComponentPlan:
-    """A CLIP or OpenCLIP text tower, loaded as ``kind``, and which of its outputs to give."""
+    """Return the plan of a CLIP or OpenCLIP text encoder.
+
+    Args:
+        checkpoint: the checkpoint.
+        kind: model class of transformers.
+        outputs: outputs of the graph: last_hidden_state, hidden_states.K, pooler_output,
+            text_embeds.
+        name: of the component and of its folder.
+    """
     config = checkpoint.config(name)
     tokens, width = config["max_position_embeddings"], config["hidden_size"]
     hidden = TensorSpec("float32", ("batch", tokens, width))
@@ -129,7 +138,7 @@ def text_encoder(
 
 
 def tokens(text: ComponentPlan) -> int:
-    """How many tokens a text encoder takes."""
+    """Return the number of tokens that a text encoder takes."""
     return int(text.inputs["input_ids"].shape[1])
 
 
@@ -142,18 +151,18 @@ def unet(
     module: Callable[[Checkpoint], nn.Module] | None = None,
     added: Mapping[str, int] | None = None,
 ) -> ComponentPlan:
-    """The denoiser.
+    """Return the plan of a UNet, as the component ``denoiser``.
 
     Args:
-        config: in_channels, cross_attention_dim and, if there is one, time_cond_proj_dim.
+        config: with in_channels, cross_attention_dim and, optionally, time_cond_proj_dim.
         latent: the latent space.
-        tokens: of a prompt.
-        folder: of its weights.
-        module: loads it, if it is no UNet of diffusers.
-        added: widths of further inputs (batch, width), by name.
+        tokens: number of tokens of a prompt.
+        folder: folder of its weights.
+        module: loads the module, if it is not diffusers' UNet2DConditionModel.
+        added: widths of additional inputs (batch, width), by name.
 
     Raises:
-        CheckpointError: the UNet does not fit the latents.
+        CheckpointError: the input channels do not match the latents.
     """
     channels = config["in_channels"]
     _check_channels(channels, latent)
@@ -180,11 +189,11 @@ def unet(
 
 
 def vae(latent: Latent, *, overflows_fp16: bool = False) -> tuple[ComponentPlan, ComponentPlan]:
-    """The two halves of the autoencoder, decoder first.
+    """Return the plans of the autoencoder's decoder and encoder, in this order.
 
     Args:
         latent: the latent space.
-        overflows_fp16: whether its values leave the range of half precision.
+        overflows_fp16: its values exceed the range of half precision.
     """
     scale = latent.downscale
     shape = ("batch", latent.channels, "latent_height", "latent_width")
@@ -215,11 +224,19 @@ def vae(latent: Latent, *, overflows_fp16: bool = False) -> tuple[ComponentPlan,
 
 
 def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
-    """The VAE's latents; sides are multiples of what the UNet needs to halve them."""
+    """Return the latent space of the checkpoint's VAE.
+
+    Args:
+        checkpoint: the checkpoint.
+        multiple: divisor of the latents' height and width, by the denoiser's downsampling.
+
+    Raises:
+        CheckpointError: the VAE normalizes latents in a way that the runtime does not support.
+    """
     config = checkpoint.config("vae")
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if config.get(key) is not None:
-            raise CheckpointError(f"{checkpoint.name}: vae has a {key}, which we do not apply")
+            raise CheckpointError(f"{checkpoint.name}: vae has a {key}, which is not supported")
     return Latent(
         channels=config["latent_channels"],
         scaling_factor=config.get("scaling_factor", 0.18215),
@@ -228,12 +245,12 @@ def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
     )
 
 
-def defaults(checkpoint: Checkpoint, usual: FamilyDefaults) -> FamilyDefaults:
-    """What requests get: the usual, or what a student that was distilled to few steps needs.
+def defaults(checkpoint: Checkpoint, family: FamilyDefaults) -> FamilyDefaults:
+    """Return the family's defaults, or those of a model that was distilled to few steps.
 
-    Latent consistency models have a LCMScheduler, and mostly a guidance input (Luo et al. 2023);
-    adversarial students (Sauer et al. 2023, arXiv 2311.17042) predict noise and come with an Euler
-    scheduler that starts at the last timestep, as nothing else does.
+    Latent consistency models have an LCMScheduler and, mostly, a guidance input (Luo et al. 2023).
+    Models from adversarial distillation (Sauer et al. 2023, arXiv 2311.17042) predict epsilon and
+    have an Euler scheduler with trailing timesteps, a combination that no other model has.
     """
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
     kind = scheduler.get("_class_name")
@@ -246,68 +263,71 @@ def defaults(checkpoint: Checkpoint, usual: FamilyDefaults) -> FamilyDefaults:
     last = scheduler.get("timestep_spacing") == "trailing"
     if euler and noise and last and not scheduler.get("rescale_betas_zero_snr"):
         return FamilyDefaults(steps=1, guidance_scale=0.0)
-    return usual
+    return family
 
 
 @contextmanager
 def reading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Say in one line what is wrong with a configuration that makes no plan."""
+    """Turn errors from reading a malformed configuration into one-line CheckpointErrors."""
     try:
         yield
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.name}: a config.json has no key {error}") from error
     except (TypeError, ValueError, ManifestError) as error:
-        raise CheckpointError(
-            f"{checkpoint.name}: a config.json makes no sense: {error}"
-        ) from error
+        raise CheckpointError(f"{checkpoint.name}: a config.json is invalid: {error}") from error
 
 
 def check_unet(checkpoint: Checkpoint, config: Mapping[str, Any], *, text_time: bool) -> None:
-    """Refuse a UNet that is told of things that its pipeline does not tell it.
+    """Refuse a UNet with other conditioning inputs than its pipeline has.
 
     Args:
-        checkpoint: for its name.
-        config: of the UNet.
-        text_time: whether it is told of pooled prompts and sizes.
+        checkpoint: the checkpoint, named in the error.
+        config: configuration of the UNet.
+        text_time: the pipeline conditions it on pooled prompts and time ids.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the configuration has another kind of added conditioning.
     """
-    wanted = {
+    expected = {
         "addition_embed_type": "text_time" if text_time else None,
         "class_embed_type": None,
         "encoder_hid_dim_type": None,
     }
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if config.get(key) != value:
             raise CheckpointError(
-                f"{checkpoint.name}: a {checkpoint.pipeline_class} has a unet with {key} {value}, "
-                f"and this one's is {reprlib.repr(config.get(key))}"
+                f"{checkpoint.name}: {key} of the unet of a {checkpoint.pipeline_class} must be "
+                f"{value}, not {reprlib.repr(config.get(key))}"
             )
 
 
 def check_context(checkpoint: Checkpoint, texts: Sequence[ComponentPlan], width: object) -> None:
-    """Refuse text encoders whose states, side by side, are not as wide as the UNet takes them.
+    """Refuse text encoders whose joined hidden states do not have the UNet's context width.
+
+    Args:
+        checkpoint: the checkpoint, named in the error.
+        texts: plans of the text encoders.
+        width: cross_attention_dim of the UNet.
 
     Raises:
-        CheckpointError: with both numbers.
+        CheckpointError: the widths differ.
     """
-    given = sum(
+    total = sum(
         int(next(s for s in t.outputs.values() if len(s.shape) == 3).shape[2]) for t in texts
     )
-    if given != width:
+    if total != width:
         names = " and ".join(text.name for text in texts)
         raise CheckpointError(
-            f"{checkpoint.name}: the UNet's cross_attention_dim is {reprlib.repr(width)}, and "
-            f"from {names} come {given}"
+            f"{checkpoint.name}: the UNet's cross_attention_dim is {reprlib.repr(width)}, but "
+            f"the hidden states of {names} are {total} wide"
         )
 
 
 def _check_channels(channels: object, latent: Latent) -> None:
-    """A UNet takes latents alone, or with a mask and the latents of what that leaves."""
+    """Check the input channels: latents alone, or also a mask and masked latents (inpainting)."""
     sizes = latent.channels, 2 * latent.channels + 1
     if channels not in sizes:
         raise CheckpointError(
-            f"the UNet takes {reprlib.repr(channels)} channels and the VAE gives "
-            f"{latent.channels}: we run text to image ({sizes[0]}) and inpainting ({sizes[1]})"
+            f"the UNet takes {reprlib.repr(channels)} channels, but with {latent.channels} latent "
+            f"channels it must take {sizes[0]} (text to image) or {sizes[1]} (inpainting)"
         )

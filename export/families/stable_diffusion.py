@@ -1,8 +1,8 @@
-"""Stable Diffusion 1.x and 2.x, and their students: one text encoder, a UNet, a KL autoencoder.
+"""Stable Diffusion 1.x and 2.x and models distilled from them.
 
-Rombach et al. (2022), arXiv 2112.10752. Smaller students (BK-SDM, Kim et al. 2023) and latent
-consistency models are the same with another configuration, and so are inpainting models, whose
-UNet takes nine channels.
+One CLIP text encoder, a UNet and a KL autoencoder: Rombach et al. (2022), arXiv 2112.10752. Smaller
+distilled models (BK-SDM, Kim et al. 2023), latent consistency models and inpainting models, whose
+UNet has nine input channels, differ in their configuration only.
 """
 
 from transformers import CLIPTextModel
@@ -17,7 +17,7 @@ __all__ = ["STABLE_DIFFUSION"]
 
 
 def _plan(checkpoint: Checkpoint) -> ExportPlan:
-    """One text encoder, whose last hidden states are all that the UNet is told of a prompt."""
+    """Return the plan: the last hidden states of one text encoder condition the UNet."""
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
         parts.check_unet(checkpoint, config, text_time=False)

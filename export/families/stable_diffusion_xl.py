@@ -1,8 +1,9 @@
-"""Stable Diffusion XL, its refiner and its students: Podell et al. (2023), arXiv 2307.01952.
+"""Stable Diffusion XL, its refiner and models distilled from it.
 
-Two text encoders, of which the UNet gets the hidden states before the last layer and the second
-one's pooled output, and sizes as numbers. The refiner has the second encoder alone, and an
-aesthetic score in place of the target size. SSD-1B and Vega are the same with fewer blocks.
+Podell et al. (2023), arXiv 2307.01952. The UNet is conditioned on the input of the last layer of two
+text encoders, on the pooled output of the second, and on image sizes as numbers. The refiner has
+the second encoder only, and an aesthetic score in place of the target size. SSD-1B and Vega have
+fewer blocks.
 """
 
 import reprlib
@@ -43,7 +44,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
             tokens=parts.tokens(texts[-1]),
             added={"text_embeds": _pooled(checkpoint, config, time_ids), "time_ids": len(time_ids)},
         )
-        # Its pipelines take a VAE to overflow in half unless the configuration says no.
+        # diffusers' pipelines assume that the VAE overflows in fp16 unless force_upcast is false.
         upcast = bool(checkpoint.config("vae").get("force_upcast", True))
         return ExportPlan(
             components=(*texts, unet, *parts.vae(latent, overflows_fp16=upcast)),
@@ -59,7 +60,10 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
 
 
 def _text_encoders(checkpoint: Checkpoint) -> tuple[ComponentPlan, ...]:
-    """Each gives what enters its last layer; the refiner has no first one."""
+    """Return plans of the text encoders that the checkpoint has; the refiner lacks the first.
+
+    The context is the input of the last layer.
+    """
     kinds: dict[str, tuple[type[Any], tuple[str, ...]]] = {
         "text_encoder": (CLIPTextModel, ()),
         "text_encoder_2": (CLIPTextModelWithProjection, ("text_embeds",)),
@@ -84,14 +88,17 @@ def _encoder(text: ComponentPlan) -> TextEncoding:
 
 
 def _pooled(checkpoint: Checkpoint, config: dict[str, Any], time_ids: tuple[TimeId, ...]) -> int:
-    """Width of the pooled prompt: what the numbers leave of the UNet's added embedding."""
+    """Return the width of the pooled prompt.
+
+    The UNet's added embedding holds the pooled prompt and one embedding per time id.
+    """
     total = config["projection_class_embeddings_input_dim"]
     width = int(total - len(time_ids) * config["addition_time_embed_dim"])
-    given = checkpoint.config("text_encoder_2").get("projection_dim", 512)
-    if width != given:
+    projected = checkpoint.config("text_encoder_2").get("projection_dim", 512)
+    if width != projected:
         raise CheckpointError(
-            f"{checkpoint.name}: text_encoder_2 gives {reprlib.repr(given)} numbers, and beside "
-            f"{len(time_ids)} sizes the UNet's added embedding has room for {width}"
+            f"{checkpoint.name}: the pooled output of text_encoder_2 is {reprlib.repr(projected)} "
+            f"wide, but beside {len(time_ids)} time ids the UNet's added embedding holds {width}"
         )
     return width
 

@@ -1,4 +1,4 @@
-"""What a family is made of."""
+"""Types that describe a model family and the export of one of its checkpoints."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,19 +15,19 @@ __all__ = ["ComponentPlan", "FamilyDefaults", "Family", "ExportPlan", "Reference
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentPlan:
-    """One graph to export.
+    """Plan for the export of one component to one graph.
 
     Attributes:
-        name: of the component in the manifest.
-        folder: of the checkpoint that holds its weights.
-        part: what diffusers calls the module in its pipelines.
-        module: gives the torch module of the checkpoint, in float32.
-        wrap: makes a module with one tensor for each input, by name, and one for each output in
-            order; it may take the module apart.
-        inputs: the signature, all free dimensions named.
+        name: name of the component in the manifest.
+        folder: folder of the checkpoint with its weights.
+        part: name of the module in diffusers' pipelines.
+        module: loads the torch module of a checkpoint, in float32.
+        wrap: wraps the module so that it takes one tensor per input, by name, and returns one per
+            output, in order; it may modify the module.
+        inputs: tensor specs by name, with names for the free dimensions.
         outputs: likewise.
-        multiples: free dimensions that only take multiples of a number, and that number.
-        overflows_fp16: whether the checkpoint says that it needs more than half precision.
+        multiples: divisors of free dimensions, by dimension name.
+        overflows_fp16: the checkpoint states that the values exceed the range of half precision.
     """
 
     name: str
@@ -41,13 +41,20 @@ class ComponentPlan:
     overflows_fp16: bool = False
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
-        """The module to trace."""
+        """Load the module of a checkpoint, wrapped for tracing."""
         return self.wrap(self.module(checkpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyDefaults:
-    """What a family's requests get; None for the sampler is that of the checkpoint's scheduler."""
+    """Default settings of a family's requests.
+
+    Attributes:
+        sampler: name of the sampler; None takes the one of the checkpoint's scheduler.
+        steps: number of denoising steps.
+        guidance_scale: scale of classifier-free guidance.
+        guidance_rescale: strength of guidance rescaling, 0 to 1 (Lin et al. 2023).
+    """
 
     sampler: str | None = None
     steps: int = 50
@@ -57,14 +64,14 @@ class FamilyDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """How one checkpoint is cut up.
+    """Plan for the export of one checkpoint.
 
     Attributes:
-        components: in the order in which an image run uses them.
-        conditioning: how prompts reach the UNet; names its tokenizers, which are folders too.
+        components: plans of the components, in the order in which text to image runs them.
+        conditioning: text encoders and their outputs that condition the denoiser.
         latent: the latent space.
-        sample_size: height and width that the model was trained for, in pixels.
-        defaults: of a request.
+        sample_size: height and width of the training images, in pixels.
+        defaults: default settings of a request.
     """
 
     components: tuple[ComponentPlan, ...]
@@ -75,15 +82,21 @@ class ExportPlan:
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
-        """Folders of the checkpoint."""
+        """Names of the tokenizers, which are also their folders in the checkpoint."""
         return tuple(encoder.tokenizer for encoder in self.conditioning.encoders)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The diffusers pipelines that a family's pictures have to be those of.
+    """Class names of the diffusers pipelines whose images a family has to reproduce.
 
-    By name: importing them brings image processors, seconds and warnings that export can spare.
+    They are names because importing the classes loads image processors, takes seconds and emits
+    warnings that export does not need.
+
+    Attributes:
+        text: pipeline for text to image.
+        image: pipeline for image to image.
+        inpaint: pipeline for inpainting.
     """
 
     text: str
@@ -91,24 +104,24 @@ class Reference:
     inpaint: str
 
 
-def _as_it_is(config: Mapping[str, Any]) -> dict[str, Any]:
+def _unchanged(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of checkpoint.
+    """Model family: a kind of checkpoint that export supports.
 
     Attributes:
-        name: in the manifest.
-        pipelines: the pipeline classes that its checkpoints name.
-        plan: cuts one up.
-        reference: diffusers' pipelines for it.
-        scheduler: a scheduler_config.json as those pipelines read it.
+        name: name in the manifest.
+        pipelines: pipeline classes that model_index.json may name.
+        plan: returns the export plan of a checkpoint.
+        reference: diffusers' pipelines for the family.
+        scheduler: returns a scheduler_config.json with the corrections that those pipelines make.
     """
 
     name: str
     pipelines: tuple[str, ...]
     plan: Callable[[Checkpoint], ExportPlan]
     reference: Reference
-    scheduler: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_it_is
+    scheduler: Callable[[Mapping[str, Any]], dict[str, Any]] = _unchanged

@@ -1,8 +1,8 @@
-"""How a flexible UNet is put together, read from its configuration or from its weights.
+"""Structure of a flexible UNet, read from its configuration or inferred from its weights.
 
-What is known of the two published networks comes from
-https://huggingface.co/Deci/DeciDiffusion-v1-0 and .../DeciDiffusion-v2-0: the first one's
-config.json, and the second one's file size, which one structure alone explains.
+The structures of the two published networks were derived from
+https://huggingface.co/Deci/DeciDiffusion-v1-0 and .../DeciDiffusion-v2-0: from the config.json of
+the first, and from the file size of the second, which exactly one structure explains.
 """
 
 import re
@@ -19,13 +19,13 @@ __all__ = [
     "BlockStructure",
     "FlexibleStructure",
     "Shapes",
-    "compare",
-    "shown",
+    "check_equal",
+    "shortened",
 ]
 
 _MAX_BLOCKS = 16
 _MAX_LAYERS = 64
-_MAX_WIDTH = 1 << 16  # of channels, heads, sizes: far above any real one, far below an accident
+_MAX_WIDTH = 1 << 16  # limit of channels, heads, sizes: far above real values
 
 _LAYER = re.compile(
     r"((?:down|up)_blocks\.(?:0|[1-9][0-9]?)|mid_block)\.modules_list\.(0|[1-9][0-9]?)\.(\w+)\..+"
@@ -37,18 +37,22 @@ _KINDS = {
 _CONTEXT = "transformer_blocks.0.attn2.to_k.weight"
 
 Shapes = Mapping[str, Sequence[int]]
+"""Shapes of weights by name."""
+
+LayerKinds = Mapping[str, Mapping[int, str]]
+"""R or A by block and index in its modules_list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStructure:
-    """One block of the UNet.
+    """Structure of one block of the UNet.
 
     Attributes:
-        in_channels: of what comes in; in an up block, of the last skip that it takes.
-        out_channels: of what goes out, and of all that lies between.
-        prev_channels: up blocks only: of what comes in from the block before.
-        layers: the order of its modules_list, R for a resnet and A for an attention.
-        resample: whether it ends in a downsampler (down) or an upsampler (mid, up).
+        in_channels: input channels; in an up block, channels of the last skip connection.
+        out_channels: output channels, and channels between the layers.
+        prev_channels: channels of the input from the previous block; up blocks only.
+        layers: order of modules_list, R for a resnet and A for an attention.
+        resample: the block ends with a downsampler (down) or an upsampler (mid, up).
     """
 
     in_channels: int
@@ -59,21 +63,21 @@ class BlockStructure:
 
     @property
     def resnets(self) -> int:
-        """How many resnets it has."""
+        """Number of resnets."""
         return self.layers.count("R")
 
     @property
     def attentions(self) -> int:
-        """How many attentions it has."""
+        """Number of attentions."""
         return self.layers.count("A")
 
     def hidden_widths(self) -> list[int]:
-        """Channels that come into each resnet from the layer before, without the skip."""
+        """Return the input channels of each resnet, without those of its skip connection."""
         first = self.in_channels if self.prev_channels is None else self.prev_channels
         return [first, *[self.out_channels] * (self.resnets - 1)]
 
     def skip_widths(self) -> list[int]:
-        """Channels of the skip that each resnet takes: 0 outside of up blocks."""
+        """Return the channels of each resnet's skip connection; 0 outside up blocks."""
         if self.prev_channels is None:
             return [0] * self.resnets
         return [*[self.out_channels] * (self.resnets - 1), self.in_channels]
@@ -81,17 +85,20 @@ class BlockStructure:
 
 @dataclass(frozen=True, kw_only=True)
 class FlexibleStructure:
-    """All that the network is built from.
+    """Structure of a flexible UNet.
 
     Attributes:
-        down, mid, up: the blocks in the order of the forward pass; a mid block may be absent.
-        in_channels, out_channels: of the latents that come in and of the prediction.
-        heads: attention heads, everywhere.
+        down: down blocks, in the order of the forward pass.
+        mid: mid block; None if there is none.
+        up: up blocks, in the order of the forward pass.
+        in_channels: channels of the noisy latents.
+        out_channels: channels of the prediction.
+        heads: attention heads of every attention.
         cross_attention_dim: width of the prompt's hidden states.
-        time_width: of the time embedding.
-        sample_size: height and width of the latents that it was trained for.
-        eps: of the resnets' norms; the attentions' is 1e-6.
-        groups: of all group norms.
+        time_width: width of the time embedding.
+        sample_size: height and width of the latents of the training images.
+        eps: epsilon of the resnets' group norms; that of the attentions is 1e-6.
+        groups: groups of all group norms.
     """
 
     down: tuple[BlockStructure, ...]
@@ -108,57 +115,58 @@ class FlexibleStructure:
 
     @property
     def multiple(self) -> int:
-        """What height and width of the latents have to be multiples of."""
+        """Divisor of the latents' height and width."""
         return int(2 ** sum(block.resample for block in self.down))
 
     @property
     def mixed(self) -> bool:
-        """Whether resnets and attentions alternate, rather than all resnets coming first."""
+        """True if resnets and attentions alternate, False if all resnets come first."""
         return all(
             b.layers == _order(b.resnets, b.attentions, mixed=True) for b in self.blocks().values()
         )
 
     def blocks(self) -> dict[str, BlockStructure]:
-        """All blocks by their names in the state dict, in the order of the forward pass."""
+        """Return all blocks by their names in the state dict, in the order of the forward pass."""
         mid = {} if self.mid is None else {"mid_block": self.mid}
         down = {f"down_blocks.{i}": block for i, block in enumerate(self.down)}
         return {**down, **mid, **{f"up_blocks.{i}": block for i, block in enumerate(self.up)}}
 
     def check(self) -> None:
-        """Refuse a structure whose parts do not fit together.
+        """Check that the blocks fit together.
 
         Raises:
-            CheckpointError: with the first part that does not.
+            CheckpointError: a block does not fit; the message names the first one.
         """
         if not self.down or len(self.down) != len(self.up):
             raise CheckpointError(
-                f"{len(self.down)} down blocks and {len(self.up)} up blocks make no UNet"
+                f"{len(self.down)} down blocks and {len(self.up)} up blocks do not form a UNet: "
+                "it has one up block per down block"
             )
         for name, block in self.blocks().items():
             _check_block(self, name, block)
         if not self.mixed and any(b.layers != _sorted(b.layers) for b in self.blocks().values()):
             raise CheckpointError(
-                "resnets and attentions alternate in some blocks, and not in others"
+                "resnets and attentions alternate in some blocks but not in others"
             )
         if not any(block.attentions for block in self.blocks().values()):
-            raise CheckpointError("there is no attention: this network could follow no prompt")
+            raise CheckpointError("there is no attention, so the prompt would have no effect")
         _check_wiring(self)
 
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], keys: Collection[str] | None = None
     ) -> "FlexibleStructure":
-        """Read the hub's config.json, whose ``configurations`` hold the structure.
+        """Read the structure from the ``configurations`` of the hub's config.json.
 
-        How a config.json spells a skipped mid block is not known: numbers that are null,
-        negative or absent mean one; two zeros mean one unless the weights hold a mid block.
+        No published file shows how it denotes an absent mid block. Numbers that are null, negative
+        or missing are taken for one; two zeros are, unless the weights hold a mid block.
 
         Args:
             config: the parsed config.json.
-            keys: the names of the weights, where they are known.
+            keys: names of the weights, if available.
 
         Raises:
-            CheckpointError: it is malformed. Whether its parts fit together, check() tells.
+            CheckpointError: it is malformed. check() tests that the blocks fit together.
         """
         reader = _Reader(config.get("configurations"))
         down, up = reader.down_blocks(), reader.up_blocks()
@@ -184,21 +192,23 @@ class FlexibleStructure:
         """Infer the structure from the names and shapes of the weights.
 
         Args:
-            shapes: the shape of each weight, by its name in the state dict.
-            heads, sample_size, eps: what no shape tells; as published if not given.
+            shapes: shape of each weight, by its name in the state dict.
+            heads: attention heads, which the shapes do not determine; as published by default.
+            sample_size: likewise.
+            eps: likewise.
 
         Raises:
-            CheckpointError: they are not those of a flexible UNet.
+            CheckpointError: the weights are not those of a flexible UNet.
         """
-        found = _found_layers(shapes)
-        down, hidden = _down_blocks(shapes, found)
+        layers = _layer_kinds(shapes)
+        down, hidden = _down_blocks(shapes, layers)
         context = next((key for key in shapes if key.endswith(_CONTEXT)), None)
         if context is None:
             raise CheckpointError("the weights hold no attention")
         return cls(
             down=down,
-            mid=_mid_block(shapes, found, hidden),
-            up=_up_blocks(shapes, found, hidden),
+            mid=_mid_block(shapes, layers),
+            up=_up_blocks(shapes, layers, hidden),
             in_channels=_dims(shapes, "conv_in.weight", 4)[1],
             out_channels=_dims(shapes, "conv_out.weight", 4)[0],
             heads=heads,
@@ -209,7 +219,7 @@ class FlexibleStructure:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The same as the hub's config.json spells it: what from_config reads."""
+        """Return the structure in the form of the hub's config.json, which from_config reads."""
         configurations = {
             "sample_size": self.sample_size,
             "temb_dim": self.time_width,
@@ -253,7 +263,7 @@ def _up_config(blocks: Sequence[BlockStructure]) -> dict[str, Any]:
 
 
 def _order(resnets: int, attentions: int, *, mixed: bool) -> str:
-    """The order of a modules_list: R A R A A, or R R A A A where blocks are not mixed."""
+    """Return the order of a modules_list: R A R A A if mixed, R R A A A if not."""
     parts = ("R" * resnets, "A" * attentions)
     return "".join(chain.from_iterable(zip_longest(*parts, fillvalue="")) if mixed else parts)
 
@@ -291,7 +301,7 @@ DECIDIFFUSION_1 = FlexibleStructure(
         _up(320, 320, 640, "RRR", resample=False),
     ),
 )
-"""DeciDiffusion-v1-0: 814,746,884 parameters."""
+"""Structure of DeciDiffusion-v1-0, with 814,746,884 parameters."""
 
 DECIDIFFUSION_2 = FlexibleStructure(
     down=(
@@ -306,26 +316,33 @@ DECIDIFFUSION_2 = FlexibleStructure(
         _up(320, 320, 640, "RRR", resample=False),
     ),
 )
-"""DeciDiffusion-v2-0: 525,277,444 parameters."""
+"""Structure of DeciDiffusion-v2-0, with 525,277,444 parameters."""
 
 
 def _check_block(structure: FlexibleStructure, name: str, block: BlockStructure) -> None:
     if not block.layers.startswith("R"):
-        raise CheckpointError(f"{name} does not begin with a resnet")
+        raise CheckpointError(f"{name} does not start with a resnet")
     for width in (block.in_channels, block.out_channels):
         if width % structure.groups:
             raise CheckpointError(
-                f"{name} has {width} channels, no multiple of the {structure.groups} norm groups"
+                f"{name} has {width} channels, not a multiple of the {structure.groups} norm groups"
             )
     if block.attentions and block.out_channels % structure.heads:
         raise CheckpointError(
-            f"{name} has {block.out_channels} channels, no multiple of the {structure.heads} heads"
+            f"{name} has {block.out_channels} channels, not a multiple of the {structure.heads} heads"
         )
 
 
 def _check_wiring(structure: FlexibleStructure) -> None:
-    """Follow the hidden states and skips, as (channels, times halved), through all blocks."""
-    hidden, level, skips = _follow_down(structure)
+    """Trace channels and resolution of hidden states and skip connections through all blocks.
+
+    down[0] ─► down[1] ─► ... ─► mid ─► ... ─► up[-2] ─► up[-1]
+        └─ skips └───────────────────────────────┘ skips ──┘
+
+    The down blocks push one skip per resnet and per downsampler but the last, the up blocks pop one
+    per resnet. Both ends must agree on (channels, level); a level is the number of halvings.
+    """
+    hidden, level, skips = _trace_down(structure)
     if structure.mid is not None:
         _expect("mid_block", "input channels", structure.mid.in_channels, hidden)
         _expect("mid_block", "output channels", structure.mid.out_channels, hidden)
@@ -338,17 +355,18 @@ def _check_wiring(structure: FlexibleStructure) -> None:
             skip = skips.pop() if skips else None
             if skip != (width, level):
                 raise CheckpointError(
-                    f"{name} takes a skip of {width} channels, halved {level} times, where the "
-                    f"down blocks left {skip or 'none'}"
+                    f"{name} expects a skip of {width} channels, halved {level} times, but the down "
+                    f"blocks provide {skip or 'none'}"
                 )
         hidden, level = block.out_channels, level - block.resample
     if skips or level:
         raise CheckpointError(
-            f"the up blocks leave {len(skips)} skips unused, and the size halved {level} times"
+            f"the up blocks leave {len(skips)} skips unused, and a size that is halved {level} times"
         )
 
 
-def _follow_down(structure: FlexibleStructure) -> tuple[int, int, list[tuple[int, int]]]:
+def _trace_down(structure: FlexibleStructure) -> tuple[int, int, list[tuple[int, int]]]:
+    """Return channels and level after the down blocks, and their skips as (channels, level)."""
     hidden, level = structure.down[0].in_channels, 0
     skips = [(hidden, level)]
     for index, block in enumerate(structure.down):
@@ -363,15 +381,19 @@ def _follow_down(structure: FlexibleStructure) -> tuple[int, int, list[tuple[int
 
 def _expect(name: str, what: str, value: int | None, expected: int) -> None:
     if value != expected:
-        raise CheckpointError(f"{name} has {value} {what}, where {expected} would fit")
+        raise CheckpointError(f"{name} has {value} {what}, expected {expected}")
 
 
 class _Reader:
-    """Reads numbers that may be anything, and says which one is not what it should be."""
+    """Reader of the ``configurations`` of a config.json, whose values may be of any type.
+
+    Raises:
+        CheckpointError: a value is missing or malformed; the message names it.
+    """
 
     def __init__(self, values: object) -> None:
         if not isinstance(values, Mapping):
-            raise CheckpointError("configurations is no JSON object")
+            raise CheckpointError("configurations is not a JSON object")
         self._values = values
 
     def down_blocks(self) -> tuple[BlockStructure, ...]:
@@ -384,7 +406,7 @@ class _Reader:
         )
 
     def up_blocks(self) -> tuple[BlockStructure, ...]:
-        """Mirrors of the down blocks, from the deepest up."""
+        """Read the up blocks, which mirror the down blocks, from the lowest resolution up."""
         ins, outs = self._widths()
         prevs = self._numbers("prev_output_channels", len(ins))
         layers = self._layers("up_blocks", len(ins))
@@ -407,7 +429,7 @@ class _Reader:
         return BlockStructure(
             in_channels=width,
             out_channels=width,
-            layers=_order(1 + resnets, attentions, mixed=self._mixed()),  # always one more
+            layers=_order(1 + resnets, attentions, mixed=self._mixed()),  # the block has one more
             resample=_flag("add_upsample_mid_block", False if upsample is None else upsample),
         )
 
@@ -418,12 +440,16 @@ class _Reader:
         return _number(name, value, low, high)
 
     def eps(self) -> float:
-        """Of the resnets' norms; their activation is refused if it is not the one we have."""
+        """Read the epsilon of the resnets' norms; any activation but SiLU is refused."""
         if self._get("resnet_act_fn") not in ("silu", "swish"):
-            raise CheckpointError(f"resnet_act_fn is {shown(self._get('resnet_act_fn'))}, not silu")
+            raise CheckpointError(
+                f"resnet_act_fn is {shortened(self._get('resnet_act_fn'))}, not silu"
+            )
         value = self._get("resnet_eps")
         if type(value) is not float or not 0 < value < 1:
-            raise CheckpointError(f"resnet_eps is {shown(value)}: expected a number from 0 to 1")
+            raise CheckpointError(
+                f"resnet_eps is {shortened(value)}: expected a number from 0 to 1"
+            )
         return value
 
     def _widths(self) -> tuple[list[int], list[int]]:
@@ -451,66 +477,68 @@ class _Reader:
     def _list(self, name: str, length: int | None) -> list[Any]:
         value = self._get(name)
         if not isinstance(value, list) or not 1 <= len(value) <= _MAX_BLOCKS:
-            raise CheckpointError(f"{name} is {shown(value)}: expected a list, one entry a block")
+            raise CheckpointError(
+                f"{name} is {shortened(value)}: expected a list with one entry per block"
+            )
         if length not in (None, len(value)):
-            raise CheckpointError(f"{name} has {len(value)} entries, for {length} blocks")
+            raise CheckpointError(f"{name} has {len(value)} entries for {length} blocks")
         return value
 
     def _get(self, name: str) -> Any:
         if name not in self._values:
-            raise CheckpointError(f"there is no {name}")
+            raise CheckpointError(f"{name} is missing")
         return self._values[name]
 
 
 def _number(name: str, value: object, low: int = 1, high: int = _MAX_WIDTH) -> int:
     if type(value) is not int or not low <= value <= high:
         raise CheckpointError(
-            f"{name} is {shown(value)}: expected a whole number from {low} to {high}"
+            f"{name} is {shortened(value)}: expected an integer from {low} to {high}"
         )
     return value
 
 
 def _flag(name: str, value: object) -> bool:
     if type(value) is not bool:
-        raise CheckpointError(f"{name} is {shown(value)}: expected true or false")
+        raise CheckpointError(f"{name} is {shortened(value)}: expected true or false")
     return value
 
 
-def shown(value: object) -> str:
-    """A value for a message, cut to a few words."""
+def shortened(value: object) -> str:
+    """Return the repr of a value for an error message, at most 60 characters long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _found_layers(shapes: Shapes) -> dict[str, dict[int, str]]:
-    """The kind of each layer that the names tell of, by block and place in its modules_list."""
-    found: dict[str, dict[int, str]] = {}
+def _layer_kinds(shapes: Shapes) -> LayerKinds:
+    """Return the kind of each layer by block and index in modules_list, from the weights' names."""
+    layers: dict[str, dict[int, str]] = {}
     for key in shapes:
         if (match := _LAYER.fullmatch(key)) and (kind := _KINDS.get(match[3])):
-            found.setdefault(match[1], {}).setdefault(int(match[2]), kind)
-    return found
+            layers.setdefault(match[1], {}).setdefault(int(match[2]), kind)
+    return layers
 
 
-def _down_blocks(
-    shapes: Shapes, found: Mapping[str, Mapping[int, str]]
-) -> tuple[tuple[BlockStructure, ...], int]:
-    """The down blocks, and the channels that leave the last one."""
+def _down_blocks(shapes: Shapes, kinds: LayerKinds) -> tuple[tuple[BlockStructure, ...], int]:
+    """Return the down blocks, and the output channels of the last one."""
     blocks: list[BlockStructure] = []
-    for name in _block_names(found, "down_blocks"):
-        layers = _layers_of(found, name)
+    for name in _block_names(kinds, "down_blocks"):
+        layers = _layers_of(kinds, name)
         out, width = _conv(shapes, name, 0)
         resample = _has_conv(shapes, f"{name}.downsamplers.0")
         blocks.append(_down(width, out, layers, resample=resample))
     return tuple(blocks), blocks[-1].out_channels
 
 
-def _up_blocks(
-    shapes: Shapes, found: Mapping[str, Mapping[int, str]], hidden: int
-) -> tuple[BlockStructure, ...]:
-    """A resnet's input is the hidden states and a skip: the outer two tell both widths."""
+def _up_blocks(shapes: Shapes, kinds: LayerKinds, hidden: int) -> tuple[BlockStructure, ...]:
+    """Return the up blocks.
+
+    The input of a resnet is hidden states joined with a skip. The first and last resnet of a block
+    determine the widths of both.
+    """
     blocks: list[BlockStructure] = []
-    for name in _block_names(found, "up_blocks"):
-        layers = _layers_of(found, name)
+    for name in _block_names(kinds, "up_blocks"):
+        layers = _layers_of(kinds, name)
         out, first = _conv(shapes, name, 0)
         last = _conv(shapes, name, layers.rindex("R"))[1]
         prev = first - out if layers.count("R") > 1 else hidden
@@ -523,39 +551,38 @@ def _up_blocks(
     return tuple(blocks)
 
 
-def _mid_block(
-    shapes: Shapes, found: Mapping[str, Mapping[int, str]], hidden: int
-) -> BlockStructure | None:
+def _mid_block(shapes: Shapes, kinds: LayerKinds) -> BlockStructure | None:
     if not any(key.startswith("mid_block.") for key in shapes):
         return None
-    layers = _layers_of(found, "mid_block")
+    layers = _layers_of(kinds, "mid_block")
     out, width = _conv(shapes, "mid_block", 0)
     resample = _has_conv(shapes, "mid_block.upsamplers.0")
     return BlockStructure(in_channels=width, out_channels=out, layers=layers, resample=resample)
 
 
-def _block_names(found: Mapping[str, object], kind: str) -> list[str]:
-    numbers = sorted(int(name.split(".")[1]) for name in found if name.startswith(kind))
+def _block_names(kinds: LayerKinds, kind: str) -> list[str]:
+    numbers = sorted(int(name.split(".")[1]) for name in kinds if name.startswith(kind))
     if not numbers or numbers != list(range(len(numbers))) or len(numbers) > _MAX_BLOCKS:
         raise CheckpointError(
-            f"the weights hold the {kind} {shown(numbers)}: expected 1 to {_MAX_BLOCKS}, from 0 on"
+            f"the weights hold the {kind} {shortened(numbers)}: expected 1 to {_MAX_BLOCKS} blocks, "
+            "numbered from 0"
         )
     return [f"{kind}.{number}" for number in numbers]
 
 
-def _layers_of(found: Mapping[str, Mapping[int, str]], block: str) -> str:
-    kinds = found.get(block, {})
-    for index in range(max(1, len(kinds))):
-        if index not in kinds:
+def _layers_of(kinds: LayerKinds, block: str) -> str:
+    by_index = kinds.get(block, {})
+    for index in range(max(1, len(by_index))):
+        if index not in by_index:
             raise CheckpointError(f"the weights hold no {block}.modules_list.{index}")
-    layers = "".join(kinds[index] for index in range(len(kinds)))
+    layers = "".join(by_index[index] for index in range(len(by_index)))
     if not layers.startswith("R"):
-        raise CheckpointError(f"{block}.modules_list.0 is no resnet in the weights")
+        raise CheckpointError(f"{block}.modules_list.0 is not a resnet in the weights")
     return layers
 
 
 def _conv(shapes: Shapes, block: str, layer: int) -> tuple[int, int]:
-    """Output and input channels of a resnet."""
+    """Return output and input channels of a resnet."""
     out, width, *_ = _dims(shapes, f"{block}.modules_list.{layer}.conv1.weight", 4)
     return out, width
 
@@ -569,38 +596,39 @@ def _dims(shapes: Shapes, key: str, rank: int) -> list[int]:
         raise CheckpointError(f"the weights hold no {key}")
     shape = list(shapes[key])
     if len(shape) != rank:
-        raise CheckpointError(f"{key} has the shape {shown(shape)}: expected {rank} dimensions")
+        raise CheckpointError(f"{key} has the shape {shortened(shape)}: expected {rank} dimensions")
     return [_number(f"a dimension of {key}", size, high=2 * _MAX_WIDTH) for size in shape]
 
 
-def compare(told: FlexibleStructure, held: FlexibleStructure, file: str) -> None:
-    """Refuse a configuration that says other than the weights.
+def check_equal(configured: FlexibleStructure, actual: FlexibleStructure, file: str) -> None:
+    """Refuse a configuration that contradicts the weights.
 
     Args:
-        told: the structure that the configuration tells.
-        held: that of the weights.
-        file: what the configuration is called.
+        configured: structure by the configuration.
+        actual: structure by the weights.
+        file: name of the configuration, for the message.
 
     Raises:
-        CheckpointError: with both numbers, the first difference.
+        CheckpointError: they differ; the message has both values of the first difference.
     """
-    facts = _facts(held)
-    for fact, number in _facts(told).items():
-        if fact in facts and facts[fact] != number:
+    in_weights = _properties(actual)
+    for description, value in _properties(configured).items():
+        if description in in_weights and in_weights[description] != value:
             raise CheckpointError(
-                f"{file} says {fact.format(number)}, and the weights hold {facts[fact]}"
+                f"{file} says {description.format(value)}, but the weights hold "
+                f"{in_weights[description]}"
             )
 
 
-def _facts(structure: FlexibleStructure) -> dict[str, int | str | None]:
-    """What can be said of a structure, by the words to say it in: counts first, then widths."""
+def _properties(structure: FlexibleStructure) -> dict[str, int | str | None]:
+    """Return the values of a structure by their description: counts first, then widths."""
     mid = structure.mid
     return {
         "{} down blocks": len(structure.down),
         "{} up blocks": len(structure.up),
         "{} resnets in mid_block (mid_num_resnets + 1)": mid.resnets if mid else 0,
         "{} attentions in mid_block": mid.attentions if mid else 0,
-        **_block_facts(structure),
+        **_block_properties(structure),
         "{} input channels": structure.in_channels,
         "{} output channels": structure.out_channels,
         "a time embedding of {}": structure.time_width,
@@ -608,19 +636,19 @@ def _facts(structure: FlexibleStructure) -> dict[str, int | str | None]:
     }
 
 
-def _block_facts(structure: FlexibleStructure) -> dict[str, int | str | None]:
-    facts: dict[str, int | str | None] = {}
+def _block_properties(structure: FlexibleStructure) -> dict[str, int | str | None]:
+    properties: dict[str, int | str | None] = {}
     blocks = structure.blocks().items()
     for name, block in blocks:
-        facts[f"{{}} resnets in {name}"] = block.resnets
-        facts[f"{{}} attentions in {name}"] = block.attentions
+        properties[f"{{}} resnets in {name}"] = block.resnets
+        properties[f"{{}} attentions in {name}"] = block.attentions
     for name, block in blocks:
         sampler = "downsamplers" if name.startswith("down") else "upsamplers"
-        facts[f"{{}} {sampler} in {name}"] = int(block.resample)
-        facts[f"the order {{}} in {name}"] = block.layers
+        properties[f"{{}} {sampler} in {name}"] = int(block.resample)
+        properties[f"the order {{}} in {name}"] = block.layers
     for name, block in blocks:
         what = "channels in the last skip into" if name.startswith("up") else "channels into"
-        facts[f"{{}} {what} {name}"] = block.in_channels
-        facts[f"{{}} channels out of {name}"] = block.out_channels
-        facts[f"{{}} channels from the block before {name}"] = block.prev_channels
-    return facts
+        properties[f"{{}} {what} {name}"] = block.in_channels
+        properties[f"{{}} channels out of {name}"] = block.out_channels
+        properties[f"{{}} channels from the block before {name}"] = block.prev_channels
+    return properties

@@ -1,7 +1,7 @@
 """DeciDiffusion's UNet, whose blocks hold any number of resnets and attentions in one list.
 
-A checkpoint has it in ``flexible_unet/``; the class that wrote it lies in the checkpoint's own
-pipeline.py, which we never run.
+A checkpoint has it in ``flexible_unet/``. The original class is in the checkpoint's own
+pipeline.py, which is never run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ from latentforge.export.models.flexible_structure import (
     BlockStructure,
     FlexibleStructure,
     Shapes,
-    compare,
-    shown,
+    check_equal,
+    shortened,
 )
 from latentforge.export.modules import check_finite
 from latentforge.runtime.errors import CheckpointError, SettingsError, ShapeError
@@ -37,7 +37,7 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 class _Layers(nn.Module):
-    """Resnets and attentions in one list, and what they share."""
+    """Base of the blocks: resnets and attentions in one list."""
 
     def __init__(self, structure: FlexibleStructure, block: BlockStructure) -> None:
         super().__init__()
@@ -70,11 +70,13 @@ class _Layers(nn.Module):
 
 
 class _DownBlock(_Layers):
+    """Down block."""
+
     def __init__(self, structure: FlexibleStructure, index: int) -> None:
         block = structure.down[index]
         super().__init__(structure, block)
         width = block.out_channels
-        # By any name but "conv" the convolution is there once; by that one, under two names.
+        # Under the name "conv" the convolution would be registered twice.
         sampler = [Downsample2D(width, use_conv=True, name="op")] if block.resample else []
         self.downsamplers = nn.ModuleList(sampler)
         self.last = index == len(structure.down) - 1
@@ -82,20 +84,22 @@ class _DownBlock(_Layers):
     def forward(
         self, hidden: Tensor, time: Tensor, prompt: Tensor, options: dict[str, Any] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states, and the skips that are left for the up blocks."""
+        """Return the hidden states (batch, channels, h, w) and the skips for the up blocks."""
         skips = []
         for layer in self.modules_list:
             hidden = self._run(layer, hidden, time, prompt, options)
-            if isinstance(layer, ResnetBlock2D):  # an attention that follows is not in the skip
+            if isinstance(layer, ResnetBlock2D):  # the skip is taken before a following attention
                 skips.append(hidden)
         if self.downsamplers:
             hidden = _resampled(self.downsamplers, hidden)
-            if not self.last:  # the last block halves for the mid block alone
+            if not self.last:  # the last downsampled output goes to the mid block only
                 skips.append(hidden)
         return hidden, skips
 
 
 class _MidBlock(_Layers):
+    """Mid block."""
+
     def __init__(self, structure: FlexibleStructure, block: BlockStructure) -> None:
         super().__init__(structure, block)
         self.upsamplers = _upsamplers(block)
@@ -103,14 +107,16 @@ class _MidBlock(_Layers):
     def forward(
         self, hidden: Tensor, time: Tensor, prompt: Tensor, options: dict[str, Any] | None
     ) -> Tensor:
-        # The first resnet runs twice. In the original that was an oversight, of a loop over the
-        # whole list after a call of its first entry; but the weights were trained that way.
+        # The first resnet runs twice: the original calls the first entry and then loops over the
+        # whole list. This looks like an oversight, but the weights were trained with it.
         for layer in (self.modules_list[0], *self.modules_list):
             hidden = self._run(layer, hidden, time, prompt, options)
         return _resampled(self.upsamplers, hidden)
 
 
 class _UpBlock(_Layers):
+    """Up block."""
+
     def __init__(self, structure: FlexibleStructure, block: BlockStructure) -> None:
         super().__init__(structure, block)
         self.upsamplers = _upsamplers(block)
@@ -123,7 +129,7 @@ class _UpBlock(_Layers):
         prompt: Tensor,
         options: dict[str, Any] | None,
     ) -> Tensor:
-        """Takes one skip a resnet off the end of the list."""
+        """Return the hidden states; each resnet pops one skip off the end of the list."""
         for layer in self.modules_list:
             if isinstance(layer, ResnetBlock2D):
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
@@ -153,14 +159,14 @@ def _attention(structure: FlexibleStructure, channels: int) -> nn.Module:
 
 
 class _Upsampler(nn.Module):
-    """diffusers' Upsample2D but for its branch on 64 rows, which would bind a traced batch."""
+    """diffusers' Upsample2D without its branch for 64 rows, which would fix a traced batch."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, channels, h, w) to (batch, channels, 2h, 2w)."""
+        """Upsample (batch, channels, h, w) to (batch, channels, 2h, 2w)."""
         return self.conv(functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 
 
@@ -175,14 +181,13 @@ def _resampled(samplers: nn.ModuleList, hidden: Tensor) -> Tensor:
 
 
 class FlexibleUNet2DConditionModel(ModelMixin, ConfigMixin):
-    """The UNet of a structure; diffusers' pipelines take it for their own.
+    """Flexible UNet, a drop-in for UNet2DConditionModel in diffusers' pipelines.
 
-    Its weights have the names that DeciDiffusion's checkpoints give them, and its ``config``
-    is what ``FlexibleStructure.from_config`` reads, so that save_pretrained writes what
-    ``load_flexible_unet`` loads.
+    Its weights have the names of DeciDiffusion's checkpoints. ``FlexibleStructure.from_config``
+    reads its ``config``, so ``load_flexible_unet`` loads what save_pretrained writes.
 
     Raises:
-        CheckpointError: the structure's parts do not fit together.
+        CheckpointError: the blocks of the structure do not fit together.
     """
 
     def __init__(self, structure: FlexibleStructure) -> None:
@@ -216,19 +221,21 @@ class FlexibleUNet2DConditionModel(ModelMixin, ConfigMixin):
         """Predict from noisy latents.
 
         Args:
-            sample: latents (batch, in_channels, h, w), with sides of whole ``multiple``s.
+            sample: latents (batch, in_channels, h, w); h and w are multiples of the structure's
+                ``multiple``.
             timestep: one for all rows, as a number or of shape () or (1,), or (batch,).
-            encoder_hidden_states: the prompt (batch, tokens, cross_attention_dim).
-            timestep_cond, added_cond_kwargs: have to be None; the pipelines pass them.
-            cross_attention_kwargs: handed to the attention processors.
-            return_dict: an object with ``sample`` rather than a tuple.
+            encoder_hidden_states: hidden states of the prompt (batch, tokens, cross_attention_dim).
+            timestep_cond: must be None; diffusers' pipelines pass it.
+            cross_attention_kwargs: passed on to the attention processors.
+            added_cond_kwargs: must be None; diffusers' pipelines pass it.
+            return_dict: return an object with ``sample`` rather than a tuple.
 
         Returns:
             The prediction (batch, out_channels, h, w).
 
         Raises:
-            ShapeError: a side of the latents is no such multiple.
-            SettingsError: a conditioning that this network does not have.
+            ShapeError: height or width of the latents is not such a multiple.
+            SettingsError: a conditioning input that this network does not have.
         """
         if timestep_cond is not None or added_cond_kwargs is not None:
             raise SettingsError("a flexible UNet takes no timestep_cond and no added_cond_kwargs")
@@ -247,7 +254,7 @@ class FlexibleUNet2DConditionModel(ModelMixin, ConfigMixin):
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
 
     def _embed(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
-        """The time embedding (batch, time_width)."""
+        """Return the time embedding (batch, time_width)."""
         steps = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
         steps = steps.reshape(-1).expand(sample.shape[0])
         return self.time_embedding(self.time_proj(steps).to(sample.dtype))
@@ -257,7 +264,7 @@ class FlexibleUNet2DConditionModel(ModelMixin, ConfigMixin):
         height, width = sample.shape[-2:]
         if height % unit != 0 or width % unit != 0:
             raise ShapeError(
-                f"sides of the latents are multiples of {unit} here, not {height} x {width}"
+                f"height and width of the latents must be multiples of {unit}, not {height} x {width}"
             )
 
 
@@ -266,23 +273,23 @@ def load_flexible_unet(
 ) -> FlexibleUNet2DConditionModel:
     """Load a flexible UNet from safetensors, strictly and in float32.
 
-    The structure comes from config.json's ``configurations`` and has to be that of the weights;
-    where there are none it comes from the weights alone, with 8 heads, which no shape tells.
-    No code of the checkpoint is run.
+    The structure is that of the ``configurations`` in config.json, which must match the weights.
+    Without them it is inferred from the weights, with 8 heads, which shapes do not determine. No
+    code of the checkpoint is run.
 
     Returns:
         The module in evaluation mode, without gradients.
 
     Raises:
         CheckpointError: there are no weights, they are pickles, damaged, or hold NaN or infinity;
-            config.json is malformed, or says other than the weights; a weight is missing, left
-            over, or of another shape.
+            config.json is malformed or contradicts the weights; a weight is missing, unexpected,
+            or of another shape.
     """
     files, _ = checkpoint.weights(folder)
-    with _about(f"{checkpoint.name}: {folder}"):
+    with _prefixed(f"{checkpoint.name}: {folder}"):
         shapes = _read_shapes(files)
         structure = _structure(checkpoint.path / folder, shapes)
-        with torch.device("meta"):  # no memory until the weights are there
+        with torch.device("meta"):  # no memory until the weights are loaded
             module = FlexibleUNet2DConditionModel(structure)
         _check_shapes(module, shapes)
     module.load_state_dict(_read_weights(files), strict=True, assign=True)
@@ -291,13 +298,13 @@ def load_flexible_unet(
 
 
 def structure_of(checkpoint: Checkpoint, folder: str = "flexible_unet") -> FlexibleStructure:
-    """The structure that load_flexible_unet would build, from config.json and the files' headers.
+    """Return the structure that load_flexible_unet would build, reading headers of weights only.
 
     Raises:
-        CheckpointError: as load_flexible_unet does, of all that can be told without the weights.
+        CheckpointError: as in load_flexible_unet, as far as the headers show.
     """
     files, _ = checkpoint.weights(folder)
-    with _about(f"{checkpoint.name}: {folder}"):
+    with _prefixed(f"{checkpoint.name}: {folder}"):
         structure = _structure(checkpoint.path / folder, _read_shapes(files))
         structure.check()
     return structure
@@ -308,30 +315,32 @@ def _structure(directory: Path, shapes: Shapes) -> FlexibleStructure:
     config = read_json(file) if file.exists() else {}
     if "configurations" not in config:
         return FlexibleStructure.from_weights(shapes)
-    with _about("config.json"):
-        told = FlexibleStructure.from_config(config, shapes)
-    held = FlexibleStructure.from_weights(
-        shapes, heads=told.heads, sample_size=told.sample_size, eps=told.eps
+    with _prefixed("config.json"):
+        configured = FlexibleStructure.from_config(config, shapes)
+    actual = FlexibleStructure.from_weights(
+        shapes, heads=configured.heads, sample_size=configured.sample_size, eps=configured.eps
     )
-    compare(told, held, f"{directory.name}/config.json")
-    return told
+    check_equal(configured, actual, f"{directory.name}/config.json")
+    return configured
 
 
 def _check_shapes(module: nn.Module, shapes: Shapes) -> None:
-    """Compare all names and shapes, before anything is read."""
+    """Compare all names and shapes, before any weight is read."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     problems = {
         "missing": [key for key in expected if key not in shapes],
-        "unknown": [key for key in shapes if key not in expected],
+        "unexpected": [key for key in shapes if key not in expected],
     }
     for problem, keys in problems.items():
         if keys:
-            raise CheckpointError(f"{len(keys)} weights are {problem}, such as {shown(keys[0])}")
+            raise CheckpointError(
+                f"{len(keys)} weights are {problem}, such as {shortened(keys[0])}"
+            )
     wrong = [key for key, shape in expected.items() if tuple(shapes[key]) != shape]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} weights are of a wrong shape, such as {wrong[0]}: "
-            f"{tuple(shapes[wrong[0]])}, where {expected[wrong[0]]} is expected"
+            f"{len(wrong)} weights have a wrong shape, such as {wrong[0]}: "
+            f"{tuple(shapes[wrong[0]])}, expected {expected[wrong[0]]}"
         )
 
 
@@ -342,18 +351,18 @@ def _read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
             for key in opened.keys():
                 weight = opened.get_slice(key)
                 if key in shapes:
-                    raise CheckpointError(f"two files hold {shown(key)}")
+                    raise CheckpointError(f"two files contain {shortened(key)}")
                 if weight.get_dtype() not in _FLOATS:
                     raise CheckpointError(
-                        f"{shown(key)} is of type {weight.get_dtype()}: expected a float of "
-                        "16 bits or more"
+                        f"{shortened(key)} has dtype {weight.get_dtype()}: expected a float of 16 bits "
+                        "or more"
                     )
                 shapes[key] = tuple(weight.get_shape())
     return shapes
 
 
 def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """All weights in float32, converted one by one, so that there is no second copy of them."""
+    """Read all weights in float32, converting one at a time to avoid a second copy."""
     weights: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -363,9 +372,9 @@ def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Put what an error is about before what it says."""
+def _prefixed(prefix: str) -> Iterator[None]:
+    """Prepend a prefix to the messages of CheckpointErrors."""
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{what}: {error}") from error
+        raise CheckpointError(f"{prefix}: {error}") from error

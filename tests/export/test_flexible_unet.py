@@ -1,4 +1,4 @@
-"""DeciDiffusion's UNet: its structure, its wiring against one written twice, and its loading."""
+"""DeciDiffusion's UNet: structure, forward pass against a second implementation, and loading."""
 
 import json
 import math
@@ -128,11 +128,11 @@ def inputs(
     return sample, torch.tensor([321.0]), prompt
 
 
-# The network once more, from functions of torch, the names of the weights, and config.json.
+# A second implementation of the network from torch functions, weight names and config.json.
 
 
 class Written:
-    """The forward pass as the original has it, or with one of its peculiarities put right."""
+    """Forward pass of the original, or with one of its quirks fixed."""
 
     def __init__(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], fix: str) -> None:
         self.weights, self.config, self.fix = weights, config, fix
@@ -304,30 +304,30 @@ def test_file_size_is_safetensors_own(tmp_path: Path) -> None:
     assert (tmp_path / FILE).stat().st_size == half_file_bytes(weights)
 
 
-def test_config_tells_the_published_structures() -> None:
+def test_published_configurations() -> None:
     assert FlexibleStructure.from_config({"configurations": FIRST}) == DECIDIFFUSION_1
     assert FlexibleStructure.from_config({"configurations": SECOND}) == DECIDIFFUSION_2
 
 
 @pytest.mark.parametrize("which", [DECIDIFFUSION_1, DECIDIFFUSION_2])
 @pytest.mark.parametrize("mixed", [True, False])
-def test_weights_tell_the_structure(which: FlexibleStructure, mixed: bool) -> None:
+def test_structure_from_weights(which: FlexibleStructure, mixed: bool) -> None:
     config = which.to_config()
     config["configurations"]["mix_block_in_forward"] = mixed
-    told = FlexibleStructure.from_config(config)
-    assert (told == which) is mixed
-    assert FlexibleStructure.from_weights(shapes_of(on_meta(told))) == told
+    configured = FlexibleStructure.from_config(config)
+    assert (configured == which) is mixed
+    assert FlexibleStructure.from_weights(shapes_of(on_meta(configured))) == configured
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_config_is_written_as_it_is_read(name: str) -> None:
-    told = structure(name)
-    keys = ["mid_block."] if told.mid else []
-    assert FlexibleStructure.from_config(told.to_config(), keys) == told
-    held = FlexibleStructure.from_weights(
-        shapes_of(on_meta(told)), heads=told.heads, sample_size=told.sample_size
+    original = structure(name)
+    keys = ["mid_block."] if original.mid else []
+    assert FlexibleStructure.from_config(original.to_config(), keys) == original
+    inferred = FlexibleStructure.from_weights(
+        shapes_of(on_meta(original)), heads=original.heads, sample_size=original.sample_size
     )
-    assert held == told
+    assert inferred == original
 
 
 def test_orders() -> None:
@@ -350,7 +350,7 @@ def test_every_spelling_of_no_mid_block(number: object) -> None:
 
 
 def test_zeros_are_a_mid_block_where_the_weights_hold_one() -> None:
-    """There is always one resnet more than mid_num_resnets says."""
+    """The mid block has one resnet more than mid_num_resnets."""
     config = {"configurations": {**FIRST, "mid_num_resnets": 0, "mid_num_attentions": 0}}
     mid = FlexibleStructure.from_config(config, ["mid_block.modules_list.0.conv1.weight"]).mid
     assert mid is not None and mid.layers == "R" and mid.resample
@@ -372,7 +372,7 @@ def test_parts_that_do_not_fit(changes: dict[str, Any], words: list[str]) -> Non
 
 @pytest.mark.parametrize("layers", ["ARR", "RRA", "RR"])
 def test_orders_of_no_published_kind(layers: str) -> None:
-    """down_blocks.1 is RAR where all else alternates; with RR, an attention is away, and fits."""
+    """down_blocks.1 is RAR and all other blocks alternate; RR lacks an attention but is valid."""
     block = replace(DECIDIFFUSION_1.down[1], layers=layers)
     down = (DECIDIFFUSION_1.down[0], block, DECIDIFFUSION_1.down[2])
     changed = replace(DECIDIFFUSION_1, down=down)
@@ -387,21 +387,21 @@ def test_orders_of_no_published_kind(layers: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (32, 8)])
-def test_forward_is_the_one_written_here(name: str, size: tuple[int, int]) -> None:
+def test_forward_equals_the_second_implementation(name: str, size: tuple[int, int]) -> None:
     model = network(name)
     arguments = inputs(name, 2, *size)
     assert error(model(*arguments).sample, written(name, model)(*arguments)) < 1e-6
 
 
 @pytest.mark.parametrize("fix", ["first resnet once", "skip after attention"])
-def test_forward_is_not_the_one_put_right(fix: str) -> None:
+def test_forward_keeps_the_quirks(fix: str) -> None:
     model = network("first")
     arguments = inputs("first")
     assert error(model(*arguments).sample, written("first", model, fix)(*arguments)) > 1e-3
 
 
 def test_last_downsample_is_no_skip() -> None:
-    """Put right, there is a skip too many, and the sizes do not meet."""
+    """With that quirk fixed there is one skip too many, and the sizes do not match."""
     model = network("first")
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         written("first", model, "last downsample is a skip")(*inputs("first"))
@@ -409,7 +409,7 @@ def test_last_downsample_is_no_skip() -> None:
 
 @pytest.mark.parametrize("layer", ["down_blocks.2.modules_list.3", "mid_block.modules_list.0"])
 def test_every_layer_counts(layer: str) -> None:
-    """A trailing attention feeds forward, and is not lost behind the skip."""
+    """A trailing attention affects the output: it is not lost after the skip was taken."""
     model = deepcopy(network("first"))
     arguments = inputs("first")
     before = model(*arguments).sample
@@ -451,14 +451,14 @@ def test_rows_have_their_own_timesteps() -> None:
 
 
 def test_equal_blocks_are_not_taken_for_the_last() -> None:
-    """Of two down blocks that are one object, the first one leaves a skip of its downsample."""
+    """If both down blocks are one object, the first still adds the skip of its downsampler."""
     down = BlockStructure(in_channels=32, out_channels=32, layers="RA", resample=True)
     up = replace(down, prev_channels=32, layers="RRA")
     mid = replace(down, layers="R")
-    told = FlexibleStructure(
+    repeated = FlexibleStructure(
         down=(down, down), mid=mid, up=(up, replace(up, resample=False)), cross_attention_dim=8
     )
-    model = FlexibleUNet2DConditionModel(told)
+    model = FlexibleUNet2DConditionModel(repeated)
     prompt = torch.zeros(1, 2, 8)
     assert model(torch.zeros(1, 4, 8, 8), 1, prompt).sample.shape == (1, 4, 8, 8)
 
@@ -466,7 +466,7 @@ def test_equal_blocks_are_not_taken_for_the_last() -> None:
 def test_requests_it_cannot_fulfil() -> None:
     model = network("first")
     sample, step, prompt = inputs("first")
-    with pytest.raises(ShapeError, match="multiples of 8 here, not 16 x 12"):
+    with pytest.raises(ShapeError, match="must be multiples of 8, not 16 x 12"):
         model(sample[..., :12], step, prompt)
     with pytest.raises(SettingsError, match="timestep_cond"):
         model(sample, step, prompt, timestep_cond=torch.zeros(1))
@@ -504,11 +504,11 @@ def test_diffusers_pipeline_takes_it(tiny_checkpoint: Path) -> None:
 
     config = {**NETWORKS["first"], "cross_attention_dim": 32}
     torch.manual_seed(0)
-    told = FlexibleStructure.from_config({"configurations": config})
+    narrow = FlexibleStructure.from_config({"configurations": config})
     base = StableDiffusionPipeline.from_pretrained(tiny_checkpoint, safety_checker=None)
     base.set_progress_bar_config(disable=True)
     pipeline = StableDiffusionPipeline(
-        **{**base.components, "unet": FlexibleUNet2DConditionModel(told)},
+        **{**base.components, "unet": FlexibleUNet2DConditionModel(narrow)},
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -532,7 +532,7 @@ def written_checkpoint(
         save_file(dict(weights), folder / FILE, metadata={"format": "pt"})
     config = {
         "_class_name": "FlexibleUNet2DConditionModel",
-        "block_out_channels": [320, 640, 1280, 1280],  # left over in the published ones, too
+        "block_out_channels": [320, 640, 1280, 1280],  # unused, as in the published files
         "configurations": {**NETWORKS[name], **changes},
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -588,7 +588,7 @@ def test_load_gives_the_saved_network(name: str, tmp_path: Path) -> None:
 
 
 def test_save_pretrained_writes_what_load_reads(tmp_path: Path) -> None:
-    model = deepcopy(network("other")).float()  # its 4 heads are told by config.json alone
+    model = deepcopy(network("other")).float()  # its 4 heads are in config.json alone
     model.save_pretrained(tmp_path / "flexible_unet")
     loaded = load_flexible_unet(Checkpoint(name="saved", path=tmp_path, index={}))
     assert loaded.structure == model.structure
@@ -662,9 +662,9 @@ def test_load_is_strict(configured: bool, tmp_path: Path) -> None:
     weights = small_weights()
     cases = {
         "missing": (weights | {KEY: None}, ["1 weights are missing", KEY]),
-        "unknown": (
+        "unexpected": (
             weights | {"ema.decay": torch.zeros(1), "mid_block.x": torch.zeros(1)},
-            ["2 weights are unknown", "ema.decay"],
+            ["2 weights are unexpected", "ema.decay"],
         ),
         "shape": (weights | {KEY: torch.zeros(63)}, ["1 weights", KEY, "(63,)", "(64,)"]),
         "rank": (
@@ -714,7 +714,7 @@ def test_config_and_weights_contradict(changes: dict[str, Any], words: str, tmp_
         )
 
 
-def test_config_tells_of_a_mid_block_that_is_not_there(tmp_path: Path) -> None:
+def test_config_has_a_mid_block_that_the_weights_lack(tmp_path: Path) -> None:
     changes = {"mid_num_resnets": 4, "mid_num_attentions": 2}
     checkpoint = written_checkpoint(tmp_path, "second", **changes)
     refused(lambda: load_flexible_unet(checkpoint), "5 resnets in mid_block", "hold 0")
@@ -764,7 +764,7 @@ def test_missing_configuration(name: str, tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     del config["configurations"][name]
     file.write_text(json.dumps(config))
-    refused(lambda: load_flexible_unet(checkpoint), "config.json", f"there is no {name}")
+    refused(lambda: load_flexible_unet(checkpoint), "config.json", f"{name} is missing")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"configurations": null}', '{"configurations": [1]}'])
@@ -821,12 +821,12 @@ def without(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[
 
 
 def test_structure_is_plain_data() -> None:
-    told = structure("first")
-    again = asdict(told)
+    original = structure("first")
+    again = asdict(original)
     parts = {
         "down": tuple(BlockStructure(**block) for block in again["down"]),
         "mid": BlockStructure(**again["mid"]),
         "up": tuple(BlockStructure(**block) for block in again["up"]),
     }
-    assert FlexibleStructure(**{**again, **parts}) == told
+    assert FlexibleStructure(**{**again, **parts}) == original
     assert (DECIDIFFUSION_1.multiple, DECIDIFFUSION_2.multiple) == (8, 4)
