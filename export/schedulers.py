@@ -9,13 +9,11 @@ from typing import Any
 import msgspec
 
 from latentforge.runtime.errors import CheckpointError, ManifestError
-from latentforge.runtime.sampling.schedule import (
-    Planner,
-    Prediction,
-    Schedule,
-    plan_squeezed_10,
-    plan_squeezed_11,
-)
+from latentforge.runtime.sampling import SAMPLERS
+from latentforge.runtime.sampling.dpmpp_2m import DPM_SCHEDULER
+from latentforge.runtime.sampling.prediction import Prediction
+from latentforge.runtime.sampling.sampler import Sampler
+from latentforge.runtime.sampling.schedule import Schedule
 
 __all__ = [
     "SCHEDULERS",
@@ -31,56 +29,35 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Counterpart:
-    """The diffusers scheduler that a sampler of ours follows.
+    """diffusers scheduler that a sampler is numerically equal to.
 
     Attributes:
-        scheduler: the name of its class.
-        options: what to give its from_config beside the checkpoint's own config.
-        timesteps: those to give its set_timesteps in place of a number of steps, by schedule and
-            number of steps; None where it finds them itself.
+        scheduler: class name.
+        options: arguments of its from_config, besides the checkpoint's own configuration.
+        timesteps: (schedule, steps) -> argument of its set_timesteps, in place of a number of
+            steps; None if it computes the timesteps itself.
     """
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
     timesteps: Callable[[Schedule, int], list[int]] | None = None
 
+    @classmethod
+    def of(cls, sampler: Sampler) -> "Counterpart":
+        """Return the counterpart that a sampler names."""
 
-def _squeezed(planner: Planner) -> Counterpart:
-    """DeciDiffusion 2.0's own scheduler, as settings of the one that it extends."""
+        def timesteps(schedule: Schedule, steps: int) -> list[int]:
+            return [int(time) for time in sampler.plan(schedule, steps).timesteps]
 
-    def timesteps(schedule: Schedule, steps: int) -> list[int]:
-        return [int(start.timestep) for start, _ in planner(schedule, steps).intervals]
+        row = sampler.diffusers
+        explicit = timesteps if row.explicit_timesteps else None
+        return cls(scheduler=row.name, options=row.options, timesteps=explicit)
 
-    options = {
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "heun",
-        "solver_order": 2,
-        "final_sigmas_type": "sigma_min",
-        "rescale_betas_zero_snr": False,
-    }
-    return Counterpart(scheduler=_DPM, options=options, timesteps=timesteps)
-
-
-_DPM = "DPMSolverMultistepScheduler"
-_KARRAS = {"use_karras_sigmas": True}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
 
 SCHEDULERS: Mapping[str, Counterpart] = {
-    "ddim": Counterpart(scheduler="DDIMScheduler"),
-    "pndm": Counterpart(scheduler="PNDMScheduler", options={"skip_prk_steps": True}),
-    "euler": Counterpart(scheduler="EulerDiscreteScheduler"),
-    "euler_ancestral": Counterpart(scheduler="EulerAncestralDiscreteScheduler"),
-    "heun": Counterpart(scheduler="HeunDiscreteScheduler"),
-    "dpmpp_2m": Counterpart(scheduler=_DPM),
-    "dpmpp_2m_karras": Counterpart(scheduler=_DPM, options=_KARRAS),
-    "dpmpp_2m_sde": Counterpart(scheduler=_DPM, options=_SDE),
-    "dpmpp_2m_sde_karras": Counterpart(scheduler=_DPM, options={**_SDE, **_KARRAS}),
-    "unipc": Counterpart(scheduler="UniPCMultistepScheduler"),
-    "squeezed_10": _squeezed(plan_squeezed_10),
-    "squeezed_11": _squeezed(plan_squeezed_11),
-    "lcm": Counterpart(scheduler="LCMScheduler"),
+    name: Counterpart.of(sampler) for name, sampler in SAMPLERS.items()
 }
-"""The diffusers scheduler that each of our samplers follows."""
+"""diffusers scheduler of each sampler, from the runtime's table of samplers."""
 
 _OPTIONS = {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}
 
@@ -145,7 +122,7 @@ def default_sampler(config: Mapping[str, Any]) -> str:
         ours = {key: reference.options.get(key, default) for key, default in _OPTIONS.items()}
         if reference.scheduler != config.get("_class_name") or reference.timesteps:
             continue
-        if reference.scheduler != _DPM or ours == wanted:
+        if reference.scheduler != DPM_SCHEDULER or ours == wanted:
             return name
     _log.warning("no sampler follows %s; taking dpmpp_2m", config.get("_class_name"))
     return "dpmpp_2m"

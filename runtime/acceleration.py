@@ -1,6 +1,11 @@
-"""Acceleration plan: the cheaper denoiser evaluations that an engine directory was gated for."""
+"""Acceleration plan: the cheaper denoiser evaluations that an engine directory was gated for.
+
+A plan takes effect here and nowhere else: resolve_acceleration() merges it into a request, and
+StepPolicy says for each noise level of that request how the denoiser is evaluated.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -8,8 +13,20 @@ import msgspec
 
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.record import Record
+from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
+from latentforge.runtime.validation import check_count, shown
 
-__all__ = ["AccelerationPlan", "DenoiserVariant", "check_plan"]
+__all__ = [
+    "MAX_STEPS",
+    "AccelerationPlan",
+    "DenoiserVariant",
+    "StepPolicy",
+    "check_plan",
+    "resolve_acceleration",
+]
+
+MAX_STEPS = 1000
+"""Largest number of steps of a request."""
 
 DenoiserVariant = Literal["denoiser", "denoiser_reduced"]
 """Components that can make a full step: the denoiser, or the one with reduced attention."""
@@ -93,3 +110,100 @@ def check_plan(
             "cached_steps are counted from 0 and strictly increasing, and the first of "
             f"{steps} steps is always full: choose from 1 to {steps - 1}"
         )
+
+
+def resolve_acceleration(
+    defaults: Mapping[str, Any], request: Mapping[str, Any], plan: AccelerationPlan | None
+) -> dict[str, Any]:
+    """Merge the defaults, the plan and the request, the later of which override the earlier.
+
+    The plan is left out if there is none or the request is unaccelerated. ``cache_interval``
+    becomes ``cached_steps``.
+
+    Args:
+        defaults: default settings of the manifest, by name.
+        request: settings that the caller passed in, by name.
+        plan: the manifest's plan.
+
+    Raises:
+        SettingsError: the plan is for another sampler or number of steps than the request, or
+            cache_interval contradicts the request.
+    """
+    planned: dict[str, Any] = {}
+    if plan is not None and not request.get("unaccelerated"):
+        _check_schedule(plan, request)
+        planned = plan.request
+    settings = {**defaults, **planned, **request}
+    interval = settings.pop("cache_interval", None)
+    if interval is None:
+        return settings
+    if "cached_steps" in request:
+        raise SettingsError("cache_interval and cached_steps exclude each other: give one")
+    return {**settings, "cached_steps": _cached_steps(interval, settings["steps"])}
+
+
+def _check_schedule(plan: AccelerationPlan, request: Mapping[str, Any]) -> None:
+    planned = plan.request
+    requested = {name: request.get(name, planned[name]) for name in ("sampler", "steps")}
+    if requested != {name: planned[name] for name in requested}:
+        sampler, steps = shown(requested["sampler"]), shown(requested["steps"])
+        raise SettingsError(
+            f"these engines' plan is for {plan.sampler!r} with {plan.steps} steps, not {sampler} "
+            f"with {steps}: omit sampler and steps, or ignore the plan with unaccelerated "
+            "(--unaccelerated)"
+        )
+
+
+def _cached_steps(interval: int, steps: int) -> tuple[int, ...]:
+    """Return all evaluations except every interval-th, which are full."""
+    check_count("cache_interval", interval, MAX_STEPS)
+    check_count("steps", steps, MAX_STEPS)
+    if interval > steps:
+        raise SettingsError(
+            f"cache_interval {interval} is longer than the run of {steps} steps: use 2 to "
+            f"{steps}, or 1 for full evaluations only"
+        )
+    return tuple(index for index in range(steps) if index % interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPolicy:
+    """Evaluation of the denoiser at each noise level of one request.
+
+    Attributes:
+        guidance_interval: lowest and highest sigma with classifier-free guidance.
+        cached_levels: levels of the cached steps.
+    """
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cached_levels: frozenset[NoiseLevel] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        guidance_interval: tuple[float, float] | None,
+        cached_steps: Sequence[int],
+        plan: NoisePlan,
+    ) -> "StepPolicy":
+        """Resolve the settings of a request.
+
+        Args:
+            guidance_interval: see AccelerationPlan.
+            cached_steps: evaluations of the complete plan. A run that starts late or ends early
+                therefore caches the same levels, except that its first evaluation is full.
+            plan: the complete plan of the request's sampler.
+        """
+        steps = (index for index in cached_steps if index < len(plan.intervals))
+        return cls(
+            guidance_interval=guidance_interval or (0.0, 1.0),
+            cached_levels=frozenset(plan.intervals[index].start for index in steps),
+        )
+
+    def applies_guidance(self, level: NoiseLevel) -> bool:
+        """Return True if classifier-free guidance applies at this level."""
+        low, high = self.guidance_interval
+        return low <= level.sigma <= high
+
+    def is_cached(self, level: NoiseLevel) -> bool:
+        """Return True if the evaluation at this level reuses the cached feature."""
+        return level in self.cached_levels

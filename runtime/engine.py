@@ -1,4 +1,4 @@
-"""One component, loaded: a session that takes any batch, and refuses to pass NaN on."""
+"""Engines: loaded components that take any number of rows and reject NaN."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,16 +20,16 @@ __all__ = ["Engine", "Engines", "LoadEngine"]
 LoadEngine = Callable[[str, backends.Options], "Engine"]
 """Loads a component by name, with backend options."""
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
 _T = TypeVar("_T", bound=np.generic)
 
 
 class Engine:
-    """A component and its session.
+    """Component with its loaded session.
 
-    An engine that takes only some numbers of rows serves every request: a larger one in several
-    runs, a smaller one padded by repeating its last row. Where it takes more, ``max_rows`` limits
-    the rows of one run, which saves memory.
+    An engine that supports only some numbers of rows serves every request: a larger one in several
+    runs (micro-batches), a smaller one padded by repeating its last row. If it supports more,
+    ``max_rows`` limits the rows of one run, which saves memory.
     """
 
     def __init__(
@@ -68,8 +68,13 @@ class Engine:
             max_rows: largest micro-batch of one session run.
             low_memory: do not repack the weights, if the backend can do without.
             spin: keep the threads spinning between runs. An engine that runs rarely should not,
-                to leave the cores to the others.
+                because the others need the cores.
             wrap: replaces the loaded session.
+
+        Raises:
+            BackendError: the backend is not installed, or rejects the engine.
+            DeviceError: the engine needs a device that this machine does not have.
+            ForeignEngineError: the engine was built for another device or version.
         """
         backend = backends.get(component.backend)
         defaults = {
@@ -104,49 +109,49 @@ class Engine:
         return self._max_rows
 
     def run(
-        self, rows: Feeds, shared: Feeds = _NOTHING, *, max_rows: int | None = None
+        self, rows: Feeds, shared: Feeds = _EMPTY, *, max_rows: int | None = None
     ) -> dict[str, NDArray[np.float32]]:
         """Run on all rows and return every output with as many rows, in float32.
 
         Args:
-            rows: inputs with one row a sample, all of the same length; they become float16 or
-                int32 where the engine takes that.
-            shared: inputs that hold for every row, such as the timestep.
+            rows: inputs with one row per sample, all of the same length. They are converted to
+                float16 or int32 if the engine takes that.
+            shared: inputs that apply to every row, such as the timestep.
             max_rows: largest micro-batch of this call; None: the engine's own limit.
 
         Raises:
-            ShapeError: the feeds do not fit the engine.
+            ShapeError: the inputs do not fit the engine.
             BackendError: the engine failed, or an output holds NaN or infinity.
         """
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are rejected
             outputs = {
                 key: value.astype(np.float32, copy=False)
                 for key, value in self._outputs(rows, shared, max_rows).items()
             }
         return self._checked(outputs)
 
-    def run_as_it_is(self, rows: Feeds, shared: Feeds = _NOTHING) -> dict[str, NDArray[Any]]:
-        """The same, with every output in the dtype that the engine gives it: for other engines."""
+    def run_unconverted(self, rows: Feeds, shared: Feeds = _EMPTY) -> dict[str, NDArray[Any]]:
+        """Run as run() does, but return outputs in the engine's dtypes, as inputs of others."""
         return self._checked(self._outputs(rows, shared, None))
 
     def prepared(self, rows: Feeds) -> dict[str, NDArray[Any]]:
-        """Inputs that will be given run after run, in the engine's dtypes and never to change.
+        """Return inputs for many runs: read-only, in the engine's dtypes.
 
-        A backend may keep such read-only arrays on its device.
+        A backend may keep read-only arrays on its device.
         """
-        cast = {name: self._cast(name, array).view() for name, array in rows.items()}
-        for array in cast.values():
+        arrays = {name: self._cast(name, array).view() for name, array in rows.items()}
+        for array in arrays.values():
             array.setflags(write=False)
-        return cast
+        return arrays
 
     def _outputs(self, rows: Feeds, shared: Feeds, max_rows: int | None) -> dict[str, NDArray[Any]]:
         count = self._count(rows)
-        given = {name: self._cast(name, array) for name, array in rows.items()}
-        allowed = self._allowed(given)
+        inputs = {name: self._cast(name, array) for name, array in rows.items()}
+        supported = self._supported_rows(inputs)
         parts, start = [], 0
         while start < count:
-            size = _run_of(count - start, allowed, max_rows or self.max_rows)
-            parts.append(self.session.run({**_part(given, start, size), **shared}))
+            size = _next_size(count - start, supported, max_rows or self._max_rows)
+            parts.append(self._session.run({**_micro_batch(inputs, start, size), **shared}))
             start += size
         return {key: _joined([part[key] for part in parts])[:count] for key in parts[0]}
 
@@ -154,34 +159,36 @@ class Engine:
         counts = {name: len(array) for name, array in rows.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             got = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise ShapeError(f"{self.name}: inputs need the same number of rows; got {got or 0}")
+            raise ShapeError(
+                f"{self._name}: inputs must have the same number of rows; got {got or 0}"
+            )
         return next(iter(counts.values()))
 
     def _cast(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        spec = self.component.inputs.get(name)
+        spec = self._component.inputs.get(name)
         if spec is None or not np.can_cast(array.dtype, spec.dtype, "same_kind"):
-            return array  # for the session to refuse
+            return array  # rejected by the session
         return array.astype(spec.dtype, copy=False)
 
-    def _allowed(self, given: Feeds) -> list[Range]:
-        """The numbers of rows that the engine takes, for feeds of this size."""
-        name = next(iter(given))
-        spec = self.component.inputs.get(name)
+    def _supported_rows(self, inputs: Feeds) -> list[Range]:
+        """Return the numbers of rows that the engine supports at the size of these inputs."""
+        name = next(iter(inputs))
+        spec = self._component.inputs.get(name)
         if spec is None or not spec.shape:
-            raise ShapeError(f"{self.name}: engine has no input {name!r} with rows")
+            raise ShapeError(f"{self._name}: engine has no input {name!r} with rows")
         rows = spec.shape[0]
         if isinstance(rows, int):
             return [Range.of(rows)]
-        sizes = self.component.sizes(given)
-        fits = [shapes for shapes in self.component.shapes if _holds(shapes, sizes, but=rows)]
-        return [shapes[rows] for shapes in fits if rows in shapes] or [ANY]
+        sizes = self._component.sizes(inputs)
+        fitting = [s for s in self._component.shapes if _contains(s, sizes, except_for=rows)]
+        return [shapes[rows] for shapes in fitting if rows in shapes] or [ANY]
 
     def _checked(self, outputs: dict[str, NDArray[_T]]) -> dict[str, NDArray[_T]]:
         for key, value in outputs.items():
             if not np.isfinite(value).all():
                 raise BackendError(
-                    f"{self.name}: output {key} holds NaN or infinity: its precision does not suit "
-                    "this model, or the weights are damaged; build again with --precision fp32"
+                    f"{self._name}: output {key} holds NaN or infinity: its precision does not "
+                    "suit this model, or the weights are damaged; build again with --precision fp32"
                 )
         return outputs
 
@@ -193,7 +200,7 @@ class Engines(Mapping[str, Engine]):
     """
 
     def __init__(
-        self, load: LoadEngine, names: Iterable[str], options: backends.Options = _NOTHING
+        self, load: LoadEngine, names: Iterable[str], options: backends.Options = _EMPTY
     ) -> None:
         self._load = load
         self._options = dict(options)
@@ -231,25 +238,26 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _holds(shapes: Shapes, sizes: Mapping[str, int], *, but: str) -> bool:
-    others = {name: allowed for name, allowed in shapes.items() if name != but}
-    return all(sizes.get(name, 0) in allowed for name, allowed in others.items())
+def _contains(shapes: Shapes, sizes: Mapping[str, int], *, except_for: str) -> bool:
+    """Return True if the sizes lie in the ranges, apart from those of one dimension."""
+    ranges = {name: range_ for name, range_ in shapes.items() if name != except_for}
+    return all(sizes.get(name, 0) in range_ for name, range_ in ranges.items())
 
 
-def _run_of(left: int, allowed: Sequence[Range], max_rows: int | None) -> int:
-    """How many rows the next run has: the most that there are, or else the least it takes."""
+def _next_size(left: int, supported: Sequence[Range], max_rows: int | None) -> int:
+    """Return the rows of the next run: as many as possible, or else the smallest supported."""
     limit = min(left, max_rows or left)
-    fitting = [min(limit, rows.max) for rows in allowed if rows.min <= limit]
-    return max(fitting, default=min(rows.min for rows in allowed))
+    fitting = [min(limit, rows.max) for rows in supported if rows.min <= limit]
+    return max(fitting, default=min(rows.min for rows in supported))
 
 
-def _part(rows: Feeds, start: int, size: int) -> dict[str, NDArray[np.generic]]:
-    """Rows start to start + size of every input; the last one fills up what lacks."""
-    return {key: _padded(_cut(array, start, size), size) for key, array in rows.items()}
+def _micro_batch(rows: Feeds, start: int, size: int) -> dict[str, NDArray[np.generic]]:
+    """Return `size` rows of every input, padded by repeating the last row."""
+    return {key: _padded(_slice(array, start, size), size) for key, array in rows.items()}
 
 
-def _cut(array: NDArray[np.generic], start: int, size: int) -> NDArray[np.generic]:
-    """The very same array where that is all of it: backends may know it by its identity."""
+def _slice(array: NDArray[np.generic], start: int, size: int) -> NDArray[np.generic]:
+    """Return rows of an array; the same object for all of them, as backends may cache it."""
     return array if size == len(array) else array[start : start + size]
 
 

@@ -1,87 +1,42 @@
-"""Where the time goes: by stage for every image, by layer on request."""
+"""Repeated image runs, and the time of each layer."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from latentforge.runtime.backends import LayerTime
+from latentforge.runtime.engine import Engine
 from latentforge.runtime.machine import cpu_name, peak_memory, resident_memory
+from latentforge.runtime.timings import Timings
 
-__all__ = ["Benchmark", "Profile", "Stopwatch", "Timings"]
+__all__ = ["PROMPT", "Benchmark", "Profile"]
 
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one image run: each call of each stage, and all of it together."""
-
-    stages: Mapping[str, tuple[float, ...]]
-    total: float
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The sum of each stage; ``sampler`` is what no engine accounts for."""
-        sums = {name: sum(calls) for name, calls in self.stages.items()}
-        return {**sums, "sampler": max(0.0, self.total - sum(sums.values()))}
-
-    @property
-    def step(self) -> float:
-        """The median of the UNet's calls."""
-        return statistics.median(self.stages["denoiser"])
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value:.3f}" for name, value in self.seconds.items())
-        return f"{self.total:.3f} s ({parts})"
-
-
-class Stopwatch:
-    """Collects what becomes Timings; counts only the time inside its own blocks."""
-
-    def __init__(self) -> None:
-        self._stages: defaultdict[str, list[float]] = defaultdict(list)
-        self._total = 0.0
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one call of a stage."""
-        start = time.perf_counter()
-        yield
-        self._stages[name].append(time.perf_counter() - start)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time of the block towards the total; a caller's pause between is not."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._total += time.perf_counter() - start
-
-    def timings(self) -> Timings:
-        """What has been measured so far."""
-        return Timings({name: tuple(calls) for name, calls in self._stages.items()}, self._total)
+PROMPT = "a photo of a cat"
+"""Prompt of the runs if the caller has no preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """The summary of repeated image runs, under the names that Infery's result had.
+    """Summary of repeated image runs, under the names that Infery's benchmark result had.
 
-    Times are in milliseconds and memory in MB, both as Infery gave them. What Infery said of copies
-    to and from a device is in no run of ours: pictures come as a whole, prompt to pixels, so that
-    ``include_io`` is always true.
+    Times are in milliseconds and memory in MB, as in Infery. Every run goes from prompt to pixels,
+    so include_io is always true, and there are no separate figures for copies to and from a device.
 
     Attributes:
-        batch_inf_time: of a batch of pictures, the median; its variance is over the runs.
-        memory: most that the process ever held; ``pre_inference_memory_used`` before the first of
-            these runs and ``post_inference_memory_used`` after the last.
-        first_inf_time: of the run that came first and is not among the others.
-        stages: the median milliseconds of each stage, and of one UNet step.
+        batch_size: images per run.
+        batch_inf_time: median of the runs; the variance is over the runs.
+        sample_inf_time: the median divided by the batch size.
+        throughput: images per second.
+        first_inf_time: time of the first run, which is not among the others.
+        memory: peak memory of the process.
+        pre_inference_memory_used, post_inference_memory_used: resident memory before the first run
+            and after the last.
+        framework_type, framework_version: libraries that run the engines.
+        stages: median milliseconds of each stage, and of one denoiser step.
     """
 
     batch_size: int
@@ -101,6 +56,27 @@ class Benchmark:
     stages: Mapping[str, float]
 
     @classmethod
+    def measure(
+        cls,
+        run: Callable[[], Timings],
+        *,
+        batch_size: int,
+        repetitions: int,
+        versions: Mapping[str, str],
+    ) -> Benchmark:
+        """Run once without counting, then `repetitions` times, and summarize.
+
+        Args:
+            run: makes batch_size images.
+            batch_size: images per run.
+            repetitions: number of counted runs.
+            versions: libraries that run the engines, and their versions.
+        """
+        before = resident_memory()
+        runs = [run() for _ in range(repetitions + 1)]
+        return cls.of(versions, batch_size, runs, memory_before=before)
+
+    @classmethod
     def of(
         cls,
         versions: Mapping[str, str],
@@ -109,7 +85,7 @@ class Benchmark:
         *,
         memory_before: int,
     ) -> Benchmark:
-        """Summarize runs of batch_size images each, of which the first is kept apart."""
+        """Summarize runs of batch_size images each; the first is reported separately."""
         first, counted = runs[0], runs[1:]
         totals = [run.total * 1e3 for run in counted]
         median = statistics.median(totals)
@@ -131,13 +107,13 @@ class Benchmark:
         )
 
     def asdict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the fields as a dictionary of plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
         head = (
-            f"{self.batch_inf_time:.1f} ms a batch of {self.batch_size}, "
-            f"{self.throughput:.2f} images a second, peak memory {self.memory:.0f} MB"
+            f"{self.batch_inf_time:.1f} ms per batch of {self.batch_size}, "
+            f"{self.throughput:.2f} images per second, peak memory {self.memory:.0f} MB"
         )
         return "\n".join([head, *(f"  {k:<14} {v:9.1f} ms" for k, v in self.stages.items())])
 
@@ -149,19 +125,32 @@ def _stages(runs: Sequence[Timings]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Profile:
-    """Layers by the time they took, hottest first, and the seconds of all of them together."""
+    """Layers in the order of their time, slowest first.
+
+    Attributes:
+        layers: all layers, or the slowest of them.
+        total: seconds of all layers together.
+    """
 
     layers: tuple[LayerTime, ...]
     total: float
 
     @classmethod
-    def of(cls, layers: Iterable[LayerTime]) -> Profile:
-        """Sort the layers and sum their time."""
-        hottest = sorted(layers, key=lambda layer: layer.seconds, reverse=True)
-        return cls(tuple(hottest), sum(layer.seconds for layer in hottest))
+    def of(cls, engines: Mapping[str, Engine]) -> Profile:
+        """Collect the layers of engines loaded with ``profile=True``, as COMPONENT/LAYER.
+
+        This ends the recording.
+        """
+        layers = [
+            layer._replace(name=f"{name}/{layer.name}")
+            for name, engine in engines.items()
+            for layer in engine.session.layers()
+        ]
+        layers.sort(key=lambda layer: layer.seconds, reverse=True)
+        return cls(tuple(layers), sum(layer.seconds for layer in layers))
 
     def top(self, count: int) -> Profile:
-        """The hottest layers, with their shares of the whole."""
+        """Return the slowest layers; shares remain relative to all layers."""
         return Profile(self.layers[:count], self.total)
 
     def __str__(self) -> str:

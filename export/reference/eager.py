@@ -25,8 +25,8 @@ from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.bench.worker import ServedModel, serve
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
-from latentforge.runtime.profiling import Stopwatch
 from latentforge.runtime.settings import Settings
+from latentforge.runtime.timings import Stopwatch
 
 __all__ = ["EagerPipeline"]
 

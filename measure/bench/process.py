@@ -17,7 +17,7 @@ from latentforge.measure.energy import EnergyMeter, total_joules
 from latentforge.measure.results import TimedRun
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.machine import device_memory, peak_memory
-from latentforge.runtime.profiling import Timings
+from latentforge.runtime.timings import Timings
 
 __all__ = ["MissingError", "ParticipantProcess"]
 

@@ -96,6 +96,5 @@ def _between(start: ConditioningInputs, end: ConditioningInputs, t: float) -> Co
 
 def _pixels(pipeline: Pipeline, settings: Settings, rows: ConditioningInputs) -> Array:
     """Return the image before it is rounded to 8 bits, which would hide so small a step."""
-    latents = pipeline.run(settings, rows=rows).latents
-    scaled = latents / np.float32(pipeline.manifest.latent.scaling_factor)
-    return pipeline.engines["vae_decoder"].run({"latent_sample": scaled})["sample"].clip(-1, 1)
+    latents = pipeline.run(settings, conditioning=rows).latents
+    return pipeline.decode_pixels(latents).clip(-1, 1)

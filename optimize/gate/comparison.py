@@ -17,8 +17,8 @@ from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, relative_error
 from latentforge.runtime.pipeline import Pipeline, Result
-from latentforge.runtime.profiling import Stopwatch
 from latentforge.runtime.progress import Progress
+from latentforge.runtime.timings import Stopwatch
 
 __all__ = ["component_errors", "image_errors"]
 
@@ -51,7 +51,7 @@ def _run(pipeline: Pipeline, name: str, call: Call) -> Outputs:
         return pipeline.load_engine(name).run(call.feeds)
     rows = {key: a for key, a in call.feeds.items() if key not in ("sample", "timestep")}
     timestep = float(np.ravel(call.feeds["timestep"])[0])
-    denoiser = StepEngines.of(pipeline.engines).conditioned(rows, [timestep], Stopwatch())
+    denoiser = StepEngines.of(pipeline.engines).condition(rows, [timestep], Stopwatch())
     return {"out_sample": denoiser.predict(np.asarray(call.feeds["sample"], np.float32), timestep)}
 
 

@@ -43,6 +43,7 @@ from latentforge.optimize.search.space import (
     fastest,
 )
 from latentforge.optimize.search.timesteps import Found, Timesteps, search
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import BackendError, ManifestError, SettingsError
 from latentforge.runtime.history import stage_record
 from latentforge.runtime.image import psnr
@@ -51,7 +52,6 @@ from latentforge.runtime.machine import available_cores, described, fit_together
 from latentforge.runtime.manifest import AccelerationPlan, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.sampling import samplers
 from latentforge.runtime.settings import Settings, resolve
 
 __all__ = ["POINTS", "STAGE", "STAGES", "USUAL", "SearchRequest", "PlanGate", "accelerate", "check"]
@@ -349,7 +349,7 @@ class _PictureSet:
 
     def figures(self, pipeline: Pipeline, plan: AccelerationPlan, note: Note) -> dict[str, float]:
         """What a plan's pictures are beside the reference's."""
-        results = _drawn(pipeline, [r.following(plan) for r in self.requests], note)
+        results = _drawn(pipeline, [r.with_plan(plan) for r in self.requests], note)
         exact, pictures = ([r.images[0] for r in some] for some in (self.drawn, results))
         rows = compare_pairs(exact, pictures, self._judges.distances)
         errors = rows.pop("error")
@@ -410,7 +410,7 @@ class _Search:
         usual, request = median(r.timings.total for r in drawn), self._chosen_by.requests[0]
         left = [
             each
-            for each in candidates(request.steps, variants, guided=request.guided)
+            for each in candidates(request.steps, variants, guided=request.uses_guidance)
             if costs.seconds(each) * _LEAST_GAIN < usual
         ]
         self._look(left, costs.seconds)
@@ -474,12 +474,8 @@ class _Search:
     def _planned(self, candidate: PlanCandidate) -> tuple[Pipeline, AccelerationPlan]:
         """A candidate as a plan, with timesteps made for the model, and what follows it."""
         sampler, timesteps = self._timesteps(candidate.steps)
-        schedule, method = self._engines.manifest.schedule, samplers.get(sampler)
-        plan = (
-            method.plan_from_timesteps(schedule, timesteps)
-            if timesteps
-            else method.plan(schedule, candidate.steps)
-        )
+        schedule = self._engines.manifest.schedule
+        plan = sampling.noise_plan(sampler, schedule, candidate.steps, timesteps)
         levels = [interval.start for interval in plan.intervals]
         made = candidate.plan(sampler, timesteps, levels)
         return self._engines.pipeline(candidate.variant), made
@@ -545,7 +541,7 @@ def _calls(
         variant="denoiser_reduced" if variant.reduced else "denoiser",
     )
     found = {}
-    for guided in (True, False) if request.guided else (True,):
+    for guided in (True, False) if request.uses_guidance else (True,):
         settings = replace(steps, guidance_interval=None if guided else (0.0, 0.0))
         runs = [pipeline.run(settings).timings.stages for _ in range(_COST_RUNS)]
         for stage, shallow in (("denoiser", False), ("denoiser_cached", True)):

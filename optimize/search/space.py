@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from latentforge.runtime.manifest import AccelerationPlan
-from latentforge.runtime.sampling.schedule import NoiseLevel
+from latentforge.runtime.sampling.levels import NoiseLevel
 
 __all__ = ["UNACCELERATED", "PlanCandidate", "Costs", "Variant", "candidates", "fastest"]
 

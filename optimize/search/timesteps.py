@@ -15,15 +15,12 @@ from itertools import pairwise
 import numpy as np
 from msgspec.structs import replace
 
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.sampling import samplers
-from latentforge.runtime.sampling.schedule import (
-    NoisePlan,
-    Planner,
-    Schedule,
-    plan_dpm,
-    plan_dpm_karras,
-)
+from latentforge.runtime.sampling.dpmpp_2m import plan_dpm, plan_dpm_karras
+from latentforge.runtime.sampling.levels import NoisePlan
+from latentforge.runtime.sampling.sampler import Planner
+from latentforge.runtime.sampling.schedule import Schedule
 
 __all__ = ["ALIGNED", "SOLVERS", "Distance", "Found", "Timesteps", "search", "spacings"]
 
@@ -119,8 +116,8 @@ def spacings(schedule: Schedule, sampler: str, steps: int) -> dict[str, Timestep
     Raises:
         SettingsError: the sampler takes no timesteps but its own, or not so many.
     """
-    own = samplers.get(sampler)
-    if not own.takes_timesteps:
+    own = sampling.get(sampler)
+    if own.plan_from_timesteps is None:
         raise SettingsError(f"{sampler} takes no timesteps but its own: search for another sampler")
     found = {"own": _whole(own.plan(schedule, steps))}
     others: Mapping[str, tuple[Planner, Schedule]] = {

@@ -1,6 +1,7 @@
-"""Prompts, and what else a request tells the UNet, as its inputs."""
+"""Conditioning inputs of the denoiser: text embeddings, sizes and the guidance scale."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,45 +12,83 @@ from latentforge.runtime.manifest import Conditioning
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["ConditioningInputs", "guidance_embedding", "encode_conditioning"]
+__all__ = ["ConditioningEncoder", "ConditioningInputs", "guidance_embedding"]
 
 Array = NDArray[np.float32]
 ConditioningInputs = dict[str, Array]
-"""Inputs of the UNet by name, with a row an image."""
+"""Conditioning inputs of the denoiser by name, one row per image, or two with guidance."""
 
 
-def encode_conditioning(
-    settings: Settings,
-    conditioning: Conditioning,
-    inputs: Mapping[str, TensorSpec],
-    engines: Mapping[str, Engine],
-    tokenizers: Mapping[str, Tokenizer],
-) -> tuple[ConditioningInputs, ConditioningInputs | None]:
-    """What a UNet of these inputs is told of the prompts, and of the negative ones if they count.
+@dataclass(frozen=True, kw_only=True)
+class ConditioningEncoder:
+    """Text encoders of a model, and the rules for its other conditioning.
 
-    A UNet that takes the guidance scale itself (Meng et al. 2023, arXiv 2210.03142) needs no
-    negative prompts, and neither does one that runs at scale 1 or below.
+    Attributes:
+        conditioning: rules of the manifest.
+        inputs: inputs of the whole denoiser.
+        engines: hold the text encoders.
+        tokenizers: tokenizers by name.
     """
-    embedded = "timestep_cond" in inputs
-    guided = settings.guided and not embedded
-    texts = list(settings.prompts)
-    zeros = conditioning.zero_negative and not settings.negative_prompts
-    if guided and not zeros:
-        texts += settings.negative_prompts or [""] * len(texts)
-    encoded = _encode(texts, settings, conditioning, engines, tokenizers)
-    rows = {name: array for name, array in encoded.items() if name in inputs}
-    positive = {name: array[: settings.count] for name, array in rows.items()}
-    negative = {
-        name: np.zeros_like(array[: settings.count]) if zeros else array[settings.count :]
-        for name, array in rows.items()
-    }
-    positive |= _numbers(settings, conditioning, inputs, settings.aesthetic_score)
-    negative |= _numbers(settings, conditioning, inputs, settings.negative_aesthetic_score)
-    return positive, negative if guided else None
+
+    conditioning: Conditioning
+    inputs: Mapping[str, TensorSpec]
+    engines: Mapping[str, Engine]
+    tokenizers: Mapping[str, Tokenizer]
+
+    def encode(self, settings: Settings) -> ConditioningInputs:
+        """Return the denoiser's conditioning inputs for a request, by input name.
+
+        With classifier-free guidance the rows of the negative prompts come first: two rows per
+        image. Guidance is not classifier-free at scale 1 or below, or for a denoiser that takes
+        the scale as an input (Meng et al. 2023, arXiv 2210.03142): then it is one row per image.
+        """
+        guidance = settings.uses_guidance and "timestep_cond" not in self.inputs
+        zeros = self.conditioning.zero_negative and not settings.negative_prompts
+        texts = list(settings.prompts)
+        if guidance and not zeros:
+            texts += settings.negative_prompts or [""] * len(texts)
+        rows = self._encode_texts(texts, settings.images_per_prompt)
+        positive = {name: array[: settings.count] for name, array in rows.items()}
+        positive |= self._numbers(settings, settings.aesthetic_score)
+        if not guidance:
+            return positive
+        negative = {
+            name: np.zeros_like(array[: settings.count]) if zeros else array[settings.count :]
+            for name, array in rows.items()
+        }
+        negative |= self._numbers(settings, settings.negative_aesthetic_score)
+        return {name: np.concatenate([negative[name], positive[name]]) for name in positive}
+
+    def _encode_texts(self, texts: Sequence[str], repeats: int) -> ConditioningInputs:
+        """Return contexts (rows, tokens, width) and pooled outputs (rows, width)."""
+        contexts, pooled = [], None
+        for encoder in self.conditioning.encoders:
+            ids = self.tokenizers[encoder.tokenizer](texts)
+            outputs = self.engines[encoder.component].run({"input_ids": ids})
+            contexts.append(outputs[encoder.context])
+            pooled = outputs[encoder.pooled] if encoder.pooled else pooled
+        encoded = {"encoder_hidden_states": np.concatenate(contexts, axis=-1)}
+        if pooled is not None:
+            encoded["text_embeds"] = pooled
+        rows = {name: array.repeat(repeats, axis=0) for name, array in encoded.items()}
+        return {name: array for name, array in rows.items() if name in self.inputs}
+
+    def _numbers(self, settings: Settings, aesthetic_score: float) -> ConditioningInputs:
+        """Return the inputs that are the same for every image: sizes and the guidance scale."""
+        rows: ConditioningInputs = {}
+        if "time_ids" in self.inputs:
+            values = _time_ids(settings, aesthetic_score)
+            rows["time_ids"] = np.array(
+                [[values[name] for name in self.conditioning.time_ids]], np.float32
+            )
+        if "timestep_cond" in self.inputs:
+            width = int(self.inputs["timestep_cond"].shape[1])
+            rows["timestep_cond"] = guidance_embedding(settings.guidance_scale, width)
+        return {name: row.repeat(settings.count, axis=0) for name, row in rows.items()}
 
 
 def guidance_embedding(scale: float, width: int) -> Array:
-    """Sines and cosines of the guidance scale, (1, width), for latent consistency models.
+    """Return the sinusoidal embedding (1, width) of the guidance scale, for consistency models.
 
     Luo et al. (2023), arXiv 2310.04378, section 4.2, as diffusers computes it.
     """
@@ -61,47 +100,8 @@ def guidance_embedding(scale: float, width: int) -> Array:
     return waves.astype(np.float32)[None]
 
 
-def _encode(
-    texts: Sequence[str],
-    settings: Settings,
-    conditioning: Conditioning,
-    engines: Mapping[str, Engine],
-    tokenizers: Mapping[str, Tokenizer],
-) -> ConditioningInputs:
-    """Contexts (rows, tokens, width) and pooled outputs (rows, width), an image a row."""
-    contexts, pooled = [], None
-    for encoder in conditioning.encoders:
-        ids = tokenizers[encoder.tokenizer](texts)
-        outputs = engines[encoder.component].run({"input_ids": ids})
-        contexts.append(outputs[encoder.context])
-        pooled = outputs[encoder.pooled] if encoder.pooled else pooled
-    told = {"encoder_hidden_states": np.concatenate(contexts, axis=-1)}
-    if pooled is not None:
-        told["text_embeds"] = pooled
-    return {name: array.repeat(settings.images_per_prompt, axis=0) for name, array in told.items()}
-
-
-def _numbers(
-    settings: Settings,
-    conditioning: Conditioning,
-    inputs: Mapping[str, TensorSpec],
-    aesthetic_score: float,
-) -> ConditioningInputs:
-    """Inputs that are the same for every image: sizes and the guidance scale."""
-    told: ConditioningInputs = {}
-    if "time_ids" in inputs:
-        values = _sizes(settings, aesthetic_score)
-        row = np.array([[values[name] for name in conditioning.time_ids]], np.float32)
-        told["time_ids"] = row.repeat(settings.count, axis=0)
-    if "timestep_cond" in inputs:
-        width = int(inputs["timestep_cond"].shape[1])
-        row = guidance_embedding(settings.guidance_scale, width)
-        told["timestep_cond"] = row.repeat(settings.count, axis=0)
-    return told
-
-
-def _sizes(settings: Settings, aesthetic_score: float) -> Mapping[str, float]:
-    """The numbers that Stable Diffusion XL is told: Podell et al. (2023), section 2.2."""
+def _time_ids(settings: Settings, aesthetic_score: float) -> Mapping[str, float]:
+    """Return the micro-conditioning of Stable Diffusion XL: Podell et al. (2023), section 2.2."""
     image = settings.height, settings.width
     original, target = settings.original_size or image, settings.target_size or image
     return {

@@ -1,8 +1,7 @@
-"""What sampling starts from: noise alone, a picture, or the part of a picture under a mask.
+"""Initial latents of a run: from noise, from an image, or from the masked part of an image.
 
-The order in which random numbers are drawn is that of diffusers' pipelines, so that a seed means
-the same picture: the picture's own latents first, then the noise, then the latents of what the
-mask leaves.
+Random numbers are drawn in the order of diffusers' pipelines, so that a seed gives the same image:
+the posterior of the image first, then the noise, then the posterior of the masked image.
 """
 
 from __future__ import annotations
@@ -18,37 +17,28 @@ from PIL import Image
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.image import to_array, to_mask
 from latentforge.runtime.manifest import Latent
-from latentforge.runtime.sampling.samplers import Keep
-from latentforge.runtime.sampling.schedule import NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.sampler import MaskBlend
 from latentforge.runtime.settings import Settings
+from latentforge.runtime.vae import Draw
 
-__all__ = [
-    "InitialState",
-    "Picture",
-    "InitImage",
-    "LatentInitializer",
-    "sample_posterior",
-    "size_of",
-]
+__all__ = ["InitImage", "InitialState", "LatentInitializer", "Picture", "image_size"]
 
 Array = NDArray[np.float32]
 Picture: TypeAlias = "Image.Image | Sequence[Image.Image] | Array"
-"""A picture, one for each prompt, or latents (images, channels, h, w)."""
-
-Draw = Callable[[tuple[int, ...]], Array]
+"""Initial image: one for all prompts, one per prompt, or latents (images, channels, h, w)."""
 
 _LANCZOS = Image.Resampling.LANCZOS
-_LOG_VARIANCE = -30.0, 20.0  # what diffusers clips the encoder's log variance to
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitImage:
-    """What the caller gave to start from.
+    """Initial image and mask of a request, checked and resized.
 
     Attributes:
-        pixels: pictures (n, 3, height, width) in -1..1, n being 1 or the number of prompts.
-        mask: (1, 1, height, width), 1 where to paint and 0 what to keep.
-        latents: (images, channels, h, w), in place of pixels.
+        pixels: images (n, 3, height, width) in -1..1; n is 1 or the number of prompts.
+        mask: (1, 1, height, width), 1 where to paint and 0 where to keep the image.
+        latents: (images, channels, h, w), instead of pixels.
     """
 
     pixels: Array | None = None
@@ -59,66 +49,74 @@ class InitImage:
     def of(
         cls, image: Picture | None, mask: Image.Image | None, settings: Settings, latent: Latent
     ) -> InitImage:
-        """Bring what was given to the request's size.
+        """Check an image and a mask, and resize them to the request's size.
 
         Raises:
-            SettingsError: it is no picture, or something is missing or too much.
-            ShapeError: mask and picture, or latents and request, are of different sizes.
+            SettingsError: one is not an image, or the request lacks one or has one too many.
+            ShapeError: mask and image, or latents and request, differ in size.
         """
         if isinstance(image, np.ndarray):
-            return cls(latents=_latents(image, mask, settings, latent))
+            return cls(latents=_check_latents(image, mask, settings, latent))
         if settings.denoising_start is not None:
-            raise SettingsError("denoising_start goes on from latents: give those as the image")
+            raise SettingsError("denoising_start continues from latents: pass them as the image")
         if mask is not None:
             _check_mask(mask, image)
         size = (settings.width, settings.height)
         return cls(
-            pixels=None if image is None else _pixels(_listed(image), settings),
+            pixels=None if image is None else _pixels(_images(image), settings),
             mask=None if mask is None else to_mask(mask.resize(size, _LANCZOS)),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialState:
-    """What the sampler works on.
+    """Starting point of the sampler.
 
     Attributes:
-        latents: to start from, at the level where the plan starts; noise if None.
-        around: further channels for an inpainting UNet: the mask and what it leaves.
-        keep: puts back, after each step, what is not to be painted.
+        latents: at the noise level where the plan starts; None for noise alone.
+        extra_channels: further input channels of an inpainting denoiser: the mask and the latents
+            of the masked image.
+        mask_blend: puts the image back outside of the mask after each step.
     """
 
     latents: Array | None = None
-    around: Array | None = None
-    keep: Keep | None = None
+    extra_channels: Array | None = None
+    mask_blend: MaskBlend | None = None
 
 
-def size_of(image: Picture, latent: Latent) -> tuple[int, int]:
-    """Height and width in pixels to work at: the picture's, cut to what the model can do."""
+def image_size(image: Picture, latent: Latent) -> tuple[int, int]:
+    """Return the height and width in pixels to work at: the image's, rounded down as needed.
+
+    Raises:
+        ShapeError: the image is smaller than the model's smallest, or the latents not 4-d.
+        SettingsError: it is not an image.
+    """
     if isinstance(image, np.ndarray):
         if image.ndim != 4:
-            raise ShapeError(f"latents are (images, channels, h, w), not of shape {image.shape}")
+            raise ShapeError(
+                f"latents must be (images, channels, h, w), not of shape {image.shape}"
+            )
         return image.shape[-2] * latent.downscale, image.shape[-1] * latent.downscale
     unit = latent.downscale * latent.multiple
-    width, height = _listed(image)[0].size
+    width, height = _images(image)[0].size
     if min(height, width) < unit:
         raise ShapeError(
-            f"the picture is {width}x{height} pixels, and {unit}x{unit} is the least for this model"
+            f"the image is {width}x{height} pixels, and this model needs at least {unit}x{unit}"
         )
     return height // unit * unit, width // unit * unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentInitializer:
-    """Makes canvases, drawing random numbers as diffusers does.
+    """Source of the initial state of one run.
 
     Attributes:
         settings: the request.
-        plan: of the sampler, what strength leaves of it.
+        plan: noise plan of the run; its strength is already applied.
         shape: of the latents, (images, channels, h, w).
-        inpainting_channels: whether the UNet takes mask and picture as further channels.
+        inpainting_channels: True if the denoiser takes the mask and the masked image as channels.
         draw: standard normal noise of a shape.
-        encode: pixels to latents, drawing from the same noise.
+        encode: pixels to latents; draws from the same noise.
     """
 
     settings: Settings
@@ -128,38 +126,39 @@ class LatentInitializer:
     draw: Draw
     encode: Callable[[Array], Array]
 
-    def prepare(self, source: InitImage) -> InitialState:
-        """Everything that a run starts with."""
-        if source.mask is not None or (self.inpainting_channels and source.latents is None):
-            return self._masked(source)
-        if source.latents is not None and self.settings.denoising_start is not None:
-            return InitialState(latents=source.latents)
-        if source.latents is not None:
-            return InitialState(latents=self._noised(source.latents, self.draw(self.shape)))
-        if source.pixels is None:
+    def prepare(self, init: InitImage) -> InitialState:
+        """Return the initial state for an initial image, mask or latents, or for none."""
+        if init.mask is not None or (self.inpainting_channels and init.latents is None):
+            return self._masked(init)
+        if init.latents is not None and self.settings.denoising_start is not None:
+            return InitialState(latents=init.latents)
+        if init.latents is not None:
+            return InitialState(latents=self._noised(init.latents, self.draw(self.shape)))
+        if init.pixels is None:
             return InitialState()
-        clean = self._encoded(source.pixels)
+        clean = self._encoded(init.pixels)
         return InitialState(latents=self._noised(clean, self.draw(self.shape)))
 
-    def _masked(self, source: InitImage) -> InitialState:
-        """Inpainting. An inpainting UNet without a picture paints a whole one."""
+    def _masked(self, init: InitImage) -> InitialState:
+        """Prepare inpainting. Without an image, an inpainting denoiser paints all of it."""
         blank = np.zeros((1, 3, self.settings.height, self.settings.width), np.float32)
-        pixels = blank if source.pixels is None else source.pixels
-        mask = np.ones_like(blank[:, :1]) if source.mask is None else source.mask
+        pixels = blank if init.pixels is None else init.pixels
+        mask = np.ones_like(blank[:, :1]) if init.mask is None else init.mask
         from_noise = self.settings.strength == 1
         clean = blank if from_noise and self.inpainting_channels else self._encoded(pixels)
         noise = self.draw(self.shape)
         latents = noise * np.float32(self.plan.scale) if from_noise else self._noised(clean, noise)
-        left = self._encoded(pixels * (mask < 0.5))  # drawn for even where nobody needs it
+        # Encoded even where it is not used: diffusers draws random numbers for it.
+        masked_image = self._encoded(pixels * (mask < 0.5))
         factor = self.settings.height // self.shape[2]
         small = mask[:, :, ::factor, ::factor]
         if not self.inpainting_channels:
-            return InitialState(latents=latents, keep=_keeping(clean, noise, small))
-        around = np.concatenate([small.repeat(self.shape[0], axis=0), left], axis=1)
-        return InitialState(latents=latents, around=around)
+            return InitialState(latents=latents, mask_blend=_mask_blend(clean, noise, small))
+        extra = np.concatenate([small.repeat(self.shape[0], axis=0), masked_image], axis=1)
+        return InitialState(latents=latents, extra_channels=extra)
 
     def _encoded(self, pixels: Array) -> Array:
-        """Latents with a row an image: of one picture for all, or of one for each prompt."""
+        """Return latents, one row per image of the request."""
         latents = self.encode(pixels)
         return latents.repeat(self.shape[0] // len(latents), axis=0)
 
@@ -167,70 +166,62 @@ class LatentInitializer:
         return _noised(clean, noise, self.plan.intervals[0].start)
 
 
-def sample_posterior(parameters: Array, latent: Latent, draw: Draw) -> Array:
-    """Latents drawn from the Gaussian that the VAE encoder gave, scaled for the UNet.
+def _mask_blend(clean: Array, noise: Array, mask: Array) -> MaskBlend:
+    """Return a callback that puts the image, noised to the same level, back where mask is 0."""
 
-    Args:
-        parameters: mean and log variance, stacked by channel.
-        latent: the latent space.
-        draw: standard normal noise of a shape.
-    """
-    mean, log_variance = np.split(parameters, 2, axis=1)
-    deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
-    latents: Array = mean + deviation * draw(mean.shape)
-    return latents * np.float32(latent.scaling_factor)
-
-
-def _keeping(clean: Array, noise: Array, mask: Array) -> Keep:
-    """Put the picture, noised to the same level, back where the mask is 0."""
-
-    def keep(latents: Array, level: NoiseLevel) -> Array:
+    def blend(latents: Array, level: NoiseLevel) -> Array:
         return (1 - mask) * _noised(clean, noise, level) + mask * latents
 
-    return keep
+    return blend
 
 
 def _noised(clean: Array, noise: Array, level: NoiseLevel) -> Array:
     return np.float32(level.alpha) * clean + np.float32(level.sigma) * noise
 
 
-def _listed(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
-    pictures = [image] if isinstance(image, Image.Image) else image
-    if not isinstance(pictures, Sequence) or not pictures:
-        raise SettingsError(f"image is a picture of Pillow's, not {type(image).__name__}")
-    for picture in pictures:
-        if not isinstance(picture, Image.Image):
-            raise SettingsError(f"image is a picture of Pillow's, not {type(picture).__name__}")
-    return list(pictures)
+def _images(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    images = [image] if isinstance(image, Image.Image) else image
+    if not isinstance(images, Sequence) or not images:
+        raise SettingsError(f"image must be a PIL image, not {type(image).__name__}")
+    for item in images:
+        if not isinstance(item, Image.Image):
+            raise SettingsError(f"image must be a PIL image, not {type(item).__name__}")
+    return list(images)
 
 
-def _pixels(pictures: list[Image.Image], settings: Settings) -> Array:
-    if len(pictures) not in (1, len(settings.prompts)):
+def _pixels(images: list[Image.Image], settings: Settings) -> Array:
+    if len(images) not in (1, len(settings.prompts)):
         raise SettingsError(
-            f"{len(pictures)} pictures for {len(settings.prompts)} prompts: give one or as many"
+            f"{len(images)} images for {len(settings.prompts)} prompts: give one for all, or one "
+            "for each"
         )
-    size = (settings.width, settings.height)  # palettes can't be mixed, so colours come first
-    return to_array([picture.convert("RGB").resize(size, _LANCZOS) for picture in pictures])
+    size = (settings.width, settings.height)
+    # Converted before resizing: colours of a palette cannot be interpolated.
+    return to_array([image.convert("RGB").resize(size, _LANCZOS) for image in images])
 
 
 def _check_mask(mask: Image.Image, image: Image.Image | Sequence[Image.Image] | None) -> None:
     if image is None:
-        raise SettingsError("a mask says which part of a picture to paint: give image too")
+        raise SettingsError("a mask marks the part of an image to paint: give image too")
     if not isinstance(mask, Image.Image):
-        raise SettingsError(f"mask is a picture of Pillow's, not {type(mask).__name__}")
-    for picture in _listed(image):
-        if picture.size != mask.size:
-            (width, height), (w, h) = picture.size, mask.size
-            raise ShapeError(f"the mask is {w}x{h} and the picture {width}x{height}: make them one")
+        raise SettingsError(f"mask must be a PIL image, not {type(mask).__name__}")
+    for item in _images(image):
+        if item.size != mask.size:
+            (width, height), (w, h) = item.size, mask.size
+            raise ShapeError(
+                f"the mask is {w}x{h} and the image {width}x{height}: they must be of one size"
+            )
 
 
-def _latents(given: Array, mask: Image.Image | None, settings: Settings, latent: Latent) -> Array:
+def _check_latents(
+    latents: Array, mask: Image.Image | None, settings: Settings, latent: Latent
+) -> Array:
     if mask is not None:
-        raise SettingsError("a mask needs a picture, and the image given is latents")
+        raise SettingsError("a mask needs an image, and latents were passed instead")
     height, width = settings.height // latent.downscale, settings.width // latent.downscale
     shape = (settings.count, latent.channels, height, width)
-    if given.shape != shape:
-        raise ShapeError(f"latents of shape {given.shape} were given, and {shape} are needed")
-    if not np.issubdtype(given.dtype, np.floating) or not np.isfinite(given).all():
-        raise SettingsError("latents are finite numbers of a floating-point type")
-    return given.astype(np.float32, copy=False)
+    if latents.shape != shape:
+        raise ShapeError(f"latents have shape {latents.shape}, and the request needs {shape}")
+    if not np.issubdtype(latents.dtype, np.floating) or not np.isfinite(latents).all():
+        raise SettingsError("latents must be finite numbers of a floating-point type")
+    return latents.astype(np.float32, copy=False)

@@ -1,10 +1,19 @@
-"""The UNet, whole or in parts: what runs once a prompt, once a schedule, and every step.
+"""Denoiser engines: the parts that run once per request, once per schedule, and in every step.
 
-docs/format.md says what the parts take and give. An engine directory of a whole UNet has the last
-alone.
+docs/format.md describes the inputs and outputs of the parts. An engine directory whose denoiser is
+not partitioned has only the last:
 
-Where that is split too, a step may leave out the deep layers and go on from what they gave at an
-earlier one: DeepCache, Ma et al. (2023), arXiv 2312.00858.
+    conditioning -> denoiser_prompt -+                once per request
+                                     v
+    timesteps ----> denoiser_time ---+                once per schedule
+                                     v
+    latents --------------------> denoiser            every step
+                                     | cached_feature
+                                     v
+    latents -----------------> denoiser_cached        cached steps
+
+A cached step skips the deep blocks and reuses their output of an earlier step: DeepCache, Ma et al.
+(2023), arXiv 2312.00858.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,10 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentforge.runtime.acceleration import DenoiserVariant
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.manifest import CACHED_FEATURE, DenoiserVariant
-from latentforge.runtime.profiling import Stopwatch
+from latentforge.runtime.manifest import CACHED_FEATURE
 from latentforge.runtime.tensor import Feeds, TensorSpec
+from latentforge.runtime.timings import Stopwatch
 
 __all__ = ["ConditionedDenoiser", "StepEngines"]
 
@@ -26,168 +36,180 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class StepEngines:
-    """The engines of a UNet. Threads may share it.
+    """Engines of a denoiser. Threads may share them.
 
     Attributes:
-        step: runs every step.
-        prompt: runs once a request, on rows that are the step's.
-        time: runs for all timesteps of a schedule at once, each of them a row, or as many rows as
-            the step has where it is told of the prompts too.
-        shallow: the step without its deep layers, if some are to be left out.
+        step: runs in every full step.
+        prompt: runs once per request, with one row per row of the step.
+        time: runs once for all timesteps of a schedule, one row per timestep; if it takes outputs
+            of the prompt part too, one row per timestep and row of the step.
+        cached: runs in cached steps; None if the request has none.
     """
 
     step: Engine
     prompt: Engine | None = None
     time: Engine | None = None
-    shallow: Engine | None = None
+    cached: Engine | None = None
 
     @classmethod
     def of(
         cls,
         engines: Mapping[str, Engine],
-        step: DenoiserVariant = "denoiser",
+        variant: DenoiserVariant = "denoiser",
         *,
-        shallow: bool = False,
+        cached: bool = False,
     ) -> "StepEngines":
-        """The UNet among the loaded components, with or without shallow steps."""
+        """Collect the denoiser's engines from the loaded components.
+
+        Args:
+            engines: loaded components by name.
+            variant: the one that runs in full steps.
+            cached: True if the request has cached steps.
+        """
         return cls(
-            step=engines[step],
+            step=engines[variant],
             prompt=engines.get("denoiser_prompt"),
             time=engines.get("denoiser_time"),
-            shallow=engines["denoiser_cached"] if shallow else None,
+            cached=engines["denoiser_cached"] if cached else None,
         )
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
-        """What a whole UNet would take: inputs of a part that no other part gives."""
+        """Inputs of the whole denoiser: those of a part that are not outputs of another."""
         engines = [engine for engine in (self.prompt, self.time) if engine is not None]
-        given = {name for engine in engines for name in engine.component.outputs}
+        internal = {name for engine in engines for name in engine.component.outputs}
         specs: dict[str, TensorSpec] = {}
         for engine in (*engines, self.step):
             specs |= engine.component.inputs
-        return {name: spec for name, spec in specs.items() if name not in given}
+        return {name: spec for name, spec in specs.items() if name not in internal}
 
-    def conditioned(
+    def condition(
         self,
-        rows: Feeds,
+        conditioning: Feeds,
         timesteps: Iterable[float],
         watch: Stopwatch,
         max_rows: int | None = None,
     ) -> "ConditionedDenoiser":
-        """What predicts the noise for one request.
+        """Run the parts that do not depend on the latents, and return the denoiser of one request.
 
         Args:
-            rows: all inputs but sample and timestep, with a row a sample.
-            timesteps: those that will be asked for; others may be too, and take longer.
-            watch: told of every run of a part.
+            conditioning: all inputs except sample and timestep, one row per row of the latents.
+            timesteps: the timesteps of the request; others are possible but slower.
+            watch: times each run of a part.
+            max_rows: largest micro-batch of a step; None: as the engines were loaded.
         """
-        given: Feeds = {}
+        outputs: Feeds = {}
         if self.prompt is not None:
             with watch.stage("denoiser_prompt"):
-                given = self.prompt.run_as_it_is(_only(self.prompt, rows))
-        told = ConditionedDenoiser(self, {**rows, **given}, watch, max_rows)
-        told.prepare(timesteps)
-        return told
+                outputs = self.prompt.run_unconverted(_inputs_of(self.prompt, conditioning))
+        denoiser = ConditionedDenoiser(self, {**conditioning, **outputs}, watch, max_rows)
+        denoiser.prepare(timesteps)
+        return denoiser
 
 
 class ConditionedDenoiser:
-    """A UNet that knows its prompts, for one request.
+    """Denoiser of one request, bound to its conditioning.
 
-    It keeps what it knows of timesteps, and the deep feature of the last full step, which no other
-    request ever sees.
+    It keeps the outputs of the time part, and the cached feature of the last full step.
     """
 
     def __init__(
-        self, unet: StepEngines, rows: Feeds, watch: Stopwatch, max_rows: int | None
+        self, engines: StepEngines, rows: Feeds, watch: Stopwatch, max_rows: int | None
     ) -> None:
-        self._max_rows = max_rows
-        self._unet = unet
+        self._engines = engines
         self._rows = rows
         self._count = len(next(iter(rows.values())))
-        self._prompts = {self._count: unet.step.prepared(_only(unet.step, rows))}
+        self._prompts = {self._count: engines.step.prepared(_inputs_of(engines.step, rows))}
         self._watch = watch
-        self._known: dict[float, tuple[Feeds, Feeds]] = {}
-        self._deep: Array | None = None
+        self._max_rows = max_rows
+        self._times: dict[float, tuple[Feeds, Feeds]] = {}
+        self._feature: Array | None = None
 
-    def predict(self, sample: Array, timestep: float, *, shallow: bool = False) -> Array:
-        """The output for a sample (rows, channels, h, w), in float32.
+    def predict(self, sample: Array, timestep: float, *, cached: bool = False) -> Array:
+        """Return the denoiser's output for a sample (rows, channels, h, w), in float32.
 
         Args:
-            sample: with as many rows as it was told of, or fewer: then they are the last of them.
+            sample: one row per row of the conditioning, or fewer: then the last of them.
             timestep: of all rows.
-            shallow: go on from the deep feature of the last full step. Where that had fewer rows,
-                or there was none, this becomes a full one: right before fast.
+            cached: reuse the cached feature of the last full step. If that step had fewer rows, or
+                there was none, the step is full: a correct result comes before speed.
         """
         self.prepare([timestep])
         count = len(sample)
-        rows, shared = self._known[timestep]
-        own = {name: _last(array, count) for name, array in rows.items()}
-        given = {"sample": sample, **self._told(count), **own}
-        deep = self._deep
-        if shallow and self._unet.shallow and deep is not None and count <= len(deep):
-            given[CACHED_FEATURE] = _last(deep, count)
-            return self._run_step("denoiser_cached", self._unet.shallow, given, shared, timestep)
-        return self._run_step("denoiser", self._unet.step, given, shared, timestep)
+        rows, shared = self._times[timestep]
+        timed = {name: _last(array, count) for name, array in rows.items()}
+        feeds = {"sample": sample, **self._conditioning(count), **timed}
+        feature, engine = self._feature, self._engines.cached
+        if cached and engine is not None and feature is not None and count <= len(feature):
+            feeds[CACHED_FEATURE] = _last(feature, count)
+            return self._run_step("denoiser_cached", engine, feeds, shared, timestep)
+        return self._run_step("denoiser", self._engines.step, feeds, shared, timestep)
+
+    def prepare(self, timesteps: Iterable[float]) -> None:
+        """Run the time part for those of the timesteps that are new."""
+        new = [timestep for timestep in dict.fromkeys(timesteps) if timestep not in self._times]
+        time = self._engines.time
+        if time is None:
+            self._times |= dict.fromkeys(new, ({}, {}))
+        elif new:
+            with self._watch.stage("denoiser_time"):
+                self._times |= self._run_time(time, new)
 
     def _run_step(
         self, stage: str, engine: Engine, rows: Feeds, shared: Feeds, timestep: float
     ) -> Array:
-        constant = {**_only(engine, shared), **_timestep(engine, timestep)}
+        constant = {**_inputs_of(engine, shared), **_timestep_input(engine, timestep)}
         with self._watch.stage(stage):
-            outputs = engine.run(_only(engine, rows), constant, max_rows=self._max_rows)
-        if self._unet.shallow and CACHED_FEATURE in outputs:
-            self._deep = outputs[CACHED_FEATURE]
+            outputs = engine.run(_inputs_of(engine, rows), constant, max_rows=self._max_rows)
+        if self._engines.cached and CACHED_FEATURE in outputs:
+            self._feature = outputs[CACHED_FEATURE]
         return outputs["out_sample"]
 
-    def _told(self, count: int) -> Feeds:
-        """What the last rows are told of the prompts; cut once, as backends know arrays again."""
+    def _conditioning(self, count: int) -> Feeds:
+        """Return the conditioning of the last `count` rows.
+
+        Slices are kept: a backend skips the upload if it gets the same array object again.
+        """
         if count not in self._prompts:
             whole = self._prompts[self._count]
             self._prompts[count] = {name: _last(array, count) for name, array in whole.items()}
         return self._prompts[count]
 
-    def prepare(self, timesteps: Iterable[float]) -> None:
-        """Run the time part for those timesteps that are new."""
-        new = [timestep for timestep in dict.fromkeys(timesteps) if timestep not in self._known]
-        time = self._unet.time
-        if time is None:
-            self._known |= dict.fromkeys(new, ({}, {}))
-        elif new:
-            with self._watch.stage("denoiser_time"):
-                self._known |= self._run_time(time, new)
-
     def _run_time(self, time: Engine, timesteps: list[float]) -> dict[float, tuple[Feeds, Feeds]]:
-        """What the time part gives for each timestep: by row, and shared by all rows."""
-        told = _only(time, self._rows)
-        rows = self._count if told else 1
-        tiled = {name: np.concatenate([array] * len(timesteps)) for name, array in told.items()}
+        """Return the time part's outputs for each timestep: one row per image, and shared ones."""
+        conditioning = _inputs_of(time, self._rows)
+        rows = self._count if conditioning else 1
+        tiled = {name: np.concatenate([a] * len(timesteps)) for name, a in conditioning.items()}
         numbers = np.repeat(timesteps, rows).astype(time.component.inputs["timestep"].dtype)
-        outputs = time.run_as_it_is({"timestep": numbers, **tiled})
-        parts = {
-            timestep: {name: array[start : start + rows] for name, array in outputs.items()}
+        outputs = time.run_unconverted({"timestep": numbers, **tiled})
+        return {
+            timestep: self._split(
+                {name: array[start : start + rows] for name, array in outputs.items()},
+                per_row=bool(conditioning),
+            )
             for timestep, start in zip(timesteps, range(0, len(numbers), rows), strict=True)
         }
-        return {timestep: self._divided(part, own=bool(told)) for timestep, part in parts.items()}
 
-    def _divided(self, part: Feeds, *, own: bool) -> tuple[Feeds, Feeds]:
-        """Tensors with the rows of the sample, and those with one row for all of them."""
-        specs = self._unet.step.component.inputs
+    def _split(self, outputs: Feeds, *, per_row: bool) -> tuple[Feeds, Feeds]:
+        """Split tensors into those with a row per row of the sample, and those with one for all."""
+        specs = self._engines.step.component.inputs
         batch = specs["sample"].shape[0]
-        rows = {name: part[name] for name in part if own and specs[name].shape[0] == batch}
-        return rows, {name: array[:1] for name, array in part.items() if name not in rows}
+        names = [name for name in outputs if per_row and specs[name].shape[0] == batch]
+        shared = {name: array[:1] for name, array in outputs.items() if name not in names}
+        return {name: outputs[name] for name in names}, shared
 
 
 def _last(array: NDArray[Any], count: int) -> NDArray[Any]:
-    """The last rows of an array; the very same one where that is all of it."""
+    """Return the last rows of an array; the same object if that is all of it."""
     return array if count == len(array) else array[-count:]
 
 
-def _only(engine: Engine, rows: Feeds) -> dict[str, NDArray[Any]]:
-    """Those that the engine takes."""
+def _inputs_of(engine: Engine, rows: Feeds) -> dict[str, NDArray[Any]]:
+    """Return the tensors that are inputs of the engine."""
     return {name: array for name, array in rows.items() if name in engine.component.inputs}
 
 
-def _timestep(engine: Engine, timestep: float) -> dict[str, NDArray[Any]]:
-    """The timestep as a whole UNet takes it: one number, of shape [1] or []."""
+def _timestep_input(engine: Engine, timestep: float) -> dict[str, NDArray[Any]]:
+    """Return the timestep input of a whole denoiser: one number, of shape [1] or []."""
     spec = engine.component.inputs.get("timestep")
     return {} if spec is None else {"timestep": np.full(spec.resolve({}), timestep, spec.dtype)}

@@ -16,7 +16,8 @@ from latentforge.runtime.manifest.formats import FORMAT, check_format
 from latentforge.runtime.manifest.integrity import check_file, check_hashes, read_content
 from latentforge.runtime.manifest.signatures import DENOISER_PARTS
 from latentforge.runtime.record import Record
-from latentforge.runtime.sampling.schedule import Prediction, Schedule
+from latentforge.runtime.sampling.prediction import Prediction
+from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.shapes import ANY, Range, Shapes, nearest
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 

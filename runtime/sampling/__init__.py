@@ -1,0 +1,80 @@
+"""Samplers by name.
+
+A new sampler is one module here, with its noise plan, its method and the name of its diffusers
+counterpart, and one row in the table below.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.sampling.ddim import DDIM
+from latentforge.runtime.sampling.dpmpp_2m import DPMPP_2M, DPMPP_2M_KARRAS
+from latentforge.runtime.sampling.dpmpp_2m_sde import DPMPP_2M_SDE, DPMPP_2M_SDE_KARRAS
+from latentforge.runtime.sampling.euler import EULER
+from latentforge.runtime.sampling.euler_ancestral import EULER_ANCESTRAL
+from latentforge.runtime.sampling.heun import HEUN
+from latentforge.runtime.sampling.lcm import LCM
+from latentforge.runtime.sampling.levels import NoisePlan
+from latentforge.runtime.sampling.pndm import PNDM
+from latentforge.runtime.sampling.sampler import Sampler
+from latentforge.runtime.sampling.schedule import Schedule
+from latentforge.runtime.sampling.squeezed import SQUEEZED_10, SQUEEZED_11
+from latentforge.runtime.sampling.unipc import UNIPC
+
+__all__ = ["SAMPLERS", "get", "noise_plan"]
+
+_ROWS = (
+    DDIM,
+    PNDM,
+    EULER,
+    EULER_ANCESTRAL,
+    HEUN,
+    DPMPP_2M,
+    DPMPP_2M_KARRAS,
+    DPMPP_2M_SDE,
+    DPMPP_2M_SDE_KARRAS,
+    UNIPC,
+    SQUEEZED_10,
+    SQUEEZED_11,
+    LCM,
+)
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType({sampler.name: sampler for sampler in _ROWS})
+"""All samplers by name."""
+
+
+def get(name: str) -> Sampler:
+    """Return the sampler of a name.
+
+    Raises:
+        SettingsError: there is no such sampler.
+    """
+    if name not in SAMPLERS:
+        raise SettingsError(f"no sampler {name!r}: choose from {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def noise_plan(
+    name: str, schedule: Schedule, steps: int, timesteps: Sequence[float] = ()
+) -> NoisePlan:
+    """Return the complete plan of a sampler.
+
+    Args:
+        name: of the sampler.
+        schedule: of the checkpoint.
+        steps: number of steps; ignored if there are timesteps.
+        timesteps: strictly decreasing, may be fractional; the sampler's own if empty.
+
+    Raises:
+        SettingsError: there is no such sampler, it cannot take these steps or timesteps, or one of
+            them is not in the schedule.
+    """
+    sampler = get(name)
+    if not timesteps:
+        return sampler.plan(schedule, steps)
+    if sampler.plan_from_timesteps is None:
+        able = ", ".join(row.name for row in _ROWS if row.plan_from_timesteps)
+        raise SettingsError(f"{name} does not support custom timesteps; these samplers do: {able}")
+    schedule.check(timesteps)
+    return sampler.plan_from_timesteps(schedule, timesteps)

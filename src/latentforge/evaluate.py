@@ -26,6 +26,7 @@ from latentforge.measure.quality.path_length import path_lengths, path_metric
 from latentforge.measure.quality.request import EvalRequest, select_metrics
 from latentforge.measure.quality.scores import scores
 from latentforge.measure.results import Metric, Picture, Results
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_picture, save, to_array
@@ -34,7 +35,6 @@ from latentforge.runtime.machine import available_cores, described
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.sampling import samplers
 from latentforge.runtime.settings import Request, Settings, resolve
 
 __all__ = ["EvalRequest", "check_preset", "evaluate", "summary"]
@@ -343,7 +343,7 @@ def _generator(loaded: Any, noise: NDArray[np.float32] | None) -> Generate:
     plan = loaded.manifest.acceleration
 
     def accelerated(settings: Settings) -> Settings:
-        return settings if plan is None or settings.unaccelerated else settings.following(plan)
+        return settings if plan is None or settings.unaccelerated else settings.with_plan(plan)
 
     if noise is None:
         return lambda settings: loaded.run(accelerated(settings)).images[0]
@@ -351,7 +351,7 @@ def _generator(loaded: Any, noise: NDArray[np.float32] | None) -> Generate:
 
     def from_noise(settings: Settings) -> Image.Image:
         own = accelerated(settings)
-        scale = samplers.get(own.sampler).plan(schedule, own.steps).scale
+        scale = sampling.noise_plan(own.sampler, schedule, own.steps).scale
         # denoising_start 0 takes latents as the initial noise.
         start = replace(own, denoising_start=0.0)
         return loaded.run(start, image=noise * np.float32(scale)).images[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling import SAMPLERS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

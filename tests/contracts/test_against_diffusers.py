@@ -8,7 +8,7 @@ import pytest
 
 import latentforge
 from latentforge.runtime.image import psnr, to_array
-from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling import SAMPLERS
 
 pytest.importorskip("diffusers")
 

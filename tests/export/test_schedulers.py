@@ -13,7 +13,7 @@ from latentforge.export.schedulers import (
     schedule_of,
 )
 from latentforge.runtime.errors import CheckpointError
-from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling import SAMPLERS
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -33,8 +33,8 @@ from latentforge.runtime.image import psnr
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Component, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
-from latentforge.runtime.profiling import Stopwatch
 from latentforge.runtime.tensor import TensorSpec
+from latentforge.runtime.timings import Stopwatch
 
 Array = NDArray[Any]
 
@@ -675,7 +675,7 @@ def test_an_unplanned_timestep_is_computed_and_cached(both: Both) -> None:
         }
         rng = np.random.default_rng(0)
         rng.standard_normal((2, 9, 16, 16))
-        conditioned = unet.conditioned(rows, [999.0, 500.0], watch)
+        conditioned = unet.condition(rows, [999.0, 500.0], watch)
         results.append([conditioned.predict(sample, t) for t in (999.0, 731.5, 731.5, 500.0)])
     for expected, actual in zip(*results, strict=True):
         assert psnr(expected, actual) >= ENOUGH

@@ -27,12 +27,12 @@ from latentforge.optimize.search.space import (
     fastest,
 )
 from latentforge.optimize.stage.stage import optimize
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import psnr
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.sampling import samplers
-from latentforge.runtime.sampling.schedule import NoiseLevel
+from latentforge.runtime.sampling.levels import NoiseLevel
 
 CUT = Variant(level=0)
 VARIANTS = [
@@ -237,7 +237,7 @@ def test_the_timesteps_of_the_plan_are_its_samplers(planned: Path) -> None:
     manifest = Manifest.read(planned)
     plan = manifest.acceleration
     assert plan is not None and len(plan.timesteps) == plan.steps
-    made = samplers.get(plan.sampler).plan_from_timesteps(manifest.schedule, plan.timesteps)
+    made = sampling.noise_plan(plan.sampler, manifest.schedule, plan.steps, plan.timesteps)
     assert len(made.intervals) == plan.steps
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from latentforge.optimize.search.timesteps import ALIGNED, SOLVERS, Distance, search, spacings
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.sampling import samplers
-from latentforge.runtime.sampling.samplers import Array
-from latentforge.runtime.sampling.schedule import NoiseLevel, NoisePlan, Schedule
+from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.sampler import Array
+from latentforge.runtime.sampling.schedule import Schedule
 
 SCHEDULE = Schedule(
     beta_kind="scaled_linear",
@@ -38,14 +39,14 @@ def distance(seed: int) -> Distance:
     noise = np.random.default_rng(seed).standard_normal(1000).astype(np.float32)
 
     def end(sampler: str, plan: NoisePlan) -> Array:
-        run = samplers.get(sampler).run(denoise, plan, lambda: noise, prediction="epsilon")
+        run = sampling.get(sampler).run(denoise, plan, lambda: noise, prediction="epsilon")
         *_, last = run
         return last.latents
 
-    limit = end("dpmpp_2m", samplers.get("dpmpp_2m").plan(SCHEDULE, 400))
+    limit = end("dpmpp_2m", sampling.get("dpmpp_2m").plan(SCHEDULE, 400))
 
     def found(sampler: str, timesteps: tuple[float, ...]) -> float:
-        ours = end(sampler, samplers.get(sampler).plan_from_timesteps(SCHEDULE, timesteps))
+        ours = end(sampler, sampling.noise_plan(sampler, SCHEDULE, len(timesteps), timesteps))
         return float(np.square(ours - limit).mean())
 
     return found
@@ -98,7 +99,7 @@ def test_a_single_step_is_not_moved() -> None:
 def test_spacings() -> None:
     ten = spacings(SCHEDULE, "dpmpp_2m", 10)
     assert ten["ays_sd"] == ALIGNED["ays_sd"] and ten["ays_sdxl"] == ALIGNED["ays_sdxl"]
-    plan = samplers.get("dpmpp_2m").plan(SCHEDULE, 10)
+    plan = sampling.get("dpmpp_2m").plan(SCHEDULE, 10)
     assert ten["own"] == tuple(level.timestep for level, _ in plan.intervals)
     assert ten["trailing"][:2] == (999, 899)
     assert ten["karras"][0] == 999 and ten["karras"][-1] == 0

@@ -26,7 +26,7 @@ from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import AccelerationPlan, Component, FileEntry, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.rng import Generator
-from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.schedule import NoisePlan, Schedule, Spacing
 from latentforge.runtime.tensor import Feeds, TensorSpec
 

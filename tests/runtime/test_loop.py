@@ -16,7 +16,7 @@ from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Latent, RequestDefaults
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.rng import Generator
-from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.tensor import Feeds
 
 Array = NDArray[np.floating]

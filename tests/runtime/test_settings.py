@@ -9,7 +9,7 @@ import pytest
 
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.manifest import AccelerationPlan, RequestDefaults
-from latentforge.runtime.sampling.samplers import SAMPLERS
+from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.settings import MAX_PROMPT, Settings, resolve
 
 DEFAULTS = RequestDefaults(

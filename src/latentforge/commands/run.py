@@ -23,7 +23,7 @@ _HANDED_ON = ("steps", "sampler", "seed", "timesteps")  # what a base and its re
 
 
 def add(commands: Any) -> None:
-    from latentforge.runtime.sampling.samplers import SAMPLERS
+    from latentforge.runtime.sampling import SAMPLERS
 
     parser = arguments.command(
         commands,

@@ -1,0 +1,53 @@
+"""Heun's method: Karras et al. (2022), arXiv 2206.00364, algorithm 1."""
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from latentforge.runtime.sampling.euler import plan_euler, plan_euler_from_timesteps
+from latentforge.runtime.sampling.levels import NoisePlan
+from latentforge.runtime.sampling.moves import blend, ddim_move, noise_in, noise_move
+from latentforge.runtime.sampling.sampler import (
+    Array,
+    DiffusersScheduler,
+    Sampler,
+    SamplerRun,
+    Updates,
+)
+from latentforge.runtime.sampling.schedule import Schedule
+
+__all__ = ["HEUN", "plan_heun", "plan_heun_from_timesteps"]
+
+
+def plan_heun(schedule: Schedule, steps: int) -> NoisePlan:
+    """Plan Euler's levels, but not at zero terminal SNR, which diffusers' Heun does not have."""
+    return plan_euler(replace(schedule, zero_terminal_snr=False), steps)
+
+
+def plan_heun_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> NoisePlan:
+    """Plan these timesteps as plan_heun() does."""
+    return plan_euler_from_timesteps(replace(schedule, zero_terminal_snr=False), timesteps)
+
+
+def _heun(run: SamplerRun, x: Array) -> Updates:
+    """Evaluate the network at both ends of a step; only once in the last step."""
+    for interval in run.plan.intervals:
+        denoised = run.denoise(x, interval.start)
+        ahead = ddim_move(x, denoised, interval)
+        if interval.end.sigma > 0:
+            ahead = run.mask_blend(ahead, interval.end)
+            noise = noise_in(x, denoised, interval.start)
+            denoised = run.denoise(ahead, interval.end)
+            mean = blend((1 / 2, noise), (1 / 2, noise_in(ahead, denoised, interval.end)))
+            ahead = noise_move(x, mean, interval)
+        x = yield ahead, denoised
+
+
+HEUN = Sampler(
+    name="heun",
+    summary="second order, two evaluations a step",
+    plan=plan_heun,
+    plan_from_timesteps=plan_heun_from_timesteps,
+    method=_heun,
+    diffusers=DiffusersScheduler(name="HeunDiscreteScheduler"),
+)
