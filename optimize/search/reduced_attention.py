@@ -21,14 +21,9 @@ import onnx_ir as ir
 from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.partition.graph_analysis import ancestors, infer_shapes
 from latentforge.optimize.partition.hoist import GraphPartition
-from latentforge.optimize.passes.rewriting import (
-    MICROSOFT,
-    Editor,
-    dim,
-    producer_of,
-    remove_unused,
-    scope_of,
-)
+from latentforge.optimize.passes.dims import dim
+from latentforge.optimize.passes.matching import MICROSOFT, producer_of
+from latentforge.optimize.passes.rewriting import Editor, remove_unused, scope_of
 from latentforge.optimize.search.variants import extend, load_unet
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.kernels import DOMAIN

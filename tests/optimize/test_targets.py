@@ -15,7 +15,7 @@ from cuda_operators import OPERATORS
 from onnx.reference import ReferenceEvaluator
 
 from latentforge.optimize.passes import CUDA_ONLY, NATIVE, PASSES
-from latentforge.optimize.passes.rewriting import MICROSOFT
+from latentforge.optimize.passes.matching import MICROSOFT
 from latentforge.optimize.passes.runner import optimize
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.kernels import library

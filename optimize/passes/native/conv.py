@@ -1,35 +1,36 @@
-"""Convolve by latentforge's own operators, which runtime/kernels has, with channels last.
+"""Convolve and normalize by latentforge's own operators (runtime/kernels), with channels last.
 
-``native_conv`` makes Conv and GroupNorm of the domain ``latentforge`` of those that they can do,
-each between two transposes, which ``merge_transposes`` takes away. ``fuse_conv`` then lets a Conv
-do what stands around it: a group normalization with its activation and nearest upsampling while it
-reads its input; the time embedding and the residual while it writes its output. No library has
-rules for operators that are not its own.
+``native_conv`` inserts Conv and GroupNorm of the domain ``latentforge`` where these can do the
+work, each between two Transposes, which ``merge_transposes`` removes. ``fuse_conv`` then merges
+into a Conv what stands next to it. No library has rules for operators of others.
 
 The operators, version 1, take float32 of shape (batch, height, width, channels):
 
-* ``Conv(x, weight, bias, scale, shift, row, residual)``, of which all but two may be missing: the
-  input becomes act(x * scale + shift), is repeated ``upsample`` times each way, padded with zeros
-  and convolved; row and residual are added. ``weight`` is (blocks of 16 output channels, input
-  channels, height, width, 16), in float32 or float16; ``scale`` and ``shift`` are (batch,
-  channels), ``row`` is (batch or 1, output channels). ``silu`` says that act is SiLU.
+* ``Conv(x, weight, bias, scale, shift, row, residual)``, all but the first two optional: the input
+  becomes act(x * scale + shift), is repeated ``upsample`` times in both directions, padded with
+  zeros and convolved; row and residual are added. ``weight`` is (blocks of 16 output channels,
+  input channels, height, width, 16), in float32 or float16; ``scale`` and ``shift`` are (batch,
+  channels), ``row`` is (batch or 1, output channels). With ``silu``, act is SiLU.
 * ``GroupScale(x, gamma, beta)``: scale and shift of a group normalization, (batch, channels).
-* ``GroupNorm(x, gamma, beta)``: the normalization itself, followed by SiLU if ``silu`` says so.
+* ``GroupNorm(x, gamma, beta)``: the normalization itself, followed by SiLU with ``silu``.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from latentforge.optimize.passes.ort_cuda.group_norm import match_group_norm, replace_in_nhwc
+from latentforge.optimize.passes.matching import Declined, attempt, input_at
+from latentforge.optimize.passes.ort_cuda.group_norm import (
+    GroupNorm,
+    match_group_norm,
+    replace_in_nhwc,
+)
 from latentforge.optimize.passes.rewriting import (
     TO_NCHW,
     TO_NHWC,
+    Array,
     Editor,
-    input_at,
     lazy_tensor,
     remove_unused,
 )
@@ -38,38 +39,61 @@ from latentforge.runtime.kernels import DOMAIN
 __all__ = ["LANES", "native_conv", "pack"]
 
 LANES = 16
-"""Output channels that a kernel computes at once."""
+"""Output channels that a kernel computes together."""
 
 
 def native_conv(model: ir.Model) -> int:
-    """Replace each Conv and GroupNorm that ours can do by Transpose, ours and Transpose."""
+    """Replace Conv and GroupNorm that the library has kernels for.
+
+    ::
+
+        x ─ Conv ─ y    ->    x ─ Transpose ─ latentforge.Conv ─ Transpose ─ y
+
+        x ─ Reshape ─ InstanceNormalization ─ Reshape ─ Mul ─ Add ─ [SiLU] ─ y
+     ->
+        x ─ Transpose ─ latentforge.GroupNorm ─ Transpose ─ y
+    """
     editor, count = Editor(model.graph), 0
     for node in model.graph:
-        if (found := match_group_norm(node)) is not None and found.x.dtype == ir.DataType.FLOAT:
-            replace_in_nhwc(editor, found, DOMAIN, {"silu": int(found.swish)})
-            count += 1
-        elif _convertible(node):
-            _convert(editor, node)
-            count += 1
+        if node.op_type == "InstanceNormalization":
+            if (norm := attempt(_match_norm, node)) is not None:
+                replace_in_nhwc(editor, norm, DOMAIN, {"silu": int(norm.swish)})
+                count += 1
+        elif node.op_type == "Conv" and not node.domain:
+            if attempt(_check_conv, node) is not None:
+                _convert(editor, node)
+                count += 1
     remove_unused(model)
     return count
 
 
-def _convertible(node: ir.Node) -> bool:
-    """Whether a node is a Conv of whole images by 1x1 or 3x3, dense, in steps of 1 or 2."""
-    if node.op_type != "Conv" or node.domain or not _constant_floats(node.inputs[1:]):
-        return False
+def _match_norm(node: ir.Node) -> GroupNorm:
+    norm = match_group_norm(node)
+    if norm.x.dtype != ir.DataType.FLOAT:
+        raise Declined(f"it is in {norm.x.dtype}, not in float32")
+    return norm
+
+
+def _check_conv(node: ir.Node) -> bool:
+    """Return True for a dense Conv of images by 1x1 or 3x3, with stride 1 or 2.
+
+    Raises:
+        Declined: the library has no kernel for the Conv.
+    """
     x, weight = node.inputs[0], node.inputs[1]
+    if not _constant_floats(node.inputs[1:]):
+        raise Declined("weight and bias are no float32 constants")
     if x is None or x.dtype != ir.DataType.FLOAT or weight is None or weight.shape is None:
-        return False
-    kernel, strides = tuple(weight.shape.numpy()[2:]), _ints(node, "strides", 1)
-    return (
-        kernel in ((1, 1), (3, 3))
-        and strides in ((1, 1), (2, 2))
-        and _ints(node, "dilations", 1) == (1, 1)
-        and node.attributes.get_int("group", 1) == 1
-        and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-    )
+        raise Declined("its input is not in float32")
+    if (kernel := tuple(weight.shape.numpy()[2:])) not in ((1, 1), (3, 3)):
+        raise Declined(f"its kernel is {kernel}, not 1x1 or 3x3")
+    if (strides := _ints(node, "strides", 1)) not in ((1, 1), (2, 2)):
+        raise Declined(f"its strides are {strides}, not 1 or 2 in both directions")
+    if _ints(node, "dilations", 1) != (1, 1) or node.attributes.get_int("group", 1) != 1:
+        raise Declined("it is dilated or grouped")
+    if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        raise Declined("its padding is automatic")
+    return True
 
 
 def _constant_floats(values: Sequence[ir.Value | None]) -> bool:
@@ -107,14 +131,14 @@ def _convert(editor: Editor, node: ir.Node) -> None:
             "upsample": 1,
         },
     )
-    made = result.producer()
-    assert made is not None
-    node.name, made.name = made.name, node.name
+    conv = result.producer()
+    assert conv is not None
+    node.name, conv.name = conv.name, node.name
     editor.replace(output, editor.add_transpose(result, TO_NCHW, before=node))
 
 
-def pack(weight: NDArray[Any]) -> NDArray[Any]:
-    """Weights (out, in, height, width) as the kernels read them: (blocks, in, height, width, 16).
+def pack(weight: Array) -> Array:
+    """Return weights (out, in, height, width) as (blocks, in, height, width, 16) for the kernels.
 
     Output channel k is lane k % 16 of block k // 16; lanes without a channel are zero.
     """

@@ -1,32 +1,33 @@
-"""Multiply tokens by weights, and attend, with latentforge's own operators of runtime/kernels.
+"""Multiply tokens by constant weights with latentforge's own MatMul (runtime/kernels).
 
-``native_product`` makes MatMul and Attention of the domain ``latentforge`` of those that they can
-do. Against ONNX Runtime's own this saves no arithmetic: weights are read from the file as they lie
-there, in float16 too, so that loading neither copies nor converts them; what is added is added
-where the product is written, and so is a feed-forward's gate applied; and scores never leave the
-cache. No library has rules for operators that are not its own.
+Against ONNX Runtime's own this saves no arithmetic. But weights are used as they lie in the file,
+in float16 too, so that loading neither copies nor converts them; and bias and residual are added
+(and the gate of a feed-forward applied, see ``native/geglu.py``) where the product is written. No
+library has rules for operators of others.
 
-The operators, version 1, take and give float32:
+The operator, version 1, takes and returns float32:
 
-* ``MatMul(x, weight, bias, residual)``, of which the last two may be missing: x of shape
-  (..., inputs) times a weight packed like that of a 1 x 1 ``Conv``, plus bias (outputs) and a
-  residual of the result's shape. With ``gated`` it gives left * gelu(right), the halves of that:
-  weight and bias have 16 outputs of left, then those of right that they meet, and so on, and there
-  is no residual.
-* ``Attention(query, key, value)`` of shape (batch, tokens, heads * size):
-  softmax(query key^T * scale) value for each of ``heads``.
+``MatMul(x, weight, bias, residual)``, the last two optional: x of shape (..., inputs) times a
+weight packed like that of a 1x1 ``Conv``, plus bias (outputs) and a residual of the result's
+shape. With ``gated`` it returns left * gelu(right), where left and right are the halves of that
+sum: weight and bias have 16 outputs of left, then the 16 outputs of right that these are multiplied
+by, and so on, and there is no residual.
 """
 
 import onnx_ir as ir
 
+from latentforge.optimize.passes.dims import dim
+from latentforge.optimize.passes.matching import (
+    Declined,
+    attempt,
+    input_at,
+    is_channel_vector,
+)
 from latentforge.optimize.passes.native.conv import LANES, pack
 from latentforge.optimize.passes.rewriting import (
     Array,
     Editor,
     absorb_add,
-    dim,
-    input_at,
-    is_channel_vector,
     lazy_tensor,
     remove_unused,
     replace_native,
@@ -35,32 +36,47 @@ from latentforge.optimize.passes.rewriting import (
 __all__ = ["BIAS", "RESIDUAL", "WEIGHT", "native_product"]
 
 WEIGHT, BIAS, RESIDUAL = 1, 2, 3
+"""Inputs of MatMul."""
 
 
 def native_product(model: ir.Model) -> int:
-    """Replace products with a constant weight, what is added to them or gates them, and plain
-    attention.
+    """Replace products of float32 tokens with constant weights, and what is added to them.
+
+    ::
+
+        x ─ MatMul weight ─ [Add bias] ─ [Add residual] ─ y
+     ->
+        x, weight', [bias], [residual] ─ latentforge.MatMul ─ y
+
+    Returns:
+        The number of nodes replaced.
     """
     editor, count = Editor(model.graph), 0
     for node in model.graph:
-        if _is_product(node):
-            _convert(editor, node)
-            count += 1
+        if node.op_type == "MatMul" and not node.domain:
+            if attempt(_check_product, node) is not None:
+                _convert(editor, node)
+                count += 1
         elif node.op_type == "Add" and not node.domain:
-            count += absorb_add(editor, node, "MatMul", _place)
+            count += absorb_add(editor, node, "MatMul", _summand_input)
     remove_unused(model)
     return count
 
 
-def _is_product(node: ir.Node) -> bool:
-    """Whether a node is a MatMul of float tokens with a constant matrix."""
-    if node.op_type != "MatMul" or node.domain:
-        return False
+def _check_product(node: ir.Node) -> bool:
+    """Return True for a MatMul of float32 tokens with a constant matrix.
+
+    Raises:
+        Declined: it is another MatMul.
+    """
     x, weight = node.inputs
     if x is None or weight is None or not weight.is_initializer() or weight.is_graph_input():
-        return False
-    floats = x.dtype == weight.dtype == ir.DataType.FLOAT
-    return floats and len(weight.shape or ()) == 2 and len(x.shape or ()) >= 2
+        raise Declined("its weight is no constant")
+    if not x.dtype == weight.dtype == ir.DataType.FLOAT:
+        raise Declined("input and weight are not in float32")
+    if len(weight.shape or ()) != 2 or len(x.shape or ()) < 2:
+        raise Declined("it is not a product of tokens with a matrix")
+    return True
 
 
 def _convert(editor: Editor, node: ir.Node) -> None:
@@ -76,20 +92,17 @@ def _pack(weight: Array) -> Array:
     return pack(weight.T[:, :, None, None])
 
 
-def _place(product: ir.Node, added: ir.Value) -> tuple[int, ir.Value] | None:
-    """A bias, or a tensor like the result, is the input of that name, if it is free."""
+def _summand_input(product: ir.Node, summand: ir.Value) -> tuple[int, ir.Value] | None:
+    """Return the free input of a product that adds a summand to its output, and the summand."""
     if product.attributes.get_int("gated", 0):
         return None
     output, channels = product.outputs[0], product.attributes["channels"].as_int()
-    if (
-        is_channel_vector(added, channels, 0)
-        and len(added.shape or ()) == 1
-        and added.is_initializer()
-    ):
-        return (BIAS, added) if input_at(product, BIAS) is None else None
-    whole = added.shape is not None and output.shape is not None
-    whole = whole and len(added.shape or ()) == len(output.shape or ()) > 1
+    is_row = len(summand.shape or ()) == 1 and summand.is_initializer()
+    if is_row and is_channel_vector(summand, channels, 0):
+        return (BIAS, summand) if input_at(product, BIAS) is None else None
+    whole = summand.shape is not None and output.shape is not None
+    whole = whole and len(summand.shape or ()) == len(output.shape or ()) > 1
     alike = whole and all(
-        dim(added, axis) == dim(output, axis) for axis in range(len(output.shape or ()))
+        dim(summand, axis) == dim(output, axis) for axis in range(len(output.shape or ()))
     )
-    return (RESIDUAL, added) if alike and input_at(product, RESIDUAL) is None else None
+    return (RESIDUAL, summand) if alike and input_at(product, RESIDUAL) is None else None

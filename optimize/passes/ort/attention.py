@@ -1,13 +1,14 @@
-"""Fuse scaled dot product attention into com.microsoft's MultiHeadAttention.
+"""Fuse scaled dot-product attention into com.microsoft's MultiHeadAttention.
 
-Own, since onnxscript's rules (ort_fusions.sdpa, mha) want the shapes and positions of language
-models. Here query, key and value are followed from the products back to their projections by the
-meaning of their axes, so that any order of Reshape, Transpose and scale will do.
+The matcher is our own: onnxscript's rules (ort_fusions.sdpa, mha) require the shapes and position
+embeddings of language models. Here query, key and value are traced from the products back to
+their projections by the meaning of their axes, so that Reshape, Transpose and scale may come in
+any order.
 
-CPU time without it to with it, ONNX Runtime 1.32, runs taking turns: 1.03 (quartiles 1.01 to 1.04,
-100 runs) for the UNet of the embedded demo, 1.10 (1.07 to 1.12, 2 runs) for Stable Diffusion 1.5's
-at 512x512 with one row. Attention alone, one thread: 1.41 for 4096 tokens in 8 heads of 40
-channels; in the VAE's one head of 512 channels 1.09 for 4096 tokens, but 0.82 for 1024.
+CPU time without the fusion to time with it, ONNX Runtime 1.32, interleaved runs: 1.03 (quartiles
+1.01 to 1.04, 100 runs) for the UNet of the embedded demo, 1.10 (1.07 to 1.12, 2 runs) for Stable
+Diffusion 1.5's at 512x512 with one row. Attention alone, one thread: 1.41 for 4096 tokens in 8
+heads of 40 channels; in the VAE's one head of 512 channels 1.09 for 4096 tokens, but 0.82 for 1024.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,63 +20,81 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentforge.optimize.graph import constant
-from latentforge.optimize.passes.rewriting import (
+from latentforge.optimize.passes.dims import Dim, dim, dim_values
+from latentforge.optimize.passes.matching import (
     MICROSOFT,
-    Dim,
-    Editor,
-    dim,
-    dim_values,
+    Declined,
+    find,
     producer_of,
-    remove_unused,
     scalar,
     sole_consumer,
     split_scalar,
 )
+from latentforge.optimize.passes.rewriting import Editor, remove_unused
 
 __all__ = ["fuse_attention"]
 
 Axes = tuple[str, ...]
-"""What each axis counts: b batch, h heads, s tokens, d channels of a head, or several of these."""
+"""Meaning of each axis: b batch, h heads, s tokens, d channels of a head, or a product of these
+such as ``bh``."""
 
-_FAR_BELOW = -1e4
-"""A number that, added to a score, leaves nothing of its weight."""
+_MASKED = -1e4
+"""Upper bound of a mask's value where a token is hidden: its softmax weight is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Heads:
-    """A projection (batch, tokens, heads * channels), cut into heads.
+    """Projection (batch, tokens, heads * channels), split into heads.
 
     Attributes:
         source: the projection.
-        axes: what the axes of the tensor at hand count.
-        heads: how many.
-        channels: of a head.
-        counts: by axis, what the graph says about its size, in its several words.
-        scale: what the projection was multiplied by.
+        axes: meaning of the axes of the tensor that is being traced.
+        heads: number of heads.
+        channels: of one head.
+        extents: by axis, all expressions that the graph has for its size.
+        scale: factor that the projection was multiplied by.
     """
 
     source: ir.Value
     axes: Axes
     heads: int
     channels: int
-    counts: Mapping[str, frozenset[Dim]]
+    extents: Mapping[str, frozenset[Dim]]
     scale: float = 1.0
 
     def at(self, value: ir.Value, axes: Axes) -> "_Heads":
-        """The same, seen at another tensor."""
-        words = {axis: frozenset({dim(value, place)}) for place, axis in enumerate(axes)}
-        known = {axis: said | words.get(axis, frozenset()) for axis, said in self.counts.items()}
-        return replace(self, axes=axes, counts=known)
+        """Return the same projection as seen at another tensor, whose sizes are added."""
+        sizes = {axis: frozenset({dim(value, place)}) for place, axis in enumerate(axes)}
+        extents = {axis: old | sizes.get(axis, frozenset()) for axis, old in self.extents.items()}
+        return replace(self, axes=axes, extents=extents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """Product of queries and keys before the softmax.
+
+    Attributes:
+        query, key: factors of the product.
+        scale: factor of the product.
+        mask: summand of the scaled product, or None.
+    """
+
+    query: ir.Value | None
+    key: ir.Value | None
+    scale: float
+    mask: ir.Value | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Attention:
-    """One attention, found.
+    """Matched attention.
 
     Attributes:
-        last: the node whose output is to be replaced.
-        bias: what is added to the scores, or None.
-        causal: whether each token sees those before it alone.
+        query, key, value: the projections.
+        last: node whose output is replaced.
+        scale: factor of the scores.
+        bias: summand of the scores, or None.
+        causal: True if each token attends to itself and to earlier tokens only.
     """
 
     query: _Heads
@@ -88,89 +107,90 @@ class _Attention:
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Replace softmax(scale * q k^T [+ mask]) v of projections with MultiHeadAttention(q, k, v)."""
+    """Replace softmax(scale * q k^T [+ mask]) v of projections with MultiHeadAttention(q, k, v).
+
+    The usual form; [ ] may be missing, and Transpose, Reshape to (batch * heads, ...) and scale
+    may be in another order or number::
+
+        q (b,s,h*d) ─ Reshape (b,s,h,d) ─ Transpose (b,h,s,d) ─ [Mul] ─┐
+                                                                    MatMul ─ [Mul] ─ [Add mask]
+        k (b,s,h*d) ─ Reshape (b,s,h,d) ─ Transpose (b,h,d,s) ─ [Mul] ─┘                 │
+                                                                                      Softmax
+                                                                              [Where IsNaN 0]
+                                                                                         │
+        v (b,s,h*d) ─ Reshape (b,s,h,d) ─ Transpose (b,h,s,d) ───────────────────────  MatMul
+                                                                                         │
+                                        y (b,s,h*d) ─ Reshape ─ Transpose (b,s,h,d) ─────┘
+     ->
+        q, k, v ─ MultiHeadAttention (num_heads = h, scale, [mask] or [unidirectional]) ─ y
+    """
     editor, count = Editor(model.graph), 0
-    for node in model.graph:
-        if node.op_type == "Softmax" and not node.domain and (found := _match(node)) is not None:
-            _fuse(editor, found)
-            count += 1
+    for attention in find(model.graph, _match, "Softmax"):
+        _fuse(editor, attention)
+        count += 1
     remove_unused(model)
     return count
 
 
-def _fuse(editor: Editor, found: _Attention) -> None:
-    inputs = [found.query.source, found.key.source, found.value.source]
-    attributes = {"num_heads": found.query.heads, "scale": found.scale}
-    attributes |= {"unidirectional": 1} if found.causal else {}
+def _fuse(editor: Editor, match: _Attention) -> None:
+    inputs = [match.query.source, match.key.source, match.value.source]
+    attributes = {"num_heads": match.query.heads, "scale": match.scale}
+    attributes |= {"unidirectional": 1} if match.causal else {}
     fused = editor.add(
         "MultiHeadAttention",
-        [*inputs, None, None, found.bias] if found.bias is not None else inputs,
-        before=found.last,
+        [*inputs, None, None, match.bias] if match.bias is not None else inputs,
+        before=match.last,
         domain=MICROSOFT,
-        shape=found.last.outputs[0].shape,
+        shape=match.last.outputs[0].shape,
         attributes=attributes,
     )
-    editor.replace(found.last.outputs[0], fused)
+    editor.replace(match.last.outputs[0], fused)
 
 
-def _match(softmax: ir.Node) -> _Attention | None:
-    scores = _scores(softmax)
-    weights = _unguarded(softmax)
-    product = sole_consumer(weights)
-    if scores is None or product is None or product.inputs[0] is not weights:
-        return None
-    left, right, scale, mask = scores
-    query, key = _heads(left), _heads(right)
-    value = _heads(product.inputs[1]) if product.op_type == "MatMul" else None
-    if query is None or key is None or value is None or not _multiply(query, key, value):
-        return None
-    last = _joined(product.outputs[0], query)
+def _match(softmax: ir.Node) -> _Attention:
+    """Match the attention around a Softmax.
+
+    Raises:
+        Declined: it is no attention of projections.
+    """
+    scores, product = _scores(softmax), _weighted_sum(softmax)
+    query, key = _trace(scores.query, "query"), _trace(scores.key, "key")
+    value = _trace(product.inputs[1], "value")
+    _check_layout(query, key, value)
+    last = _trace_output(product.outputs[0], query)
+    mask = scores.mask
     causal = mask is not None and _is_causal(mask)
-    if last is None or (mask is not None and not causal and not _is_bias(mask, query, value)):
-        return None
+    if mask is not None and not causal:
+        _check_bias(mask, query, value)
     return _Attention(
         query=query,
         key=key,
         value=value,
         last=last,
-        scale=scale * query.scale * key.scale,
+        scale=scores.scale * query.scale * key.scale,
         bias=None if causal else mask,
         causal=causal,
     )
 
 
-def _multiply(query: _Heads, key: _Heads, value: _Heads) -> bool:
-    """Whether the axes are those of a product of queries and keys, and of values of their size."""
-    batch = query.axes[:-2]
-    cuts = {(item.heads, item.channels) for item in (query, key, value)}
-    return (
-        len(cuts) == 1
-        and batch in (("b", "h"), ("bh",))
-        and query.axes == value.axes == (*batch, "s", "d")
-        and key.axes == (*batch, "d", "s")
-        and value.scale == 1.0
-    )
-
-
-def _scores(
-    softmax: ir.Node,
-) -> tuple[ir.Value | None, ir.Value | None, float, ir.Value | None] | None:
-    """The factors of a softmax's scores, their scale, and the mask added to them."""
-    value, scale, mask = softmax.inputs[0], 1.0, None
+def _scores(softmax: ir.Node) -> _Scores:
+    """Return the factors of a softmax's scores, their scale, and the mask added to them."""
+    value, mask = softmax.inputs[0], None
     rank = len(value.shape) if value is not None and value.shape is not None else 0
-    if softmax.attributes.get_int("axis", -1) not in (-1, rank - 1):
-        return None
+    if (axis := softmax.attributes.get_int("axis", -1)) not in (-1, rank - 1):
+        raise Declined(f"the softmax is over axis {axis}, not over the last")
     if (added := producer_of(value, "Add")) is not None:
         products = [_unscaled(item)[0] for item in added.inputs]
         place = 0 if producer_of(products[0], "MatMul") is not None else 1
         value, mask = added.inputs[place], added.inputs[1 - place]
     value, scale = _unscaled(value)
-    product = producer_of(value, "MatMul")
-    return None if product is None else (product.inputs[0], product.inputs[1], scale, mask)
+    if (product := producer_of(value, "MatMul")) is None:
+        raise Declined("the scores are no MatMul, scaled by constants and with one summand at most")
+    return _Scores(query=product.inputs[0], key=product.inputs[1], scale=scale, mask=mask)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """A value before it was multiplied by numbers, and their product."""
+    """Return a value before its multiplications by numbers, and the product of these."""
     scale = 1.0
     while (node := producer_of(value, "Mul", "Div")) is not None:
         if (parts := split_scalar(node)) is None:
@@ -179,8 +199,23 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     return value, scale
 
 
-def _unguarded(softmax: ir.Node) -> ir.Value:
-    """The weights, behind torch's Where that makes 0 of the NaN in a row that sees nothing."""
+def _weighted_sum(softmax: ir.Node) -> ir.Node:
+    """Return the product of a softmax's weights and the values."""
+    weights = _guarded(softmax)
+    product = sole_consumer(weights)
+    if product is None or product.inputs[0] is not weights or product.op_type != "MatMul":
+        raise Declined("the weights have another consumer than one MatMul, from the left")
+    return product
+
+
+def _guarded(softmax: ir.Node) -> ir.Value:
+    """Return the weights, behind torch's replacement of the NaN of a fully masked row by 0.
+
+    ::
+
+        Softmax ─┬─────────────────┐
+                 ├─ IsNaN ─ Where(·, 0, ·) ─ weights
+    """
     weights = softmax.outputs[0]
     users = {user.op_type: user for user in weights.consumers()}
     if set(users) != {"IsNaN", "Where"} or len(weights.consumers()) != 2:
@@ -191,131 +226,172 @@ def _unguarded(softmax: ir.Node) -> ir.Value:
     return where.outputs[0] if guarded else weights
 
 
-def _heads(value: ir.Value | None) -> _Heads | None:
-    """Follow a factor of a product back to its projection."""
+def _check_layout(query: _Heads, key: _Heads, value: _Heads) -> None:
+    """Decline if the axes are not those of q k^T and of weights v, in heads of one size."""
+    batch = query.axes[:-2]
+    heads = [(item.heads, item.channels) for item in (query, key, value)]
+    if len(set(heads)) != 1:
+        sizes = ", ".join(f"{count} of {channels}" for count, channels in heads)
+        raise Declined(f"query, key and value have heads of different sizes: {sizes}")
+    if batch not in (("b", "h"), ("bh",)) or query.axes != (*batch, "s", "d"):
+        raise Declined(f"the query's axes are {query.axes}, not batch, heads, tokens, channels")
+    if key.axes != (*batch, "d", "s") or value.axes != query.axes:
+        raise Declined(f"with a query of {query.axes}, key is {key.axes} and value {value.axes}")
+    if value.scale != 1.0:
+        raise Declined("the value is scaled")
+
+
+def _trace(value: ir.Value | None, role: str) -> _Heads:
+    """Trace the query, key or value back to its projection."""
+    try:
+        return _heads(value)
+    except Declined as reason:
+        raise Declined(f"the {role} is no projection split into heads: {reason}") from None
+
+
+def _heads(value: ir.Value | None) -> _Heads:
+    """Trace a factor of a product back to the Reshape that splits its projection into heads."""
     node = producer_of(value, "Mul", "Div", "Transpose", "Reshape")
-    if node is None or node.inputs[0] is None:
-        return None
+    source = node.inputs[0] if node is not None else None
+    if node is None or source is None:
+        other = value.producer() if value is not None else None
+        raise Declined(f"{'an input' if other is None else other.op_type} is not split")
     if node.op_type in ("Mul", "Div"):
-        parts = split_scalar(node)
-        inner = _heads(parts[0]) if parts is not None else None
-        return replace(inner, scale=inner.scale * parts[1]) if inner and parts else None
-    inner = _heads(node.inputs[0])
+        if (parts := split_scalar(node)) is None:
+            raise Declined(f"{node.op_type} is not by a number")
+        inner = _heads(parts[0])
+        return replace(inner, scale=inner.scale * parts[1])
     if node.op_type == "Transpose":
-        return _permuted(inner, node)
-    return _cut(node) if inner is None else _regrouped(inner, node)
+        return _permute(_heads(source), node)
+    try:
+        inner = _heads(source)
+    except Declined:
+        if source.shape is None or len(source.shape) != 3:
+            raise
+        return _split(source, node)
+    return _regroup(inner, node)
 
 
-def _permuted(heads: _Heads | None, node: ir.Node) -> _Heads | None:
+def _permute(heads: _Heads, node: ir.Node) -> _Heads:
     perm = node.attributes.get_ints("perm", ())
-    if heads is None or len(perm) != len(heads.axes):
-        return None
+    if len(perm) != len(heads.axes):
+        raise Declined(f"Transpose by {tuple(perm)} of axes {heads.axes}")
     return heads.at(node.outputs[0], tuple(heads.axes[axis] for axis in perm))
 
 
-def _cut(node: ir.Node) -> _Heads | None:
-    """A Reshape of (b, s, h * d) to (b, s, h, d)."""
-    source, target = node.inputs[0], dim_values(node.inputs[1])
-    if source is None or source.shape is None or len(source.shape) != 3 or target is None:
-        return None
-    if len(target) != 4 or not all(isinstance(item, int) and item > 0 for item in target[2:]):
-        return None
-    heads, channels = int(target[2]), int(target[3])  # type: ignore[arg-type]
+def _split(source: ir.Value, node: ir.Node) -> _Heads:
+    """Match a Reshape from (b, s, h * d) to (b, s, h, d)."""
+    target = dim_values(node.inputs[1])
+    if target is None or len(target) != 4:
+        raise Declined("the first Reshape's target is not of 4 sizes")
+    heads, channels = target[2:]
+    if not (isinstance(heads, int) and isinstance(channels, int) and heads > 0 and channels > 0):
+        raise Declined("the first Reshape's target does not end in numbers of heads and channels")
     if heads * channels != dim(source, 2):
-        return None
-    given = (dim(source, 0), dim(source, 1), heads, channels)
-    counts = {axis: frozenset({count}) for axis, count in zip("bshd", given, strict=True)}
-    cut = _Heads(
-        source=source, axes=("b", "s", "hd"), heads=heads, channels=channels, counts=counts
+        raise Declined(f"{heads} heads of {channels} channels are not the projection's channels")
+    sizes = (dim(source, 0), dim(source, 1), heads, channels)
+    extents = {axis: frozenset({size}) for axis, size in zip("bshd", sizes, strict=True)}
+    projection = _Heads(
+        source=source, axes=("b", "s", "hd"), heads=heads, channels=channels, extents=extents
     )
     axes = ("b", "s", "h", "d")
-    return cut.at(node.outputs[0], axes) if _says(node, target, axes, cut) else None
+    _check_target(node, target, axes, projection)
+    return projection.at(node.outputs[0], axes)
 
 
-def _regrouped(heads: _Heads, node: ir.Node) -> _Heads | None:
-    """A Reshape that joins batch and heads, or parts them."""
+def _regroup(heads: _Heads, node: ir.Node) -> _Heads:
+    """Match a Reshape that merges batch and heads into one axis, or splits them."""
     changes: dict[Axes, Axes] = {("b", "h"): ("bh",), ("bh",): ("b", "h")}
-    target, axes = dim_values(node.inputs[1]), changes.get(heads.axes[:-2])
-    if target is None or axes is None:
-        return None
-    axes += heads.axes[-2:]
-    return heads.at(node.outputs[0], axes) if _says(node, target, axes, heads) else None
+    target, batch = dim_values(node.inputs[1]), changes.get(heads.axes[:-2])
+    if target is None or batch is None:
+        raise Declined(f"Reshape of axes {heads.axes} does not merge or split batch and heads")
+    axes = (*batch, *heads.axes[-2:])
+    _check_target(node, target, axes, heads)
+    return heads.at(node.outputs[0], axes)
 
 
-def _says(node: ir.Node, target: Sequence[Dim], axes: Axes, heads: _Heads) -> bool:
-    """Whether a Reshape's target makes these axes; a single unknown follows from the others."""
-    given, counts = heads.axes, heads.counts
+def _check_target(node: ir.Node, target: Sequence[Dim], axes: Axes, heads: _Heads) -> None:
+    """Decline unless a Reshape's target produces these axes.
+
+    One size may be unknown: it follows from the others.
+    """
     copies = not node.attributes.get_int("allowzero", 0)
-    if len(target) != len(axes):
-        return False
-    right = [
-        item in counts.get(axis, ())
-        or (item == 0 and copies and given[place : place + 1] == (axis,))
-        for place, (item, axis) in enumerate(zip(target, axes, strict=True))
-    ]
-    wrong = [item for item, fits in zip(target, right, strict=True) if not fits]
-    return len(wrong) <= 1 and 0 not in wrong
+    if len(target) == len(axes):
+        wrong = [
+            item
+            for place, (item, axis) in enumerate(zip(target, axes, strict=True))
+            if item not in heads.extents.get(axis, ())
+            and not (item == 0 and copies and heads.axes[place : place + 1] == (axis,))
+        ]
+        if len(wrong) <= 1 and 0 not in wrong:
+            return
+    shown = tuple(item if isinstance(item, int | str) else "?" for item in target)
+    raise Declined(f"Reshape of axes {heads.axes} to {shown} does not make {axes}")
 
 
-def _joined(value: ir.Value, heads: _Heads) -> ir.Node | None:
-    """Follow the product of weights and values to the Reshape that joins the heads again."""
+def _trace_output(value: ir.Value, heads: _Heads) -> ir.Node:
+    """Follow the product of weights and values to the Reshape that merges the heads."""
     while (node := sole_consumer(value)) is not None:
-        following: _Heads | None = None
+        if node.op_type == "Reshape" and heads.axes == ("b", "s", "h", "d"):
+            return _check_merge(node, heads)
         if node.op_type == "Transpose":
-            following = _permuted(heads, node)
-        elif node.op_type == "Reshape" and heads.axes == ("b", "s", "h", "d"):
-            return node if _joins(node, heads) else None
+            heads = _permute(heads, node)
         elif node.op_type == "Reshape":
-            following = _regrouped(heads, node)
-        if following is None:
-            return None
-        heads, value = following, node.outputs[0]
-    return None
+            heads = _regroup(heads, node)
+        else:
+            raise Declined(f"the heads are consumed by {node.op_type} before they are merged")
+        value = node.outputs[0]
+    raise Declined("the heads have several consumers or are an output, before they are merged")
 
 
-def _joins(node: ir.Node, heads: _Heads) -> bool:
+def _check_merge(node: ir.Node, heads: _Heads) -> ir.Node:
+    """Return a Reshape from (b, s, h, d) to (b, s, h * d)."""
     target = dim_values(node.inputs[1])
-    whole = {**heads.counts, "hd": frozenset({dim(heads.source, 2)})}
-    axes = ("b", "s", "hd")
-    return target is not None and _says(node, target, axes, replace(heads, counts=whole))
+    if target is None:
+        raise Declined("the target of the Reshape that merges the heads is unknown")
+    whole = {**heads.extents, "hd": frozenset({dim(heads.source, 2)})}
+    _check_target(node, target, ("b", "s", "hd"), replace(heads, extents=whole))
+    return node
 
 
-def _is_bias(mask: ir.Value, query: _Heads, value: _Heads) -> bool:
-    """Whether MultiHeadAttention takes a mask as what it adds to the scores."""
+def _check_bias(mask: ir.Value, query: _Heads, value: _Heads) -> None:
+    """Decline unless MultiHeadAttention accepts a mask as a summand of the scores."""
     if mask.shape is None or len(mask.shape) != 4 or query.axes[0] != "b":
-        return False
-    batch, heads, tokens, seen = (dim(mask, axis) for axis in range(4))
-    free = batch in {1, *query.counts["b"]} and heads in {1, query.heads}
-    square = tokens in query.counts["s"] and seen in value.counts["s"]
-    return free and square and mask.dtype == query.source.dtype
+        raise Declined("the mask has not the axes batch, heads, tokens, tokens")
+    batch, heads, tokens, context = (dim(mask, axis) for axis in range(4))
+    broadcast = batch in {1, *query.extents["b"]} and heads in {1, query.heads}
+    if not (broadcast and tokens in query.extents["s"] and context in value.extents["s"]):
+        raise Declined("the mask's shape is not that of the scores")
+    if mask.dtype != query.source.dtype:
+        raise Declined(f"the mask is {mask.dtype}, and the query {query.source.dtype}")
 
 
 def _is_causal(mask: ir.Value) -> bool:
-    """Whether a mask is 0 up to each token and far below 0 behind it, in any batch and head."""
-    array = _evaluated(mask)
+    """Return True if a mask is 0 up to each token and hides what follows, for any batch and head."""
+    array = _evaluate(mask)
     if array is None or array.ndim < 2 or array.shape[-1] != array.shape[-2]:
         return False
     if array.size != array.shape[-1] ** 2:
         return False
     square = array.reshape(array.shape[-2:])
-    seen = np.tri(len(square), dtype=bool)
-    return bool((square[seen] == 0).all() and (square[~seen] < _FAR_BELOW).all())
+    visible = np.tri(len(square), dtype=bool)
+    return bool((square[visible] == 0).all() and (square[~visible] < _MASKED).all())
 
 
-def _evaluated(value: ir.Value | None) -> NDArray[Any] | None:
-    """A mask's numbers, but for repetitions along batch or heads."""
+def _evaluate(value: ir.Value | None) -> NDArray[Any] | None:
+    """Return a constant mask's array, without repetition over batch or heads, or None."""
     if (array := constant(value)) is not None:
         return array
     node = producer_of(value, "Expand", "Where")
     if node is None:
         return None
     if node.op_type == "Where":
-        chosen, one, other = (_evaluated(item) for item in node.inputs)
-        if chosen is None or one is None or other is None:
+        condition, one, other = (_evaluate(item) for item in node.inputs)
+        if condition is None or one is None or other is None:
             return None
-        return np.where(chosen, one, other)
-    array, output = _evaluated(node.inputs[0]), node.outputs[0]
+        return np.where(condition, one, other)
+    array, output = _evaluate(node.inputs[0]), node.outputs[0]
     rank = 0 if output.shape is None else len(output.shape)
     square = None if array is None else array.shape[-2:]
-    kept = rank >= 2 and square == tuple(dim(output, axis) for axis in (rank - 2, rank - 1))
-    return array if kept else None
+    unchanged = rank >= 2 and square == tuple(dim(output, axis) for axis in (rank - 2, rank - 1))
+    return array if unchanged else None

@@ -1,17 +1,17 @@
-"""Convolve with channels last, com.microsoft's NhwcConv, and keep tensors in that layout.
+"""Convolve with channels last, by com.microsoft's NhwcConv.
 
-Tensor cores want channels last. Neither onnxscript nor onnx_ir ships rules; ONNX Runtime's own
-script makes NhwcConv too, and leaves two transposes around each.
+Tensor cores want channels last. Neither onnxscript nor onnx_ir has rules for it. ONNX Runtime's
+own script inserts NhwcConv too, and leaves two Transposes around each; here ``merge_transposes``
+removes them.
 """
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from latentforge.optimize.passes.matching import MICROSOFT, Declined, find
 from latentforge.optimize.passes.rewriting import (
-    MICROSOFT,
     TO_NCHW,
     TO_NHWC,
+    Array,
     Editor,
     lazy_tensor,
     remove_unused,
@@ -21,21 +21,29 @@ __all__ = ["nhwc_conv"]
 
 
 def nhwc_conv(model: ir.Model) -> int:
-    """Replace each Conv over images by Transpose, NhwcConv and Transpose."""
+    """Replace each Conv over images with Transpose, NhwcConv and Transpose.
+
+    ::
+
+        x ─ Conv (weight, bias) ─ y    ->    x ─ Transpose ─ NhwcConv (weight', bias) ─ Transpose ─ y
+    """
     editor, count = Editor(model.graph), 0
-    for node in model.graph:
-        if node.op_type == "Conv" and not node.domain and _convertible(node):
-            _convert(editor, node)
-            count += 1
+    for conv in find(model.graph, _match, "Conv"):
+        _convert(editor, conv)
+        count += 1
     remove_unused(model)
     return count
 
 
-def _convertible(node: ir.Node) -> bool:
-    weight = node.inputs[1]
-    fixed = weight is not None and weight.is_initializer() and not weight.is_graph_input()
-    plain = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-    return fixed and plain and weight is not None and len(weight.shape or ()) == 4
+def _match(conv: ir.Node) -> ir.Node:
+    weight = conv.inputs[1]
+    if weight is None or not weight.is_initializer() or weight.is_graph_input():
+        raise Declined("the weight is no constant")
+    if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        raise Declined("its padding is automatic")
+    if len(weight.shape or ()) != 4:
+        raise Declined("it is not over images (two axes)")
+    return conv
 
 
 def _convert(editor: Editor, node: ir.Node) -> None:
@@ -55,5 +63,5 @@ def _convert(editor: Editor, node: ir.Node) -> None:
     editor.replace(output, editor.add_transpose(result, TO_NCHW, before=node))
 
 
-def _to_nhwc(weight: NDArray[np.generic]) -> NDArray[np.generic]:
+def _to_nhwc(weight: Array) -> Array:
     return weight.transpose(TO_NHWC)

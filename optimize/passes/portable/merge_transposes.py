@@ -1,19 +1,23 @@
-"""Move layout transposes."""
+"""Remove the Transposes between operators that work with channels last.
+
+``nhwc_conv`` and ``native_conv`` put two Transposes around each operator. Here those to NCHW move
+down through operators that work in any layout, until they meet their inverse. Neither onnxscript
+nor onnx_ir has rules that move them.
+"""
 
 import numpy as np
 import onnx_ir as ir
 
 from latentforge.optimize.graph import constant
-from latentforge.optimize.passes.rewriting import (
-    TO_NCHW,
-    TO_NHWC,
-    Editor,
-    dim,
+from latentforge.optimize.passes.dims import dim
+from latentforge.optimize.passes.matching import (
+    Declined,
+    attempt,
     is_channel_vector,
     producer_of,
-    remove_unused,
     scalar,
 )
+from latentforge.optimize.passes.rewriting import TO_NCHW, TO_NHWC, Editor, remove_unused
 
 __all__ = ["merge_transposes"]
 
@@ -21,13 +25,24 @@ _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Gelu", "QuickG
 
 
 def merge_transposes(model: ir.Model) -> int:
-    """Let transposes to NCHW sink below what works in any layout, until they meet their inverse.
+    """Move Transposes to NCHW below what works in any layout, and remove pairs of inverses.
 
-    Images that are flattened to tokens and turned, or come from such, are turned first: with
-    channels last, nothing is left to turn.
+    ::
+
+        A ─ to NCHW ─ Op ─ to NHWC ─ B                    A ─ Op ─ B
+    ->
+        A ─ Op ─ to NCHW ─ to NHWC ─ B      then
+
+    Op is elementwise, Concat over channels, or nearest Resize by constant scales.
+
+    Images that are flattened to tokens, and tokens that become images, are transposed before the
+    Reshape instead of after it, where channels last need no Transpose::
+
+        image ─ to NCHW ─ Reshape (b,c,h*w) ─ Transpose (b,h*w,c)    ->    image ─ Reshape (b,h*w,c)
+        tokens ─ Transpose (b,c,h*w) ─ Reshape (b,c,h,w)    ->    tokens ─ Reshape (b,h,w,c) ─ to NCHW
 
     Returns:
-        How many nodes sank, pairs vanished, and turns changed places.
+        The number of nodes moved across, pairs removed, and Reshapes exchanged.
     """
     editor, count = Editor(model.graph), 0
     for node in model.graph:
@@ -37,23 +52,29 @@ def merge_transposes(model: ir.Model) -> int:
             count += _from_tokens(editor, node)
         elif node.op_type == "Shape":
             count += _measure(node)
-        elif (inputs := _inputs(editor, node)) is not None:
-            _sink(editor, node, inputs)
+        elif _reads_nchw(node) and attempt(_check_movable, node) is not None:
+            _sink(editor, node)
             count += 1
     remove_unused(model)
     return count
 
 
-def _permuted(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
-    """What a Transpose by this permutation made the value of."""
+def _untransposed(value: ir.Value | None, perm: tuple[int, ...]) -> ir.Value | None:
+    """Return the input of the Transpose by ``perm`` that computes a value, or None."""
     node = producer_of(value, "Transpose")
     return node.inputs[0] if node and tuple(node.attributes.get_ints("perm", ())) == perm else None
 
 
+def _reads_nchw(node: ir.Node) -> bool:
+    """Return True if an input of a node was transposed to NCHW."""
+    return any(_untransposed(value, TO_NCHW) for value in node.inputs)
+
+
 def _cancel(node: ir.Node) -> bool:
+    """Remove a Transpose of its inverse."""
     perm = tuple(node.attributes.get_ints("perm", ()))
     inverse = tuple(int(axis) for axis in np.argsort(perm))
-    value = _permuted(node.inputs[0], inverse)
+    value = _untransposed(node.inputs[0], inverse)
     if value is None or not perm or node.outputs[0].is_graph_output():
         return False
     ir.convenience.replace_all_uses_with(node.outputs[0], value)
@@ -61,10 +82,10 @@ def _cancel(node: ir.Node) -> bool:
 
 
 def _to_tokens(editor: Editor, node: ir.Node) -> bool:
-    """Tokens (batch, height * width, channels) of an image that was turned to NCHW before."""
+    """Reshape an image to tokens (batch, height * width, channels) without going through NCHW."""
     flat = producer_of(node.inputs[0], "Reshape")
     image = flat.inputs[0] if flat is not None else None
-    rows, output = _permuted(image, TO_NCHW), node.outputs[0]
+    rows, output = _untransposed(image, TO_NCHW), node.outputs[0]
     if image is None or rows is None or tuple(node.attributes.get_ints("perm", ())) != (0, 2, 1):
         return False
     channels = dim(image, 1)
@@ -80,8 +101,8 @@ def _to_tokens(editor: Editor, node: ir.Node) -> bool:
 
 
 def _measure(node: ir.Node) -> bool:
-    """Take one size of an image from what it was turned from."""
-    rows, start = _permuted(node.inputs[0], TO_NCHW), node.attributes.get_int("start", 0)
+    """Read one size of an image from the image before its Transpose."""
+    rows, start = _untransposed(node.inputs[0], TO_NCHW), node.attributes.get_int("start", 0)
     if rows is None or not 0 <= start < 4 or node.attributes.get_int("end", 4) != start + 1:
         return False
     axis = TO_NCHW[start]
@@ -93,21 +114,21 @@ def _measure(node: ir.Node) -> bool:
 
 
 def _from_tokens(editor: Editor, node: ir.Node) -> bool:
-    """An image NCHW of tokens that were turned: of these it is made as NHWC, and turned then."""
-    tokens, target = _permuted(node.inputs[0], (0, 2, 1)), node.inputs[1]
+    """Reshape tokens to an image with channels last, and transpose that."""
+    tokens, target = _untransposed(node.inputs[0], (0, 2, 1)), node.inputs[1]
     output = node.outputs[0]
     if tokens is None or target is None or output.shape is None or len(output.shape) != 4:
         return False
-    copied = constant(target)
+    numbers = constant(target)
     if dim(output, 0) != dim(tokens, 0) or dim(output, 1) != dim(tokens, 2):
         return False
-    if copied is not None and 0 in copied[1:]:
+    if numbers is not None and 0 in numbers[1:]:  # 0 copies the size of another axis then
         return False
     order = editor.add_initializer(f"{output.name}/order", np.array(TO_NHWC, np.int64))
-    turned = editor.add("Gather", [target, order], before=node, shape=[4])
+    nhwc = editor.add("Gather", [target, order], before=node, shape=[4])
     rows = editor.add(
         "Reshape",
-        [tokens, turned],
+        [tokens, nhwc],
         before=node,
         shape=[output.shape[axis] for axis in TO_NHWC],
         attributes={"allowzero": 0},
@@ -116,34 +137,48 @@ def _from_tokens(editor: Editor, node: ir.Node) -> bool:
     return True
 
 
-def _inputs(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
-    """Inputs in NHWC of a node that may work on these instead, or None."""
-    if not any(_permuted(value, TO_NCHW) for value in node.inputs):
-        return None
+def _check_movable(node: ir.Node) -> bool:
+    """Return True for a node that can work on images with channels last.
+
+    Raises:
+        Declined: it depends on the layout, or one of its inputs cannot be converted.
+    """
     if node.op_type == "Resize" and not node.domain:
-        return _resized(editor, node)
-    if node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (1, -3):
-        found = [_permuted(value, TO_NCHW) for value in node.inputs]
-        return None if None in found else found
-    if node.op_type not in _ELEMENTWISE or not _can_move(node):
-        return None
-    return [_moved(editor, node, value) for value in node.inputs]
+        _check_resize(node)
+    elif node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (1, -3):
+        if any(_untransposed(value, TO_NCHW) is None for value in node.inputs):
+            raise Declined("Concat also joins values that were not transposed to NCHW")
+    elif node.op_type not in _ELEMENTWISE:
+        raise Declined(f"{node.op_type} depends on the layout")
+    elif not all(_convertible(node, value) for value in node.inputs):
+        raise Declined(f"{node.op_type} has an operand that is not converted to channels last")
+    return True
 
 
-def _can_move(node: ir.Node) -> bool:
-    return all(
-        _permuted(value, TO_NCHW) is not None
+def _check_resize(node: ir.Node) -> None:
+    """Decline a Resize unless it is by constant scales and to the nearest neighbour."""
+    inputs = [*node.inputs, None, None, None][:4]
+    scales = constant(inputs[2])
+    if scales is None or scales.size != 4 or inputs[3] is not None or "axes" in node.attributes:
+        raise Declined("Resize is not by four constant scales")
+    if (mode := node.attributes.get_string("mode", "nearest")) != "nearest":
+        raise Declined(f"Resize is {mode}, not nearest")
+
+
+def _convertible(node: ir.Node, value: ir.Value | None) -> bool:
+    """Return True if an operand of an elementwise node is converted to channels last for little."""
+    return (
+        _untransposed(value, TO_NCHW) is not None
         or scalar(value) is not None
         or _channels(value) is not None
-        or _spread(value) is not None
-        or _pixel(value)
-        or _residual(node, value)
-        for value in node.inputs
+        or _unsqueezed(value) is not None
+        or _is_pixel(value)
+        or _is_residual(node, value)
     )
 
 
-def _residual(node: ir.Node, value: ir.Value | None) -> bool:
-    """Whether a value in NCHW is worth turning: as large as a sum that stays NHWC thereby."""
+def _is_residual(node: ir.Node, value: ir.Value | None) -> bool:
+    """Return True if a value in NCHW is a summand as large as the sum, which stays NHWC then."""
     output = node.outputs[0]
     if node.op_type != "Add" or value is None or value.shape is None or output.shape is None:
         return False
@@ -152,57 +187,30 @@ def _residual(node: ir.Node, value: ir.Value | None) -> bool:
 
 
 def _channels(value: ir.Value | None) -> int | None:
-    """The channels of a constant of one number each, (channels, 1, 1)."""
+    """Return the number of channels of a constant (channels, 1, 1), or None."""
     if value is None or value.shape is None or len(value.shape) not in (3, 4):
         return None
     channels = dim(value, -3)
     return channels if isinstance(channels, int) and is_channel_vector(value, channels, 2) else None
 
 
-def _spread(value: ir.Value | None) -> ir.Value | None:
-    """The (batch, channels) of which an Unsqueeze makes (batch, channels, 1, 1)."""
+def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
+    """Return the (batch, channels) that an Unsqueeze turns into (batch, channels, 1, 1)."""
     node = producer_of(value, "Unsqueeze")
     axes = constant(node.inputs[1]) if node is not None else None
-    fits = axes is not None and axes.tolist() == [2, 3]
-    return node.inputs[0] if node is not None and fits else None
+    matches = axes is not None and axes.tolist() == [2, 3]
+    return node.inputs[0] if node is not None and matches else None
 
 
-def _pixel(value: ir.Value | None) -> bool:
-    """Whether a value is an image of a single pixel."""
+def _is_pixel(value: ir.Value | None) -> bool:
+    """Return True if a value is an image of one pixel."""
     whole = value is not None and value.shape is not None and len(value.shape) == 4
     return value is not None and whole and dim(value, 2) == dim(value, 3) == 1
 
 
-def _moved(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
-    if (rows := _permuted(value, TO_NCHW)) is not None or value is None:
-        return rows
-    if (flat := _spread(value)) is not None:
-        axes = editor.add_initializer(f"{value.name}/axes", np.array([1, 2], np.int64))
-        shape = [dim(flat, 0), 1, 1, dim(flat, 1)] if flat.shape is not None else None
-        return editor.add("Unsqueeze", [flat, axes], before=node, shape=shape)
-    if _channels(value) is not None:
-        array = constant(value)
-        assert array is not None
-        return editor.add_initializer(f"{value.name}/nhwc", array.reshape(-1))
-    turned = _residual(node, value) or _pixel(value)
-    return editor.add_transpose(value, TO_NHWC, before=node) if turned else value
-
-
-def _resized(editor: Editor, node: ir.Node) -> list[ir.Value | None] | None:
-    """Inputs of a Resize by constant scales; other modes than nearest need the layout."""
-    inputs = [*node.inputs, None, None, None][:4]
-    scales = constant(inputs[2])
-    plain = node.attributes.get_string("mode", "nearest") == "nearest"
-    if scales is None or scales.size != 4 or inputs[3] is not None or not plain:
-        return None
-    if "axes" in node.attributes:
-        return None
-    name = f"{inputs[2].name}/nhwc" if inputs[2] is not None else "scales"
-    turned = editor.add_initializer(name, scales[list(TO_NHWC)])
-    return [_permuted(inputs[0], TO_NCHW), inputs[1], turned]
-
-
-def _sink(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> None:
+def _sink(editor: Editor, node: ir.Node) -> None:
+    """Replace a node of NCHW with one of NHWC and a Transpose behind it."""
+    inputs = _nhwc_inputs(editor, node)
     output = node.outputs[0]
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if node.op_type == "Concat":
@@ -220,3 +228,35 @@ def _sink(editor: Editor, node: ir.Node, inputs: list[ir.Value | None]) -> None:
     assert rows is not None
     node.name, rows.name = rows.name, node.name
     editor.replace(output, editor.add_transpose(result, TO_NCHW, before=node))
+
+
+def _nhwc_inputs(editor: Editor, node: ir.Node) -> list[ir.Value | None]:
+    """Return the inputs of a node with channels last."""
+    if node.op_type == "Resize":
+        return _resize_inputs(editor, node)
+    return [_to_nhwc(editor, node, value) for value in node.inputs]
+
+
+def _to_nhwc(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
+    """Return an operand with channels last."""
+    if (rows := _untransposed(value, TO_NCHW)) is not None or value is None:
+        return rows
+    if (flat := _unsqueezed(value)) is not None:
+        axes = editor.add_initializer(f"{value.name}/axes", np.array([1, 2], np.int64))
+        shape = [dim(flat, 0), 1, 1, dim(flat, 1)] if flat.shape is not None else None
+        return editor.add("Unsqueeze", [flat, axes], before=node, shape=shape)
+    if _channels(value) is not None:
+        array = constant(value)
+        assert array is not None
+        return editor.add_initializer(f"{value.name}/nhwc", array.reshape(-1))
+    whole = _is_residual(node, value) or _is_pixel(value)
+    return editor.add_transpose(value, TO_NHWC, before=node) if whole else value
+
+
+def _resize_inputs(editor: Editor, node: ir.Node) -> list[ir.Value | None]:
+    """Return the inputs of a Resize by constant scales with channels last."""
+    image, region, scales = node.inputs[:3]
+    array = constant(scales)
+    assert scales is not None and array is not None
+    nhwc = editor.add_initializer(f"{scales.name}/nhwc", array[list(TO_NHWC)])
+    return [_untransposed(image, TO_NCHW), region, nhwc]
