@@ -1,7 +1,14 @@
-"""Remove residual branches: of attention, MLPs, whole transformers, resnets.
+"""Prune residual branches: attention, MLPs, whole transformer blocks, resnets.
 
-A candidate is an Add of a value and something computed from it, skip + branch(skip). To remove it
-is to go on with skip.
+A candidate is an Add of a value and a function of it, skip + branch(skip). Removing it replaces the
+sum by the skip connection:
+
+    before                                  after
+
+    x ─┬─► norm ─► attention ─► Add ─► y    x ─► y
+       └────────── skip ─────────┘
+
+Branches may be nested: that of a transformer block contains those of its attention and its MLP.
 """
 
 from collections.abc import Sequence
@@ -14,7 +21,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import add_constant, layers, matches, open_session
-from latentforge.optimize.prune.averages import need_feeds
+from latentforge.optimize.prune.averages import check_feeds
 from latentforge.optimize.prune.records import Removed
 from latentforge.runtime.tensor import Feeds
 
@@ -25,13 +32,12 @@ _SWITCHES = "switches"
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A residual branch.
+    """Residual branch.
 
     Attributes:
-        add: where it ends; the node that goes.
-        side: which input of it is the branch.
-        nodes: all that nobody needs without it, the Add included; a branch inside of it is a
-            part of them.
+        add: the Add that joins branch and skip connection.
+        side: index of the Add's input that is the branch.
+        nodes: nodes that are not needed without the branch, with the Add and nested branches.
     """
 
     add: ir.Node
@@ -40,13 +46,14 @@ class Branch:
 
     @property
     def skip(self) -> ir.Value:
+        """Value of the skip connection."""
         value = self.add.inputs[1 - self.side]
         assert value is not None
         return value
 
     @property
     def name(self) -> str:
-        """The module that holds its weights."""
+        """Name of the innermost module that contains all of its weights."""
         weighted = [layer for layer in layers(_graph(self.add)) if layer.node in self.nodes]
         paths = [layer.name.rpartition("/")[0].split(".") for layer in weighted]
         return ".".join(commonprefix(paths)) or str(self.add.name)
@@ -58,7 +65,12 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 
 def parameters(graph: ir.Graph, nodes: frozenset[ir.Node] | None = None) -> int:
-    """How many floating point weights a graph has, or those of them that only some nodes use."""
+    """Count a graph's floating point weights.
+
+    Args:
+        graph: the graph.
+        nodes: count only the weights that no other nodes use.
+    """
     return sum(
         value.const_value.size
         for value in graph.initializers.values()
@@ -68,27 +80,31 @@ def parameters(graph: ir.Graph, nodes: frozenset[ir.Node] | None = None) -> int:
     )
 
 
-def branches(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Branch]:
-    """Every residual branch with weights, in the order of the graph.
+def branches(graph: ir.Graph, exclude: Sequence[str] = ()) -> list[Branch]:
+    """Find all residual branches with weights, in the order of the graph.
 
     Args:
-        graph: before norms were fused with the Adds in front of them.
-        keep: patterns, as of fnmatch, of names of nodes that no branch to remove may hold.
+        graph: graph in which norms are not fused with the Adds in front of them.
+        exclude: fnmatch patterns of the names of nodes that may not be removed.
     """
-    found = []
+    candidates = []
     for node in graph:
         side = _branch_side(node)
         if side is None:
             continue
         nodes = frozenset(_dead_without(node, side))
-        kept = any(matches(str(n.name), keep) for n in nodes - {node})
-        if not kept and parameters(graph, nodes):
-            found.append(Branch(add=node, side=side, nodes=nodes))
-    return found
+        excluded = any(matches(str(n.name), exclude) for n in nodes - {node})
+        if not excluded and parameters(graph, nodes):
+            candidates.append(Branch(add=node, side=side, nodes=nodes))
+    return candidates
 
 
 def _branch_side(node: ir.Node) -> int | None:
-    """Which input of an Add is computed from the other, if shapes allow to leave it out."""
+    """Return the index of an Add's input that is computed from the other one.
+
+    Returns:
+        None if there is none, or the sum broadcasts, so that the skip cannot replace it.
+    """
     if node.op_type != "Add" or node.domain:
         return None
     left, right = node.inputs
@@ -106,57 +122,57 @@ def _same_shape(left: ir.Value, right: ir.Value, output: ir.Value) -> bool:
 
 
 def _depends(value: ir.Value, source: ir.Value) -> bool:
-    seen, open_ = set(), [value]
-    while open_:
-        producer = open_.pop().producer()
-        if producer is None or producer in seen:
+    """Return True if a value is computed from a source."""
+    visited, pending = set(), [value]
+    while pending:
+        producer = pending.pop().producer()
+        if producer is None or producer in visited:
             continue
-        if any(given is source for given in producer.inputs):
+        if any(operand is source for operand in producer.inputs):
             return True
-        seen.add(producer)
-        open_ += [given for given in producer.inputs if given is not None]
+        visited.add(producer)
+        pending += [operand for operand in producer.inputs if operand is not None]
     return False
 
 
 def _dead_without(add: ir.Node, side: int) -> set[ir.Node]:
-    """The nodes that nobody needs once the users of an Add take its skip instead."""
+    """Return the nodes that are dead code once the skip connection replaces an Add."""
     dead = {add}
-    open_ = [add.inputs[side]]
-    while open_:
-        value = open_.pop()
+    pending = [add.inputs[side]]
+    while pending:
+        value = pending.pop()
         node = None if value is None else value.producer()
         if node is None or node in dead or value is add.inputs[1 - side]:
             continue
         users = {user for output in node.outputs for user in output.consumers()}
         if users <= dead and not any(output.is_graph_output() for output in node.outputs):
             dead.add(node)
-            open_ += list(node.inputs)
+            pending += list(node.inputs)
     return dead
 
 
 def prune_blocks(
-    model: ir.Model, share: float, keep: Sequence[str], feeds: Sequence[Feeds]
+    model: ir.Model, fraction: float, exclude: Sequence[str], feeds: Sequence[Feeds]
 ) -> list[Removed]:
-    """Remove the branches that matter least for what they weigh, up to a share of all weights.
+    """Remove the branches of lowest score per weight, up to a fraction of all weights.
 
-    A branch's score is the mean squared difference that leaving it out makes to the graph's
-    output, and scores are taken to add up: the one-shot criterion of LAPTOP-Diff (Zhang et al.
-    2024, arXiv 2404.11098, section 3.2). Taken are, while they fit, those of the lowest score a
-    weight; one that holds branches already gone counts with its whole score and what is left of
-    its weights.
+    The score of a branch is the mean squared change of the graph's output without it, and scores
+    are assumed to be additive: the one-shot criterion of LAPTOP-Diff (Zhang et al. 2024, arXiv
+    2404.11098, section 3.2). Branches are chosen greedily by score per weight while they fit. A
+    branch that contains removed ones counts with its whole score and its remaining weights.
 
     Args:
-        model: edited in place; with unfused residual sums.
-        share: of the graph's weights that may go, from 0 to 1.
-        keep: patterns of names of nodes that stay.
-        feeds: recorded inputs of the graph; each is run once a candidate.
+        model: edited in place; its residual sums are not fused.
+        fraction: fraction of the graph's weights that may be removed, 0 to 1.
+        exclude: fnmatch patterns of the names of nodes that may not be removed.
+        feeds: recorded inputs of the graph; each is run once per candidate.
     """
-    candidates = branches(model.graph, keep)
+    candidates = branches(model.graph, exclude)
     if not candidates:
         return []
-    need_feeds(feeds, "pruning of blocks")
+    check_feeds(feeds, "pruning of blocks")
     scores = _scores(model, candidates, feeds)
-    chosen = _chosen(model.graph, candidates, scores, share)
+    chosen = _chosen(model.graph, candidates, scores, fraction)
     for branch, _ in chosen:
         _remove(branch)
     common.RemoveUnusedNodesPass()(model)
@@ -164,19 +180,22 @@ def prune_blocks(
 
 
 def _chosen(
-    graph: ir.Graph, candidates: Sequence[Branch], scores: NDArray[np.float64], share: float
+    graph: ir.Graph, candidates: Sequence[Branch], scores: NDArray[np.float64], fraction: float
 ) -> list[tuple[Branch, Removed]]:
-    """Which go, the least important first; a branch inside one that goes is no longer one."""
-    left = share * parameters(graph)
-    gone: frozenset[ir.Node] = frozenset()
+    """Choose branches greedily, the least important first.
+
+    Branches nested in a chosen one are no longer candidates.
+    """
+    budget = fraction * parameters(graph)
+    removed: frozenset[ir.Node] = frozenset()
     chosen: list[tuple[Branch, Removed]] = []
-    while (best := _best(graph, candidates, scores, gone, left)) is not None:
+    while (best := _best(graph, candidates, scores, removed, budget)) is not None:
         index, size = best
         branch, score = candidates[index], float(scores[index])
         chosen.append(
             (branch, Removed(kind="block", name=branch.name, score=score, parameters=size))
         )
-        left, gone = left - size, gone | branch.nodes
+        budget, removed = budget - size, removed | branch.nodes
     return chosen
 
 
@@ -184,24 +203,24 @@ def _best(
     graph: ir.Graph,
     candidates: Sequence[Branch],
     scores: NDArray[np.float64],
-    gone: frozenset[ir.Node],
-    left: float,
+    removed: frozenset[ir.Node],
+    budget: float,
 ) -> tuple[int, int] | None:
-    """The index of the candidate with the lowest score a weight that still fits, and its size.
+    """Return the index of the candidate with the lowest score per weight that fits, and its size.
 
-    Of equals it is the largest, so that a useless branch goes with all that it holds.
+    Of equal candidates it is the largest, so that a useless branch is removed as a whole.
     """
-    before = parameters(graph, gone)
+    before = parameters(graph, removed)
     options = []
     for index, branch in enumerate(candidates):
-        size = 0 if branch.add in gone else parameters(graph, gone | branch.nodes) - before
-        if 0 < size <= left:
+        size = 0 if branch.add in removed else parameters(graph, removed | branch.nodes) - before
+        if 0 < size <= budget:
             options.append((float(scores[index]) / size, -size, index))
     return (min(options)[2], -min(options)[1]) if options else None
 
 
 def _remove(branch: Branch) -> None:
-    """Let the users of the sum take the skip."""
+    """Replace the sum by the skip connection."""
     output = branch.add.outputs[0]
     if output.is_graph_output():  # keeps its name
         _graph(branch.add).insert_after(branch.add, identity := ir.node("Identity", [branch.skip]))
@@ -218,14 +237,14 @@ def _remove(branch: Branch) -> None:
 def _scores(
     model: ir.Model, candidates: Sequence[Branch], feeds: Sequence[Feeds]
 ) -> NDArray[np.float64]:
-    """By candidate, the mean squared difference of the outputs when it alone is left out."""
+    """Return the mean squared change of the outputs without each candidate alone."""
     switched = _switched(model, candidates)
     count = len(candidates)
-    rows = np.vstack([np.ones(count), 1 - np.eye(count)]).astype(np.float32)
+    settings = np.vstack([np.ones(count), 1 - np.eye(count)]).astype(np.float32)
     totals = np.zeros(count)
     session = open_session(switched)
-    for fed in feeds:
-        whole, *without = ([*session.run(None, {**fed, _SWITCHES: row})] for row in rows)
+    for feed in feeds:
+        whole, *without = ([*session.run(None, {**feed, _SWITCHES: row})] for row in settings)
         totals += [_difference(whole, outputs) for outputs in without]
     return totals / len(feeds)
 
@@ -240,7 +259,13 @@ def _difference(
 
 
 def _switched(model: ir.Model, candidates: Sequence[Branch]) -> ir.Model:
-    """A copy of a model in which a vector of numbers, 1 or 0, scales each candidate's branch."""
+    """Return a copy of a model with an input (candidates,) that scales each branch by 1 or 0.
+
+    before:  skip ─► Add ◄─ branch
+    after:   skip ─► Add ◄─ Mul ◄─ branch
+                             ▲
+             switches ─► Gather(index)
+    """
     copy = model.clone()
     adds = {node.outputs[0].name: node for node in copy.graph if node.op_type == "Add"}
     switches = ir.Value(

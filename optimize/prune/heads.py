@@ -1,4 +1,26 @@
-"""Remove heads of attention, fused into MultiHeadAttention or not."""
+"""Prune attention heads, fused into MultiHeadAttention or written as separate operators.
+
+The matchers start from the output projection. Fused:
+
+    x ─► q ─► Add(bias) ─┐
+    c ─► k ─► Add(bias) ─┼─► MultiHeadAttention(num_heads) ─► output ─► y
+    c ─► v ─► Add(bias) ─┘
+
+Separate operators, where b, t, h, d are batch, tokens, heads and size of a head:
+
+    x ─► q ─► Reshape ─► Transpose ─► Mul(scale) ─┐
+              (b,t,h,d)  (b,h,t,d)                MatMul ─► Add(mask) ─► Softmax ─┐
+    c ─► k ─► Reshape ─► Transpose ───────────────┘         (optional)            │
+              (b,t,h,d)  (b,h,d,t)                                              MatMul ─► Transpose ─►
+    c ─► v ─► Reshape ─► Transpose ───────────────────────────────────────────────┘       (b,t,h,d)
+              (b,t,h,d)  (b,h,t,d)
+                                                            ─► Reshape ─► output ─► y
+                                                               (b,t,h*d)
+
+To remove a head is to remove its d columns of each projection and its d rows of the output
+projection. The number of heads is an attribute of the fused node, and a size in the Reshapes
+otherwise.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +31,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import GraphLayer, constant, layers, matches, set_weight
-from latentforge.optimize.prune.averages import grams, need_feeds
+from latentforge.optimize.prune.averages import check_feeds, head_gram_matrices
 from latentforge.optimize.prune.blocks import parameters
 from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.slicing import (
@@ -24,19 +46,19 @@ from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Attention", "attentions", "prune_heads"]
 
-_HEADS_FIRST = (0, 2, 1, 3)  # and back: it is its own inverse
+_SWAP_TOKENS_AND_HEADS = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Projections of queries, keys and values, and that of what attention makes of them.
+    """Attention with its projections.
 
     Attributes:
-        inputs: the three projections, each with the Add of its bias, if it has one.
-        output: the projection back; its input is (batch, tokens, heads * size).
-        heads: their number.
-        node: the MultiHeadAttention, or None if attention is in parts.
-        splits: of attention in parts, the three Reshapes to (batch, tokens, heads, size).
+        inputs: projections of queries, keys and values, each with the Add of its bias, if any.
+        output: output projection; its input is (batch, tokens, heads * size).
+        heads: number of heads.
+        node: the MultiHeadAttention, None for attention in separate operators.
+        splits: for separate operators, the three Reshapes to (batch, tokens, heads, size).
     """
 
     inputs: tuple[tuple[GraphLayer, ir.Node | None], ...]
@@ -47,14 +69,19 @@ class Attention:
 
     @property
     def name(self) -> str:
+        """Name of the attention's module."""
         return self.inputs[0][0].name.rpartition("/")[0].rpartition(".")[0]
 
 
-def attentions(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Attention]:
-    """Every attention whose heads can be told apart, in the order of the graph.
+def attentions(graph: ir.Graph, exclude: Sequence[str] = ()) -> list[Attention]:
+    """Find all attentions whose heads can be separated, in the order of the graph.
 
-    Left out are those with a bias or a past inside a fused node, with a mask for each head, and
-    with sizes written into Reshapes between the split and the join of heads.
+    Attention is left out if a fused node has a bias or past keys, if the mask differs by head, or
+    if Reshapes between split and join of the heads have constant sizes.
+
+    Args:
+        graph: the graph.
+        exclude: fnmatch patterns of the names of layers to leave out.
     """
     linear = {layer.node: layer for layer in layers(graph) if layer.linear}
     found = [_attention(layer, linear) for layer in linear.values()]
@@ -63,24 +90,26 @@ def attentions(graph: ir.Graph, keep: Sequence[str] = ()) -> list[Attention]:
         for attention in found
         if attention is not None
         and not any(
-            matches(layer.name, keep)
+            matches(layer.name, exclude)
             for layer in (attention.output, *(layer for layer, _ in attention.inputs))
         )
     ]
 
 
 def _attention(output: GraphLayer, linear: dict[ir.Node, GraphLayer]) -> Attention | None:
+    """Match attention whose output projection is a layer."""
     node = output.input.producer()
     if node is None or single_user(output.input) is None:
         return None
     if node.op_type == "MultiHeadAttention":
         return _fused(node, output, linear)
-    return _in_parts(node, output, linear) if node.op_type == "Reshape" else None
+    return _unfused(node, output, linear) if node.op_type == "Reshape" else None
 
 
 def _fused(
     node: ir.Node, output: GraphLayer, linear: dict[ir.Node, GraphLayer]
 ) -> Attention | None:
+    """Match a MultiHeadAttention with three projections, with no mask or one for all heads."""
     inputs = [*node.inputs, *[None] * 8]
     mask = inputs[5]
     if any(value is not None for value in (inputs[3], *inputs[6:])) or len(node.outputs) > 1:
@@ -89,10 +118,10 @@ def _fused(
         return None
     projections = [_projection(value, linear) for value in inputs[:3]]
     heads = node.attributes.get_int("num_heads", 1)
-    return _made(projections, output, heads, node=node)
+    return _checked(projections, output, heads, node=node)
 
 
-def _made(
+def _checked(
     projections: Sequence[tuple[GraphLayer, ir.Node | None] | None],
     output: GraphLayer,
     heads: int,
@@ -100,6 +129,7 @@ def _made(
     node: ir.Node | None = None,
     splits: tuple[ir.Node, ...] = (),
 ) -> Attention | None:
+    """Return the attention if it has three projections whose widths fit the number of heads."""
     inputs = tuple(projection for projection in projections if projection is not None)
     widths = [layer.array.shape[layer.out_axis] for layer, _ in inputs]
     widths.append(output.array.shape[output.in_axis])
@@ -111,7 +141,11 @@ def _made(
 def _projection(
     value: ir.Value | None, linear: dict[ir.Node, GraphLayer]
 ) -> tuple[GraphLayer, ir.Node | None] | None:
-    """The layer that a value comes from and the Add of its bias, if nothing else uses them."""
+    """Return the layer that computes a value and the Add of its bias, if nothing else uses them.
+
+    The value is that of ``MatMul`` or of ``MatMul ─► Add(bias)``; the second entry is None if
+    there is no Add.
+    """
     node = value.producer() if value is not None and single_user(value) else None
     if node is None or node in linear:
         return None if node is None else (linear[node], None)
@@ -126,64 +160,75 @@ def _projection(
     return (layer, node) if array.shape[-1:] == (layer.array.shape[layer.out_axis],) else None
 
 
-def _in_parts(
+def _unfused(
     join: ir.Node, output: GraphLayer, linear: dict[ir.Node, GraphLayer]
 ) -> Attention | None:
-    """Attention from the Reshape that joins heads back to the three that split them."""
-    product = _transposed(join.inputs[0])
+    """Match attention from the Reshape that joins the heads back to those that split them."""
+    product = _before_transpose(join.inputs[0])
     if product is None or product.op_type != "MatMul":
         return None
-    value = _transposed(product.inputs[1])
-    scores = _scores(product.inputs[0])
+    value = _before_transpose(product.inputs[1])
+    scores = _score_product(product.inputs[0])
     if value is None or scores is None:
         return None
-    splits = (*_splits(scores.inputs[0]), *_splits(scores.inputs[1]), value)
+    splits = (*_split(scores.inputs[0]), *_split(scores.inputs[1]), value)
     if len(splits) != 3 or any(node.op_type != "Reshape" for node in splits):
         return None
     if any(len(node.outputs[0].shape or ()) != 4 for node in splits):
         return None
-    heads, *others = {size(node.outputs[0], 2) for node in splits}
-    if others or not heads or not all(size(node.outputs[0], 3) for node in splits):
+    heads, *different = {size(node.outputs[0], 2) for node in splits}
+    if different or not heads or not all(size(node.outputs[0], 3) for node in splits):
         return None
     projections = [_projection(node.inputs[0], linear) for node in splits]
-    return _made(projections, output, heads, splits=splits)
+    return _checked(projections, output, heads, splits=splits)
 
 
-def _transposed(value: ir.Value | None) -> ir.Node | None:
-    """The node behind a Transpose of tokens and heads."""
+def _before_transpose(value: ir.Value | None) -> ir.Node | None:
+    """Return the node in front of a Transpose that swaps tokens and heads."""
     node = None if value is None or single_user(value) is None else value.producer()
     if node is None or node.op_type != "Transpose":
         return None
     source = node.inputs[0]
     perm = tuple(node.attributes.get_ints("perm", ()))
-    return source.producer() if source is not None and perm == _HEADS_FIRST else None
+    return source.producer() if source is not None and perm == _SWAP_TOKENS_AND_HEADS else None
 
 
-def _scores(value: ir.Value | None) -> ir.Node | None:
-    """The product of queries and keys behind a Softmax, its mask and what guards it from NaN."""
+def _score_product(value: ir.Value | None) -> ir.Node | None:
+    """Return the product of queries and keys in front of scaling, mask, Softmax and NaN guard.
+
+    MatMul ─► Mul(scale) ─► Add(mask) ─► Softmax ─► Where(isnan, 0, ...) ─► value
+    """
     node = None if value is None else value.producer()
     while node is not None and node.op_type in ("Where", "Softmax", "Add", "Mul", "Div"):
-        following = [v for v in node.inputs if v is not None and _per_head(v)]
-        node = following[0].producer() if len(following) == 1 else None
+        scores = [v for v in node.inputs if v is not None and _differs_by_head(v)]
+        node = scores[0].producer() if len(scores) == 1 else None
     return node if node is not None and node.op_type == "MatMul" else None
 
 
-def _per_head(value: ir.Value) -> bool:
-    """Whether a value is of four dimensions, numbers, and not the same for every head."""
+def _differs_by_head(value: ir.Value) -> bool:
+    """Return True for float values of four dimensions, of which the second is not 1."""
     shape = value.shape
-    number = value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-    return number and shape is not None and len(shape) == 4 and shape[1] != 1
+    is_float = value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    return is_float and shape is not None and len(shape) == 4 and shape[1] != 1
 
 
-def _splits(value: ir.Value | None) -> tuple[ir.Node, ...]:
-    """The Reshape that split heads, behind scaling, transposing and reshaping by computed sizes."""
+def _split(value: ir.Value | None) -> tuple[ir.Node, ...]:
+    """Return the Reshape that splits the heads of queries or keys, as a tuple of one node.
+
+    Scaling by constants, Transpose and Reshape by computed sizes may follow it:
+
+        layer ─► Reshape (b, t, h, d) ─► Transpose ─► Reshape ─► Transpose ─► Mul ─► value
+
+    Returns:
+        An empty tuple if another operator or a Reshape by constant sizes is in between.
+    """
     node = None if value is None else value.producer()
     while node is not None and node.op_type in ("Mul", "Div", "Transpose", "Reshape"):
         source = node.inputs[0]
-        if source is None or any(constant(v) is None for v in _operands(node)):
+        if source is None or any(constant(v) is None for v in _factors(node)):
             return ()
         if node.op_type == "Reshape":
-            if source.shape is not None and len(source.shape) == 3 and _is_layer(source):
+            if source.shape is not None and len(source.shape) == 3 and _is_projection(source):
                 return (node,)
             if constant(node.inputs[1]) is not None:
                 return ()
@@ -191,55 +236,61 @@ def _splits(value: ir.Value | None) -> tuple[ir.Node, ...]:
     return ()
 
 
-def _operands(node: ir.Node) -> Sequence[ir.Value | None]:
+def _factors(node: ir.Node) -> Sequence[ir.Value | None]:
     return node.inputs[1:] if node.op_type in ("Mul", "Div") else ()
 
 
-def _is_layer(value: ir.Value) -> bool:
+def _is_projection(value: ir.Value) -> bool:
     node = value.producer()
     return node is not None and node.op_type in ("MatMul", "Gemm", "Add")
 
 
 def prune_heads(
-    model: ir.Model, share: float, keep: Sequence[str], feeds: Sequence[Feeds]
+    model: ir.Model, fraction: float, exclude: Sequence[str], feeds: Sequence[Feeds]
 ) -> list[Removed]:
-    """Remove the share of each attention's heads that adds least to its output; one stays.
+    """Remove a fraction of each attention's heads, those that contribute least to its output.
 
-    The score of head h is E||o_h W_h||**2, with o_h what it gives for a token and W_h its rows of
-    the output projection.
+    The score of head h is E||o_h W_h||**2, where o_h is its output for a token and W_h its rows of
+    the output projection. At least one head remains.
 
     Args:
         model: edited in place.
-        share: of heads, from 0 to 1, rounded down to whole heads.
-        keep: patterns, as of fnmatch, of names of layers that stay.
+        fraction: fraction of heads to remove, 0 to 1, rounded down to whole heads.
+        exclude: fnmatch patterns of the names of layers that are not pruned.
         feeds: recorded inputs of the graph.
     """
-    found = [a for a in attentions(model.graph, keep) if _staying(a.heads, share) < a.heads]
+    found = [a for a in attentions(model.graph, exclude) if _remaining(a.heads, fraction) < a.heads]
     if not found:
         return []
-    need_feeds(feeds, "pruning of heads")
-    measured = grams(model, {str(a.output.input.name): a.heads for a in found}, feeds)
+    check_feeds(feeds, "pruning of heads")
+    heads = {str(a.output.input.name): a.heads for a in found}
+    measured = head_gram_matrices(model, heads, feeds)
     removed = []
     for attention in found:
-        scores = _costs(attention, measured[str(attention.output.input.name)])
-        staying = _staying(attention.heads, share)
+        scores = _scores(attention, measured[str(attention.output.input.name)])
+        remaining = _remaining(attention.heads, fraction)
         order = np.argsort(-scores, kind="stable")
         before = parameters(model.graph)
-        _narrow(model.graph, attention, np.sort(order[:staying]))
+        _narrow(model.graph, attention, np.sort(order[:remaining]))
         common.RemoveUnusedNodesPass()(model)
-        gone, cost = before - parameters(model.graph), float(scores[order[staying:]].sum())
-        removed.append(Removed(kind="heads", name=attention.name, score=cost, parameters=gone))
+        count, cost = before - parameters(model.graph), float(scores[order[remaining:]].sum())
+        removed.append(Removed(kind="heads", name=attention.name, score=cost, parameters=count))
     if any(attention.splits for attention in found):
         common.ShapeInferencePass()(model)
     return removed
 
 
-def _staying(heads: int, share: float) -> int:
-    return max(1, heads - int(share * heads + 1e-9))
+def _remaining(heads: int, fraction: float) -> int:
+    return max(1, heads - int(fraction * heads + 1e-9))
 
 
-def _costs(attention: Attention, gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """By head, trace(W_h' G_h W_h), where G_h is the mean outer product of what the head gives."""
+def _scores(attention: Attention, gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return trace(W_h' G_h W_h) for each head.
+
+    Args:
+        attention: the attention, of whose output projection W_h are the rows of head h.
+        gram: (heads, size, size) mean outer products G_h of the heads' outputs.
+    """
     layer = attention.output
     rows = layer.array if layer.in_axis == 0 else layer.array.T
     weight = rows.astype(np.float64).reshape(attention.heads, -1, rows.shape[1])
@@ -247,7 +298,7 @@ def _costs(attention: Attention, gram: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def _narrow(graph: ir.Graph, attention: Attention, heads: Indices) -> None:
-    """Keep only some heads."""
+    """Keep a subset of an attention's heads."""
     for layer, bias in attention.inputs:
         indices = _channels(layer.array.shape[layer.out_axis], attention.heads, heads)
         take_outputs(graph, layer, indices)
@@ -265,38 +316,44 @@ def _narrow(graph: ir.Graph, attention: Attention, heads: Indices) -> None:
 
 
 def _channels(width: int, count: int, heads: Indices) -> Indices:
-    """The channels of some heads, of width channels in all."""
-    each = width // count
-    return (heads[:, None] * each + np.arange(each)).reshape(-1)
+    """Return the channels of some heads.
+
+    Args:
+        width: number of channels of all heads.
+        count: number of heads.
+        heads: indices of the heads to keep.
+    """
+    size_of_head = width // count
+    return (heads[:, None] * size_of_head + np.arange(size_of_head)).reshape(-1)
 
 
 def _reshape(graph: ir.Graph, attention: Attention, heads: int) -> None:
-    """Let the Reshapes around attention in parts split and join fewer heads.
+    """Set the number of heads in the Reshapes that split and join them.
 
-    Shapes of values between them are forgotten, for shape inference to find anew.
+    Shapes of values in between are cleared, for shape inference to set them again.
     """
     for split in attention.splits:
         _set_shape(graph, split, [0, 0, heads, size(split.outputs[0], 3)])
     join = attention.output.input.producer()
     assert join is not None
     _set_shape(graph, join, [0, 0, -1])
-    for node in _after(attention.splits, join):
+    for node in _nodes_between(attention.splits, join):
         for value in node.outputs:
             value.shape = None
 
 
-def _after(splits: Sequence[ir.Node], join: ir.Node) -> set[ir.Node]:
-    """The nodes from those that split heads up to the one that joins them, without it."""
-    found = set(splits)
-    open_ = list(splits)
-    while open_:
-        users = {user for value in open_.pop().outputs for user in value.consumers()}
-        open_ += users - found - {join}
-        found |= users - {join}
-    return found
+def _nodes_between(splits: Sequence[ir.Node], join: ir.Node) -> set[ir.Node]:
+    """Return the nodes from the Reshapes that split heads up to the one that joins them."""
+    visited = set(splits)
+    pending = list(splits)
+    while pending:
+        users = {user for value in pending.pop().outputs for user in value.consumers()}
+        pending += users - visited - {join}
+        visited |= users - {join}
+    return visited
 
 
 def _set_shape(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
-    """Make a Reshape keep batch and tokens, and set what follows."""
+    """Set the sizes of a Reshape, in which 0 copies a size of its input."""
     set_weight(graph, node, 1, np.array(sizes, np.int64), f"{node.name}_heads")
     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)

@@ -1,4 +1,4 @@
-"""Take channels out of weights."""
+"""Slicing of weights: keep a subset of the channels of constants, layers and shapes."""
 
 from itertools import count
 
@@ -14,7 +14,7 @@ Indices = NDArray[np.int64]
 
 
 def replace(graph: ir.Graph, node: ir.Node, index: int, array: NDArray[np.generic]) -> None:
-    """Give a node another constant at an input: under the same name where it alone uses it."""
+    """Replace a constant input of a node; it keeps its name unless other nodes use it too."""
     value = node.inputs[index]
     assert value is not None
     if value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
@@ -27,14 +27,14 @@ def replace(graph: ir.Graph, node: ir.Node, index: int, array: NDArray[np.generi
 
 
 def take(graph: ir.Graph, node: ir.Node, index: int, indices: Indices, axis: int) -> None:
-    """Keep only some of a constant input along an axis."""
+    """Keep a subset of a node's constant input along an axis."""
     array = constant(node.inputs[index])
     assert array is not None
     replace(graph, node, index, np.take(array, indices, axis))
 
 
 def take_outputs(graph: ir.Graph, layer: GraphLayer, indices: Indices) -> None:
-    """Keep only some output channels of a linear layer, and of its bias if it is a Gemm."""
+    """Keep a subset of a linear layer's output channels, and of its bias if it is a Gemm."""
     take(graph, layer.node, 1, indices, layer.out_axis)
     if len(layer.node.inputs) > 2 and layer.node.inputs[2] is not None:
         take(graph, layer.node, 2, indices, -1)
@@ -42,7 +42,7 @@ def take_outputs(graph: ir.Graph, layer: GraphLayer, indices: Indices) -> None:
 
 
 def resize(value: ir.Value, size: int, axis: int = -1) -> None:
-    """Note the new size of an axis in the shape of a value."""
+    """Set the size of an axis in the shape of a value."""
     if value.shape is not None:
         dims = list(value.shape)
         dims[axis] = size
@@ -50,12 +50,12 @@ def resize(value: ir.Value, size: int, axis: int = -1) -> None:
 
 
 def size(value: ir.Value, axis: int) -> int:
-    """How large an axis of a value is; 0 where that is not known."""
-    found = value.shape[axis] if value.shape is not None and len(value.shape) else 0
-    return found if isinstance(found, int) else 0
+    """Return the size of an axis of a value, 0 if it is unknown or free."""
+    dimension = value.shape[axis] if value.shape is not None and len(value.shape) else 0
+    return dimension if isinstance(dimension, int) else 0
 
 
 def single_user(value: ir.Value) -> ir.Node | None:
-    """The only node that uses a value, if nothing else does."""
+    """Return the node that uses a value, None if there are several or it is a graph output."""
     users = list(value.uses())
     return users[0].node if len(users) == 1 and not value.is_graph_output() else None

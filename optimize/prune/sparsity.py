@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.optimize.graph import GraphLayer, layers, matches
-from latentforge.optimize.prune.averages import mean_squares, need_feeds
+from latentforge.optimize.prune.averages import check_feeds, mean_squares
 from latentforge.optimize.prune.records import Sparse, SparsitySettings
 from latentforge.optimize.prune.slicing import replace, size
 from latentforge.runtime.tensor import Feeds
@@ -90,7 +90,7 @@ def _norms(
     """
     if settings.score == "magnitude":
         return {}
-    need_feeds(feeds, "sparsity with the score activation")
+    check_feeds(feeds, "sparsity with the score activation")
     axes = {str(layer.input.name): -1 if layer.linear else 1 for layer in chosen}
     squares = mean_squares(model, axes, feeds)
     return {name: np.sqrt(square) for name, square in squares.items()}

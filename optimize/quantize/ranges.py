@@ -67,7 +67,7 @@ def _clip(observed: ActivationRange, settings: Int8Settings, *, symmetric: bool)
         return observed.magnitude
     if settings.ranges == "percentile":
         return _percentile(observed, settings.percentile)
-    return _least_squares_clip(observed, symmetric=symmetric)
+    return _min_mse_clip(observed, symmetric=symmetric)
 
 
 def _percentile(observed: ActivationRange, percentile: float) -> float:
@@ -77,7 +77,7 @@ def _percentile(observed: ActivationRange, percentile: float) -> float:
     return min(observed.magnitude, float(histogram_edges()[index + 1]))
 
 
-def _least_squares_clip(observed: ActivationRange, *, symmetric: bool) -> float:
+def _min_mse_clip(observed: ActivationRange, *, symmetric: bool) -> float:
     """Return the clipping magnitude with the smallest squared error of the binned values."""
     edges = histogram_edges()
     centers = np.sqrt(edges[:-1] * edges[1:])

@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def build(text: str, **weights: np.ndarray) -> ir.Model:
-    """A model from ONNX text, in which the named inputs are weights; all shapes are known."""
+    """Parse ONNX text, turn the named inputs into weights, and infer all shapes."""
     model = ir.from_onnx_text(HEADER + text)
     values = {value.name: value for value in model.graph.inputs}
     for name, array in weights.items():
@@ -41,7 +41,7 @@ def build(text: str, **weights: np.ndarray) -> ir.Model:
 
 
 def run(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """The first output, of a file that passes the checker and strict inference of shapes."""
+    """Save and check a model, infer its shapes strictly, and return its first output."""
     path = folder / "m.onnx"
     ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
@@ -67,7 +67,7 @@ BLOCKS = """m (float[2,4,8] x, float[8,8] {0}_in, float[8,8] {0}_out, float[8,8]
 
 
 def blocks(*scales: float) -> ir.Model:
-    """Three residual branches, of which each adds as much as its scale says."""
+    """Build three residual branches whose contributions are scaled."""
     weights = {}
     for seed, (name, scale) in enumerate(zip(("first", "second", "third"), scales, strict=True)):
         weights[f"{name}_in"] = normal(8, 8, seed=seed)
@@ -79,14 +79,16 @@ X = {"x": normal(2, 4, 8, seed=20)}
 
 
 @pytest.mark.parametrize(("useless", "branch"), [(0, "c"), (1, "g"), (2, "k")])
-def test_the_branch_that_adds_nothing_goes(useless: int, branch: str, tmp_path: Path) -> None:
+def test_a_branch_that_contributes_nothing_is_removed(
+    useless: int, branch: str, tmp_path: Path
+) -> None:
     model = blocks(*(0.0 if index == useless else 1.0 for index in range(3)))
-    wanted = run(model, tmp_path, X)
+    expected = run(model, tmp_path, X)
     removed = prune(model, PruneSettings(blocks=0.34), feeds=[X])
     assert [(r.kind, r.score, r.parameters) for r in removed] == [("block", 0.0, 128)]
     assert parameters(model.graph) == 256
     assert branch not in {node.outputs[0].name for node in model.graph}
-    np.testing.assert_array_equal(run(model, tmp_path, X), wanted)
+    np.testing.assert_array_equal(run(model, tmp_path, X), expected)
 
 
 def test_a_score_is_the_mean_squared_change_of_the_output(tmp_path: Path) -> None:
@@ -109,14 +111,16 @@ def test_scores_are_averages_over_all_inputs() -> None:
     assert scores[1] == pytest.approx(scores[0] / 2)
 
 
-@pytest.mark.parametrize(("share", "gone"), [(0.3, 0), (0.34, 1), (0.6, 1), (0.67, 2), (0.99, 2)])
-def test_no_more_goes_than_the_share(share: float, gone: int) -> None:
-    removed = prune(blocks(1.0, 0.1, 0.01), PruneSettings(blocks=share), feeds=[X])
-    assert len(removed) == gone
+@pytest.mark.parametrize(
+    ("fraction", "count"), [(0.3, 0), (0.34, 1), (0.6, 1), (0.67, 2), (0.99, 2)]
+)
+def test_no_more_than_the_fraction_is_removed(fraction: float, count: int) -> None:
+    removed = prune(blocks(1.0, 0.1, 0.01), PruneSettings(blocks=fraction), feeds=[X])
+    assert len(removed) == count
     assert [r.score for r in removed] == sorted(r.score for r in removed)
 
 
-def test_kept_branches_stay() -> None:
+def test_excluded_branches_stay() -> None:
     model = blocks(1.0, 0.0, 1.0)
     removed = prune(model, PruneSettings(blocks=0.34, exclude=("g/*",)), feeds=[X])
     assert removed and removed[0].score > 0
@@ -150,7 +154,7 @@ def _more_weights() -> ir.Value:
     return ir.Value(name="more", const_value=ir.tensor(normal(64, 64), name="more"))
 
 
-def test_sums_that_are_no_residuals_are_no_candidates() -> None:
+def test_other_sums_are_no_candidates() -> None:
     text = """m (float[2,4,8] x, float[2,1,8] small, float[8,8] v, float[8,8] w) => (float[2,4,8] y)
     { a = MatMul(x, v)  b = MatMul(x, w)  c = Add(a, b)  d = ReduceMean <keepdims = 1> (c)
       y = Add(c, d) }"""
@@ -168,19 +172,19 @@ def geglu(**changes: np.ndarray) -> ir.Model:
     return build(GEGLU, **{**weights, **changes})
 
 
-def test_channels_that_add_nothing_go_and_shapes_shrink(tmp_path: Path) -> None:
+def test_channels_that_contribute_nothing_are_removed(tmp_path: Path) -> None:
     down = normal(32, 8, seed=2)
     down[1::4] = 0
     model = geglu(down=down)
-    wanted = run(model, tmp_path, X)
+    expected = run(model, tmp_path, X)
     (removed,) = prune(model, PruneSettings(channels=0.25), feeds=[X])
     assert removed == Removed(kind="channels", name="a", score=0.0, parameters=8 * (16 + 2 + 8))
     assert shapes(model) == {"up": [8, 48], "bias": [48], "down": [24, 8], "halves": [2]}
-    np.testing.assert_allclose(run(model, tmp_path, X), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(model, tmp_path, X), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_channels_that_go_add_least_to_the_output(tmp_path: Path) -> None:
-    """The score, written down again in numpy."""
+def test_the_channels_of_least_contribution_are_removed(tmp_path: Path) -> None:
+    """Compare with the score computed in numpy."""
     model = geglu()
     feeds = [X, {"x": 2 * X["x"][::-1]}]
     hidden_model = model.clone()
@@ -191,26 +195,28 @@ def test_the_channels_that_go_add_least_to_the_output(tmp_path: Path) -> None:
     down = model.graph.initializers["down"].const_value
     assert down is not None
     scores = np.mean(hidden**2, axis=0) * np.sum(down.numpy() ** 2, axis=1)
-    staying = np.sort(np.argsort(-scores)[:16])
+    kept = np.sort(np.argsort(-scores)[:16])
     (removed,) = prune(model, PruneSettings(channels=0.5), feeds=feeds)
     pruned = model.graph.initializers["down"].const_value
     assert pruned is not None
-    np.testing.assert_array_equal(pruned.numpy(), down.numpy()[staying])
-    wanted = hidden[:8][:, staying] @ down.numpy()[staying]
+    np.testing.assert_array_equal(pruned.numpy(), down.numpy()[kept])
+    expected = hidden[:8][:, kept] @ down.numpy()[kept]
     found = run(model, tmp_path, X).reshape(-1, 8)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-    assert removed.score == pytest.approx(np.delete(scores, staying).sum(), rel=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert removed.score == pytest.approx(np.delete(scores, kept).sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("share", "multiple", "staying"),
+    ("fraction", "multiple", "remaining"),
     [(0.01, 8, 32), (0.2, 8, 32), (0.25, 8, 24), (0.3, 8, 24), (0.3, 1, 22), (0.99, 8, 8)],
 )
-def test_as_many_channels_stay_as_kernels_like(share: float, multiple: int, staying: int) -> None:
+def test_the_remaining_channels_are_a_multiple(
+    fraction: float, multiple: int, remaining: int
+) -> None:
     model = geglu()
-    prune(model, PruneSettings(channels=share, channel_multiple=multiple), feeds=[X])
-    assert shapes(model)["down"] == [staying, 8]
-    assert shapes(model)["up"] == [8, 2 * staying]
+    prune(model, PruneSettings(channels=fraction, channel_multiple=multiple), feeds=[X])
+    assert shapes(model)["down"] == [remaining, 8]
+    assert shapes(model)["up"] == [8, 2 * remaining]
 
 
 def test_an_mlp_without_gates(tmp_path: Path) -> None:
@@ -222,13 +228,13 @@ def test_an_mlp_without_gates(tmp_path: Path) -> None:
     down = normal(32, 8)
     down[:16] = 0
     model = build(text, up=normal(8, 32), bias=normal(32), down=down)
-    wanted = run(model, tmp_path, X)
+    expected = run(model, tmp_path, X)
     prune(model, PruneSettings(channels=0.5), feeds=[X])
     assert shapes(model) == {"up": [8, 16], "bias": [16], "down": [16, 8], "slope": []}
-    np.testing.assert_allclose(run(model, tmp_path, X), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(model, tmp_path, X), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_channels_that_something_else_uses_stay() -> None:
+def test_hidden_channels_with_other_uses_stay() -> None:
     text = """m (float[2,4,8] x, float[8,32] up, float[32,8] down)
       => (float[2,4,8] y, float[2,4,32] h)
     { a = MatMul(x, up)  h = Gelu(a)  y = MatMul(h, down) }"""
@@ -242,7 +248,7 @@ FUSED = """m (float[2,4,8] x, float[8,12] q, float[8,12] k, float[8,24] v, float
 { a = MatMul(x, q)  b = MatMul(x, k)  c = MatMul(x, v)  d = Add(c, bias)
   e = com.microsoft.MultiHeadAttention <num_heads = 3> (a, b, d)  y = MatMul(e, o) }"""
 
-IN_PARTS = """m (float[2,4,8] x, float[8,12] q, float[8,12] k, float[8,24] v, float[24] bias,
+UNFUSED = """m (float[2,4,8] x, float[8,12] q, float[8,12] k, float[8,24] v, float[24] bias,
   float[24,8] o) => (float[2,4,8] y)
 <int64[4] narrow = {2, 4, 3, 4}, int64[4] wide = {2, 4, 3, 8}, int64[3] joined = {2, 4, 24},
  float scale = {0.5}>
@@ -263,29 +269,31 @@ def attention(text: str, **changes: np.ndarray) -> ir.Model:
         "o": normal(24, 8, seed=5),
     }
     model = build(text, **{**weights, **changes})
-    for node in model.graph:  # shapes that no inference of ours knows
+    for node in model.graph:  # onnx does not infer this shape
         if node.op_type == "MultiHeadAttention":
             node.outputs[0].shape, node.outputs[0].dtype = ir.Shape([2, 4, 24]), ir.DataType.FLOAT
     return model
 
 
-@pytest.mark.parametrize("text", [FUSED, IN_PARTS], ids=["fused", "in parts"])
+@pytest.mark.parametrize("text", [FUSED, UNFUSED], ids=["fused", "unfused"])
 @pytest.mark.parametrize("useless", [0, 1, 2])
-def test_the_head_that_adds_nothing_goes(text: str, useless: int, tmp_path: Path) -> None:
+def test_a_head_that_contributes_nothing_is_removed(
+    text: str, useless: int, tmp_path: Path
+) -> None:
     output = normal(24, 8, seed=5)
     output[useless * 8 : useless * 8 + 8] = 0
     model = attention(text, o=output)
-    wanted = run(model, tmp_path, X)
+    expected = run(model, tmp_path, X)
     (removed,) = prune(model, PruneSettings(heads=0.34), feeds=[X])
     assert (removed.kind, removed.score, removed.parameters) == ("heads", 0.0, 200)
     found = shapes(model)
     assert [found[name] for name in "qkvo"] == [[8, 8], [8, 8], [8, 16], [16, 8]]
     assert found["bias"] == [16]
-    np.testing.assert_allclose(run(model, tmp_path, X), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(model, tmp_path, X), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", [FUSED, IN_PARTS], ids=["fused", "in parts"])
-def test_a_score_is_what_a_head_adds_in_the_mean(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [FUSED, UNFUSED], ids=["fused", "unfused"])
+def test_a_head_score_is_its_mean_squared_contribution(text: str, tmp_path: Path) -> None:
     changes = []
     for head in range(3):
         output = normal(24, 8, seed=5)
@@ -297,7 +305,7 @@ def test_a_score_is_what_a_head_adds_in_the_mean(text: str, tmp_path: Path) -> N
     assert removed.score == pytest.approx(min(changes), rel=1e-4)
 
 
-def test_one_head_stays(tmp_path: Path) -> None:
+def test_one_head_remains(tmp_path: Path) -> None:
     model = attention(FUSED)
     prune(model, PruneSettings(heads=0.99), feeds=[X])
     node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
@@ -305,31 +313,31 @@ def test_one_head_stays(tmp_path: Path) -> None:
     run(model, tmp_path, X)
 
 
-@pytest.mark.parametrize("text", [FUSED, IN_PARTS], ids=["fused", "in parts"])
-def test_kept_attention_stays(text: str) -> None:
+@pytest.mark.parametrize("text", [FUSED, UNFUSED], ids=["fused", "unfused"])
+def test_excluded_attention_stays(text: str) -> None:
     graph = attention(text).graph
     assert len(attentions(graph)) == 1
-    assert not attentions(graph, keep=["b/*"])
+    assert not attentions(graph, exclude=["b/*"])
 
 
 LINEAR = "m (float[2,4,8] x, float[8,8] w) => (float[2,4,8] y) { y = MatMul(x, w) }"
 
 
-def test_two_of_four_stay_along_the_sum() -> None:
+def test_two_of_four_input_channels_remain() -> None:
     weight = np.tile(np.array([[1], [-4], [3], [2]], np.float32), (2, 8))
     weight[4:] = [[-8], [5], [6], [7]]
     model = build(LINEAR, w=weight)
-    (made,) = sparsify(model, SparsitySettings())
+    (record,) = sparsify(model, SparsitySettings())
     kept = [[0], [-4], [3], [0], [-8], [0], [0], [7]]
     (layer,) = layers(model.graph)
     np.testing.assert_array_equal(layer.array, np.tile(np.array(kept, np.float32), (1, 8)))
-    assert made.parameters == 32 and made.name == "y/MatMul"
-    assert made.score == pytest.approx((1 + 4 + 25 + 36) / (1 + 16 + 9 + 4 + 64 + 25 + 36 + 49))
+    assert record.parameters == 32 and record.name == "y/MatMul"
+    assert record.score == pytest.approx((1 + 4 + 25 + 36) / (1 + 16 + 9 + 4 + 64 + 25 + 36 + 49))
     assert is_sparse24(layer.array, 0) and not is_sparse24(weight, 0)
     assert sparsify(model, SparsitySettings()) == []
 
 
-def test_loud_inputs_make_small_weights_matter() -> None:
+def test_large_inputs_make_small_weights_important() -> None:
     weight = np.tile(np.array([[1], [4], [3], [2]], np.float32), (2, 8))
     x = np.ones((2, 4, 8), np.float32)
     x[..., 0] = 10
@@ -355,12 +363,12 @@ def test_convolutions_are_sparse_over_input_channels() -> None:
         np.testing.assert_array_equal(layer.array[:, part], kept)
 
 
-def test_some_layers_stay_dense() -> None:
+def test_odd_and_excluded_layers_stay_dense() -> None:
     text = """m (float[2,4,6] x, float[6,8] odd, float[8,8] even) => (float[2,4,8] y)
     { a = MatMul(x, odd)  y = MatMul(a, even) }"""
     weights = {"odd": normal(6, 8), "even": normal(8, 8)}
     names = [
-        [made.name for made in sparsify(build(text, **weights), settings)]
+        [record.name for record in sparsify(build(text, **weights), settings)]
         for settings in (SparsitySettings(), SparsitySettings(exclude=("y/*",)))
     ]
     assert names == [["y/MatMul"], []]
@@ -394,7 +402,7 @@ def test_bad_score_is_refused() -> None:
         SparsitySettings(score="random")  # type: ignore[arg-type]
 
 
-def test_scores_need_inputs() -> None:
+def test_scores_need_recorded_inputs() -> None:
     for model, settings in (
         (blocks(1.0, 1.0, 1.0), PruneSettings(blocks=0.5)),
         (geglu(), PruneSettings(channels=0.5)),
@@ -406,7 +414,7 @@ def test_scores_need_inputs() -> None:
         sparsify(build(LINEAR, w=normal(8, 8)), SparsitySettings(score="activation"))
 
 
-def test_weights_may_lie_in_a_file_of_their_own(tmp_path: Path) -> None:
+def test_weights_in_external_data_are_pruned(tmp_path: Path) -> None:
     ir.save(geglu(), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
     (tmp_path / "folder").mkdir()
     outside, inside = ir.load(tmp_path / "m.onnx"), geglu()
@@ -437,7 +445,7 @@ def unet_feeds(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def test_a_real_unet(tiny_engines: Path, tmp_path: Path) -> None:
-    """Everything at once, twice over: the file shrinks, is sound, and is the same to the byte."""
+    """All kinds of pruning, twice: the file shrinks, is valid and reproducible to the byte."""
     feeds = unet_feeds(2)
     settings = PruneSettings(blocks=0.1, channels=0.25, heads=0.5)
     files = []
@@ -458,7 +466,7 @@ def test_a_real_unet(tiny_engines: Path, tmp_path: Path) -> None:
     assert 0 < np.linalg.norm(pruned - whole) < np.linalg.norm(whole)
 
 
-def test_what_a_real_unet_has(tiny_engines: Path) -> None:
+def test_matches_in_a_real_unet(tiny_engines: Path) -> None:
     graph = ir.load(tiny_engines / "denoiser.onnx").graph
     transformers = sum(layer.name.endswith("ff.net.2/MatMul") for layer in layers(graph))
     assert transformers == 4
