@@ -22,8 +22,8 @@ from latentforge.measure.results import ConfidenceInterval
 from latentforge.measure.statistics import median_interval
 from latentforge.optimize.graph import open_session
 from latentforge.optimize.graph_io import DENOISER
-from latentforge.optimize.search.reduced_attention import REDUCED, grids, reduce_attention
-from latentforge.optimize.search.variants import load_unet
+from latentforge.optimize.search.reduced_attention import REDUCED, grid_tokens, reduce_attention
+from latentforge.optimize.search.variants import load_denoiser
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.loader import load
 from latentforge.runtime.tensor import Feeds
@@ -87,16 +87,16 @@ def measure(engines: Path, side: int, *, most: int, steps: int, repeats: int) ->
         steps: of the run, in the middle of which the UNet is asked.
         repeats: pairs of runs of each graph.
     """
-    manifest, part = load_unet(engines, REDUCED)
+    manifest, part = load_denoiser(engines, REDUCED)
     feeds = _asked(engines, side, steps)
     exact = open_session(part.model)
-    for least in grids(part, manifest.components[DENOISER].sizes(feeds))[:most]:
+    for least in grid_tokens(part, manifest.components[DENOISER].sizes(feeds))[:most]:
         model = part.model.clone()
-        reduce_attention(model, least=least)
+        reduce_attention(model, min_tokens=least)
         pairs = list(_pairs(exact, open_session(model), feeds, repeats))
         yield SpeedRow(
             side=side,
-            least=least,
+            min_tokens=least,
             seconds=float(np.median([pair[0] for pair in pairs])),
             speedup=median_interval([pair[0] / pair[1] for pair in pairs]),
             error=pairs[0][2],

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.export.demo import prompts
-from latentforge.optimize.search.timesteps import Distance, search, spacings
+from latentforge.optimize.search.timesteps import Distance, search_timesteps, spacings
 from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Pipeline
 
@@ -63,7 +63,7 @@ def main() -> None:
         held_out, default = _distance(_latents(pipeline, prompts(64, 2), 22))
         print(f"{usual.sampler} of {usual.steps} steps, the default: {default:.6f}")
         for steps in map(int, options.steps.split(",")):
-            found = search(schedule, steps, made_for, moves=options.moves)
+            found = search_timesteps(schedule, steps, made_for, moves=options.moves)
             theirs = held_out(found.sampler, found.timesteps)
             times = ", ".join(f"{timestep:g}" for timestep in found.timesteps)
             print(f"{steps} steps: {found.sampler} at {times}: {theirs:.6f}")

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
-import onnx
 
+import onnx
 from latentforge.export.checkpoint import Checkpoint, sha256_of
 from latentforge.export.families import ComponentPlan, ExportPlan
 from latentforge.export.families.parts import TextEncoder

@@ -5,7 +5,6 @@ import logging
 import reprlib
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry
 from latentforge.runtime.text import one_line
+from tokenizers import Tokenizer
 
 __all__ = ["special_tokens", "write_tokenizer"]
 

@@ -1,6 +1,5 @@
 """Statistics of repeated runs: medians, paired speedups, and confidence intervals of a median."""
 
-import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -64,30 +63,27 @@ def median_interval(values: Sequence[float]) -> ConfidenceInterval:
     count, value = len(ordered), statistics.median(ordered)
     if count < 2:
         return ConfidenceInterval(value=value)
-    rank, level = _rank_and_level(count)
-    return ConfidenceInterval(value=value, low=ordered[rank - 1], high=ordered[-rank], level=level)
+    rank = _rank(count)
+    return ConfidenceInterval(
+        value=value, low=ordered[rank - 1], high=ordered[-rank], level=_level(count, rank)
+    )
 
 
 def interval_level(count: int) -> float:
     """Return the level of the interval that median_interval() gives for ``count`` values."""
-    return _rank_and_level(count)[1]
+    return _level(count, _rank(count))
 
 
-@functools.cache
-def _rank_and_level(count: int) -> tuple[int, float]:
-    """Return the largest rank whose interval reaches CONFIDENCE, and the interval's level.
+def _rank(count: int) -> int:
+    """Return the largest rank whose interval reaches CONFIDENCE; 1, the range, if none does."""
+    ranks = range(1, count // 2 + 1)
+    return max((rank for rank in ranks if _level(count, rank) >= CONFIDENCE), default=1)
 
-    Without such a rank it is 1, the range of the values.
-    """
-    total = 1 << count
-    outside = 2  # of 2**count equally likely sign patterns, those whose median is out of bounds
-    rank = 1
-    while rank < count // 2:
-        wider = outside + 2 * math.comb(count, rank)
-        if 1 - wider / total < CONFIDENCE:
-            break
-        rank, outside = rank + 1, wider
-    return rank, 1 - outside / total
+
+def _level(count: int, rank: int) -> float:
+    """Return the level of the interval between the ``rank``-th smallest and largest values."""
+    tail = sum(math.comb(count, hits) for hits in range(rank))
+    return 1 - 2 * tail / (1 << count)
 
 
 def _common_stages(runs: Sequence[TimedRun]) -> list[str]:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentforge.export.demo.data import SIZE
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 __all__ = ["TOKENS", "Denoiser", "autoencoder", "export", "scheduler", "tokenizer"]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from latentforge.measure.quality.metrics import Perceptual, compare_images, is_constant
 from latentforge.optimize.gate.gate import Gate
-from latentforge.optimize.stage.recording import Call, CallRecording, spread
+from latentforge.optimize.recording import Call, CallRecording, sample_evenly
 from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, relative_error
@@ -40,7 +40,7 @@ def component_errors(pipeline: Pipeline, recording: CallRecording) -> dict[str, 
     errors = {}
     for name, calls in recording.calls.items():
         errors[name] = _errors(
-            [(call.outputs, _run(pipeline, name, call)) for call in spread(calls, _CALLS)]
+            [(call.outputs, _run(pipeline, name, call)) for call in sample_evenly(calls, _CALLS)]
         )
     return errors
 

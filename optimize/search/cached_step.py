@@ -1,13 +1,28 @@
-"""Cut the graph of every step at a skip connection, for steps that reuse what changes slowly.
+"""Split the denoiser's graph at a skip connection, for cached steps (DeepCache).
 
-A UNet's blocks near the image are few and cheap, and their features differ most from step to
-step; those behind them hardly change. DeepCache (Ma et al. 2023, arXiv 2312.00858) therefore runs
-all of it on some steps only, keeps what comes up to a skip connection, and runs on the steps
-between what is left: from the sample down to that skip, and from there to the output.
+The blocks of a UNet near its input and output are few and cheap, and their features change most from
+step to step. The features of the deeper blocks change slowly. DeepCache (Ma et al. 2023, arXiv
+2312.00858) therefore runs the whole network on some steps only and keeps the feature that enters a
+skip connection from below. On the cached steps between, it runs only the shallow blocks with that
+feature:
 
-Where that is follows from the graph alone, so nothing here knows a model: a skip connection is a
-Concat of a value and one that the value was computed from. Level 0 is the last of them before the
-output, level 1 the one before it, and so on.
+    full step (denoiser)                       cached step (denoiser_cached)
+
+    sample -> down 0 ---- skip 0 -----+        sample -> down 0 ---- skip 0 -----+
+                |                     |                                          |
+              down 1 -- skip 1 -+     |                                          |
+                |               |     |                                          |
+              middle -> Concat -+     |                                          |
+                          |           |                                          |
+                         up 1         |                                          |
+                          |           |                                          |
+           cached_feature +-> Concat -+        cached_feature -------> Concat ---+
+                                |                                        |
+                               up 0 -> out_sample                       up 0 -> out_sample
+
+The split point follows from the graph alone, so this works for any model with skip connections: a
+skip connection is a Concat of a value and an ancestor of that value. Level 0 (drawn above) is the
+last one before the output, level 1 the one before it, and so on.
 """
 
 import time
@@ -23,7 +38,7 @@ from latentforge.optimize.graph import layers
 from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.partition.graph_analysis import ancestors, infer_shapes, macs
 from latentforge.optimize.partition.hoist import GraphPartition
-from latentforge.optimize.search.variants import extend, load_unet
+from latentforge.optimize.search.variants import add_components, load_denoiser
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import CACHED_FEATURE, Manifest
 from latentforge.runtime.tensor import TensorSpec
@@ -31,95 +46,99 @@ from latentforge.runtime.tensor import TensorSpec
 __all__ = ["CACHED_STEP", "STAGE", "add_cached_step", "count_levels", "split"]
 
 CACHED_STEP = f"{DENOISER}_cached"
-"""The component that runs on the steps between."""
+"""Component that makes cached steps."""
 
 STAGE = "cached-step"
-"""The name in a manifest's history."""
+"""Name of the stage in the history of a manifest."""
 
-_AXES = (1, 3, -1, -3)  # of channels, first or last
+_CHANNEL_AXES = (1, 3, -1, -3)  # NCHW and NHWC
 _SCALES = (1, 2, 4, 8, 16, 32, 64)
-"""By which blocks may have divided the sides of the sample."""
+"""Factors by which blocks may have reduced the height and width of the sample."""
 _UNIT = _SCALES[-1]
 
-_SAME = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose")
-"""Operators after which a tensor still has what it had."""
+_EQUIVALENT = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Transpose")
+"""Operators that change the type or layout of a tensor, but not its content."""
 
 
 def count_levels(model: ir.Model) -> int:
-    """How many skip connections a graph has at which it can be cut."""
-    return sum(1 for _ in _deep_sides(model.graph))
+    """Return the number of skip connections at which a graph can be split."""
+    return sum(1 for _ in _deep_features(model.graph))
 
 
 def split(part: GraphPartition, level: int) -> tuple[GraphPartition, GraphPartition]:
-    """Cut the graph of every step at the skip connection of a level.
+    """Split the denoiser's graph at a skip connection.
 
     Args:
-        part: the UNet, or what is left of it for every step; it is left as it is.
-        level: 0 is the skip nearest to the output: the shallow graph is smallest there.
+        part: the denoiser, or the part of it that runs at every step; it is not changed.
+        level: 0 is the skip connection nearest to the output, where the cached step is cheapest.
 
     Returns:
-        The full graph, which is the part with one output more, and the shallow graph, which takes
-        that with the same name in place of all that it is computed from. From a feature of the
-        same step both give the same output.
+        The graph of full steps, with the cached feature as an additional output, and the graph of
+        cached steps, with the feature as an input in place of everything that computes it. With
+        the feature of the same step both have the same output.
 
     Raises:
-        SettingsError: there is no skip of that level, or its shape does not follow from the inputs.
+        SettingsError: there is no such level, or the shape of the feature cannot be derived from
+            the shapes of the inputs.
     """
-    full, shallow = part.model.clone(), part.model.clone()
-    spec = _spec(part, level)
-    deep = _deep_side(full.graph, level)
-    deep.name, deep.type, deep.shape = CACHED_FEATURE, _type(spec), ir.Shape(spec.shape)
-    full.graph.outputs.append(deep)
-    _cut(shallow, _deep_side(shallow.graph, level), spec)
-    taken = {str(value.name) for value in shallow.graph.inputs}
+    full, cached = part.model.clone(), part.model.clone()
+    spec = _feature_spec(part, level)
+    feature = _deep_feature(full.graph, level)
+    feature.name, feature.type = CACHED_FEATURE, _type(spec)
+    feature.shape = ir.Shape(spec.shape)
+    full.graph.outputs.append(feature)
+    _make_input(cached, _deep_feature(cached.graph, level), spec)
+    needed = {str(value.name) for value in cached.graph.inputs}
     inputs = {
-        name: own for name, own in (*part.inputs.items(), (CACHED_FEATURE, spec)) if name in taken
+        name: own for name, own in (*part.inputs.items(), (CACHED_FEATURE, spec)) if name in needed
     }
     return (
         replace(part, model=full, outputs={**part.outputs, CACHED_FEATURE: spec}),
         replace(
             part,
-            model=shallow,
+            model=cached,
             inputs={**inputs, CACHED_FEATURE: spec},
-            layers=len(layers(shallow.graph)),
+            layers=len(layers(cached.graph)),
         ),
     )
 
 
 def add_cached_step(source: Path, folder: Path, *, level: int = 0) -> Manifest:
-    """Write engines into a folder, their UNet cut into one that gives the feature, and CACHED_STEP.
+    """Write engines with the additional component CACHED_STEP into a folder.
 
     Args:
         source: an engine directory of graphs, optimized or not.
-        folder: where to write; it is there and empty.
+        folder: existing and empty.
         level: see split().
 
     Returns:
-        The manifest that was written. Its last stage holds under CACHED_STEP the ``macs_share`` of the
-        full graph's multiply-accumulates that the shallow one takes, at the default size.
+        The manifest that was written. Its last stage has under CACHED_STEP the multiply-accumulates
+        of a cached step at the default image size (``macs``), and their share of those of a full
+        step (``macs_share``).
 
     Raises:
-        ManifestError: the source is damaged, is not made of graphs, or was cut already.
+        ManifestError: the source is damaged, has no graph of the denoiser, or already has
+            CACHED_STEP.
         SettingsError: see split().
     """
     start = time.perf_counter()
-    manifest, part = load_unet(source, CACHED_STEP)
-    full, shallow = split(part, level)
-    sizes = _sizes(manifest, part)
-    costs = [macs(each.model, each.inputs, sizes) for each in (full, shallow)]
-    return extend(
+    manifest, part = load_denoiser(source, CACHED_STEP)
+    full, cached = split(part, level)
+    sizes = _default_sizes(manifest, part)
+    full_macs, cached_macs = (macs(each.model, each.inputs, sizes) for each in (full, cached))
+    return add_components(
         source,
         folder,
-        {DENOISER: full, CACHED_STEP: shallow},
+        {DENOISER: full, CACHED_STEP: cached},
         name=STAGE,
         options={"level": level},
-        measured={"macs_share": round(costs[1] / costs[0], 4), "macs": float(costs[1])},
+        measured={"macs_share": round(cached_macs / full_macs, 4), "macs": float(cached_macs)},
         start=start,
     )
 
 
-def _sizes(manifest: Manifest, part: GraphPartition) -> dict[str, int]:
-    """One row at the default size of images."""
+def _default_sizes(manifest: Manifest, part: GraphPartition) -> dict[str, int]:
+    """Return the free dimensions of the sample for one row at the default image size."""
     sides = (manifest.defaults.height, manifest.defaults.width)
     latent = (side // manifest.latent.downscale for side in sides)
     channels = part.inputs["sample"].shape[1]
@@ -127,18 +146,18 @@ def _sizes(manifest: Manifest, part: GraphPartition) -> dict[str, int]:
     return {name: int(size) for name, size in named if isinstance(name, str)}
 
 
-def _deep_side(graph: ir.Graph, level: int) -> ir.Value:
-    found = list(_deep_sides(graph))
-    if not 0 <= level < len(found):
-        allowed = f"0 to {len(found) - 1}" if found else "none, so it cannot be cut"
-        raise SettingsError(f"level {level}: skip connections of this UNet are {allowed}")
-    return found[level]
+def _deep_feature(graph: ir.Graph, level: int) -> ir.Value:
+    features = list(_deep_features(graph))
+    if not 0 <= level < len(features):
+        allowed = f"0 to {len(features) - 1}" if features else "none, so it cannot be split"
+        raise SettingsError(f"no skip connection of level {level}: this denoiser has {allowed}")
+    return features[level]
 
 
-def _deep_sides(graph: ir.Graph) -> Iterator[ir.Value]:
-    """Of each skip connection what comes from below, from the output on."""
+def _deep_features(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield the input of each skip connection that comes from the deeper blocks, last one first."""
     for node in reversed(list(graph)):
-        if node.op_type != "Concat" or node.attributes.get_int("axis", 0) not in _AXES:
+        if node.op_type != "Concat" or node.attributes.get_int("axis", 0) not in _CHANNEL_AXES:
             continue
         values = [value for value in node.inputs if value is not None]
         if len(values) != 2:
@@ -150,41 +169,43 @@ def _deep_sides(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _origin(value: ir.Value) -> ir.Value:
-    """What a value was before it was only written in another way."""
-    while (node := value.producer()) is not None and node.op_type in _SAME:
-        first = node.inputs[0]
-        if first is None:
+    """Return the value before operators that only change its type or layout."""
+    while (node := value.producer()) is not None and node.op_type in _EQUIVALENT:
+        source = node.inputs[0]
+        if source is None:
             break
-        value = first
+        value = source
     return value
 
 
-def _spec(part: GraphPartition, level: int) -> TensorSpec:
-    """The feature as a manifest describes it, found by two choices of sizes."""
+def _feature_spec(part: GraphPartition, level: int) -> TensorSpec:
+    """Return type and symbolic shape of the feature, from its shapes at two sets of sizes."""
     typed = part.model.clone()
     common.ShapeInferencePass(check_type=False, strict_mode=False)(typed)
-    deep = _deep_side(typed.graph, level)
+    feature = _deep_feature(typed.graph, level)
     sizes = (size for spec in part.inputs.values() for size in spec.shape)
     names = dict.fromkeys(s for s in sizes if isinstance(s, str) and s.isidentifier())
     trials = [
-        {name: _UNIT * (len(_SCALES) * turn + place) for place, name in enumerate(names, 1)}
-        for turn in (1, 2)
+        {name: _UNIT * (len(_SCALES) * trial + place) for place, name in enumerate(names, 1)}
+        for trial in (1, 2)
     ]
-    found = [infer_shapes(part.model, part.inputs, t).get(str(deep.name), ()) for t in trials]
-    known = [_size(pair, trials) for pair in zip(*found, strict=False)]
-    shape = tuple(size for size in known if size is not None)
-    if len(shape) != 4 or deep.dtype is None:
+    shapes = [
+        infer_shapes(part.model, part.inputs, trial).get(str(feature.name), ()) for trial in trials
+    ]
+    dimensions = [_dimension(pair, trials) for pair in zip(*shapes, strict=False)]
+    shape = tuple(size for size in dimensions if size is not None)
+    if len(shape) != 4 or feature.dtype is None:
         raise SettingsError(
-            f"cannot cut at {deep.name}: its shape {known} does not follow from the inputs; "
-            "try another level"
+            f"cannot split at {feature.name}: its shape {dimensions} cannot be derived from the "
+            "inputs; try another level"
         )
-    return TensorSpec(deep.dtype.numpy().name, shape)
+    return TensorSpec(feature.dtype.numpy().name, shape)
 
 
-def _size(
+def _dimension(
     pair: tuple[int | str | None, int | str | None], trials: Sequence[Mapping[str, int]]
 ) -> int | str | None:
-    """What has these sizes in the two trials: a number, or a part of a free dimension."""
+    """Return the number, or fraction of a free dimension, that has these values in two trials."""
     if None in pair or pair[0] == pair[1]:
         return pair[0] if pair[0] == pair[1] else None
     for name in trials[0]:
@@ -194,12 +215,12 @@ def _size(
     return None
 
 
-def _cut(model: ir.Model, deep: ir.Value, spec: TensorSpec) -> None:
-    """Make a value an input, and drop what then nothing needs."""
+def _make_input(model: ir.Model, value: ir.Value, spec: TensorSpec) -> None:
+    """Replace a value by a graph input, and remove nodes and inputs that become unused."""
     graph = model.graph
-    given = ir.Value(name=CACHED_FEATURE, type=_type(spec), shape=ir.Shape(spec.shape))
-    deep.replace_all_uses_with(given)
-    graph.inputs.append(given)
+    feature = ir.Value(name=CACHED_FEATURE, type=_type(spec), shape=ir.Shape(spec.shape))
+    value.replace_all_uses_with(feature)
+    graph.inputs.append(feature)
     common.RemoveUnusedNodesPass()(model)
     used = [value for value in graph.inputs if value.uses()]
     graph.inputs.clear()

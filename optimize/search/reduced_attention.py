@@ -1,12 +1,28 @@
-"""Self-attention over large grids with every second row and column of keys and values.
+"""Self-attention over large grids with every second row and column of the keys and values.
 
-Attention costs the square of its tokens. Neighbours in an image are alike, so fewer keys and
-values tell a query nearly the same: every other one of each axis is a quarter of the cost, and all
-queries stay (ToDo, Smith et al. 2024, arXiv 2402.13573, after token merging, Bolya & Hoffman 2023,
-arXiv 2303.17604, which looks for alike tokens and so costs more than it saves here). They are left
-out before the projections to keys and values, each of which works on one token by itself.
+The cost of self-attention grows with the square of the number of tokens. Neighbouring tokens of an
+image are similar, so a subset of the keys and values gives almost the same result. Taking every
+second token along both axes of the grid leaves a quarter of the cost; all queries are kept. This is
+ToDo (Smith et al. 2024, arXiv 2402.13573). Token merging (Bolya & Hoffman 2023, arXiv 2303.17604)
+searches for similar tokens instead, which costs more than it saves here. The tokens are dropped
+before the projections to keys and values, which process each token separately:
 
-That is no exact rewrite, so no pass of PASSES: it makes a component of its own, ``denoiser_reduced``.
+    before                                after
+
+    grid (b, h, w, c)                     grid
+      | Reshape                             | Reshape
+    tokens (b, h*w, c)                    tokens ---------+
+      |       |        |                    |             | Reshape to (b, h, w, c)
+      |       |        |                    |             | Slice [::2, ::2]
+      |       |        |                    |             | Reshape to (b, h*w/4, c)
+    to_q    to_k     to_v                 to_q        +---+---+
+      |       |        |                    |       to_k    to_v
+      Attention(q, k, v)                    Attention(q, k, v)
+
+The step of the Slice is 2 or 1, decided at run time by the number of tokens.
+
+This changes the result, so it is not one of PASSES: it makes a separate component,
+``denoiser_reduced``.
 """
 
 import math
@@ -24,21 +40,28 @@ from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.optimize.passes.dims import dim
 from latentforge.optimize.passes.matching import MICROSOFT, producer_of
 from latentforge.optimize.passes.rewriting import Editor, remove_unused, scope_of
-from latentforge.optimize.search.variants import extend, load_unet
+from latentforge.optimize.search.variants import add_components, load_denoiser
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.kernels import DOMAIN
 from latentforge.runtime.manifest import Manifest
 
-__all__ = ["LEAST", "REDUCED", "STAGE", "add_reduced", "grids", "reduce_attention"]
+__all__ = [
+    "MIN_TOKENS",
+    "REDUCED",
+    "STAGE",
+    "add_reduced_attention",
+    "grid_tokens",
+    "reduce_attention",
+]
 
 REDUCED = f"{DENOISER}_reduced"
-"""The component that takes and gives what the UNet's own does."""
+"""Component with reduced attention; its inputs and outputs are those of the denoiser."""
 
 STAGE = "reduced-attention"
-"""The name in a manifest's history."""
+"""Name of the stage in the history of a manifest."""
 
-LEAST = 2048
-"""Tokens from which on it pays, by benchmarks/reduced_attention_speed.py."""
+MIN_TOKENS = 2048
+"""Number of tokens from which it pays, by benchmarks/reduced_attention_speed.py."""
 
 _FUSED = ((MICROSOFT, "MultiHeadAttention"), (DOMAIN, "Attention"))
 _END = np.iinfo(np.int64).max
@@ -46,90 +69,94 @@ _END = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, kw_only=True)
 class _SelfAttention:
-    """What makes queries, keys and values of the same tokens.
+    """Self-attention node whose queries, keys and values are projections of the same tokens.
 
     Attributes:
         tokens: (batch, height * width, channels).
-        grid: of which they were made, (batch, height, width, channels).
-        key, value: the projections, whose first input they are.
-        fewer: what will have fewer tokens than the graph says.
+        grid: source of the tokens, (batch, height, width, channels).
+        key, value: projections; the tokens are their first input.
+        shortened: values that will have fewer tokens than their shape in the graph says.
     """
 
     tokens: ir.Value
     grid: ir.Value
     key: ir.Node
     value: ir.Node
-    fewer: Sequence[ir.Value]
+    shortened: Sequence[ir.Value]
 
 
-def add_reduced(source: Path, folder: Path, *, least: int = LEAST) -> Manifest:
-    """Write engines into a folder, and with them REDUCED, the UNet with less attention.
+def add_reduced_attention(source: Path, folder: Path, *, min_tokens: int = MIN_TOKENS) -> Manifest:
+    """Write engines with the additional component REDUCED into a folder.
 
     Args:
         source: an engine directory of graphs that were optimized for ONNX Runtime.
-        folder: where to write; it is there and empty.
-        least: see reduce_attention().
+        folder: existing and empty.
+        min_tokens: see reduce_attention().
+
+    Returns:
+        The manifest that was written. Its last stage has the number of ``attentions`` changed.
 
     Raises:
-        ManifestError: the source is damaged, is not made of graphs, or has it already.
-        SettingsError: there is no fused attention in which to do it.
+        ManifestError: the source is damaged, has no graph of the denoiser, or already has REDUCED.
+        SettingsError: the graph has no fused self-attention over an image.
     """
     start = time.perf_counter()
-    _, part = load_unet(source, REDUCED)
+    _, part = load_denoiser(source, REDUCED)
     model = part.model.clone()
-    if not (count := reduce_attention(model, least=least)):
+    if not (count := reduce_attention(model, min_tokens=min_tokens)):
         raise SettingsError(
             f"{source}: its {DENOISER} has no fused self-attention over an image; "
             "optimize it for the cpu target first"
         )
-    return extend(
+    return add_components(
         source,
         folder,
         {REDUCED: replace(part, model=model)},
         name=STAGE,
-        options={"min_tokens": least},
+        options={"min_tokens": min_tokens},
         measured={"attentions": float(count)},
         start=start,
     )
 
 
-def reduce_attention(model: ir.Model, *, least: int = LEAST) -> int:
-    """Give fused self-attention a quarter of its keys and values where it has many.
+def reduce_attention(model: ir.Model, *, min_tokens: int = MIN_TOKENS) -> int:
+    """Give self-attention a quarter of its keys and values where it has many.
 
     Args:
-        model: a graph of fused attention, which is edited.
-        least: with fewer tokens than these an attention stays exact; that is decided when it runs.
+        model: a graph with fused attention, which is edited in place.
+        min_tokens: an attention over fewer tokens keeps all of them; decided at run time.
 
     Returns:
-        How many were changed.
+        The number of attention nodes changed.
     """
     editor, count = Editor(model.graph), 0
-    for found in list(_self_attentions(model.graph)):
-        fewer = _fewer(editor, found, least)
-        for projection in (found.key, found.value):
-            projection.replace_input_with(0, fewer)
-        for value in found.fewer:
+    for attention in list(_self_attentions(model.graph)):
+        tokens = _subsample(editor, attention, min_tokens)
+        for projection in (attention.key, attention.value):
+            projection.replace_input_with(0, tokens)
+        for value in attention.shortened:
             value.shape = None
         count += 1
     remove_unused(model)
     return count
 
 
-def grids(part: GraphPartition, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The tokens of each grid with fused self-attention, the finest first.
+def grid_tokens(part: GraphPartition, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the number of tokens of each grid with fused self-attention, in decreasing order.
 
     Args:
-        part: the UNet, or what is left of it for every step.
-        sizes: of its free dimensions.
+        part: the denoiser, or the part of it that runs at every step.
+        sizes: values of its free dimensions.
     """
-    found = list(_self_attentions(part.model.graph))
-    known = infer_shapes(part.model, part.inputs, sizes)
-    sides = {known[str(each.grid.name)][1:3] for each in found}
+    attentions = list(_self_attentions(part.model.graph))
+    shapes = infer_shapes(part.model, part.inputs, sizes)
+    sides = {shapes[str(attention.grid.name)][1:3] for attention in attentions}
     tokens = {math.prod(s for s in pair if isinstance(s, int)) for pair in sides}
     return tuple(sorted(tokens, reverse=True))
 
 
 def _self_attentions(graph: ir.Graph) -> Iterator[_SelfAttention]:
+    """Yield the fused self-attention nodes over an image, in the order of the graph."""
     for node in graph:
         if (node.domain, node.op_type) not in _FUSED:
             continue
@@ -140,65 +167,70 @@ def _self_attentions(graph: ir.Graph) -> Iterator[_SelfAttention]:
         if tokens is None or not (tokens is key.inputs[0] is value.inputs[0]):
             continue
         if (grid := _grid(graph, tokens)) is not None:
-            fewer = [v for v in (*node.inputs[1:3], *key.outputs, *value.outputs) if v is not None]
-            yield _SelfAttention(tokens=tokens, grid=grid, key=key, value=value, fewer=fewer)
+            values = (*node.inputs[1:3], *key.outputs, *value.outputs)
+            shortened = [v for v in values if v is not None]
+            yield _SelfAttention(
+                tokens=tokens, grid=grid, key=key, value=value, shortened=shortened
+            )
 
 
 def _projection(value: ir.Value | None) -> ir.Node | None:
-    """The product that a key, query or value is of, with or without a bias."""
+    """Return the matrix product that computes a query, key or value, with or without a bias."""
     biased = producer_of(value, "Add")
-    found = [_product(item) for item in (biased.inputs if biased else [value])]
-    return next((node for node in found if node is not None), None)
+    products = [_product(item) for item in (biased.inputs if biased else [value])]
+    return next((node for node in products if node is not None), None)
 
 
 def _product(value: ir.Value | None) -> ir.Node | None:
-    """A MatMul of ONNX, or one of ours that adds nothing which is as long as its tokens."""
+    """Return the MatMul that makes a value: ONNX's, or the native one without per-token addends."""
     node = value.producer() if value is not None else None
-    ours = node is not None and (node.domain, node.op_type) == (DOMAIN, "MatMul")
-    if ours and node is not None and all(item is None for item in node.inputs[3:]):
+    native = node is not None and (node.domain, node.op_type) == (DOMAIN, "MatMul")
+    if native and node is not None and all(item is None for item in node.inputs[3:]):
         return node
     return producer_of(value, "MatMul")
 
 
 def _grid(graph: ir.Graph, tokens: ir.Value) -> ir.Value | None:
-    """What was laid out in a row to make tokens: the nearest before them."""
-    known = ancestors(tokens)
+    """Return the nearest grid that the tokens were flattened from."""
+    upstream = ancestors(tokens)
     for node in reversed(list(graph)):
-        if node.op_type == "Reshape" and node.outputs[0] in known and _flattens(node):
+        if node.op_type == "Reshape" and node.outputs[0] in upstream and _flattens(node):
             return node.inputs[0]
     return None
 
 
 def _flattens(node: ir.Node) -> bool:
-    """Whether a Reshape makes (batch, tokens, channels) of (batch, height, width, channels)."""
-    given, made = node.inputs[0], node.outputs[0]
-    if given is None or given.shape is None or made.shape is None:
+    """Return True if a Reshape makes (batch, tokens, channels) of (batch, height, width, channels)."""
+    source, result = node.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or result.shape is None:
         return False
-    ranks = len(given.shape), len(made.shape)
-    return ranks == (4, 3) and isinstance(dim(given, 3), int) and dim(given, 3) == dim(made, 2)
+    ranks, channels = (len(source.shape), len(result.shape)), dim(source, 3)
+    return ranks == (4, 3) and isinstance(channels, int) and channels == dim(result, 2)
 
 
-def _fewer(editor: Editor, found: _SelfAttention, least: int) -> ir.Value:
-    """Every second token of each axis of the grid if they are many, else all."""
-    scope = scope_of(found.key)
-    channels = int(dim(found.grid, 3))  # type: ignore[arg-type]
+def _subsample(editor: Editor, attention: _SelfAttention, min_tokens: int) -> ir.Value:
+    """Add nodes that take every second token along both axes, or all if there are few."""
+    scope = scope_of(attention.key)
+    channels = int(dim(attention.grid, 3))  # type: ignore[arg-type]
 
     def add(op_type: str, *inputs: ir.Value, like: ir.Value, **attributes: int) -> ir.Value:
-        made = editor.add(op_type, inputs, before=found.key, attributes=attributes)
-        made.type = like.type
-        return made
+        output = editor.add(op_type, inputs, before=attention.key, attributes=attributes)
+        output.type = like.type
+        return output
 
-    def numbers(name: str, *items: int) -> ir.Value:
+    def constant(name: str, *items: int) -> ir.Value:
         return editor.add_initializer(f"{scope}/{name}", np.array(items, np.int64))
 
-    axes = numbers("axes", 1, 2)
-    sides = add("Shape", found.grid, like=axes, start=1, end=3)
+    tokens, axes = attention.tokens, constant("axes", 1, 2)
+    sides = add("Shape", attention.grid, like=axes, start=1, end=3)
     count = add("ReduceProd", sides, like=axes, keepdims=1)
-    many = add("GreaterOrEqual", count, numbers("least", least), like=axes)
-    many.type = ir.TensorType(ir.DataType.BOOL)
-    steps = add("Where", many, numbers("few", 2, 2), numbers("all", 1, 1), like=axes)
-    shape = add("Concat", numbers("rows", 0), sides, numbers("width", channels), like=axes, axis=0)
-    grid = add("Reshape", found.tokens, shape, like=found.tokens)
-    starts, ends = numbers("starts", 0, 0), numbers("ends", _END, _END)
-    picked = add("Slice", grid, starts, ends, axes, steps, like=found.tokens)
-    return add("Reshape", picked, numbers("in_a_row", 0, -1, channels), like=found.tokens)
+    is_large = add("GreaterOrEqual", count, constant("min_tokens", min_tokens), like=axes)
+    is_large.type = ir.TensorType(ir.DataType.BOOL)
+    steps = add("Where", is_large, constant("second", 2, 2), constant("every", 1, 1), like=axes)
+    shape = add(
+        "Concat", constant("rows", 0), sides, constant("width", channels), like=axes, axis=0
+    )
+    grid = add("Reshape", tokens, shape, like=tokens)
+    starts, ends = constant("starts", 0, 0), constant("ends", _END, _END)
+    subset = add("Slice", grid, starts, ends, axes, steps, like=tokens)
+    return add("Reshape", subset, constant("flat", 0, -1, channels), like=tokens)

@@ -1,9 +1,9 @@
-"""Timesteps for few steps, chosen for one model: those that come nearest to many steps.
+"""Search for timesteps of a short schedule that come closest to a long one, for one model.
 
-A sampler's own spacing knows the schedule, not the model, and the fewer the steps the more that
-costs. Sabour et al. (2024, arXiv 2404.14507) align timesteps with a model by a bound on the error;
-here the error itself is measured, as the distance of final latents to those of many steps at equal
-seeds, and made less by moving one timestep at a time.
+A sampler's own spacing knows the noise schedule but not the model, and the fewer the steps the more
+that costs. Sabour et al. (2024, arXiv 2404.14507, "Align Your Steps") optimize timesteps for a
+model by a bound on the error. Here the error itself is measured: the distance of final latents to
+those of many steps at equal seeds. Coordinate descent moves one timestep at a time to reduce it.
 """
 
 import math
@@ -22,38 +22,47 @@ from latentforge.runtime.sampling.levels import NoisePlan
 from latentforge.runtime.sampling.sampler import Planner
 from latentforge.runtime.sampling.schedule import Schedule
 
-__all__ = ["ALIGNED", "SOLVERS", "Distance", "Found", "Timesteps", "search", "spacings"]
+__all__ = [
+    "ALIGNED",
+    "SOLVERS",
+    "Distance",
+    "TimestepResult",
+    "Timesteps",
+    "search_timesteps",
+    "spacings",
+]
 
 Timesteps = tuple[float, ...]
-"""The model's, strictly falling and whole: some engines take nothing between."""
+"""Timesteps of the model, strictly decreasing; whole numbers, since some engines take no others."""
 
 Distance = Callable[[str, Timesteps], float]
-"""How far a sampler along some timesteps ends from many steps; less is nearer."""
+"""Distance between the results of a sampler at these timesteps and those of many steps."""
 
 ALIGNED: Mapping[str, Timesteps] = {
     "ays_sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
     "ays_sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
 }
-"""Sabour et al.'s for Stable Diffusion 1.5 and XL, of 1000 training timesteps."""
+"""Timesteps of Sabour et al. for Stable Diffusion 1.5 and XL, of 1000 training timesteps."""
 
 SOLVERS = ("dpmpp_2m", "unipc", "euler")
-"""Samplers without noise of their own that take any timesteps, the usual one first."""
+"""Deterministic samplers that take any timesteps, the default first."""
 
-_TRAINED = 1000  # timesteps of ALIGNED
-_FIRST_MOVE = 1 / 2  # of the way to a neighbour
+_TRAIN_STEPS = 1000  # that ALIGNED refers to
+_FIRST_MOVE = 1 / 2  # fraction of the gap to a neighbour
 _LAST_MOVE = 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The nearest that was found.
+class TimestepResult:
+    """Sampler and timesteps with the smallest distance that was found.
 
     Attributes:
-        sampler, timesteps: what it is.
-        start: the spacing that it was made of, a name of spacings().
-        distance: its own.
-        own: that of each sampler along its own spacing.
-        evaluations: how many distances were measured.
+        sampler: one of the solvers.
+        timesteps: one per step.
+        start: the spacing that the descent started from, a name of spacings().
+        distance: of the result.
+        own: distance of each sampler with its own spacing.
+        evaluations: number of distances that were measured.
     """
 
     sampler: str
@@ -64,73 +73,75 @@ class Found:
     evaluations: int
 
 
-def search(
+def search_timesteps(
     schedule: Schedule,
     steps: int,
     distance: Distance,
     *,
     solvers: tuple[str, ...] = SOLVERS,
     moves: int = 48,
-) -> Found:
-    """The sampler and the timesteps that come nearest to many steps.
+) -> TimestepResult:
+    """Find the sampler and the timesteps that come closest to many steps.
 
-    Every sampler is tried along every spacing, and the best of them is moved, one timestep after
-    the other and the first one never, towards its neighbours and back, by ever less. The same
-    distances give the same result.
+    Every sampler is tried with every spacing. The timesteps of the best pair, except the first,
+    are then moved one by one towards their neighbours, by decreasing fractions of the gaps. The
+    search is deterministic: equal distances give an equal result.
 
     Args:
-        schedule: the model's.
-        steps: how many timesteps.
-        distance: what to make less; it is asked once for every pair, and for every move.
+        schedule: noise schedule of the model.
+        steps: number of timesteps.
+        distance: to minimize; evaluated once per pair and once per move.
         solvers: names of samplers that take any timesteps.
-        moves: the most that are tried; 0 takes the best spacing as it is.
+        moves: number of moves tried, at most; 0 returns the best spacing unchanged.
 
     Raises:
-        SettingsError: a sampler takes no timesteps but its own, or not so many.
+        SettingsError: a sampler does not take timesteps, or ``steps`` is out of range.
     """
-    tried = {
-        (solver, name): (distance(solver, times), times)
+    measured = {
+        (solver, name): (distance(solver, timesteps), timesteps)
         for solver in solvers
-        for name, times in spacings(schedule, solver, steps).items()
+        for name, timesteps in spacings(schedule, solver, steps).items()
     }
-    (solver, start), (least, times) = min(tried.items(), key=lambda item: item[1][0])
-    made = list(_descent(times, least, partial(distance, solver), moves))
-    times, least = made[-1] if made else (times, least)
-    return Found(
+    (solver, start), (best, timesteps) = min(measured.items(), key=lambda item: item[1][0])
+    trace = list(_descend(timesteps, best, partial(distance, solver), moves))
+    timesteps, best = trace[-1] if trace else (timesteps, best)
+    return TimestepResult(
         sampler=solver,
-        timesteps=times,
+        timesteps=timesteps,
         start=start,
-        distance=least,
-        own={solver: tried[solver, "own"][0] for solver in solvers},
-        evaluations=len(tried) + len(made),
+        distance=best,
+        own={solver: measured[solver, "own"][0] for solver in solvers},
+        evaluations=len(measured) + len(trace),
     )
 
 
 def spacings(schedule: Schedule, sampler: str, steps: int) -> dict[str, Timesteps]:
-    """Timesteps to begin with, by name, each list once: ``own`` is the sampler's.
+    """Return timesteps to start a search from, by name, without duplicates.
 
-    ``trailing`` is that of Lin et al. (2023), arXiv 2305.08891; ``karras`` has the levels of Karras
-    et al. (2022), equation 5; the others are ALIGNED, between whose timesteps those of another
-    number are interpolated on a line in their logarithms.
+    ``own`` is the sampler's spacing. ``trailing`` is that of Lin et al. (2023), arXiv 2305.08891.
+    ``karras`` has the noise levels of Karras et al. (2022), equation 5. The others are ALIGNED,
+    interpolated log-linearly for other numbers of steps.
 
     Raises:
-        SettingsError: the sampler takes no timesteps but its own, or not so many.
+        SettingsError: the sampler does not take timesteps, or ``steps`` is out of range.
     """
-    own = sampling.get(sampler)
-    if own.plan_from_timesteps is None:
+    method = sampling.get(sampler)
+    if method.plan_from_timesteps is None:
         raise SettingsError(f"{sampler} takes no timesteps but its own: search for another sampler")
-    found = {"own": _whole(own.plan(schedule, steps))}
-    others: Mapping[str, tuple[Planner, Schedule]] = {
+    found = {"own": _whole(method.plan(schedule, steps))}
+    planners: Mapping[str, tuple[Planner, Schedule]] = {
         "trailing": (plan_dpm, replace(schedule, spacing="trailing")),
         "karras": (plan_dpm_karras, schedule),
     }
-    for name, (plan, like) in others.items():
-        found[name] = _whole(plan(like, steps))
+    for name, (plan, spaced) in planners.items():
+        found[name] = _whole(plan(spaced, steps))
     for name, aligned in ALIGNED.items():
-        found[name] = _resampled(aligned, steps, schedule.train_steps)
-    unique = {times: name for name, times in reversed(found.items())}
+        found[name] = _resample(aligned, steps, schedule.train_steps)
+    first_name = {timesteps: name for name, timesteps in reversed(found.items())}
     return {
-        name: found[name] for name in found if unique[found[name]] == name and _falls(found[name])
+        name: timesteps
+        for name, timesteps in found.items()
+        if first_name[timesteps] == name and _is_decreasing(timesteps)
     }
 
 
@@ -138,46 +149,46 @@ def _whole(plan: NoisePlan) -> Timesteps:
     return tuple(float(round(level.timestep)) for level, _ in plan.intervals)
 
 
-def _resampled(aligned: Timesteps, steps: int, total: int) -> Timesteps:
-    """As many timesteps of a model that was trained on so many, on a line in their logarithms."""
-    places = np.linspace(0, len(aligned) - 1, steps)
-    logs = np.interp(places, np.arange(len(aligned)), np.log(aligned))
-    scaled = np.round(np.exp(logs) * (total - 1) / (_TRAINED - 1))
+def _resample(aligned: Timesteps, steps: int, train_steps: int) -> Timesteps:
+    """Interpolate timesteps log-linearly for other numbers of steps and of training timesteps."""
+    positions = np.linspace(0, len(aligned) - 1, steps)
+    logs = np.interp(positions, np.arange(len(aligned)), np.log(aligned))
+    scaled = np.round(np.exp(logs) * (train_steps - 1) / (_TRAIN_STEPS - 1))
     return tuple(scaled.tolist())
 
 
-def _falls(times: Timesteps) -> bool:
-    return all(later < earlier for earlier, later in pairwise(times))
+def _is_decreasing(timesteps: Timesteps) -> bool:
+    return all(later < earlier for earlier, later in pairwise(timesteps))
 
 
-def _descent(
-    times: Timesteps, least: float, distance: Callable[[Timesteps], float], moves: int
+def _descend(
+    timesteps: Timesteps, best: float, distance: Callable[[Timesteps], float], moves: int
 ) -> Iterator[tuple[Timesteps, float]]:
-    """The best so far after each of the moves: coordinate descent, by shares of the gaps."""
-    share = _FIRST_MOVE
-    while moves and share >= _LAST_MOVE and len(times) > 1:
-        before = least
-        for index in range(1, len(times)):
-            for moved in _moved(times, index, share):
+    """Yield the best timesteps and their distance after each move of a coordinate descent."""
+    fraction = _FIRST_MOVE
+    while moves and fraction >= _LAST_MOVE and len(timesteps) > 1:
+        previous = best
+        for index in range(1, len(timesteps)):
+            for moved in _moved(timesteps, index, fraction):
                 if not moves:
                     return
                 moves -= 1
-                found = distance(moved)
-                better = found < least
+                value = distance(moved)
+                better = value < best
                 if better:
-                    times, least = moved, found
-                yield times, least
+                    timesteps, best = moved, value
+                yield timesteps, best
                 if better:
                     break
-        if least == before:
-            share /= 2
+        if best == previous:
+            fraction /= 2
 
 
-def _moved(times: Timesteps, index: int, share: float) -> Iterator[Timesteps]:
-    """One timestep a share of the way to each neighbour; what rounds to no move is none."""
-    here = times[index]
-    below = times[index + 1] if index + 1 < len(times) else 0.0
-    for neighbour in (below, times[index - 1]):
-        there = here + math.trunc((neighbour - here) * share)
-        if there not in (here, neighbour):
-            yield (*times[:index], there, *times[index + 1 :])
+def _moved(timesteps: Timesteps, index: int, fraction: float) -> Iterator[Timesteps]:
+    """Yield the timesteps with one moved towards each neighbour, unless rounding undoes it."""
+    current = timesteps[index]
+    below = timesteps[index + 1] if index + 1 < len(timesteps) else 0.0
+    for neighbour in (below, timesteps[index - 1]):
+        moved = current + math.trunc((neighbour - current) * fraction)
+        if moved not in (current, neighbour):
+            yield (*timesteps[:index], moved, *timesteps[index + 1 :])

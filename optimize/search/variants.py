@@ -1,4 +1,4 @@
-"""Add graphs to an engine directory, in another one that shares its other files."""
+"""Variants of engine directories: further components made of the denoiser, other files shared."""
 
 import os
 import shutil
@@ -15,32 +15,32 @@ from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.history import package_versions, stage_record
 from latentforge.runtime.manifest import Component, FileEntry, Manifest
 
-__all__ = ["extend", "load_unet"]
+__all__ = ["add_components", "load_denoiser"]
 
 _TOOLS = ("onnx", "onnx-ir", "numpy")
 
 
-def load_unet(source: Path, added: str) -> tuple[Manifest, GraphPartition]:
-    """A directory's manifest, and the graph that its UNet runs every step.
+def load_denoiser(source: Path, added: str) -> tuple[Manifest, GraphPartition]:
+    """Load a directory's manifest and the graph that its denoiser runs at every step.
 
     Args:
         source: the engine directory.
-        added: the name of the component that is to be made of it.
+        added: name of the component that will be made of it.
 
     Raises:
-        ManifestError: the directory is damaged, holds no graph of a UNet, or was extended so
-            already.
+        ManifestError: the directory is damaged, has no graph of the denoiser, or already has the
+            component.
     """
     manifest = Manifest.read(source, hashes=False)
     component = manifest.components.get(DENOISER)
     if component is None:
-        raise ManifestError(f"{source} has no {DENOISER}, of which {added} is made: export it")
+        raise ManifestError(f"{source} has no {DENOISER}, which {added} is made of: export it")
     if added in manifest.components:
-        raise ManifestError(f"{source} has {added} already: start from what that was made of")
+        raise ManifestError(f"{source} already has {added}: start from the engines it was made of")
     return manifest, GraphPartition.whole(load_graph(DENOISER, component, source), component)
 
 
-def extend(
+def add_components(
     source: Path,
     folder: Path,
     graphs: Mapping[str, GraphPartition],
@@ -50,38 +50,39 @@ def extend(
     measured: Mapping[str, float],
     start: float,
 ) -> Manifest:
-    """Write a directory's engines and further graphs, made of its UNet, into a folder.
+    """Write the engines of a directory, and further graphs made of its denoiser, into a folder.
 
-    Weights that lie in a file of their own stay there: graphs refer to the same places of it.
-    Files that do not change are hard links where the file system has them, else copies.
+    External weights are not copied: the new graphs refer to the same data file. Files that do not
+    change are hard links where the file system supports them, and copies otherwise.
 
     Args:
-        source: the engine directory, as it is.
-        folder: where to write; it is there and holds none of these files.
-        graphs: by component; a graph of the UNet itself takes its place.
-        name, options: of the stage, for the history.
-        measured: figures of the first component that is new.
-        start: when the stage began, by time.perf_counter().
+        source: the engine directory.
+        folder: existing, without any of these files.
+        graphs: by component; a graph of the denoiser itself replaces it.
+        name: of the stage, for the history.
+        options: of the stage, for the history.
+        measured: figures of the first new component, for the history.
+        start: time.perf_counter() when the stage began.
     """
     manifest = Manifest.read(source, hashes=False)
-    unet = manifest.components[DENOISER]
+    denoiser = manifest.components[DENOISER]
     replaced = {manifest.components[key].file for key in graphs if key in manifest.components}
-    _share(source, folder, (e.file for e in manifest.files if e.file not in replaced))
-    made = {key: _written(key, part, unet, folder) for key, part in graphs.items()}
+    _link(source, folder, (e.file for e in manifest.files if e.file not in replaced))
+    components = {key: _write(key, part, denoiser, folder) for key, part in graphs.items()}
     added = next(key for key in graphs if key not in manifest.components)
     stage = stage_record(
         name, start, options, tools=package_versions(*_TOOLS), measured={added: measured}
     )
     result = msgspec.structs.replace(
         manifest,
-        components={**manifest.components, **made},
+        components={**manifest.components, **components},
         history=(*manifest.history, stage),
     )
     result.write(folder)
     return result
 
 
-def _share(source: Path, folder: Path, files: Iterable[str]) -> None:
+def _link(source: Path, folder: Path, files: Iterable[str]) -> None:
     for file in dict.fromkeys(files):
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,17 +92,17 @@ def _share(source: Path, folder: Path, files: Iterable[str]) -> None:
             shutil.copyfile(source / file, target)
 
 
-def _written(name: str, part: GraphPartition, unet: Component, folder: Path) -> Component:
-    """A graph in a file beside the UNet's own, or in its place, with the same file of weights."""
-    path = (folder / unet.file).with_name(f"{name}.onnx")
-    path = folder / unet.file if name == DENOISER else path
-    ir.save(part.model, path)  # which leaves weights that lie in a file where they are
-    main = FileEntry.of(path, folder)
+def _write(name: str, part: GraphPartition, denoiser: Component, folder: Path) -> Component:
+    """Write a graph beside the denoiser's, or in its place, with the same file of weights."""
+    path = (folder / denoiser.file).with_name(f"{name}.onnx")
+    path = folder / denoiser.file if name == DENOISER else path
+    ir.save(part.model, path)  # keeps references to external weights
+    entry = FileEntry.of(path, folder)
     return msgspec.structs.replace(
-        unet,
-        file=main.file,
-        sha256=main.sha256,
-        bytes=main.bytes,
+        denoiser,
+        file=entry.file,
+        sha256=entry.sha256,
+        bytes=entry.bytes,
         inputs=part.inputs,
         outputs=part.outputs,
     )

@@ -1,4 +1,4 @@
-"""One recipe, carried out: engines in a folder, and how far they are from those they came of."""
+"""Candidate of an optimization: the engines of one recipe, and their distance to the source."""
 
 import shutil
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from latentforge.optimize.quantize.sensitivity import (
     select_sensitive,
 )
 from latentforge.optimize.recipe import Recipe
+from latentforge.optimize.recording import CallRecording, sample_evenly
 from latentforge.optimize.stage.component import Rewriter, Rewritten, save_part
-from latentforge.optimize.stage.recording import CallRecording, spread
 from latentforge.optimize.targets import Target
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.errors import BackendError, GateError
@@ -37,15 +37,16 @@ __all__ = ["RecipeCandidate", "Origin", "make"]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What candidates are made of and compared with.
+    """Source engines that candidates are made of and compared with.
 
     Attributes:
-        directory: the engines to start from.
-        manifest: what it says.
-        target: what the result is for.
-        gate: pictures that the gate compares, and every call that made them.
-        calibration: the same of other prompts, for ranges and scores; None if nobody asks.
-        schedule: that of these runs.
+        directory: of the source.
+        manifest: of the source.
+        target: that the result is for.
+        gate: recorded runs whose images the gate compares.
+        calibration: recorded runs of other prompts, for value ranges and pruning scores; None if
+            no recipe needs them.
+        schedule: of these runs.
     """
 
     directory: Path
@@ -58,16 +59,18 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeCandidate:
-    """A recipe's result.
+    """Result of one recipe.
 
     Attributes:
-        folder: where its engines lie.
-        manifest: of them, without a history of this stage.
-        passes: rewrites by component and pass, as COMPONENT/PASS.
+        name: of the recipe.
+        recipe: with the layers that the sensitivity measurement keeps in float.
+        folder: of the engines.
+        manifest: of the engines, without the history entry of this stage.
+        passes: number of rewrites, by COMPONENT/PASS.
         measured: figures by component, or ``image``.
-        layers: how sensitive each was, where the recipe asked, the worst first.
-        kept: of them, those that stayed in float.
-        failures: what the gate found wanting.
+        layers: sensitivity of each layer, worst first, if the recipe measures it.
+        kept: names of layers that stayed in float because of that.
+        failures: thresholds of the gate that were missed.
     """
 
     name: str
@@ -84,12 +87,12 @@ class RecipeCandidate:
 def make(
     name: str, recipe: Recipe, origin: Origin, folder: Path, progress: Progress
 ) -> RecipeCandidate:
-    """Carry out a recipe in a folder, which holds nothing yet, and judge the result there.
+    """Carry out a recipe in an empty folder, and measure the result.
 
-    Where the target's operators do not run here, a twin without them is judged in its place, and
-    deleted.
+    If this machine cannot run the target's operators, a portable variant without them is measured
+    in its place, and deleted.
     """
-    layers, kept = _scan(recipe, origin, progress)
+    layers, kept = _measure_layers(recipe, origin, progress)
     if kept:
         settings = msgspec.structs.replace(recipe.int8, exclude=(*recipe.int8.exclude, *kept))
         recipe = msgspec.structs.replace(recipe, int8=settings)
@@ -97,7 +100,7 @@ def make(
     manifest, rewritten = _write(rewriter, origin, folder, progress)
     judged = folder
     if not origin.target.runs_on_cpu:
-        judged = folder / "twin"
+        judged = folder / "portable"
         judged.mkdir()
         _write(replace(rewriter, portable=True), origin, judged, progress)
     errors, failures = _judge(recipe, origin, judged, progress)
@@ -119,14 +122,14 @@ def make(
     )
 
 
-def _scan(
+def _measure_layers(
     recipe: Recipe, origin: Origin, progress: Progress
 ) -> tuple[tuple[LayerSensitivity, ...], tuple[str, ...]]:
-    """Measure each int8 layer of the UNet by itself, if the recipe asks, and choose the worst."""
+    """Measure the sensitivity of each int8 layer, if the recipe asks for it, and pick the worst."""
     if recipe.sensitivity is None or recipe.precision_of(DENOISER) != "int8":
         return (), ()
     assert origin.calibration is not None
-    with progress.part("unet: each layer by itself"):
+    with progress.part(f"{DENOISER}: sensitivity of layers"):
         model = load_graph(DENOISER, origin.manifest.components[DENOISER], origin.directory)
         rewriter = Rewriter(recipe=recipe, target=origin.target, feeds={})
         rewriter.fuse(model, "int8", half=False)
@@ -146,7 +149,7 @@ class _SessionSlot:
     session: Session
 
     def wrap(self, name: str, session: Session) -> Session:
-        """Put this in the place of the denoiser's session: see load()."""
+        """Replace the denoiser's session by this one: see load()."""
         if name != DENOISER:
             return session
         self.session = session
@@ -163,7 +166,7 @@ class _SessionSlot:
 
 
 def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: int) -> Denoise:
-    """What makes the final latents of a picture, in few steps, with a UNet of the scan's."""
+    """Return a function from a denoiser session to the final latents of a short run."""
     settings = replace(reference.settings, sampler="euler", steps=steps)
 
     def latents(session: Session) -> NDArray[np.float32]:
@@ -174,11 +177,11 @@ def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: i
 
 
 def _feeds(recipe: Recipe, origin: Origin) -> dict[str, list[Any]]:
-    """Recorded inputs by component, so many as the recipe wants, spread over all steps."""
+    """Return the recorded inputs for calibration by component, evenly spaced over all steps."""
     if origin.calibration is None:
         return {}
     return {
-        name: [call.feeds for call in spread(calls, recipe.calibration.samples)]
+        name: [call.feeds for call in sample_evenly(calls, recipe.calibration.samples)]
         for name, calls in origin.calibration.calls.items()
     }
 
@@ -199,10 +202,10 @@ def _write(
             for part, graph in made.parts.items():
                 assert graph is not None
                 components[part] = save_part(part, graph, component, folder)
-        rewritten[name] = replace(made, parts=dict.fromkeys(made.parts))  # lets go of the weights
+        rewritten[name] = replace(made, parts=dict.fromkeys(made.parts))  # frees the weights
     tokenizers = (entry.file for entry in origin.manifest.tokenizers.values())
     copy_files(tokenizers, origin.directory, folder)
-    # a plan was judged with other engines
+    # an acceleration plan was gated with other engines
     manifest = msgspec.structs.replace(
         origin.manifest, components=components, quality={}, acceleration=None
     )
@@ -213,7 +216,7 @@ def _write(
 def _judge(
     recipe: Recipe, origin: Origin, folder: Path, progress: Progress
 ) -> tuple[Measured, tuple[str, ...]]:
-    """Run what lies in a folder as the original was run, and compare; NaN is a failure too."""
+    """Repeat the source's runs with the engines of a folder, and compare; NaN is a failure."""
     try:
         with load(folder, hashes=False) as pipeline:
             measured: dict[str, Mapping[str, float]] = {**component_errors(pipeline, origin.gate)}
@@ -235,7 +238,7 @@ def _passes(rewritten: Mapping[str, Rewritten]) -> dict[str, int]:
 def _sizes(
     rewritten: Mapping[str, Rewritten], manifest: Manifest, before: Manifest
 ) -> dict[str, dict[str, float]]:
-    """Nodes and bytes of each component before and after, all its parts together."""
+    """Return nodes and bytes of each component before and after, all its parts together."""
     return {
         name: {
             "nodes_before": float(made.nodes[0]),

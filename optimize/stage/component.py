@@ -1,4 +1,4 @@
-"""One component's graph, taken through a recipe."""
+"""Rewriting of one component's graph by a recipe."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,13 @@ _BEFORE_PRUNING = ("fold-constants", "fuse-attention")  # others hide the residu
 
 @dataclass(frozen=True, kw_only=True)
 class Rewritten:
-    """What a component became.
+    """Result of rewriting a component.
 
     Attributes:
-        parts: graphs by component: the UNet may have been cut into several.
-        precision: as asked for.
-        counts: rewrites by pass.
-        nodes: before and after, those of all parts together.
+        parts: graphs by component, since the denoiser may have been partitioned; None once freed.
+        precision: of the recipe.
+        counts: number of rewrites by pass.
+        nodes: before and after, of all parts together.
     """
 
     parts: Mapping[str, GraphPartition | None]
@@ -49,13 +49,14 @@ class Rewritten:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewriter:
-    """Takes graphs through a recipe.
+    """Rewriter of graphs by a recipe.
 
     Attributes:
-        recipe: what to do.
-        target: what the result is for.
-        feeds: recorded inputs by component, as far as the recipe asks for them.
-        portable: leave out what only the target can run, so that a gate can run here.
+        recipe: to carry out.
+        target: that the result is for.
+        feeds: recorded inputs by component, where the recipe needs them.
+        portable: leave out passes whose operators only the target runs, so that this machine can
+            run the gate.
     """
 
     recipe: Recipe
@@ -64,7 +65,7 @@ class Rewriter:
     portable: bool = False
 
     def rewrite(self, name: str, model: ir.Model, component: Component) -> Rewritten:
-        """Fuse, prune, quantize, cut and convert one component's graph, which is used up."""
+        """Prune, fuse, quantize, partition and convert one component's graph, which is consumed."""
         before, counts = len(model.graph), Counter[str]()
         precision = self.recipe.precision_of(name)
         if name == DENOISER:
@@ -77,26 +78,26 @@ class Rewriter:
             parts = hoisted.parts(name)
             counts.update(hoisted.counts)
         for part in parts.values():
-            counts.update(self._finish(part.model, precision))
-            counts.update(self._halve(part.model, precision, component))
+            counts.update(self._run_post_partition(part.model, precision))
+            counts.update(self._convert_to_half(part.model, precision, component))
         after = sum(len(part.model.graph) for part in parts.values())
         return Rewritten(parts=parts, precision=precision, counts=counts, nodes=(before, after))
 
     def fuse(self, model: ir.Model, precision: Precision, *, half: bool) -> Counter[str]:
-        """Run the target's passes, but for those that this precision rules out."""
+        """Run the target's passes, except those that do not support this precision."""
         passes = self.target.portable_passes if self.portable else self.target.passes
         unfit = set(self.recipe.skip)
         if not half:
-            unfit.add("pack-attention")  # whose kernels are in half alone
+            unfit.add("pack-attention")  # its kernels are fp16 only
         if precision not in ("fp32", "fp16"):
-            unfit.add("nhwc-conv")  # which takes no quantized weights
+            unfit.add("nhwc-conv")  # it does not support quantized weights
         return optimize(model, {name: PASSES[name] for name in passes if name not in unfit})
 
     def _computes_half(self, precision: Precision, component: Component) -> bool:
         return self.target.half and precision != "fp32" and not component.overflows_fp16
 
     def _prune(self, model: ir.Model) -> Counter[str]:
-        """Take out what the recipe says, before fusion hides where branches end."""
+        """Prune before fusion, which would hide where residual branches end."""
         recipe, counts = self.recipe, Counter[str]()
         feeds = self.feeds.get(DENOISER, ())
         if recipe.prune is not None:
@@ -105,8 +106,7 @@ class Rewriter:
             for removed in prune(model, recipe.prune, feeds=feeds):
                 counts[f"prune-{removed.kind}"] += 1
         if recipe.sparsity is not None:
-            made = sparsify(model, recipe.sparsity, feeds=feeds)
-            counts["sparsify"] = len(made)
+            counts["sparsify"] = len(sparsify(model, recipe.sparsity, feeds=feeds))
         return counts
 
     def _quantize(self, name: str, precision: Precision, model: ir.Model) -> Counter[str]:
@@ -117,18 +117,20 @@ class Rewriter:
             counts = quantize(model, self.feeds[name], self.recipe.int8, self.target.form)
             return Counter({f"int8-{kind}": count for kind, count in counts.items()})
         bits: Literal[4, 8] = 4 if precision == "int4-weights" else 8
-        made = quantize_weights(model, self.recipe.weight_only, self.target.form, bits=bits)
-        return Counter({precision: made})
+        count = quantize_weights(model, self.recipe.weight_only, self.target.form, bits=bits)
+        return Counter({precision: count})
 
-    def _finish(self, model: ir.Model, precision: Precision) -> Counter[str]:
-        """Run the target's last passes, which other analyses don't look behind."""
-        if precision not in ("fp32", "fp16"):  # what is quantized keeps its layout
+    def _run_post_partition(self, model: ir.Model, precision: Precision) -> Counter[str]:
+        """Run the passes that come after partitioning, whose analysis does not know their results."""
+        if precision not in ("fp32", "fp16"):  # quantized graphs keep their layout
             return Counter()
         names = [name for name in self.target.post_partition_passes if name not in self.recipe.skip]
         return optimize(model, {name: PASSES[name] for name in names})
 
-    def _halve(self, model: ir.Model, precision: Precision, component: Component) -> Counter[str]:
-        """Compute in half where target and model can, and store what is left in half."""
+    def _convert_to_half(
+        self, model: ir.Model, precision: Precision, component: Component
+    ) -> Counter[str]:
+        """Convert to fp16 arithmetic where target and model support it, and weights to fp16 storage."""
         counts = Counter[str]()
         if self._computes_half(precision, component):
             counts["compute-half"] = compute_half(model)
@@ -138,7 +140,7 @@ class Rewriter:
 
 
 def save_part(name: str, part: GraphPartition, component: Component, folder: Path) -> Component:
-    """Write a part of a component as NAME.onnx into a folder, and describe it."""
+    """Write a part of a component as NAME.onnx into a folder, and return its manifest entry."""
     path = folder / f"{name}.onnx"
     save_graph(part.model, path)
     data = path.with_name(f"{path.name}.data")

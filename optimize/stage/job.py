@@ -1,10 +1,9 @@
-"""What one optimization works on, with everything checked that can be before work begins."""
+"""Optimization job: a request with its source and recipes, checked before work begins."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -13,153 +12,147 @@ from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize.nodes import check_float
 from latentforge.optimize.recipe import Recipe, read_recipe
+from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.targets import TARGETS, Target
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.text import near_miss
 
-__all__ = ["STAGE", "OptimizeJob", "plan"]
+__all__ = ["STAGE", "OptimizeJob", "check_request", "plan"]
 
 STAGE = "optimize"
-"""Its name in a manifest's history."""
-
-_MOST_REPEATS = 1000
+"""Name of the stage in the history of a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeJob:
-    """What one optimization works on.
+    """Work of one optimization.
 
     Attributes:
         source: the engine directory to read.
-        manifest: what it says.
-        recipe: as it was asked for.
-        recipes: what it comes to; of several, the fastest that passes its gate is taken.
-        backend: what the result is for, a name of TARGETS.
-        prompts: those of the gate first, then those of the calibration.
-        request: the schedule and size that will be deployed, as far as the manifest's is not.
-        repeats: timed pairs of images; 0 times nothing.
+        manifest: of the source.
+        request: as given.
+        recipes: to carry out; of several, the fastest that passes its gate is taken.
+        prompts: of the gate, then of the calibration.
     """
 
     source: Path
     manifest: Manifest
-    recipe: str
+    request: OptimizeRequest
     recipes: Mapping[str, Recipe]
-    backend: str
     prompts: tuple[str, ...]
-    request: Mapping[str, Any]
-    repeats: int
 
     @property
     def target(self) -> Target:
-        """What the result is for."""
-        return TARGETS[self.backend]
+        """Target that the result is for."""
+        return TARGETS[self.request.target]
 
     @property
-    def shares(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The gate's prompts, and those for calibration: others, unless there are too few."""
+    def prompt_sets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Prompts of the gate, and those of the calibration: different ones if there are enough."""
         recipes = self.recipes.values()
         images = max(recipe.gate.images for recipe in recipes)
-        wanted = max((r.calibration.prompts for r in recipes if r.needs_calibration), default=0)
+        count = max((r.calibration.prompts for r in recipes if r.needs_calibration), default=0)
         gate = tuple(itertools.islice(itertools.cycle(self.prompts), images))
         rest = self.prompts[images:] or self.prompts
-        return gate, rest[:wanted]
+        return gate, rest[:count]
 
 
-def plan(
-    source: Path,
-    *,
-    recipe: str,
-    backend: str,
-    gate: Sequence[str] = (),
-    prompts: Path | None = None,
-    calibrate: int | None = None,
-    request: Mapping[str, Any] | None = None,
-    repeats: int = 3,
-) -> OptimizeJob:
-    """Check everything that can be before work begins; see optimize() for arguments and errors."""
-    if backend not in TARGETS:
-        raise SettingsError(f"no target {backend!r}; {near_miss(backend, TARGETS)}")
-    if not 0 <= repeats <= _MOST_REPEATS:
-        raise SettingsError(f"repeats is a number from 0 to {_MOST_REPEATS}, not {repeats}")
+def check_request(request: OptimizeRequest) -> None:
+    """Check everything that needs no source directory, so that a typo costs no export.
+
+    Raises:
+        SettingsError: no such target, recipe or gate, or they do not fit together.
+    """
+    _check_target(request, _recipes(request))
+
+
+def plan(source: Path, request: OptimizeRequest) -> OptimizeJob:
+    """Check everything that can be checked before work begins.
+
+    Raises:
+        ManifestError: see optimize().
+        SettingsError: see optimize().
+    """
+    recipes = _recipes(request)
     manifest = Manifest.read(source)
     _check_source(source, manifest)
-    recipes = _recipes(recipe, gate, calibrate)
-    for name, each in recipes.items():
-        _check_recipe(name, each, backend, manifest)
+    for name, recipe in recipes.items():
+        _check_recipe(name, recipe, request.target, manifest)
     _check_graphs(source, manifest, recipes.values())
-    if len(recipes) > 1 and not (repeats and TARGETS[backend].runs_on_cpu):
-        raise SettingsError(
-            f"recipe {recipe} chooses by measuring, which needs --repeats from 1 up and a target "
-            "that runs here: name one recipe"
-        )
+    _check_target(request, recipes)
     return OptimizeJob(
         source=source,
         manifest=manifest,
-        recipe=recipe,
+        request=request,
         recipes=recipes,
-        backend=backend,
-        prompts=tuple(read_prompts(prompts)),
-        request={k: v for k, v in (request or {}).items() if v is not None},
-        repeats=repeats,
+        prompts=request.prompts or tuple(read_prompts()),
     )
 
 
 def _check_source(source: Path, manifest: Manifest) -> None:
     if done := [stage for stage in manifest.history if stage.name == STAGE]:
-        was = done[-1].options.get("recipe")
+        recipe = done[-1].options.get("recipe")
         raise ManifestError(
-            f"{source} was optimized already, with recipe {was}: start from the exported engines, "
-            "and say all that is wanted in one recipe"
+            f"{source} was already optimized, with recipe {recipe}: start from the exported "
+            "engines, and put everything into one recipe"
         )
-    if missing := [
-        name for name in manifest.required_components if name not in manifest.components
-    ]:
+    missing = [name for name in manifest.required_components if name not in manifest.components]
+    if missing:
         raise ManifestError(
-            f"{source} has no {missing[0]}, without which no picture can be compared: export it "
+            f"{source} has no {missing[0]}, without which no images can be compared: export it "
             "without --components"
         )
 
 
-def _recipes(name: str, gate: Sequence[str], calibrate: int | None) -> dict[str, Recipe]:
-    """The recipe, or those that it measures, with what the command line changes."""
-    recipe = read_recipe(name)
-    chosen = {n: read_recipe(n) for n in recipe.candidates} or {name: recipe}
+def _recipes(request: OptimizeRequest) -> dict[str, Recipe]:
+    """Return the recipe, or its candidates, with the request's changes to gate and calibration."""
+    recipe = read_recipe(request.recipe)
+    recipes = {n: read_recipe(n) for n in recipe.candidates} or {request.recipe: recipe}
     changed = {}
-    for key, each in chosen.items():
+    for key, each in recipes.items():
         calibration = each.calibration
-        if calibrate is not None:
-            calibration = msgspec.structs.replace(calibration, prompts=calibrate)
+        if request.calibration_prompts is not None:
+            calibration = msgspec.structs.replace(calibration, prompts=request.calibration_prompts)
         sensitivity = each.sensitivity or (
             recipe.sensitivity if each.precision_of(DENOISER) == "int8" else None
         )
         changed[Path(key).stem] = msgspec.structs.replace(
             each,
-            gate=each.gate.with_overrides(gate),
+            gate=each.gate.with_overrides(request.gate),
             calibration=calibration,
             sensitivity=sensitivity,
         )
     return changed
 
 
-def _check_recipe(name: str, recipe: Recipe, backend: str, manifest: Manifest) -> None:
-    """Refuse what asks for something that is not there, or that its target cannot do."""
+def _check_target(request: OptimizeRequest, recipes: Mapping[str, Recipe]) -> None:
+    can_time = request.repeats and request.target_entry.runs_on_cpu
+    if len(recipes) > 1 and not can_time:
+        raise SettingsError(
+            f"recipe {request.recipe} chooses by measuring, which needs --repeats of 1 or more and "
+            "a target that runs on this machine: name one recipe"
+        )
+
+
+def _check_recipe(name: str, recipe: Recipe, target: str, manifest: Manifest) -> None:
+    """Refuse unknown passes and components, and precisions that the target does not support."""
     if recipe.candidates:
-        raise SettingsError(f"recipe {name} measures others, and cannot be one of them")
+        raise SettingsError(f"recipe {name} has candidates, so it cannot be a candidate itself")
     if unknown := [p for p in recipe.skip if p not in PASSES]:
         raise SettingsError(f"recipe {name}: no pass {_mistaken(unknown, PASSES)}")
-    known = ("default", "vae_encoder", *manifest.components)
-    if unknown := [c for c in recipe.precision if c not in known]:
-        raise SettingsError(f"recipe {name}: no component {_mistaken(unknown, known)}")
+    components = ("default", "vae_encoder", *manifest.components)
+    if unknown := [c for c in recipe.precision if c not in components]:
+        raise SettingsError(f"recipe {name}: no component {_mistaken(unknown, components)}")
     wrong = [
         c for c, precision in recipe.precision.items() if precision == "int8" and c != DENOISER
     ]
     if wrong:
         raise SettingsError(
-            f"recipe {name}: {wrong[0]} cannot be int8, only the unet is calibrated: "
-            "int8-weights makes its file as small"
+            f"recipe {name}: {wrong[0]} cannot be int8, since only the denoiser is calibrated: "
+            "int8-weights makes its file equally small"
         )
-    if backend == "cuda" and recipe.precision_of(DENOISER) == "int8":
+    if target == "cuda" and recipe.precision_of(DENOISER) == "int8":
         raise SettingsError(
             "ONNX Runtime's CUDA provider has no 8-bit convolutions and would run them on the CPU: "
             "take --target tensorrt for int8, or the recipe fp16"
@@ -167,12 +160,12 @@ def _check_recipe(name: str, recipe: Recipe, backend: str, manifest: Manifest) -
 
 
 def _check_graphs(source: Path, manifest: Manifest, recipes: Iterable[Recipe]) -> None:
-    """Refuse foreign graphs, and those that are quantized already, before any picture is made."""
+    """Refuse foreign graphs and graphs that are already quantized."""
     for name, component in manifest.components.items():
         model = load_graph(name, component, source)
         if any(recipe.quantizes(name) for recipe in recipes):
             check_float(model)
 
 
-def _mistaken(words: Sequence[str], known: Iterable[str]) -> str:
-    return f"{words[0]!r}; {near_miss(words[0], known)}"
+def _mistaken(words: Sequence[str], options: Iterable[str]) -> str:
+    return f"{words[0]!r}; {near_miss(words[0], options)}"

@@ -1,26 +1,30 @@
-"""From a checkpoint to engines in one go: export, optimize, compile, and choose what is fastest.
+"""Builds: export, optimize and compile a checkpoint in one go, and search for an acceleration plan.
 
-With ``fast`` a plan of cheaper evaluations is searched for them too.
-
-The stages meet on disk alone; this is the one place that knows all of them.
+The stages only meet on disk; this module combines them.
 """
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from latentforge.accuracies import demo_accuracies
+from latentforge.export import demo
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import is_exported
 from latentforge.export.stage import ExportRequest, export
-from latentforge.optimize.recipe import read_recipe
+from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.backends import select_backends, tune_rows
-from latentforge.optimize.search.search import SearchRequest, accelerate, check
+from latentforge.optimize.search.request import SearchRequest, check_search
+from latentforge.optimize.search.search import accelerate
+from latentforge.optimize.stage.job import check_request
 from latentforge.optimize.stage.job import plan as plan_optimization
+from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.stage.stage import optimize_into
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
@@ -33,197 +37,143 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.text import near_miss, size_text
 
-__all__ = ["AUTO", "build", "dimensions", "optimize_and_compile", "estimate"]
+__all__ = [
+    "AUTO",
+    "BuildPlan",
+    "BuildRequest",
+    "build",
+    "dimensions",
+    "estimate",
+    "optimize_and_compile",
+    "with_demo_metrics",
+]
 
 AUTO = "auto"
-"""The target that measures what can run on this machine."""
+"""Target that stands for the fastest backend of each component on this machine."""
 
-_EXPORT_MEMORY = 2.2  # times the weights in fp32, as measured: 1.3 to 2.2
+_EXPORT_MEMORY = 2.2  # as a multiple of the weights in fp32; 1.3 to 2.2 were measured
 _CANDIDATES = ("cpu", "openvino")
+_DEMO = "demo"
+_DEMO_PROMPTS = 3000  # enough for the three sets of the largest gate
+_ACCURACIES = ("colour", "retrieval")
 
 
-def build(
-    checkpoint: str,
-    engines: Path,
-    *,
-    target: str = "cpu",
-    recipe: str = "fp32",
-    sizes: Sizes | None = None,
-    options: Sequence[str] = (),
-    fast: SearchRequest | None = None,
-    overwrite: bool = False,
-    quiet: bool = True,
-    **optimization: Any,
-) -> Manifest:
-    """Make engines of a checkpoint, ready to run.
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """Options of a build.
+
+    Attributes:
+        optimization: recipe, gate, prompts and timing. Its target may also be AUTO: the fastest
+            backend of each component on this machine. Its ``overwrite`` and ``quiet`` apply to the
+            whole build.
+        sizes: to build for; unset sizes stay free if the backend supports that.
+        options: of the backend, each as KEY=VALUE.
+        search: request for an acceleration plan; None for engines without one.
+    """
+
+    optimization: OptimizeRequest = field(default_factory=OptimizeRequest)
+    sizes: Sizes = field(default_factory=Sizes)
+    options: tuple[str, ...] = ()
+    search: SearchRequest | None = None
+
+
+_DEFAULT = BuildRequest()
+
+
+def build(checkpoint: str, target: Path, request: BuildRequest = _DEFAULT) -> Manifest:
+    """Build engines from a checkpoint, ready to run.
 
     Args:
         checkpoint: a diffusers directory, one that optimum-onnx exported, a hub id, or ``demo``.
-        engines: the directory to write, whole or not at all.
-        target: a name of TARGETS, or ``auto``: the fastest that can run here, by component.
-        recipe: the name of one that comes with the package, or a TOML file.
-        sizes: to build for; nothing leaves them free where the backend allows that.
-        options: of the backend, each KEY=VALUE.
-        fast: what to ask of the search for a plan; None searches none.
-        overwrite: replace an engine directory that is there already.
-        quiet: show no progress.
-        optimization: gate, prompts, calibrate, request and repeats of optimize().
+        target: the engine directory to write; it appears complete or not at all.
+        request: backend, recipe, sizes, and search for an acceleration plan.
+
+    Returns:
+        The manifest that was written.
 
     Raises:
-        LatentforgeError: what export, optimize and compile raise.
+        LatentforgeError: any error of export, optimize and compile.
     """
-    wanted = sizes or Sizes()
-    _targets(target)
-    read_recipe(recipe)  # a typo should not cost an export
-    if fast is not None:
-        check(fast, checkpoint, target)
-    with staged_directory(engines, overwrite=overwrite) as directory:
+    _check(request)
+    options = request.optimization
+    fixed = ExportRequest(dimensions=dimensions(request.sizes), quiet=options.quiet)
+    with staged_directory(target, overwrite=options.overwrite) as directory:
         exported = directory / "exported"
         try:
-            export(checkpoint, exported, ExportRequest(dimensions=dimensions(wanted), quiet=quiet))
-            manifest = optimize_and_compile(
-                exported,
-                directory,
-                target=target,
-                recipe=recipe,
-                sizes=_left(wanted),
-                options=options,
-                quiet=quiet,
-                **optimization,
-            )
+            export(checkpoint, exported, fixed)
+            free = replace(request, sizes=_free_sizes(request.sizes))
+            manifest = optimize_and_compile(exported, directory, free)
         finally:
             shutil.rmtree(exported, ignore_errors=True)
-        if repeats := optimization.get("repeats", 3):
-            manifest = tune_rows(directory, repeats=repeats)
-        return manifest if fast is None else accelerate(directory, fast, quiet=quiet)
+        if options.repeats:
+            manifest = tune_rows(directory, repeats=options.repeats)
+        if request.search is None:
+            return manifest
+        return accelerate(directory, request.search, quiet=options.quiet)
 
 
-def optimize_and_compile(
-    exported: Path,
-    directory: Path,
-    *,
-    target: str,
-    recipe: str = "fp32",
-    sizes: Sizes | None = None,
-    options: Sequence[str] = (),
-    quiet: bool = True,
-    **optimization: Any,
-) -> Manifest:
-    """Optimize and compile exported engines into a directory that is staged: see build().
+def optimize_and_compile(exported: Path, directory: Path, request: BuildRequest) -> Manifest:
+    """Optimize and compile exported engines into a staged directory: see build().
 
     Args:
-        sizes: those that the graphs are not fixed to.
+        exported: engines that export wrote.
+        directory: existing, without engines.
+        request: its sizes are those that the graphs are not fixed to.
     """
-    targets = _targets(target)
-    make = partial(
-        _build_target, exported, recipe=recipe, sizes=sizes or Sizes(), options=options, quiet=quiet
-    )
-    if target != AUTO:
-        return make(target, directory, **optimization)
-    made, refused = dict[str, Path](), dict[str, str]()
-    with _scratch(directory) as work:
-        for name in targets:
+    names, options = _targets(request), request.optimization
+    if options.target != AUTO:
+        return _build_target(exported, directory, request)
+    built, refused = dict[str, Path](), dict[str, str]()
+    with _work_folder(directory) as work:
+        for name in names:
             (work / name).mkdir()
+            candidate = replace(request, optimization=replace(options, target=name))
             try:
-                make(name, work / name, **optimization)
-                made[name] = work / name
+                _build_target(exported, work / name, candidate)
+                built[name] = work / name
             except (BackendError, GateError) as error:
                 refused[name] = str(error)
-        if not made:
+        if not built:
             raise GateError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
-        repeats = optimization.get("repeats", 3) or 1
-        return select_backends(made, directory, refused=refused, repeats=repeats, quiet=quiet)
-
-
-def estimate(
-    checkpoint: str,
-    *,
-    target: str = "cpu",
-    recipe: str = "fp32",
-    sizes: Sizes | None = None,
-    fast: SearchRequest | None = None,
-) -> Iterator[str]:
-    """What build() would do and about what it takes, line by line, from a checkpoint's headers.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of a kind we refuse.
-        SettingsError: no such target or recipe, or a plan could not be judged.
-    """
-    targets = _targets(target)
-    read_recipe(recipe)
-    if fast is not None:
-        check(fast, checkpoint, target)
-    source = open_checkpoint(checkpoint)
-    family = family_of(source)
-    weights = _weights(source, family)
-    free = available_memory()
-    yield f"build {source.name} ({family.name}):"
-    yield from (f"  {name}: {size_text(size)} of weights in fp32" for name, size in weights.items())
-    memory = int(_EXPORT_MEMORY * sum(weights.values()))
-    yield f"1. export: up to {size_text(memory)} of memory"
-    if library() is None and "cpu" in targets:
-        yield (
-            "without latentforge's own kernels, which were not compiled when it was installed: "
-            "with a C++ compiler, python -m latentforge.runtime.kernels does so now"
+        return select_backends(
+            built, directory, refused=refused, repeats=options.repeats or 1, quiet=options.quiet
         )
-    yield f"2. optimize by recipe {recipe}, for {', '.join(targets)}; pictures judge the result"
-    for name in targets:
-        if not TARGETS[name].needs_compile and not (sizes and sizes.asdict()):
-            continue
-        entry = backends.BACKENDS[TARGETS[name].backend]
-        memory = max(memory, int(entry.memory * max(weights.values())))
-        made = ", ".join(f"{k} {v}" for k, v in (sizes or Sizes()).asdict().items())
-        usual = "any size" if entry.free else "the model's own size"
-        yield f"3. compile with {TARGETS[name].backend} for {made or usual}"
-    yield f"memory: up to {size_text(memory)}{' of ' + size_text(free) + ' free' if free else ''}"
-    yield f"disk: up to {size_text((2 + len(targets)) * sum(weights.values()))}"
-    if len(targets) > 1:
-        yield "4. time them in turns, and take the fastest of each component"
-    if fast is not None:
-        yield f"at last: {fast}"
-    if free is not None and memory > free:
-        yield "WARNING: that is more memory than there is: close other programs, or expect to fail"
 
 
-def _weights(source: Checkpoint, family: Family) -> dict[str, int]:
-    """Bytes in float32 of each component's weights, or of the graphs that optimum exported."""
-    if is_exported(source):
-        return {"graphs": sum(path.stat().st_size for path in source.path.glob("*/*.onnx*"))}
-    folders = sorted({part.folder for part in family.plan(source).components})
-    return {folder: 4 * source.parameters(folder) for folder in folders}
-
-
-def _targets(target: str) -> list[str]:
-    """The targets that a name stands for, those that are installed."""
-    if target != AUTO:
-        if target not in TARGETS:
-            raise SettingsError(f"no target {target!r}; {near_miss(target, (*TARGETS, AUTO))}")
-        backends.get(TARGETS[target].backend)
-        return [target]
-    able = []
-    for name in _CANDIDATES:
-        with suppress(BackendError):
-            backends.get(TARGETS[name].backend)
-            able.append(name)
-    return able
-
-
-def dimensions(sizes: Sizes) -> Dimensions:
-    """What graphs can be fixed to: each size that is the only one."""
-    only = {
-        name: ranges[0].min
-        for name, ranges in (
-            ("height", sizes.height),
-            ("width", sizes.width),
-            ("batch", sizes.batch),
+def _build_target(exported: Path, directory: Path, request: BuildRequest) -> Manifest:
+    """Optimize for one target, and compile if its backend needs it or sizes or options are set."""
+    target = TARGETS[request.optimization.target]
+    job = plan_optimization(exported, request.optimization)
+    if not target.needs_compile and not request.options and request.sizes == Sizes():
+        return optimize_into(job, directory)
+    optimized = directory / "optimized"
+    optimized.mkdir()
+    try:
+        optimize_into(job, optimized)
+        plan = compiler.plan(
+            optimized,
+            backend=target.backend,
+            options=request.options,
+            sizes=request.sizes,
+            recorded={"target": request.optimization.target},
         )
-        if len(ranges) == 1 and ranges[0].fixed
-    }
-    return Dimensions(**only)
+        manifest = compiler.compile_into(plan, directory, quiet=request.optimization.quiet)
+    except GateError:
+        _move_missing(optimized, directory)
+        raise
+    shutil.rmtree(optimized)
+    return manifest
+
+
+def _move_missing(optimized: Path, directory: Path) -> None:
+    """Move rejected engines to where the staged directory keeps them."""
+    for file in optimized.iterdir():
+        if not (directory / file.name).exists():
+            file.rename(directory / file.name)
 
 
 @contextmanager
-def _scratch(directory: Path) -> Iterator[Path]:
+def _work_folder(directory: Path) -> Iterator[Path]:
     work = directory / "work"
     work.mkdir()
     try:
@@ -232,54 +182,207 @@ def _scratch(directory: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _build_target(
-    exported: Path,
-    name: str,
-    directory: Path,
-    *,
-    recipe: str,
-    sizes: Sizes,
-    options: Sequence[str],
-    quiet: bool,
-    **optimization: Any,
-) -> Manifest:
-    """Optimize into a directory, and compile what the target does not run as it is."""
-    target = TARGETS[name]
-    job = plan_optimization(exported, recipe=recipe, backend=name, **optimization)
-    if not target.needs_compile and not options and sizes == Sizes():
-        return optimize_into(job, directory, quiet=quiet)
-    optimized = directory / "optimized"
-    optimized.mkdir()
-    try:
-        optimize_into(job, optimized, quiet=quiet)
-        todo = compiler.plan(
-            optimized,
-            backend=target.backend,
-            options=options,
-            sizes=sizes,
-            recorded={"target": name},
+# checks before any work
+
+
+def _check(request: BuildRequest) -> None:
+    """Check what needs no checkpoint, so that a typo does not cost an export."""
+    for name in _targets(request):
+        check_request(replace(request.optimization, target=name))
+    if request.search is not None:
+        check_search(request.search, request.optimization.target)
+
+
+def _targets(request: BuildRequest) -> list[str]:
+    """Return the targets to build for; of AUTO, those whose backends are installed.
+
+    Raises:
+        SettingsError: there is no such target.
+        BackendError: its backend is not installed.
+    """
+    target = request.optimization.target
+    if target != AUTO:
+        if target not in TARGETS:
+            raise SettingsError(f"no target {target!r}; {near_miss(target, (*TARGETS, AUTO))}")
+        backends.get(TARGETS[target].backend)
+        return [target]
+    installed = []
+    for name in _CANDIDATES:
+        with suppress(BackendError):
+            backends.get(TARGETS[name].backend)
+            installed.append(name)
+    return installed
+
+
+def dimensions(sizes: Sizes) -> Dimensions:
+    """Return the dimensions that graphs can be fixed to: those with a single size."""
+    single = {
+        name: ranges[0].min
+        for name, ranges in (
+            ("height", sizes.height),
+            ("width", sizes.width),
+            ("batch", sizes.batch),
         )
-        manifest = compiler.compile_into(todo, directory, quiet=quiet)
-    except GateError:
-        _keep(optimized, directory)
-        raise
-    shutil.rmtree(optimized)
-    return manifest
+        if _is_single(ranges)
+    }
+    return Dimensions(**single)
 
 
-def _left(sizes: Sizes) -> Sizes:
-    """The sizes that the graphs are not fixed to."""
+def _free_sizes(sizes: Sizes) -> Sizes:
+    """Return the sizes that the graphs are not fixed to by dimensions()."""
+    height, width, batch = (
+        () if _is_single(ranges) else ranges for ranges in (sizes.height, sizes.width, sizes.batch)
+    )
+    return Sizes(height=height, width=width, batch=batch)
 
-    def several(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
-        return () if len(ranges) == 1 and ranges[0].fixed else ranges
 
-    return Sizes(
-        height=several(sizes.height), width=several(sizes.width), batch=several(sizes.batch)
+def _is_single(ranges: tuple[Range, ...]) -> bool:
+    return len(ranges) == 1 and ranges[0].fixed
+
+
+# the demo's prompts and accuracies, for a search
+
+
+def with_demo_metrics(
+    checkpoint: str, request: SearchRequest, training_images: Path | None
+) -> SearchRequest:
+    """Return a search request with the prompts and accuracies of the demo, if it is for the demo.
+
+    Args:
+        checkpoint: see build().
+        request: its own prompts, if any, are kept.
+        training_images: the unpacked npm package of the demo's training images, which the
+            accuracy ``retrieval`` needs.
+
+    Raises:
+        SettingsError: the gate names an accuracy that cannot be measured for these images.
+    """
+    prompts = request.prompts
+    if checkpoint == _DEMO and not prompts:
+        prompts = tuple(demo.prompts(_DEMO_PROMPTS, seed=0))
+    accuracies = demo_accuracies(checkpoint, prompts, training_images)
+    for name in (setting.partition("=")[0] for setting in request.gate):
+        if name in _ACCURACIES and name not in accuracies:
+            raise SettingsError(f"gate {name} {_missing(checkpoint, accuracies)}")
+    return replace(request, prompts=prompts, accuracies=accuracies)
+
+
+def _missing(checkpoint: str, accuracies: Mapping[str, Accuracy]) -> str:
+    """Return why an accuracy cannot be measured, and what to do."""
+    if checkpoint != _DEMO:
+        return "is for images of the demo checkpoint: use psnr, ssim or perceptual"
+    if not accuracies:
+        return "needs prompts of the demo, such as: owl on a pink background"
+    return (
+        "needs --retrieval: the folder package of the unpacked npm package "
+        "emoji-datasource-google 16.0.0"
     )
 
 
-def _keep(optimized: Path, directory: Path) -> None:
-    """Leave what was rejected where people look for it."""
-    for file in optimized.iterdir():
-        if not (directory / file.name).exists():
-            file.rename(directory / file.name)
+# the estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """Steps of a build and the resources that they take, estimated from a checkpoint's headers.
+
+    Attributes:
+        title: the checkpoint and its family.
+        weights: bytes in fp32 by component.
+        steps: one line each, in order.
+        memory: bytes of the largest step.
+        disk: bytes of all steps.
+        free_memory: bytes available now; None if unknown.
+        warnings: problems that do not prevent the build.
+    """
+
+    title: str
+    weights: Mapping[str, int]
+    steps: tuple[str, ...]
+    memory: int
+    disk: int
+    free_memory: int | None
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"build {self.title}:"
+        for name, size in self.weights.items():
+            yield f"  {name}: {size_text(size)} of weights in fp32"
+        yield from (f"{number}. {step}" for number, step in enumerate(self.steps, 1))
+        free = "" if self.free_memory is None else f" of {size_text(self.free_memory)} free"
+        yield f"memory: up to {size_text(self.memory)}{free}"
+        yield f"disk: up to {size_text(self.disk)}"
+        yield from (f"WARNING: {warning}" for warning in self.warnings)
+
+
+def estimate(checkpoint: str, request: BuildRequest = _DEFAULT) -> BuildPlan:
+    """Estimate the work of build() from the headers of the checkpoint, without loading weights.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind.
+        SettingsError: no such target or recipe, or the search cannot be done.
+    """
+    _check(request)
+    targets = _targets(request)
+    source = open_checkpoint(checkpoint)
+    family = family_of(source)
+    weights = _weights(source, family)
+    total, free = sum(weights.values()), available_memory()
+    memory = int(_EXPORT_MEMORY * total)
+    compiled = [name for name in targets if _is_compiled(name, request.sizes)]
+    for name in compiled:
+        factor = backends.BACKENDS[TARGETS[name].backend].memory
+        memory = max(memory, int(factor * max(weights.values())))
+    return BuildPlan(
+        title=f"{source.name} ({family.name})",
+        weights=weights,
+        steps=tuple(_steps(request, targets, compiled, int(_EXPORT_MEMORY * total))),
+        memory=memory,
+        disk=(2 + len(targets)) * total,
+        free_memory=free,
+        warnings=tuple(_warnings(targets, memory, free)),
+    )
+
+
+def _is_compiled(target: str, sizes: Sizes) -> bool:
+    return TARGETS[target].needs_compile or bool(sizes.asdict())
+
+
+def _steps(
+    request: BuildRequest, targets: list[str], compiled: list[str], export_memory: int
+) -> Iterator[str]:
+    yield f"export: up to {size_text(export_memory)} of memory"
+    yield (
+        f"optimize by recipe {request.optimization.recipe}, for {', '.join(targets)}, behind a "
+        "quality gate on images"
+    )
+    for name in compiled:
+        backend = TARGETS[name].backend
+        default = "any size" if backends.BACKENDS[backend].free else "the model's default size"
+        sizes = ", ".join(f"{key} {value}" for key, value in request.sizes.asdict().items())
+        yield f"compile with {backend} for {sizes or default}"
+    if len(targets) > 1:
+        yield "time the targets with interleaved runs, and take the fastest of each component"
+    if request.search is not None:
+        yield f"search an acceleration plan: {request.search}"
+
+
+def _warnings(targets: list[str], memory: int, free: int | None) -> Iterator[str]:
+    if library() is None and "cpu" in targets:
+        yield (
+            "latentforge's own CPU kernels were not compiled when it was installed, so engines "
+            "will be slower: with a C++ compiler, run python -m latentforge.runtime.kernels first"
+        )
+    if free is not None and memory > free:
+        yield "that is more memory than is free: close other programs, or expect the build to fail"
+
+
+def _weights(source: Checkpoint, family: Family) -> dict[str, int]:
+    """Return bytes in fp32 of each component's weights, or of the graphs that optimum exported."""
+    if is_exported(source):
+        return {"graphs": sum(path.stat().st_size for path in source.path.glob("*/*.onnx*"))}
+    folders = sorted({part.folder for part in family.plan(source).components})
+    return {folder: 4 * source.parameters(folder) for folder in folders}

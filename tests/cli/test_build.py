@@ -1,4 +1,4 @@
-"""From a checkpoint to engines in one go, for one target or for the fastest of several."""
+"""Builds: one target, the fastest of several, estimates, and errors before any work."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,10 @@ import pytest
 from conftest import Handmade
 
 from latentforge.__main__ import main
-from latentforge.build import build, dimensions, estimate, optimize_and_compile
+from latentforge.build import BuildRequest, build, dimensions, estimate, optimize_and_compile
 from latentforge.export.onnx import Dimensions
 from latentforge.optimize.search.backends import select_backends, tune_rows
+from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.runtime import backends
 from latentforge.runtime.backends import cuda
 from latentforge.runtime.compile.stage import compile_into, plan
@@ -25,18 +26,25 @@ from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest, RequestDefaults
 from latentforge.runtime.shapes import Sizes, parse_ranges
 
-QUICK = {"gate": ["images=1"], "request": {"steps": 1}, "repeats": 1}
+
+def quick(
+    target: str = "cpu", *, recipe: str = "fp32", gate: tuple[str, ...] = ()
+) -> OptimizeRequest:
+    """Return a request of one step and one image."""
+    return OptimizeRequest(
+        target=target, recipe=recipe, gate=("images=1", *gate), settings={"steps": 1}, repeats=1
+    )
 
 
 @pytest.fixture(scope="module")
 def automatic(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("openvino", exc_type=ImportError)
     directory = tmp_path_factory.mktemp("auto")
-    optimize_and_compile(tiny_engines, directory, target="auto", **QUICK)  # type: ignore[arg-type]
+    optimize_and_compile(tiny_engines, directory, BuildRequest(optimization=quick("auto")))
     return directory
 
 
-def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) -> None:
+def test_auto_measures_the_backends_of_this_machine(automatic: Path, tiny_engines: Path) -> None:
     manifest = Manifest.read(automatic)
     stage = manifest.history[-1]
     assert stage.name == "select" and stage.options["reference"] == "cpu"
@@ -54,13 +62,13 @@ def test_auto_measures_what_can_run_here(automatic: Path, tiny_engines: Path) ->
         assert component.backend == {"cpu": "onnxruntime", "openvino": "openvino"}[chosen[name]]
 
 
-def test_what_auto_chose_makes_the_same_picture(automatic: Path, tiny_engines: Path) -> None:
+def test_auto_engines_make_the_same_image(automatic: Path, tiny_engines: Path) -> None:
     with load(automatic) as ours, load(tiny_engines) as theirs:
         results = [pipe("red apple", steps=2, seed=3) for pipe in (theirs, ours)]
     assert psnr(results[0].latents, results[1].latents) > 80
 
 
-def test_auto_leaves_nothing_else(automatic: Path) -> None:
+def test_auto_leaves_no_other_files(automatic: Path) -> None:
     manifest = Manifest.read(automatic)
     files = {entry.file for entry in manifest.files} | {"manifest.json"}
     found = {p.relative_to(automatic).as_posix() for p in automatic.rglob("*") if p.is_file()}
@@ -70,15 +78,12 @@ def test_auto_leaves_nothing_else(automatic: Path) -> None:
 def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     (tmp_path / "rtx").mkdir()
-    optimize_and_compile(
-        tiny_engines,
-        tmp_path / "rtx",
-        target="tensorrt-rtx",
-        recipe="fp16",
+    request = BuildRequest(
+        optimization=quick("tensorrt-rtx", recipe="fp16"),
         sizes=Sizes(height=parse_ranges("32"), width=parse_ranges("32,64")),
-        options=["capabilities=8.6"],
-        **QUICK,  # type: ignore[arg-type]
+        options=("capabilities=8.6",),
     )
+    optimize_and_compile(tiny_engines, tmp_path / "rtx", request)
     manifest = Manifest.read(tmp_path / "rtx")
     assert [stage.name for stage in manifest.history] == ["export", "optimize", "compile"]
     unet = manifest.components["denoiser"]
@@ -87,18 +92,17 @@ def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     assert "denoiser_prompt" in manifest.components
     files = {p.name for p in (tmp_path / "rtx").iterdir()}
     assert files == {"manifest.json", "tokenizer", "engines"}
-    check_that_damage_is_told(tmp_path / "rtx")
+    check_that_damage_is_reported(tmp_path / "rtx")
 
 
 def test_auto_without_a_candidate(tiny_engines: Path, tmp_path: Path) -> None:
+    request = BuildRequest(optimization=quick("auto", gate=("psnr=1000",)))
     with pytest.raises(GateError, match="cpu: .*psnr is .* at least 1000.*openvino: .*psnr is"):
-        optimize_and_compile(
-            tiny_engines, tmp_path, target="auto", **{**QUICK, "gate": ["images=1", "psnr=1000"]}
-        )
+        optimize_and_compile(tiny_engines, tmp_path, request)
     assert list(tmp_path.iterdir()) == []
 
 
-def check_that_damage_is_told(directory: Path) -> None:
+def check_that_damage_is_reported(directory: Path) -> None:
     """An engine cut short, one with two bytes swapped, and a whole one without a GPU."""
     path = directory / "engines" / "tensorrt-rtx" / "unet.engine"
     content = path.read_bytes()
@@ -118,13 +122,16 @@ def test_bad_input_costs_no_export(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, target = str(tiny_checkpoint), tmp_path / "out"
-    with pytest.raises(SettingsError, match="no target 'tensort'; .*tensorrt"):
-        build(source, target, target="tensort")
-    with pytest.raises(SettingsError, match="no recipe"):
-        build(source, target, target="auto", recipe="int9")
+    for optimization, message in (
+        (OptimizeRequest(target="tensort"), "no target 'tensort'; .*tensorrt"),
+        (OptimizeRequest(target="auto", recipe="int9"), "no recipe"),
+        (OptimizeRequest(gate=("pnsr=3",)), "psnr"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            build(source, target, BuildRequest(optimization=optimization))
     if "tensorrt" not in installed():
         with pytest.raises(BackendError, match=r"pip install 'latentforge\[tensorrt\]'"):
-            build(source, target, target="tensorrt")
+            build(source, target, BuildRequest(optimization=quick("tensorrt")))
     assert main(["build", source, str(target), "--batch", "1:4"]) == 2
     assert main(["build", source, str(target), "--layout", "optimum", "--batch", "1,4"]) == 2
     assert main(["build", source, str(target), "--layout", "optimum", "--target", "auto"]) == 2
@@ -143,33 +150,57 @@ def installed() -> list[str]:
     return able
 
 
-def test_the_outlook_says_what_it_takes(
+def test_a_dry_run_prints_steps_and_resources(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["build", str(tiny_checkpoint), str(tmp_path / "out"), "--dry-run"]
     assert main([*arguments, "--height", "32,64", "--precision", "fp16"]) == 0
-    said = capsys.readouterr().out
-    for words in ("unet: ", "export: up to", "recipe fp16", "height 32,64", "free", "disk: "):
-        assert words in said
+    printed = capsys.readouterr().out
+    for words in (
+        "  unet: ",
+        "1. export: up to",
+        "2. optimize by recipe fp16, for cpu",
+        "3. compile with onnxruntime for height 32,64",
+        "memory: up to",
+        " free",
+        "disk: up to",
+    ):
+        assert words in printed
     assert list(tmp_path.iterdir()) == []
-    assert not any("compile" in line for line in estimate(str(tiny_checkpoint)))
 
 
-def test_the_outlook_of_graphs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_estimate_is_data(tiny_checkpoint: Path) -> None:
+    plan = estimate(str(tiny_checkpoint))
+    assert {"text_encoder", "unet", "vae"} <= plan.weights.keys()
+    assert [step.split()[0].rstrip(":") for step in plan.steps] == ["export", "optimize"]
+    assert plan.disk == 3 * sum(plan.weights.values())
+    assert plan.memory >= 2 * sum(plan.weights.values())
+
+
+def test_too_little_memory_is_a_warning(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentforge.build.available_memory", lambda: 1000)
+    plan = estimate(str(tiny_checkpoint))
+    assert plan.free_memory == 1000 and "more memory than is free" in plan.warnings[-1]
+    assert "WARNING: that is more memory" in str(plan).splitlines()[-1]
+
+
+def test_the_estimate_of_exported_graphs(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A directory that optimum exported has no weights to count."""
     checkpoint = tmp_path / "exported"
     shutil.copytree(tiny_checkpoint, checkpoint, ignore=shutil.ignore_patterns("*.safetensors"))
     (checkpoint / "unet" / "model.onnx").write_bytes(bytes(5_000_000))
-    assert "  graphs: 5 MB of weights in fp32" in list(estimate(str(checkpoint)))
+    assert estimate(str(checkpoint)).weights == {"graphs": 5_000_000}
 
 
-def test_a_size_that_is_the_only_one_is_fixed_in_the_graphs() -> None:
+def test_a_single_size_is_fixed_in_the_graphs() -> None:
     sizes = Sizes(height=parse_ranges("64"), width=parse_ranges("64,96"))
     assert dimensions(sizes) == Dimensions(height=64)
 
 
-def test_the_faster_component_is_taken(tiny_engines: Path, tmp_path: Path, copy: object) -> None:
-    """What computes nothing is faster than what does."""
+def test_the_faster_component_is_selected(tiny_engines: Path, tmp_path: Path, copy: object) -> None:
+    """Engines that compute nothing are the faster ones."""
     real, nothing = (Path(copy(tiny_engines)), tmp_path / "nothing")  # type: ignore[operator]
     nothing.mkdir()
     with pytest.raises(GateError):
@@ -205,7 +236,7 @@ STEADY = GROWING.replace("rows = Reshape(sample, flat)", """every = Reshape(samp
 
 
 @pytest.mark.parametrize("unet, rows", [(GROWING, 1), (STEADY, None)])
-def test_prefers_single_rows_where_they_are_faster(
+def test_single_rows_are_preferred_where_faster(
     unet: str, rows: int | None, handmade: Handmade
 ) -> None:
     defaults = RequestDefaults(
@@ -216,7 +247,7 @@ def test_prefers_single_rows_where_they_are_faster(
     assert Manifest.read(directory).components["denoiser"].max_rows == rows
 
 
-def test_leaves_rows_alone_without_guidance(handmade: Handmade) -> None:
+def test_rows_are_not_tuned_without_guidance(handmade: Handmade) -> None:
     defaults = RequestDefaults(
         sampler="ddim", steps=4, guidance_scale=1.0, guidance_rescale=0.0, height=512, width=512
     )

@@ -27,6 +27,7 @@ from latentforge.export.modules import load_module
 from latentforge.export.onnx import Dimensions
 from latentforge.export.reference.eager import EagerPipeline
 from latentforge.export.stage import ExportRequest, export
+from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.stage.stage import optimize
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
@@ -173,10 +174,12 @@ def test_an_inpainting_model_without_a_picture_paints_a_whole_one(built: Built, 
 @pytest.mark.parametrize("name", TINY)
 def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
     """Fused, and the UNet cut into what runs once a prompt, once a schedule and every step."""
-    request = {"steps": 2, "sampler": "euler"}
-    gate = ["images=1", "latents_psnr=100"]
-    source = built(name)[0].directory
-    manifest = optimize(source, tmp_path / "out", gate=gate, request=request, repeats=0)
+    request = OptimizeRequest(
+        settings={"steps": 2, "sampler": "euler"},
+        gate=("images=1", "latents_psnr=100"),
+        repeats=0,
+    )
+    manifest = optimize(built(name)[0].directory, tmp_path / "out", request)
     assert {"denoiser_prompt", "denoiser_time"} <= manifest.components.keys()
     attentions, crossing = (
         manifest.history[-1].passes[f"denoiser/{key}"] for key in ("fuse-attention", "hoist-prompt")

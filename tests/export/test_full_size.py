@@ -145,20 +145,19 @@ def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -
     pytest.importorskip("tensorrt_rtx")
     if name not in COMPILED:
         pytest.skip("not compiled at full size")
-    from latentforge.optimize.stage.stage import (
-        optimize,  # of which the runtime's process knows nothing
-    )
+    # imported here, since the runtime's process must not need them
+    from latentforge.optimize.stage.request import OptimizeRequest
+    from latentforge.optimize.stage.stage import optimize
 
     optimized, target = (engines[0].parent / part for part in ("optimized", "tensorrt-rtx"))
-    optimize(
-        engines[0],
-        optimized,
-        backend="tensorrt-rtx",
+    request = OptimizeRequest(
+        target="tensorrt-rtx",
         recipe="fp16",
-        gate=["images=1"],
-        request={"steps": 1, "sampler": "euler", "height": 256, "width": 256},
+        gate=("images=1",),
+        settings={"steps": 1, "sampler": "euler", "height": 256, "width": 256},
         repeats=0,
     )
+    optimize(engines[0], optimized, request)
     manifest = compile_engines(
         optimized, target, backend="tensorrt-rtx", options=["capabilities=8.6"]
     )

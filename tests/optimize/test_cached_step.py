@@ -221,13 +221,15 @@ def test_a_skip_that_was_only_transposed_is_one() -> None:
 def test_other_concats_are_no_skips(body: str) -> None:
     part = small(body)
     assert count_levels(part.model) == 0
-    with pytest.raises(SettingsError, match="level 0: skip connections of this UNet are none"):
+    with pytest.raises(
+        SettingsError, match="no skip connection of level 0: this denoiser has none"
+    ):
         split(part, 0)
 
 
 @pytest.mark.parametrize("level", [-1, 4])
 def test_a_level_that_is_not_there(unet: Unet, level: int) -> None:
-    with pytest.raises(SettingsError, match=f"level {level}: .* are 0 to 3"):
+    with pytest.raises(SettingsError, match=f"of level {level}: .* has 0 to 3"):
         split(whole(unet("sd")), level)
 
 
@@ -238,7 +240,7 @@ def test_a_feature_of_unknown_shape() -> None:
         deep = Cast<to = 1>(some)
         out_sample = Concat<axis = 1>(deep, skip)"""
     )
-    with pytest.raises(SettingsError, match="cannot cut at deep: its shape"):
+    with pytest.raises(SettingsError, match="cannot split at deep: its shape"):
         split(part, 0)
 
 
@@ -397,7 +399,7 @@ def test_it_is_cut_once(unet: Unet, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
     add_cached_step(unet("sd"), first)
-    with pytest.raises(ManifestError, match="has denoiser_cached already: start from"):
+    with pytest.raises(ManifestError, match="already has denoiser_cached: start from"):
         add_cached_step(first, second)
 
 

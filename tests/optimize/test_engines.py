@@ -17,8 +17,8 @@ import pytest
 
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.recipe import Recipe, read_recipe
+from latentforge.optimize.recording import CallRecording, record
 from latentforge.optimize.stage.component import Rewriter, save_part
-from latentforge.optimize.stage.recording import CallRecording, record
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
 from latentforge.runtime.manifest import Component, Manifest

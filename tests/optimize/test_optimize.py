@@ -1,4 +1,4 @@
-"""The stage as a whole, on real engines: what it writes, measures, and refuses."""
+"""The optimize stage on real engines: results, history, and errors."""
 
 import shutil
 from collections.abc import Callable
@@ -12,6 +12,8 @@ import pytest
 
 import latentforge
 from latentforge.commands.arguments import TARGETS as NAMED
+from latentforge.optimize.stage.job import plan
+from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.stage.stage import optimize
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.compile.verify import verify
@@ -21,8 +23,12 @@ from latentforge.runtime.manifest import FileEntry, Manifest
 
 Copy = Callable[[Path], Path]
 
-REQUEST = {"steps": 2, "sampler": "ddim"}
-QUICK: dict[str, Any] = {"request": REQUEST, "repeats": 0, "gate": ["images=1"]}
+SETTINGS = {"steps": 2, "sampler": "ddim"}
+
+
+def quick(**options: Any) -> OptimizeRequest:
+    """Return a request of two steps and one image, without timing."""
+    return OptimizeRequest(**{"settings": SETTINGS, "repeats": 0, "gate": ("images=1",), **options})
 
 
 def test_the_command_line_names_every_target() -> None:
@@ -33,11 +39,11 @@ def test_the_command_line_names_every_target() -> None:
 def fused(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny engines by the recipe fp32, timed."""
     target = tmp_path_factory.mktemp("fused") / "fp32"
-    optimize(tiny_engines, target, recipe="fp32", **{**QUICK, "repeats": 1})
+    optimize(tiny_engines, target, quick(recipe="fp32", repeats=6))
     return target
 
 
-def test_result_is_sound_and_makes_the_same_picture(fused: Path, tiny_engines: Path) -> None:
+def test_result_is_sound_and_makes_the_same_image(fused: Path, tiny_engines: Path) -> None:
     assert len(list(verify(fused))) == 8
     latents = []
     for directory in (tiny_engines, fused):
@@ -59,7 +65,7 @@ def test_only_engines_are_left(fused: Path) -> None:
     assert names == {*(f"{part}.onnx" for part in parts), "tokenizer", "manifest.json"}
 
 
-def test_history_says_what_was_done_and_measured(fused: Path) -> None:
+def test_history_has_passes_and_figures(fused: Path) -> None:
     first, second = Manifest.read(fused).history
     assert (first.name, second.name) == ("export", "optimize")
     assert second.options["recipe"] == "fp32" and second.options["target"] == "cpu"
@@ -68,26 +74,25 @@ def test_history_says_what_was_done_and_measured(fused: Path) -> None:
     assert unet["nodes_after"] < unet["nodes_before"]
     assert unet["max_relative_error"] < 1e-4
     assert image["psnr"] > 60 and image["images"] == 1
-    assert 0 < image["speedup_min"] <= image["speedup"] <= image["speedup_max"]
+    assert 0 < image["speedup_low"] <= image["speedup"] <= image["speedup_high"]
+    assert image["speedup_level"] == pytest.approx(0.9688)
     assert min(image[f"{what}_after"] for what in ("seconds", "memory")) > 0
 
 
 def test_optimized_engines_are_not_optimized_again(fused: Path, tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="optimized already, with recipe fp32"):
-        optimize(fused, tmp_path / "again", **QUICK)
+    with pytest.raises(ManifestError, match="already optimized, with recipe fp32"):
+        optimize(fused, tmp_path / "again", quick())
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int8-weights", "small", "sparse"])
 def test_recipe(recipe: str, tiny_engines: Path, tmp_path: Path) -> None:
-    """Weights are random, so the picture means little: it has to be one, and files to shrink."""
+    """Weights are random, so the image only has to vary, and the files have to shrink."""
     path = tmp_path / "out"
-    manifest = optimize(
-        tiny_engines, path, recipe=recipe, **{**QUICK, "gate": ["psnr=5", "images=1"]}
-    )
+    manifest = optimize(tiny_engines, path, quick(recipe=recipe, gate=("psnr=5", "images=1")))
     assert Manifest.read(path) == manifest
     with latentforge.load(path) as pipe:
-        assert np.ptp(np.asarray(pipe("red apple", **REQUEST, seed=0).images[0])) > 0
+        assert np.ptp(np.asarray(pipe("red apple", **SETTINGS, seed=0).images[0])) > 0
     sizes = [
         sum(m[key] for m in manifest.history[-1].measured.values() if key in m)
         for key in ("bytes_before", "bytes_after")
@@ -95,12 +100,12 @@ def test_recipe(recipe: str, tiny_engines: Path, tmp_path: Path) -> None:
     assert sizes[1] < 0.75 * sizes[0]
 
 
-def test_another_schedule_asks_for_calibration(
+def test_another_schedule_warns_about_calibration(
     tiny_engines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    optimize(tiny_engines, tmp_path / "out", recipe="int8", **QUICK)
+    optimize(tiny_engines, tmp_path / "out", quick(recipe="int8"))
     with latentforge.load(tmp_path / "out") as pipe:
-        pipe("red apple", **REQUEST)
+        pipe("red apple", **SETTINGS)
         assert not caplog.records
         pipe("red apple", steps=3, sampler="euler")
     assert "calibrated for ddim of 2 steps, and this is euler of 3" in caplog.text
@@ -111,16 +116,16 @@ def test_another_schedule_asks_for_calibration(
 def test_same_input_same_bytes(recipe: str, tiny_engines: Path, tmp_path: Path) -> None:
     made = []
     for name in ("one", "two"):
-        manifest = optimize(tiny_engines, tmp_path / name, recipe=recipe, **QUICK)
+        manifest = optimize(tiny_engines, tmp_path / name, quick(recipe=recipe))
         made.append({name: entry.sha256 for name, entry in manifest.components.items()})
     assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"cpu"}))
 def test_targets(target: str, tiny_engines: Path, tmp_path: Path) -> None:
-    """What runs here is run; what does not is judged by a twin, and refused by name at load."""
+    """A target that cannot run here is judged by its portable variant, and refused at load."""
     path = tmp_path / "out"
-    manifest = optimize(tiny_engines, path, recipe="fp16", backend=target, **QUICK)
+    manifest = optimize(tiny_engines, path, quick(recipe="fp16", target=target))
     domains = {
         node.domain
         for component in manifest.components.values()
@@ -128,17 +133,17 @@ def test_targets(target: str, tiny_engines: Path, tmp_path: Path) -> None:
     }
     assert domains == ({"", "com.microsoft"} if target == "cuda" else {""})
     assert manifest.history[-1].measured["image"]["psnr"] > 30
-    assert not (path / "twin").exists()
+    assert not (path / "portable").exists()
     if target == "cuda":
         with pytest.raises(BackendError, match="cuda"):
             latentforge.load(path)
     else:
-        assert latentforge.load(path)("a", **REQUEST).images
+        assert latentforge.load(path)("a", **SETTINGS).images
 
 
 def test_a_failed_gate_publishes_nothing(tiny_engines: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"psnr is .* has to be at least 190.*kept as"):
-        optimize(tiny_engines, tmp_path / "out", recipe="int8", **{**QUICK, "gate": ["psnr=190"]})
+        optimize(tiny_engines, tmp_path / "out", quick(recipe="int8", gate=("psnr=190",)))
     assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
     rejected = Manifest.read(tmp_path / "out.rejected")
     assert rejected.history[-1].measured["image"]["psnr"] < 190
@@ -149,7 +154,7 @@ def test_nan_is_a_failed_gate(tiny_engines: Path, tmp_path: Path, copy: Copy) ->
     broken = copy(tiny_engines)
     _edit(broken, "vae_decoder", _overflow)
     with pytest.raises(GateError, match="NaN or infinity"):
-        optimize(broken, tmp_path / "out", recipe="fp16", backend="tensorrt", **QUICK)
+        optimize(broken, tmp_path / "out", quick(recipe="fp16", target="tensorrt"))
     assert not (tmp_path / "out").exists()
 
 
@@ -162,15 +167,15 @@ def _overflow(model: ir.Model) -> None:
 
 
 def _edit(directory: Path, name: str, change: Callable[[ir.Model], None]) -> None:
-    """Change a component's graph, and keep the manifest true."""
+    """Change a component's graph, and update the manifest."""
     model = ir.load(directory / f"{name}.onnx")
     change(model)
     ir.save(model, directory / "changed")
     _replace(directory, name, (directory / "changed").read_bytes())
 
 
-def test_auto_measures_and_says_what_it_chose(tiny_engines: Path, tmp_path: Path) -> None:
-    manifest = optimize(tiny_engines, tmp_path / "out", recipe="auto", **{**QUICK, "repeats": 1})
+def test_auto_records_candidates_and_choice(tiny_engines: Path, tmp_path: Path) -> None:
+    manifest = optimize(tiny_engines, tmp_path / "out", quick(recipe="auto", repeats=1))
     options = manifest.history[-1].options
     assert set(options["candidates"]) == {"fp32", "fp16", "int8"}
     assert options["chosen"] in options["candidates"]
@@ -178,12 +183,12 @@ def test_auto_measures_and_says_what_it_chose(tiny_engines: Path, tmp_path: Path
     assert not list((tmp_path / "out").glob("candidate-*"))
 
 
-def test_scan_keeps_the_worst_in_float(tiny_engines: Path, tmp_path: Path) -> None:
+def test_the_most_sensitive_layers_stay_in_float(tiny_engines: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "scan.toml"
     recipe.write_text(
         'summary = "s"\n[precision]\ndenoiser = "int8"\n[sensitivity]\nfloat_fraction = 0.1\n'
     )
-    manifest = optimize(tiny_engines, tmp_path / "out", recipe=str(recipe), **QUICK)
+    manifest = optimize(tiny_engines, tmp_path / "out", quick(recipe=str(recipe)))
     stage = manifest.history[-1]
     layers = stage.options["layers"]
     kept = [layer for layer in layers if layer["kept_float"]]
@@ -200,29 +205,27 @@ def test_scan_keeps_the_worst_in_float(tiny_engines: Path, tmp_path: Path) -> No
     ("change", "words"),
     [
         ({"recipe": "int9"}, "did you mean 'int8'"),
-        ({"backend": "cude"}, "did you mean 'cuda'"),
-        ({"gate": ["pnsr=3"]}, "psnr"),
+        ({"target": "cude"}, "did you mean 'cuda'"),
+        ({"gate": ("pnsr=3",)}, "psnr"),
         ({"repeats": -1}, "repeats"),
-        ({"calibrate": 0}, "prompts"),
-        ({"recipe": "int8", "backend": "cuda"}, "tensorrt"),
+        ({"calibration_prompts": 0}, "prompts"),
+        ({"recipe": "int8", "target": "cuda"}, "tensorrt"),
         ({"recipe": "auto", "repeats": 0}, "measuring"),
-        ({"request": {"steps": 0}}, "steps"),
-        ({"request": {"sampler": "eular"}}, "eular"),
+        ({"settings": {"steps": 0}}, "steps"),
+        ({"settings": {"sampler": "eular"}}, "eular"),
     ],
 )
 def test_bad_requests(
     tiny_engines: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(SettingsError, match=words):
-        optimize(tiny_engines, tmp_path / "out", **{**QUICK, **change})
+        optimize(tiny_engines, tmp_path / "out", quick(**change))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_prompts_are_refused(tiny_engines: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n  \n")
-    with pytest.raises(SettingsError, match="holds no prompt"):
-        optimize(tiny_engines, tmp_path / "out", recipe="int8", prompts=prompts, **QUICK)
+def test_calibration_uses_other_prompts_than_the_gate(tiny_engines: Path) -> None:
+    request = quick(recipe="int8", prompts=("a", "b", "c"), calibration_prompts=2)
+    assert plan(tiny_engines, request).prompt_sets == (("a",), ("b", "c"))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ def test_foreign_graphs_are_refused(
         content = (foreign / "vae_decoder.onnx").read_bytes()
     _replace(foreign, "denoiser", content)
     with pytest.raises((ManifestError, BackendError), match=words):
-        optimize(foreign, tmp_path / "out", **QUICK)
+        optimize(foreign, tmp_path / "out", quick())
     assert not (tmp_path / "out").exists()
 
 
@@ -259,13 +262,13 @@ def _replace(directory: Path, name: str, content: bytes) -> None:
 def test_int8_graphs_are_not_quantized_again(
     tiny_engines: Path, tmp_path: Path, copy: Copy
 ) -> None:
-    """Not even where the history does not tell, as of somebody else's graph."""
+    """Not even without an entry in the history, as with graphs of another tool."""
     path = tmp_path / "int8"
-    optimize(tiny_engines, path, recipe="int8", **QUICK)
+    optimize(tiny_engines, path, quick(recipe="int8"))
     manifest = Manifest.read(path)
     msgspec.structs.replace(manifest, history=manifest.history[:1]).write(path)
     with pytest.raises(SettingsError, match="quantized"):
-        optimize(path, tmp_path / "again", recipe="int8", **QUICK)
+        optimize(path, tmp_path / "again", quick(recipe="int8"))
     assert not (tmp_path / "again").exists()
 
 
@@ -274,13 +277,13 @@ def test_missing_components_are_named(tiny_engines: Path, tmp_path: Path, copy: 
     manifest = Manifest.read(part)
     components = {n: c for n, c in manifest.components.items() if n != "denoiser"}
     msgspec.structs.replace(manifest, components=components).write(part)
-    with pytest.raises(ManifestError, match="no unet"):
-        optimize(part, tmp_path / "out", **QUICK)
+    with pytest.raises(ManifestError, match="no denoiser, without which no images"):
+        optimize(part, tmp_path / "out", quick())
 
 
 def test_source_is_left_as_it_was(tiny_engines: Path, tmp_path: Path, copy: Copy) -> None:
     source = copy(tiny_engines)
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
-    optimize(source, tmp_path / "out", recipe="int8", **QUICK)
+    optimize(source, tmp_path / "out", quick(recipe="int8"))
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
     shutil.rmtree(tmp_path / "out")

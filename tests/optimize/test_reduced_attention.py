@@ -20,8 +20,8 @@ from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.runner import optimize
 from latentforge.optimize.search.reduced_attention import (
     REDUCED,
-    add_reduced,
-    grids,
+    add_reduced_attention,
+    grid_tokens,
     reduce_attention,
 )
 from latentforge.optimize.shape_inference import specs_of
@@ -122,7 +122,7 @@ def expected(given: dict[str, Array], step: int) -> Array:
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 7), (8, 8)])
 def test_every_second_row_and_column_of_keys_and_values(height: int, width: int) -> None:
     model = attention()
-    assert reduce_attention(model, least=height * width) == 1
+    assert reduce_attention(model, min_tokens=height * width) == 1
     given = feeds(height, width)
     np.testing.assert_allclose(run(model, given), expected(given, 2), atol=1e-5)
     assert np.abs(expected(given, 2) - expected(given, 1)).max() > 1e-2
@@ -130,7 +130,7 @@ def test_every_second_row_and_column_of_keys_and_values(height: int, width: int)
 
 def test_fewer_tokens_than_the_least_stay_exact() -> None:
     model = attention()
-    reduce_attention(model, least=25)
+    reduce_attention(model, min_tokens=25)
     given = feeds(4, 6)
     np.testing.assert_allclose(run(model, given), expected(given, 1), atol=1e-5)
     np.testing.assert_array_equal(run(model, given), run(attention(), given))
@@ -146,14 +146,14 @@ def test_a_graph_without_fused_self_attention_stays_as_it_is() -> None:
         value = next(v for v in node.inputs if v.name == projection)
         product = value.producer() if projection == "v" else value.producer().inputs[0].producer()
         product.replace_input_with(0, told)
-    assert reduce_attention(model, least=1) == 0
+    assert reduce_attention(model, min_tokens=1) == 0
 
 
 def test_the_tokens_of_each_grid() -> None:
     graph = attention()
     inputs, outputs = (specs_of(side) for side in (graph.graph.inputs, graph.graph.outputs))
     part = GraphPartition(model=graph, inputs=inputs, outputs=outputs, layers=0)
-    assert grids(part, {"batch": 1, "latent_height": 6, "latent_width": 10}) == (60,)
+    assert grid_tokens(part, {"batch": 1, "latent_height": 6, "latent_width": 10}) == (60,)
 
 
 # Engine directories
@@ -193,7 +193,7 @@ def out_sample(directory: Path, name: str, side: int) -> Array:
 
 
 def test_a_directory_with_a_reduced_unet(optimized: Path, tmp_path: Path) -> None:
-    written = add_reduced(optimized, tmp_path, least=256)
+    written = add_reduced_attention(optimized, tmp_path, min_tokens=256)
     assert Manifest.read(tmp_path) == written
     unet, reduced = written.components["denoiser"], written.components[REDUCED]
     assert (reduced.inputs, reduced.outputs) == (unet.inputs, unet.outputs)
@@ -209,11 +209,11 @@ def test_a_directory_with_a_reduced_unet(optimized: Path, tmp_path: Path) -> Non
 
 def test_it_is_added_once(optimized: Path, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
-    add_reduced(optimized, tmp_path / "first")
-    with pytest.raises(ManifestError, match="has denoiser_reduced already: start from"):
-        add_reduced(tmp_path / "first", tmp_path)
+    add_reduced_attention(optimized, tmp_path / "first")
+    with pytest.raises(ManifestError, match="already has denoiser_reduced: start from"):
+        add_reduced_attention(tmp_path / "first", tmp_path)
 
 
 def test_engines_that_were_not_optimized(tiny_engines: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no fused self-attention .* optimize it for the cpu"):
-        add_reduced(tiny_engines, tmp_path)
+        add_reduced_attention(tiny_engines, tmp_path)

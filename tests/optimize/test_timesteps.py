@@ -5,7 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from latentforge.optimize.search.timesteps import ALIGNED, SOLVERS, Distance, search, spacings
+from latentforge.optimize.search.timesteps import (
+    ALIGNED,
+    SOLVERS,
+    Distance,
+    search_timesteps,
+    spacings,
+)
 from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
@@ -54,7 +60,7 @@ def distance(seed: int) -> Distance:
 
 @pytest.mark.parametrize("steps", [4, 8])
 def test_they_come_nearer_than_any_spacing_also_from_other_noise(steps: int) -> None:
-    found = search(SCHEDULE, steps, distance(0))
+    found = search_timesteps(SCHEDULE, steps, distance(0))
     held_out = distance(1)
     spaced = [held_out(s, t) for s in SOLVERS for t in spacings(SCHEDULE, s, steps).values()]
     assert held_out(found.sampler, found.timesteps) < 0.7 * min(spaced)
@@ -72,7 +78,7 @@ def test_the_same_is_found_twice_within_the_moves_that_are_allowed() -> None:
         asked.append((sampler, timesteps))
         return measure(sampler, timesteps)
 
-    found = [search(SCHEDULE, 5, counted, moves=20) for _ in range(2)]
+    found = [search_timesteps(SCHEDULE, 5, counted, moves=20) for _ in range(2)]
     assert found[0] == found[1]
     spaced = sum(len(spacings(SCHEDULE, solver, 5)) for solver in SOLVERS)
     assert found[0].evaluations == spaced + 20 == len(asked) / 2
@@ -80,7 +86,7 @@ def test_the_same_is_found_twice_within_the_moves_that_are_allowed() -> None:
 
 def test_without_moves_it_is_the_best_spacing() -> None:
     measure = distance(0)
-    found = search(SCHEDULE, 6, measure, moves=0)
+    found = search_timesteps(SCHEDULE, 6, measure, moves=0)
     tried = {
         measure(solver, times): (solver, name, times)
         for solver in SOLVERS
@@ -90,7 +96,7 @@ def test_without_moves_it_is_the_best_spacing() -> None:
 
 
 def test_a_single_step_is_not_moved() -> None:
-    found = search(SCHEDULE, 1, distance(0))
+    found = search_timesteps(SCHEDULE, 1, distance(0))
     assert found.timesteps in [
         times for solver in SOLVERS for times in spacings(SCHEDULE, solver, 1).values()
     ]
@@ -120,6 +126,6 @@ def _fields() -> dict[str, object]:
 
 def test_a_sampler_with_timesteps_of_its_own_is_refused() -> None:
     with pytest.raises(SettingsError, match="pndm takes no timesteps but its own"):
-        search(SCHEDULE, 8, distance(0), solvers=("pndm",))
+        search_timesteps(SCHEDULE, 8, distance(0), solvers=("pndm",))
     with pytest.raises(SettingsError, match="2000 steps"):
         spacings(SCHEDULE, "euler", 2000)

@@ -204,9 +204,11 @@ def test_nothing_is_compiled_twice(tiny_engines: Path, tmp_path: Path) -> None:
 
 
 def test_graphs_for_another_target(tiny_engines: Path, tmp_path: Path) -> None:
+    from latentforge.optimize.stage.request import OptimizeRequest
     from latentforge.optimize.stage.stage import optimize
 
-    optimize(tiny_engines, tmp_path / "cpu", repeats=0, gate=["images=1"], request={"steps": 1})
+    request = OptimizeRequest(repeats=0, gate=("images=1",), settings={"steps": 1})
+    optimize(tiny_engines, tmp_path / "cpu", request)
     if importable("openvino"):
         with pytest.raises(SettingsError, match="openvino lacks: .* --target openvino"):
             plan(tmp_path / "cpu", backend="openvino")

@@ -1,6 +1,6 @@
-"""The command line's commands, a module each; ``add`` puts it into the parser.
+"""Commands of the command line, one module each, whose ``add`` adds it to the parser.
 
-What a command works with is imported when it is called, so that help needs none of it.
+A command imports what it works with when it runs, so that help needs none of it.
 """
 
 __all__ = ["COMMANDS"]
@@ -19,4 +19,4 @@ COMMANDS = (
     "verify",
     "demo",
 )
-"""Their modules' names, in the order of help."""
+"""Names of the modules, in the order of help."""

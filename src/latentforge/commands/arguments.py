@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what those say as settings of the Python API."""
+"""Arguments shared by several commands, and their conversion to requests of the Python API."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentforge.optimize.stage.request import OptimizeRequest
     from latentforge.runtime.settings import Request
     from latentforge.runtime.shapes import Sizes
 
@@ -27,20 +28,20 @@ __all__ = [
     "add_threads",
     "command",
     "names",
-    "recipe_of",
+    "optimize_request",
     "request_of",
     "sizes_of",
     "wrapped",
 ]
 
 TARGETS = ("cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx")
-"""What optimize can make engines for, written out so that help needs no graph library."""
+"""Targets of optimize, repeated here so that help needs no graph library."""
 
 _WIDTH = 79
 
 
 def command(commands: Any, name: str, run: Any, summary: str, more: str = "") -> Any:
-    """A sub-command, with --debug accepted after its name too."""
+    """Add a subcommand; --debug is also accepted after its name."""
     description = textwrap.fill(f"{summary}. {more}".strip(), _WIDTH)
     parser = commands.add_parser(name, help=summary, description=description)
     parser.add_argument(
@@ -51,96 +52,121 @@ def command(commands: Any, name: str, run: Any, summary: str, more: str = "") ->
 
 
 def wrapped(text: str) -> str:
-    """The description of a group of arguments, which stands two columns in."""
+    """Return the description of an argument group, wrapped for its indent of two columns."""
     return textwrap.fill(text, _WIDTH - 2)
 
 
 def add_table(parser: Any, title: str, rows: Mapping[str, str], advice: str = "") -> None:
-    """What there is to choose from, at the end of a command's help."""
+    """Append a table of the available names to a command's help."""
     width = max(map(len, rows)) + 2
-    lines = [f"  {name:<{width}}{said}" for name, said in rows.items()]
+    lines = [f"  {name:<{width}}{text}" for name, text in rows.items()]
     parser.epilog = "\n".join([f"{title}:", *lines, *(["", advice] if advice else [])])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def names(text: str) -> tuple[str, ...]:
-    """What a list with commas names."""
+    """Split a list of names at commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_stage(parser: Any) -> None:
-    """What is read and what is written, of stages that begin with a checkpoint."""
+    """Add the source and target of a stage that starts from a checkpoint."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
         help="a diffusers directory, a hub id such as org/model (or org/model@revision), demo, or "
-        "a directory that optimum-onnx exported, whose graphs are taken as they are",
+        "a directory exported by optimum-onnx, whose graphs are used unchanged",
     )
     parser.add_argument(
         "--layout",
         default="plain",
         choices=["plain", "optimum"],
-        help="optimum: arrange the engines so that optimum-onnx's pipelines load the directory "
-        "too, with from_pretrained(ENGINES, export=False) (default: plain)",
+        help="optimum: arrange the files so that optimum-onnx's pipelines can load the directory "
+        "too, by from_pretrained(ENGINES, export=False) (default: plain)",
     )
     add_target(parser)
 
 
 def add_target(parser: Any) -> None:
-    """What is written, and leave to replace what is there."""
+    """Add the directory to write, and the permission to replace it."""
     parser.add_argument("engines", type=Path, metavar="ENGINES", help="the directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an engine directory")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing engine directory"
+    )
 
 
 def add_recipe(parser: Any, name: str, default: str | None) -> None:
-    """A recipe under a name, its gate and calibration; recipe_of() reads the latter."""
-    said = f" (default: {default})" if default else ""
+    """Add a recipe under an option name, its gate, calibration and timing: optimize_request()."""
+    shown = f" (default: {default})" if default else ""
     parser.add_argument(
-        name, default=default, metavar="NAME|FILE", help=f"what to do; a TOML file of yours{said}"
+        name,
+        default=default,
+        metavar="NAME|FILE",
+        help=f"recipe of the optimization: a name, or a TOML file of your own{shown}",
     )
     parser.add_argument(
         "--gate",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a threshold in place of the recipe's, such as psnr=35; may be repeated",
+        help="quality threshold in place of the recipe's, such as psnr=35; may be repeated",
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="for gate and calibration, one a line"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts for the quality gate and the calibration, one per line",
     )
     parser.add_argument(
-        "--calibrate", type=int, metavar="N", help="prompts to calibrate with (default: recipe's)"
+        "--calibrate",
+        type=int,
+        metavar="N",
+        help="number of prompts to calibrate with (default: the recipe's)",
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=3,
         metavar="N",
-        help="pairs of images to time against the input; 0 for none (default: 3)",
+        help="pairs of images to time before and after; 0 disables timing (default: 3)",
     )
 
 
-def recipe_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What optimize() takes beside the recipe itself."""
-    return {name: getattr(options, name) for name in ("gate", "prompts", "calibrate", "repeats")}
+def optimize_request(options: argparse.Namespace, recipe: str) -> OptimizeRequest:
+    """Return the request of the arguments of add_recipe(), add_target() and --target."""
+    from latentforge.measure.prompts import read_prompts
+    from latentforge.optimize.stage.request import OptimizeRequest
+
+    return OptimizeRequest(
+        recipe=recipe,
+        target=options.target,
+        gate=tuple(options.gate),
+        prompts=tuple(read_prompts(options.prompts)) if options.prompts else (),
+        calibration_prompts=options.calibrate,
+        repeats=options.repeats,
+        overwrite=options.overwrite,
+        quiet=False,
+    )
 
 
 def add_sizes(parser: Any) -> None:
-    """The sizes that are built for; sizes_of() reads them."""
-    said = (
-        "N for one size alone, N,N,... for several, MIN:OPT:MAX for a range; all "
-        "combinations are built for. Default: any, or the model's own where a backend has to know."
+    """Add the sizes to build for: sizes_of()."""
+    text = (
+        "N for one size, N,N,... for several, MIN:OPT:MAX for a range; all combinations are "
+        "built. Default: any size, or the model's own if the backend needs fixed sizes."
     )
-    group = parser.add_argument_group("sizes", wrapped(said))
+    group = parser.add_argument_group("sizes", wrapped(text))
     for name in ("height", "width"):
-        group.add_argument(f"--{name}", metavar="PIXELS", help=f"{name}s of images")
+        group.add_argument(f"--{name}", metavar="PIXELS", help=f"image {name}")
     group.add_argument(
-        "--batch", metavar="ROWS", help="rows of one UNet run; guidance takes two an image"
+        "--batch",
+        metavar="ROWS",
+        help="rows of one denoiser run; classifier-free guidance takes two per image",
     )
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    """The sizes that were given, which may be ranges or several."""
+    """Return the sizes of the arguments of add_sizes()."""
     from latentforge.runtime.shapes import Sizes, parse_ranges
 
     given = {name: getattr(options, name) for name in ("height", "width", "batch")}
@@ -148,72 +174,90 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
 
 
 def add_option(parser: Any) -> None:
-    """Options of backends."""
+    """Add options of backends."""
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of a backend, such as device=GPU or capabilities=8.6,8.9; may be repeated",
+        help="backend option, such as device=GPU or capabilities=8.6,8.9; may be repeated",
     )
 
 
 def add_dry_run(parser: Any) -> None:
-    """Leave to only say it."""
+    """Add an option to print the plan only."""
     parser.add_argument(
-        "--dry-run", action="store_true", help="only say what would be done, and what it takes"
+        "--dry-run",
+        action="store_true",
+        help="print the steps with their memory and disk space, and do nothing",
     )
 
 
 def add_request(parser: Any) -> None:
-    """What every image is asked for with; request_of() reads it."""
-    parser.add_argument("--steps", type=int, metavar="N", help="of denoising")
+    """Add the settings of an image: request_of()."""
+    parser.add_argument("--steps", type=int, metavar="N", help="number of denoising steps")
     parser.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="how closely to follow the prompt; 1 is off"
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help="scale of classifier-free guidance: how closely to follow the prompt; 1 is off",
     )
-    parser.add_argument("--rescale", type=float, metavar="PHI", help="guidance rescale, 0 to 1")
-    parser.add_argument("--sampler", metavar="NAME", help="the list is in run --help")
-    parser.add_argument("--height", type=int, metavar="PIXELS")
-    parser.add_argument("--width", type=int, metavar="PIXELS")
+    parser.add_argument(
+        "--rescale",
+        type=float,
+        metavar="PHI",
+        help="guidance rescale, 0 to 1: reduces the overexposure of a high guidance scale",
+    )
+    parser.add_argument("--sampler", metavar="NAME", help="listed by run --help")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="height of the images")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="width of the images")
+
+
+_SETTINGS: Mapping[str, str] = {
+    "steps": "steps",
+    "guidance": "guidance_scale",
+    "rescale": "guidance_rescale",
+    "sampler": "sampler",
+    "height": "height",
+    "width": "width",
+    "negative": "negative_prompt",
+    "seed": "seed",
+    "images": "images_per_prompt",
+    "strength": "strength",
+    "unaccelerated": "unaccelerated",
+    "guidance_interval": "guidance_interval",
+    "cache_interval": "cache_interval",
+}
+"""Settings of the Python API by option."""
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """The settings that were given, under the names that the Python API has for them."""
-    called = {
-        "steps": "steps",
-        "guidance": "guidance_scale",
-        "rescale": "guidance_rescale",
-        "sampler": "sampler",
-        "height": "height",
-        "width": "width",
-        "negative": "negative_prompt",
-        "seed": "seed",
-        "images": "images_per_prompt",
-        "strength": "strength",
-        "unaccelerated": "unaccelerated",
-        "guidance_interval": "guidance_interval",
-        "cache_interval": "cache_interval",
-    }
-    given = {ours: getattr(options, name, None) for name, ours in called.items()}
-    return {key: value for key, value in given.items() if value is not None}  # type: ignore[return-value]
+    """Return the settings that were given, by their names in the Python API."""
+    values = {setting: getattr(options, name, None) for name, setting in _SETTINGS.items()}
+    given = {setting: value for setting, value in values.items() if value is not None}
+    return given  # type: ignore[return-value]
 
 
 def add_threads(parser: Any) -> None:
-    """Threads of engines."""
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: every core")
+    """Add the number of threads of engines."""
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)"
+    )
 
 
 def add_unaccelerated(parser: Any) -> None:
-    """Leave to draw as the engines did before a plan was found."""
+    """Add an option to ignore acceleration plans."""
     parser.add_argument(
         "--unaccelerated",
         action="store_true",
         default=None,
-        help="leave aside the plans of build --fast",
+        help="ignore the acceleration plan that build --fast found",
     )
 
 
 def add_result_files(parser: Any) -> None:
-    """Where figures go; output.emit_results() writes them."""
-    parser.add_argument("--json", metavar="FILE", help="the figures as JSON; - for standard output")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="the figures as a page")
+    """Add the result files, which output.emit_results() writes."""
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results as JSON; - for standard output"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the results as a page")

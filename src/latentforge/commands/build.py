@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from latentforge.commands.verify import verify_engines
 from latentforge.runtime.errors import DeviceError, SettingsError
 
 if TYPE_CHECKING:
-    from latentforge.optimize.search.search import SearchRequest
+    from latentforge.build import BuildRequest
+    from latentforge.optimize.search.request import SearchRequest
+    from latentforge.optimize.stage.request import OptimizeRequest
     from latentforge.runtime.manifest import Manifest
     from latentforge.runtime.shapes import Sizes
 
@@ -21,13 +24,15 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
+    """Add the command to the parser."""
     parser = arguments.command(
         commands,
         "build",
         _build,
-        "Make engines of a checkpoint, ready to run on this machine",
-        "Exports, optimizes behind a quality gate, and verifies the result; this is what most "
-        "people want. Needs pip install 'latentforge[cpu,export]'.",
+        "Build engines from a checkpoint, ready to run on this machine",
+        "Exports the checkpoint, optimizes the graphs behind a quality gate, compiles them if the "
+        "target needs it, and verifies the result. This is the command that most people need. "
+        "Needs pip install 'latentforge[cpu,export]'.",
     )
     arguments.add_stage(parser)
     arguments.add_sizes(parser)
@@ -35,53 +40,60 @@ def add(commands: Any) -> None:
         "--target",
         default="cpu",
         choices=[*arguments.TARGETS, "auto"],
-        help="what will run the engines; auto measures what can run here, component by component "
-        "(default: cpu)",
+        help="backend that will run the engines; auto measures the ones that this machine can run "
+        "and takes the fastest for each component (default: cpu)",
     )
     arguments.add_option(parser)
     parser.add_argument(
         "--precision",
         choices=["fp32", "fp16", "int8", "auto"],
-        help="the recipe of that name; auto takes the fastest on this machine that passes its gate "
-        "(default: fp32)",
+        help="use the recipe of this name; auto takes the fastest on this machine that passes its "
+        "gate (default: fp32)",
     )
     arguments.add_recipe(parser, "--recipe", default=None)
-    _add_fast_arguments(parser)
+    _add_search_arguments(parser)
     arguments.add_dry_run(parser)
 
 
-def _add_fast_arguments(parser: Any) -> None:
-    said = (
-        "The fastest plan is searched that passes the gate against the exact engines' pictures: "
-        "fewer steps at timesteps made for this model, guidance on some of them, shallow steps "
-        "between, less attention in large images. Then --gate is the plan's (default: psnr=20); "
-        "the demo has colour=N and retrieval=N too, how many points of a hundred may be lost. "
-        "run follows the plan, and run --unaccelerated does not. Without such a plan engines stay exact."
+def _add_search_arguments(parser: Any) -> None:
+    text = (
+        "Searches for the fastest acceleration plan whose images pass a gate: fewer steps at "
+        "timesteps chosen for this model, guidance on some of the steps, cached steps between full "
+        "ones, and cheaper attention in large images. Images then differ from those of the "
+        "unaccelerated engines (class B). The plan is selected on one set of prompts and seeds, "
+        "confirmed on a second, and reported on a third; it is kept only if it is certainly "
+        "faster. --gate is then the gate of the plan (default: psnr=20); for the demo also "
+        "colour=N and retrieval=N, the percentage points that this accuracy may lose. run follows "
+        "the plan unless --unaccelerated is given."
     )
-    group = parser.add_argument_group("another picture, faster", arguments.wrapped(said))
-    group.add_argument("--fast", action="store_true", help="search a plan when all else is built")
+    group = parser.add_argument_group("different images, faster", arguments.wrapped(text))
+    group.add_argument("--fast", action="store_true", help="search for an acceleration plan")
     group.add_argument(
-        "--effort", type=int, metavar="N", help="judge so many plans at most (default: 24)"
+        "--effort",
+        type=int,
+        metavar="N",
+        help="number of plans whose images are judged, at most (default: 24)",
     )
     group.add_argument(
         "--network",
         metavar="FILE|NAME",
-        help="tells how far pictures are apart, for the gate perceptual=N and the record: an ONNX "
-        "file of feature maps, or efficientnet-lite0",
+        help="network of the perceptual distance, for the gate perceptual=N and the record: an "
+        "ONNX file of feature maps, or efficientnet-lite0",
     )
     group.add_argument(
         "--retrieval",
         type=Path,
         metavar="DIR",
-        help="for the gate of that name: unpacked npm package emoji-datasource-google 16.0.0",
+        help="training images of the demo, for the gate retrieval=N: the unpacked npm package "
+        "emoji-datasource-google 16.0.0",
     )
 
 
 def _build(options: argparse.Namespace) -> None:
     if options.precision and options.recipe:
-        raise SettingsError("--precision names a recipe too: give one of the two")
-    make = _build_for_optimum if options.layout == "optimum" else _build_in_stages
-    make(options, arguments.sizes_of(options))
+        raise SettingsError("--precision also names a recipe: give only one of the two")
+    run = _build_for_optimum if options.layout == "optimum" else _build_in_stages
+    run(options, arguments.sizes_of(options))
     if options.dry_run:
         return
     try:
@@ -96,39 +108,54 @@ def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:
     from latentforge.runtime.files import check_target
 
     output.quiet_libraries()
-    how = arguments.recipe_of(options)
-    what: dict[str, Any] = {
-        "target": options.target,
-        "recipe": options.recipe or options.precision or "fp32",
-        "sizes": sizes,
-        "fast": _fast(options, how),
-    }
+    request = _request(options, sizes)
     if not options.dry_run:
         check_target(options.engines, overwrite=options.overwrite)
-    said = "\n".join(estimate(options.checkpoint, **what))
-    print(said, file=sys.stdout if options.dry_run else sys.stderr)
-    if options.dry_run:
-        return
-    what |= {"options": options.option, "overwrite": options.overwrite, **how}
-    _say_what_was_built(build(options.checkpoint, options.engines, **what, quiet=False))
+    print(estimate(options.checkpoint, request), file=sys.stdout if options.dry_run else sys.stderr)
+    if not options.dry_run:
+        _print_result(build(options.checkpoint, options.engines, request))
 
 
-def _fast(options: argparse.Namespace, how: dict[str, Any]) -> SearchRequest | None:
-    """What is asked of the search, if there is to be one: the gate is taken from the recipe's."""
-    from latentforge.optimize.search.search import SearchRequest
+def _request(options: argparse.Namespace, sizes: Sizes) -> BuildRequest:
+    """Return the request; with --fast its gate is the plan's, not the recipe's."""
+    from latentforge.build import BuildRequest
 
-    asked = {name: getattr(options, name) for name in ("effort", "network", "retrieval")}
-    given = {name: value for name, value in asked.items() if value is not None}
+    recipe = options.recipe or options.precision or "fp32"
+    optimization = arguments.optimize_request(options, recipe)
+    search = _search_request(options, optimization)
+    return BuildRequest(
+        optimization=replace(optimization, gate=()) if search else optimization,
+        sizes=sizes,
+        options=tuple(options.option),
+        search=search,
+    )
+
+
+def _search_request(
+    options: argparse.Namespace, optimization: OptimizeRequest
+) -> SearchRequest | None:
+    """Return the request of --fast; None without it."""
+    from latentforge.build import with_demo_metrics
+    from latentforge.optimize.search.request import MIN_REPEATS, SearchRequest
+
+    values = {name: getattr(options, name) for name in ("effort", "network", "retrieval")}
+    given = {name: value for name, value in values.items() if value is not None}
     if not options.fast:
         if given:
-            raise SettingsError(f"--{next(iter(given))} is for the search of a plan: give --fast")
+            raise SettingsError(f"--{next(iter(given))} is for the search of a plan: add --fast")
         return None
-    gate, how["gate"] = how["gate"], []
-    return SearchRequest(gate=gate, prompts=options.prompts, repeats=options.repeats, **given)
+    training_images = given.pop("retrieval", None)
+    request = SearchRequest(
+        gate=optimization.gate,
+        prompts=optimization.prompts,
+        repeats=max(optimization.repeats, MIN_REPEATS),
+        **given,
+    )
+    return with_demo_metrics(options.checkpoint, request, training_images)
 
 
-def _say_what_was_built(manifest: Manifest) -> None:
-    """What the last stage did to graphs, and then what came of the search for a plan."""
+def _print_result(manifest: Manifest) -> None:
+    """Print what the last stage changed in the graphs, and the outcome of the search."""
     from latentforge.commands.describe import changes
     from latentforge.optimize.search.search import STAGES, summary_lines
 
@@ -142,11 +169,11 @@ def _build_for_optimum(options: argparse.Namespace, sizes: Sizes) -> None:
     from latentforge.build import dimensions
 
     fixed = dimensions(sizes)
-    asked = options.recipe or options.precision or options.option or options.target != "cpu"
+    given = options.recipe or options.precision or options.option or options.target != "cpu"
     several = len(sizes.asdict()) != sum(value is not None for value in vars(fixed).values())
-    if asked or options.fast or options.dry_run or several:
+    if given or options.fast or options.dry_run or several:
         raise SettingsError(
-            "--layout optimum keeps graphs as optimum knows them: give no recipe, target, option, "
-            "--fast, --dry-run or several sizes, or leave it plain"
+            "--layout optimum keeps the graphs as optimum needs them: give no recipe, precision, "
+            "target, option, --fast, --dry-run or several sizes, or leave out --layout"
         )
     export_engines(options, fixed)

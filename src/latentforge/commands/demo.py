@@ -31,11 +31,13 @@ def add(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     output.quiet_libraries()
-    from latentforge.build import build
+    from latentforge.build import BuildRequest, build
     from latentforge.demo import showcase
+    from latentforge.optimize.stage.request import OptimizeRequest
 
     def make(engines: Path) -> None:
-        build("demo", engines, overwrite=engines.exists(), quiet=False, repeats=0)
+        optimization = OptimizeRequest(overwrite=engines.exists(), quiet=False, repeats=0)
+        build("demo", engines, BuildRequest(optimization=optimization))
 
     page = showcase(options.directory, make, quiet=False)
     print(f"\nopen {page.resolve()}")

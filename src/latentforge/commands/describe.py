@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from latentforge.measure.formatting import level
 from latentforge.runtime.equivalence import required_psnr
 from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, Stage
 from latentforge.runtime.shapes import sentence
@@ -185,8 +186,8 @@ def _verdict(stage: Stage) -> Iterator[str]:
             f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x SLOWER on this machine"
         )
         yield (
-            f"images {change} ({image['speedup_min']:.2f} to {image['speedup_max']:.2f} over "
-            f"pairs), UNet step {image['denoiser_step_speedup']:.2f}x, memory "
+            f"images {change}{_interval(image)}, denoiser step "
+            f"{image['denoiser_step_speedup']:.2f}x, memory "
             f"{image['memory_before'] / 1e6:.0f} -> {image['memory_after'] / 1e6:.0f} MB"
         )
     elif "image" in stage.measured or any("bytes_before" in m for m in stage.measured.values()):
@@ -194,6 +195,14 @@ def _verdict(stage: Stage) -> Iterator[str]:
     for name, figures in stage.options.get("candidates", {}).items():
         yield _candidate(name, figures, chosen=name == stage.options["chosen"])
     yield from _kept(stage.options.get("layers", []))
+
+
+def _interval(image: Mapping[str, float]) -> str:
+    """Return the confidence interval of a speedup with its level; empty without one."""
+    if "speedup_low" not in image:
+        return ""
+    low, high, confidence = (image[f"speedup_{key}"] for key in ("low", "high", "level"))
+    return f" ({low:.2f} to {high:.2f}, {level(confidence)} interval)"
 
 
 def _class(stage: Stage) -> str:

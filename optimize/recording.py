@@ -1,4 +1,4 @@
-"""Denoising runs of an engine directory, and what went into and came out of each engine."""
+"""Recorded runs of an engine directory: results, and inputs and outputs of every engine call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["Call", "CallRecording", "record", "spread"]
+__all__ = ["Call", "CallRecording", "record", "sample_evenly"]
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ Outputs = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Call:
-    """One run of an engine."""
+    """Inputs and outputs of one engine call."""
 
     feeds: Feeds
     outputs: Outputs
@@ -32,18 +32,23 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class CallRecording:
-    """The pictures of a few prompts, and every call of every engine, by its name."""
+    """Results of a few prompts, and every call of every engine.
+
+    Attributes:
+        results: one per prompt.
+        calls: in order, by component.
+    """
 
     results: tuple[Result, ...]
     calls: Mapping[str, tuple[Call, ...]]
 
     def feeds(self, name: str) -> list[Feeds]:
-        """What went into a component, in order."""
+        """Return the inputs of a component, in order."""
         return [call.feeds for call in self.calls.get(name, ())]
 
 
 class _Recorder:
-    """A session that keeps what it saw."""
+    """Session that records its calls."""
 
     def __init__(self, session: Session) -> None:
         self.calls: list[Call] = []
@@ -65,18 +70,18 @@ def record(
     directory: Path,
     prompts: Sequence[str],
     *,
-    request: Mapping[str, Any],
+    settings: Mapping[str, Any],
     progress: Progress,
-    what: str,
+    activity: str,
 ) -> CallRecording:
-    """Make a picture of each prompt, seeded by its number, and keep every call.
+    """Generate one image per prompt, with its index as the seed, and record every engine call.
 
     Args:
         directory: the engines.
-        prompts: one a picture.
-        request: settings of the runs, such as steps and sampler; the manifest's where not given.
-        progress: counts one part a prompt.
-        what: is being done, for the progress.
+        prompts: one per image.
+        settings: of the runs, such as steps and sampler, where they differ from the defaults.
+        progress: counts one part per prompt.
+        activity: name of the runs, for the progress.
     """
     recorders: dict[str, _Recorder] = {}
 
@@ -87,8 +92,8 @@ def record(
     with load(directory, hashes=False, wrap_session=wrap) as pipeline:
         results = []
         for seed, prompt in enumerate(prompts):
-            with progress.part(f"{what}: {prompt[:32]}"):
-                results.append(pipeline(prompt, **{"seed": seed, **request}))
+            with progress.part(f"{activity}: {prompt[:32]}"):
+                results.append(pipeline(prompt, **{"seed": seed, **settings}))
         calls = {name: tuple(recorder.calls) for name, recorder in recorders.items()}
         if "vae_encoder" in pipeline.manifest.components and not calls.get("vae_encoder"):
             calls["vae_encoder"] = (_encoded(pipeline, results[0]),)
@@ -96,12 +101,12 @@ def record(
 
 
 def _encoded(pipeline: Pipeline, result: Result) -> Call:
-    """What the VAE encoder makes of a finished picture: text to image never calls it."""
+    """Encode a generated image: text to image never calls the VAE encoder."""
     feeds = {"sample": to_array(result.images)}
     return Call(feeds, pipeline.load_engine("vae_encoder").run(feeds))
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """So many of the items at most, evenly over all of them."""
+def sample_evenly(items: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` items, evenly spaced over all of them."""
     places = np.linspace(0, len(items) - 1, min(count, len(items))).round()
     return [items[int(place)] for place in places]

@@ -1,0 +1,61 @@
+"""Request for the optimize stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentforge.optimize.targets import TARGETS, Target
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.text import near_miss
+
+__all__ = ["MAX_REPEATS", "REPEATS", "OptimizeRequest"]
+
+REPEATS = 3
+"""Default number of timed pairs of images."""
+
+MAX_REPEATS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeRequest:
+    """Options of the optimize stage.
+
+    Attributes:
+        recipe: name of a recipe that comes with the package, or path of a TOML file.
+        target: backend to optimize for, a name of TARGETS.
+        gate: thresholds as NAME=VALUE, in place of the recipe's.
+        prompts: of the gate, then of the calibration; those that come with the package if empty.
+        calibration_prompts: number of prompts to calibrate with; the recipe's if None.
+        settings: of the schedule that will be deployed, such as steps and sampler, where they
+            differ from the manifest's defaults. Calibration, gate and timing use it.
+        repeats: pairs of images that are timed; 0 disables timing.
+        overwrite: replace an existing engine directory.
+        quiet: show no progress.
+    """
+
+    recipe: str = "fp32"
+    target: str = "cpu"
+    gate: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    calibration_prompts: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    repeats: int = REPEATS
+    overwrite: bool = False
+    quiet: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.repeats <= MAX_REPEATS:
+            raise SettingsError(f"repeats is a number from 0 to {MAX_REPEATS}, not {self.repeats}")
+
+    @property
+    def target_entry(self) -> Target:
+        """Entry of TARGETS.
+
+        Raises:
+            SettingsError: there is no such target.
+        """
+        if self.target not in TARGETS:
+            raise SettingsError(f"no target {self.target!r}; {near_miss(self.target, TARGETS)}")
+        return TARGETS[self.target]
