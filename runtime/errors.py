@@ -1,18 +1,18 @@
-"""What can go wrong, and whose fault it is.
+"""Exceptions that latentforge raises on purpose.
 
 * LatentforgeError
-  - CheckpointError    the checkpoint is missing, damaged, or of a kind we refuse
-  - ManifestError      the engine directory is not what its manifest says
-  - BackendError       the backend is missing, or refuses the engine
-    + DeviceError      the device it needs is not here
-      * ForeignEngineError   it was built for another device or version: build it here
-  - SettingsError      a request no engine could fulfil: unknown sampler, steps below 1, ...
-    + ShapeError       the request does not fit the shapes this engine takes
-  - ResultsError       a file of measurements is damaged, or of another version
-  - TargetError        the output cannot be written where it was asked for
-  - GateError          the work was done, and what came out is not good enough
+  - CheckpointError    the checkpoint is missing, damaged, or of an unsupported kind
+  - ManifestError      the engine directory does not match its manifest, or the manifest is invalid
+  - BackendError       the backend is not installed, or refuses the engine
+    + DeviceError      the device that the engine needs is not available
+      * ForeignEngineError   the engine was built for another device or library version
+  - SettingsError      invalid request: unknown sampler, steps below 1, ...
+    + ShapeError       the request does not fit the shapes that the engine supports
+  - ResultsError       a results file is damaged, or of another version
+  - TargetError        the output cannot be written to its target
+  - GateError          the result does not pass the quality gate
 
-A message says what is wrong, what was expected, and what to do next, in one line.
+A message is one line: what is wrong, what was expected, and what to do next.
 """
 
 __all__ = [
@@ -31,44 +31,44 @@ __all__ = [
 
 
 class LatentforgeError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class CheckpointError(LatentforgeError):
-    """The checkpoint is missing, damaged, or of a kind we refuse."""
+    """Checkpoint that is missing, damaged, or of an unsupported kind."""
 
 
 class ManifestError(LatentforgeError):
-    """The engine directory is not what its manifest says."""
+    """Invalid manifest, or an engine directory that does not match it."""
 
 
 class BackendError(LatentforgeError):
-    """The backend is missing, or refuses the engine."""
+    """Backend that is not installed, or refuses the engine."""
 
 
 class DeviceError(BackendError):
-    """The device that an engine needs is not here."""
+    """Missing device that an engine needs."""
 
 
 class ForeignEngineError(DeviceError):
-    """The engine was built for another device, or by another version of a library."""
+    """Engine that was built for another device, or by another version of a library."""
 
 
 class SettingsError(LatentforgeError):
-    """A request no engine could fulfil."""
+    """Invalid request."""
 
 
 class ShapeError(SettingsError):
-    """The request does not fit the shapes this engine takes."""
+    """Request that does not fit the shapes that the engine supports."""
 
 
 class ResultsError(LatentforgeError):
-    """A file of measurements is damaged, or of another version."""
+    """Results file that is damaged, or of another version."""
 
 
 class TargetError(LatentforgeError):
-    """The output cannot be written where it was asked for."""
+    """Output that cannot be written to its target."""
 
 
 class GateError(LatentforgeError):
-    """The work was done, and what came out is not good enough."""
+    """Result that does not pass the quality gate."""

@@ -1,4 +1,4 @@
-"""Write a directory or a file completely or not at all."""
+"""File hashes, and atomic writing: a directory or a file is complete or does not exist."""
 
 import errno
 import glob
@@ -15,7 +15,7 @@ from latentforge.runtime.text import size_text
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers of a killed process then stay until someone looks
+except ImportError:  # Windows: the leftovers of a killed process stay until a user deletes them
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -44,9 +44,16 @@ def hash_file(path: Path) -> str:
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Raise TargetError unless a directory can be made at target.
+    """Check that a directory can be created at target.
 
-    A stage asks before it starts, so that a typo does not cost the work.
+    Stages call this before they start, so that a typo does not cost the work.
+
+    Args:
+        target: the directory to write.
+        overwrite: allow an existing engine directory at target.
+
+    Raises:
+        TargetError: something else is there, or its parent is not writable.
     """
     try:
         _check_old(target, overwrite)
@@ -60,12 +67,16 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Raise TargetError where the disk has no room for so many bytes, before they are made."""
+    """Check that the disk of a directory has enough free bytes, before they are written.
+
+    Raises:
+        TargetError: it has fewer than needed.
+    """
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise TargetError(
-            f"{directory.parent} has {size_text(free)} free and the engines take about "
-            f"{size_text(needed)}: make room, or name another disk"
+            f"{directory.parent} has {size_text(free)} free, but the engines need about "
+            f"{size_text(needed)}: free some space, or choose another disk"
         )
 
 
@@ -78,26 +89,36 @@ def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
 
 def _check_old(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise TargetError(f"{target} exists and is not a directory: name another")
+        raise TargetError(f"{target} exists and is not a directory: choose another name")
     if target.exists() and any(target.iterdir()):
         if not overwrite:
-            raise TargetError(f"{target} exists: name another, or pass --overwrite to replace it")
+            raise TargetError(
+                f"{target} exists: choose another name, or pass --overwrite to replace it"
+            )
         if not (target / MANIFEST_FILE).is_file():
             raise TargetError(f"{target} is not an engine directory, so it is not overwritten")
 
 
 @contextmanager
 def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of target that becomes target when the block succeeds.
+    """Yield a temporary sibling of target that is renamed to target when the block succeeds.
 
-    Whatever ends the block early, Ctrl-C included, removes the sibling; what a killed
-    process left is removed by the next stage that writes the same target. A GateError keeps
-    the sibling as target.rejected, to be looked at.
+    If the block ends early, also by Ctrl-C, the sibling is removed. The next stage that writes
+    the same target removes the sibling of a killed process. After a GateError the sibling is kept
+    as target.rejected, for inspection.
+
+    Args:
+        target: the directory to write; missing parents are created.
+        overwrite: replace an existing engine directory.
+
+    Raises:
+        TargetError: the directory cannot be written.
+        GateError: raised by the block; its message gains the place of the rejected directory.
     """
     check_target(target, overwrite=overwrite)
     target = target.absolute()
     partial = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
-    made = [parent for parent in target.parents if not parent.exists()]
+    created = [parent for parent in target.parents if not parent.exists()]
     lock: int | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,14 +137,18 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-        for parent in made:
-            with suppress(OSError):  # where target is now, or somebody else's file
+        for parent in created:
+            with suppress(OSError):  # not empty: it holds target, or a file of another program
                 parent.rmdir()
 
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of target that becomes target when the block succeeds."""
+    """Yield a temporary sibling of target that is renamed to target when the block succeeds.
+
+    Raises:
+        TargetError: the file cannot be written.
+    """
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -140,10 +165,13 @@ def _prefix(target: Path) -> str:
 
 
 def _lock(directory: Path) -> int | None:
-    """Hold directory until the file descriptor is closed, by us or by our death.
+    """Lock directory until the returned file descriptor is closed, or this process ends.
 
-    Returns None where the file system has no locks, and raises BlockingIOError where another
-    process holds this one.
+    Returns:
+        The descriptor; None if the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -159,42 +187,42 @@ def _lock(directory: Path) -> int | None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Delete the partial directories of processes that no longer live."""
+    """Delete the partial directories of processes that have ended."""
     for leftover in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
-        with suppress(OSError):  # held by a process at work, or not ours to touch
+        with suppress(OSError):  # locked by a running process, or not writable
             if (lock := _lock(leftover)) is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Put partial in target's place."""
+    """Rename partial to target, in place of an engine directory that may be there."""
     try:
-        partial.rename(target)  # which an empty directory does not hinder
+        partial.rename(target)  # also replaces an empty directory
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        check_target(target, overwrite=overwrite)  # it may have come while we worked
+        check_target(target, overwrite=overwrite)  # it may have been created meanwhile
         _swap(partial, target)
 
 
 def _reject(partial: Path, target: Path) -> str:
-    """Keep partial as target.rejected, in place of an earlier one, and say so."""
+    """Keep partial as target.rejected, in place of an earlier one; return a note for the message."""
     rejected = target.with_name(f"{target.name}.rejected")
     graphs = (*rejected.glob("*.onnx"), *rejected.glob("*/model.onnx"))
-    ours = (rejected / MANIFEST_FILE).exists() or bool(graphs)
+    replaceable = (rejected / MANIFEST_FILE).exists() or bool(graphs)
     try:
-        if ours and not rejected.is_symlink():
+        if replaceable and not rejected.is_symlink():
             _swap(partial, rejected)
         else:
             partial.rename(rejected)
     except OSError:
-        return f"not kept, since {rejected} is in the way"
+        return f"not kept, because {rejected} already exists"
     return f"kept as {rejected}"
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Move the old target aside, put partial in its place, and delete the old one."""
+    """Replace target by partial: move target aside, rename partial, delete the old target."""
     old = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
     target.rename(old)
     try:

@@ -1,4 +1,4 @@
-"""Base of the records that are stored as JSON or TOML."""
+"""Base class of the records that are stored as JSON or TOML."""
 
 import msgspec
 

@@ -1,7 +1,7 @@
-"""The sizes that engines are built for: ranges of free dimensions, and which one a run fits.
+"""Sizes that engines are built for: ranges of free dimensions, and the choice among them for a run.
 
-An engine of several shapes was built for each of them by itself: TensorRT's optimization profiles,
-or one static graph a size. Outside of them it does not run.
+An engine with several shapes was built for each of them separately, as TensorRT optimization
+profiles or as one static graph per size. It does not run at other sizes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +18,16 @@ __all__ = [
     "Shapes",
     "Sizes",
     "bounding_range",
+    "format_shapes",
     "nearest",
     "parse_ranges",
-    "sentence",
 ]
 
-_MOST = 16_384
+_MAX_SIZE = 16_384
 
 
 class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The sizes of a dimension: the least, the one to be fastest at, and the most."""
+    """Range of sizes of a dimension: minimum, optimum (to be fastest at) and maximum."""
 
     min: int
     opt: int
@@ -35,21 +35,23 @@ class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
-            given = f"{self.min}:{self.opt}:{self.max}"
-            raise SettingsError(f"a range is MIN:OPT:MAX, in order and from 1 up, not {given}")
+            text = f"{self.min}:{self.opt}:{self.max}"
+            raise SettingsError(
+                f"a range is MIN:OPT:MAX, in ascending order and from 1 up, not {text}"
+            )
 
     @classmethod
     def of(cls, size: int) -> "Range":
-        """One size alone."""
+        """Return the range that holds a single size."""
         return cls(size, size, size)
 
     @property
     def fixed(self) -> bool:
-        """Whether it holds a single size."""
+        """True if the range holds a single size."""
         return self.min == self.max
 
     def scaled(self, *, up: int = 1, down: int = 1) -> "Range":
-        """The range of a dimension that is so many times larger, or smaller."""
+        """Return the range multiplied by up and divided by down, both integers."""
         return Range(*(size * up // down for size in (self.min, self.opt, self.max)))
 
     def __contains__(self, size: int) -> bool:
@@ -62,17 +64,17 @@ class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 ANY = Range(1, 1, 1 << 30)
-"""What a dimension may be that nothing was said about."""
+"""Range of a dimension without limits."""
 
 Shapes = Mapping[str, Range]
-"""Sizes by free dimension that an engine takes together. One that is not named may have any."""
+"""Ranges by free dimension that an engine supports together; other dimensions may have any size."""
 
 
 def parse_ranges(text: str) -> tuple[Range, ...]:
-    """Ranges as the command line has them: ``512``, ``512,768`` or ``256:512:768``.
+    """Parse ranges in the command line's notation: ``512``, ``512,768`` or ``256:512:768``.
 
     Raises:
-        SettingsError: it is something else, or a size is not in 1..16384.
+        SettingsError: the text has another form, or a size is not in 1..16384.
     """
     return tuple(_range(part.strip(), text) for part in text.split(","))
 
@@ -81,27 +83,28 @@ def _range(part: str, text: str) -> Range:
     sizes = part.split(":")
     if len(sizes) not in (1, 3) or not all(s.isascii() and s.isdigit() for s in sizes):
         raise SettingsError(f"sizes are N, N,N,... or MIN:OPT:MAX, not {text!r}")
-    least, usual, most = (int(size[:9]) for size in (sizes if len(sizes) == 3 else sizes * 3))
-    if most > _MOST:
-        raise SettingsError(f"a size is at most {_MOST}, and {text!r} has {most}")
-    return Range(least, usual, most)
+    low, optimum, high = (int(size[:9]) for size in (sizes if len(sizes) == 3 else sizes * 3))
+    if high > _MAX_SIZE:
+        raise SettingsError(f"a size is at most {_MAX_SIZE}, but {text!r} has {high}")
+    return Range(low, optimum, high)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Those that engines are to be built for; every combination of them makes one shape.
+    """Sizes to build engines for; every combination of them becomes one shape.
 
     Attributes:
-        height, width: of the image, in pixels; nothing leaves them free.
-        batch: rows of one run, of which guidance takes two an image; nothing leaves them free.
+        height, width: sides of the image, in pixels; free if empty.
+        batch: rows of one engine run; free if empty. Classifier-free guidance takes two rows per
+            image.
     """
 
     height: tuple[Range, ...] = ()
     width: tuple[Range, ...] = ()
     batch: tuple[Range, ...] = ()
 
-    def or_else(self, other: "Sizes") -> "Sizes":
-        """The same, with what is free here taken from another."""
+    def with_defaults(self, other: "Sizes") -> "Sizes":
+        """Return the sizes with those that are free here taken from other."""
         return Sizes(
             height=self.height or other.height,
             width=self.width or other.width,
@@ -111,13 +114,13 @@ class Sizes:
     def shapes(
         self, dimensions: Iterable[str], downscale: int, rows: Range | None = None
     ) -> tuple[Shapes, ...]:
-        """What a component with these free dimensions is built for.
+        """Return the shapes to build a component with these free dimensions for.
 
         Args:
-            dimensions: their names, as export gives them.
-            downscale: pixels of a latent's pixel.
-            rows: for the dimension of that name, in which all timesteps of a run stand; None
-                leaves it free.
+            dimensions: names of the free dimensions, as export writes them.
+            downscale: image pixels per latent pixel and side.
+            rows: range of the dimension ``rows``, which holds all timesteps of a run; None leaves
+                it free.
         """
         axes: dict[str, tuple[Range, ...]] = {
             "batch": self.batch,
@@ -132,52 +135,61 @@ class Sizes:
         return tuple(shapes for shapes in combined if shapes)
 
     def asdict(self) -> dict[str, str]:
-        """Those that are given, as parse_ranges takes them."""
-        given = {"height": self.height, "width": self.width, "batch": self.batch}
-        return {name: ",".join(map(str, ranges)) for name, ranges in given.items() if ranges}
+        """Return the sizes that are not free, in the notation that parse_ranges reads."""
+        fields = {"height": self.height, "width": self.width, "batch": self.batch}
+        return {name: ",".join(map(str, ranges)) for name, ranges in fields.items() if ranges}
 
 
 def nearest(shapes: Sequence[Shapes], sizes: Mapping[str, int]) -> int | None:
-    """The index of the shapes that hold these sizes; of several, the one with least to spare.
+    """Return the index of the shapes that fit these sizes best.
 
-    None where there are no shapes, which allows any size.
+    The best are the shapes whose optimum is nearest, and then the narrowest.
+
+    Args:
+        shapes: those that an engine was built for.
+        sizes: size of each free dimension in a run.
+
+    Returns:
+        The index; None if there are no shapes, which allows any size.
 
     Raises:
-        ShapeError: none of them does; the message lists them.
+        ShapeError: no shapes contain the sizes; the message lists all shapes.
     """
     fits = [
         index
-        for index, each in enumerate(shapes)
-        if all(sizes[name] in allowed for name, allowed in each.items())
+        for index, ranges in enumerate(shapes)
+        if all(sizes[name] in allowed for name, allowed in ranges.items())
     ]
     if not fits:
         if not shapes:
             return None
         got = ", ".join(f"{name} {sizes[name]}" for name in shapes[0])
-        raise ShapeError(f"these engines were not built for {got}; they take {sentence(shapes)}")
-    return min(fits, key=lambda index: _spare(shapes[index], sizes))
+        raise ShapeError(
+            f"these engines were not built for {got}; they take {format_shapes(shapes)}"
+        )
+    return min(fits, key=lambda index: _distance(shapes[index], sizes))
 
 
-def _spare(shapes: Shapes, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """How far a run is from what it is built for, and how much more it would hold."""
-    away = sum(abs(sizes[name] - allowed.opt) for name, allowed in shapes.items())
-    return away, sum(allowed.max - allowed.min for allowed in shapes.values())
+def _distance(shapes: Shapes, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Return the distance of a run from the optimum, and the width of the ranges."""
+    distance = sum(abs(sizes[name] - allowed.opt) for name, allowed in shapes.items())
+    return distance, sum(allowed.max - allowed.min for allowed in shapes.values())
 
 
 def bounding_range(shapes: Sequence[Shapes]) -> Shapes:
-    """The one range of each dimension that holds all of them, fastest where the first is."""
+    """Return one range per dimension that contains all shapes, with the optimum of the first."""
     return {
         name: Range(
-            min(each[name].min for each in shapes),
+            min(ranges[name].min for ranges in shapes),
             first.opt,
-            max(each[name].max for each in shapes),
+            max(ranges[name].max for ranges in shapes),
         )
         for name, first in (shapes[0] if shapes else {}).items()
     }
 
 
-def sentence(shapes: Sequence[Shapes]) -> str:
-    """Shapes in words, such as ``batch 1, height 512 or batch 2, height 512``."""
+def format_shapes(shapes: Sequence[Shapes]) -> str:
+    """Return shapes as text, such as ``batch 1, height 512 or batch 2, height 512``."""
     return " or ".join(
-        ", ".join(f"{name} {allowed}" for name, allowed in each.items()) for each in shapes
+        ", ".join(f"{name} {allowed}" for name, allowed in ranges.items()) for ranges in shapes
     )

@@ -16,7 +16,7 @@ from latentforge.measure.bench.protocol import BenchJob, Participant
 from latentforge.measure.energy import energy_meters
 from latentforge.measure.results import BenchResult, TimedRun
 from latentforge.measure.statistics import medians, paired_speedups
-from latentforge.runtime.equivalence import SAME_PICTURE
+from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.image import psnr
 from latentforge.runtime.progress import Progress
@@ -203,7 +203,7 @@ class _Runner:
             return "B"
         if distance is None:
             return None
-        required = SAME_PICTURE.get(self._facts["precision"], SAME_PICTURE["fp32"])
+        required = SAME_IMAGE_PSNR.get(self._facts["precision"], SAME_IMAGE_PSNR["fp32"])
         return "A" if distance >= required else "B"
 
     def _failure_fields(self, failure: BackendError) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from latentforge.runtime.history import stage_record
 from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.shapes import Range, Sizes, sentence
+from latentforge.runtime.shapes import Range, Sizes, format_shapes
 from latentforge.runtime.text import size_text
 
 __all__ = ["STAGE", "CompileTask", "CompilePlan", "compile_engines", "compile_into", "plan"]
@@ -70,7 +70,7 @@ class CompileTask:
 
     def __str__(self) -> str:
         made = self.component
-        sizes = sentence(made.shapes) if made.shapes else "any size"
+        sizes = format_shapes(made.shapes) if made.shapes else "any size"
         if not made.free_dimensions:
             sizes = "one size"
         return (
@@ -255,7 +255,7 @@ def _sizes_of(name: str, free: bool, manifest: Manifest, sizes: Sizes) -> Sizes:
     """The sizes for one component: only the UNet sees many rows, the others one after the other."""
     if not free:
         usual = manifest.defaults
-        sizes = sizes.or_else(
+        sizes = sizes.with_defaults(
             Sizes(
                 height=(Range.of(usual.height),),
                 width=(Range.of(usual.width),),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentforge.runtime.equivalence import SAME_PICTURE
+from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.loader import load, load_component
@@ -63,7 +63,7 @@ def compare(source: Path, directory: Path) -> dict[str, float]:
         "latents_psnr": psnr(theirs.latents, ours.latents),
         "psnr": psnr(*pixels, peak=2.0),
     }
-    needed = SAME_PICTURE.get(precision, _ALIKE)
+    needed = SAME_IMAGE_PSNR.get(precision, _ALIKE)
     for name, value in close.items():
         if not value >= needed:
             raise GateError(

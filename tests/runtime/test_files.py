@@ -82,7 +82,7 @@ def test_what_fails_a_gate_replaces_nothing_of_the_users(tmp_path: Path) -> None
     (tmp_path / "new.rejected" / "diary").touch()
     (tmp_path / "other.rejected").touch()
     for name in ("new", "other"):
-        assert "is in the way" in fail_the_gate(tmp_path / name, "")
+        assert "already exists" in fail_the_gate(tmp_path / name, "")
     assert names(tmp_path) == ["new.rejected", "other.rejected"]
     assert names(tmp_path / "new.rejected") == ["diary"]
 

@@ -1,4 +1,4 @@
-"""Sizes that engines are built for: parsing, combining, choosing, and what a manifest keeps."""
+"""Sizes that engines are built for: parsing, combining, choosing, and storing in a manifest."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from latentforge.runtime.shapes import (
     Range,
     Sizes,
     bounding_range,
+    format_shapes,
     nearest,
     parse_ranges,
-    sentence,
 )
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
@@ -51,12 +51,12 @@ def test_parsing() -> None:
         ("512.0", "sizes are N"),
         ("٥١٢", "sizes are N"),
         ("0", "from 1 up"),
-        ("768:512:256", "in order"),
+        ("768:512:256", "ascending order"),
         ("99999999999999999999", "at most 16384"),
         ("16385", "at most 16384"),
     ],
 )
-def test_what_no_size_is(text: str, message: str) -> None:
+def test_refuses_text_that_is_not_a_size(text: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         parse_ranges(text)
 
@@ -75,7 +75,7 @@ def test_every_combination_is_a_shape() -> None:
     assert sizes.asdict() == {"height": "512,768", "width": "512:512:768"}
 
 
-def test_the_nearest_that_fits_is_chosen() -> None:
+def test_the_nearest_fitting_shapes_are_chosen() -> None:
     shapes = [
         {"batch": Range.of(1), "h": Range(32, 64, 128)},
         {"batch": Range.of(1), "h": Range.of(64)},
@@ -92,13 +92,13 @@ def test_the_nearest_that_fits_is_chosen() -> None:
         nearest(shapes, {"batch": 2, "h": 64})
 
 
-def test_the_hull_holds_all_shapes() -> None:
+def test_the_bounding_range_contains_all_shapes() -> None:
     shapes = [{"h": Range(32, 64, 64)}, {"h": Range.of(96)}, {"h": Range(16, 16, 80)}]
     assert bounding_range(shapes) == {"h": Range(16, 64, 96)}
     assert bounding_range([]) == {}
 
 
-def test_a_size_that_all_agree_on_becomes_a_number() -> None:
+def test_a_size_fixed_in_all_shapes_becomes_a_number() -> None:
     one = component().specialize(({"batch": Range.of(2), "latent_height": Range.of(8)},))
     assert one.inputs["x"].shape == (2, 4, 8, "latent_width")
     assert one.outputs["y"].shape == (2, 3, 64, "latent_width*8")
@@ -110,8 +110,8 @@ def test_a_size_that_all_agree_on_becomes_a_number() -> None:
         )
     )
     assert two.inputs["x"].shape == (2, 4, "latent_height", "latent_width")
-    assert sentence(two.shapes) == "latent_height 8 or latent_height 16"
-    with pytest.raises(ShapeError, match="its depth is not free"):
+    assert format_shapes(two.shapes) == "latent_height 8 or latent_height 16"
+    with pytest.raises(ShapeError, match="dimension depth is not free"):
         component().specialize(({"depth": Range.of(1)},))
 
 
@@ -124,7 +124,7 @@ def test_a_run_fits_one_of_the_shapes() -> None:
 
 
 class Counting:
-    """A session that keeps how many rows each run had."""
+    """Session that records the number of rows of each run."""
 
     def __init__(self, made: Component) -> None:
         self.made = made
@@ -155,7 +155,7 @@ class Counting:
         ("", 3, 7, [3, 3, 1]),
     ],
 )
-def test_rows_run_in_parts_that_the_engine_takes(
+def test_rows_run_in_parts_that_the_engine_supports(
     batches: str, max_rows: int | None, rows: int, runs: list[int]
 ) -> None:
     sizes = Sizes(batch=parse_ranges(batches) if batches else ())
@@ -167,7 +167,7 @@ def test_rows_run_in_parts_that_the_engine_takes(
     assert session.rows == runs
 
 
-def test_rows_are_those_of_the_shapes_that_hold_the_size() -> None:
+def test_parts_have_the_rows_of_the_shapes_that_contain_the_size() -> None:
     made = component().specialize(
         (
             {"batch": Range.of(1), "latent_height": Range.of(96)},
@@ -182,8 +182,8 @@ def test_rows_are_those_of_the_shapes_that_hold_the_size() -> None:
         assert session.rows == runs
 
 
-def test_an_array_of_one_run_is_handed_on_as_it_is() -> None:
-    """Backends know an array that they have uploaded by its identity."""
+def test_an_array_of_one_run_is_passed_on_unchanged() -> None:
+    """Backends recognize an array that they have uploaded by its identity."""
     made = component()
 
     class Keeping(Counting):
@@ -199,13 +199,13 @@ def test_an_array_of_one_run_is_handed_on_as_it_is() -> None:
     assert session.x is rows["x"]
 
 
-def test_a_manifest_refuses_shapes_that_are_none(handmade) -> None:  # type: ignore[no-untyped-def]
+def test_a_manifest_refuses_invalid_shapes(handmade) -> None:  # type: ignore[no-untyped-def]
     directory = handmade()
     path = directory / "manifest.json"
     text = path.read_text()
     for bad, message in (
         ('[{"depth": [1, 2, 3]}]', "depth, which is not a free dimension"),
-        ('[{"batch": [3, 2, 1]}]', "in order"),
+        ('[{"batch": [3, 2, 1]}]', "ascending order"),
         ('[{"batch": [1, 2]}]', "length 3"),
         ("[{}]", "nothing, which is not a free dimension"),
     ):
@@ -214,7 +214,7 @@ def test_a_manifest_refuses_shapes_that_are_none(handmade) -> None:  # type: ign
             Manifest.read(directory)
 
 
-def test_sides_in_pixels() -> None:
+def test_image_sizes_in_pixels() -> None:
     from latentforge.runtime.manifest import Latent
 
     latent = Latent(channels=4, scaling_factor=1.0, downscale=8, multiple=1)

@@ -1,4 +1,4 @@
-"""Specs say what an engine takes, and feeds that differ from them are refused by name."""
+"""Tensor specs of an engine, and feeds that differ from them, refused by name."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def feeds(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**arrays, **changes}.items() if value is not None}
 
 
-def test_bind_settles_the_free_dimensions() -> None:
+def test_bind_returns_the_free_dimensions() -> None:
     sizes = bind(SPECS, feeds())
     assert sizes == {"batch": 2, "height": 16, "width": 24}
     scaled = TensorSpec("float32", ("batch", 1, "height*8", "width//2"))
@@ -52,12 +52,12 @@ def test_bind_refuses(changes: dict[str, Any], message: str) -> None:
         bind(SPECS, feeds(**changes))
 
 
-def test_bind_refuses_nothing_at_all() -> None:
+def test_bind_refuses_empty_feeds() -> None:
     with pytest.raises(ShapeError, match="got nothing"):
         bind(SPECS, {})
 
 
-def test_a_scaled_input_has_to_fit() -> None:
+def test_a_scaled_input_must_fit() -> None:
     specs = {
         "small": TensorSpec("float32", ("h",)),
         "large": TensorSpec("float32", ("h*8", "h//2")),
@@ -68,21 +68,21 @@ def test_a_scaled_input_has_to_fit() -> None:
         bind(specs, {"small": small, "large": np.zeros((31, 2), np.float32)})
 
 
-def test_a_dimension_that_no_input_settles() -> None:
-    with pytest.raises(ShapeError, match="'h' is not settled"):
+def test_a_dimension_that_no_input_determines() -> None:
+    with pytest.raises(ShapeError, match="'h' is not determined"):
         TensorSpec("float32", ("h",)).resolve({"w": 1})
-    with pytest.raises(ShapeError, match=r"'h\*2' is not settled"):
+    with pytest.raises(ShapeError, match=r"'h\*2' is not determined"):
         bind({"x": TensorSpec("float32", ("h*2",))}, {"x": np.zeros(4, np.float32)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_is_numpys(dtype: str) -> None:
+def test_every_dtype_is_one_of_numpy(dtype: str) -> None:
     assert np.dtype(TensorSpec(dtype, ()).dtype).name == dtype
 
 
 @pytest.mark.parametrize("dtype", ["", "f4", "object", "O", "float32,float32", "datetime64", "V8"])
 def test_refuses_a_dtype(dtype: str) -> None:
-    with pytest.raises(ManifestError, match="there are bool, int8"):
+    with pytest.raises(ManifestError, match="choose from bool, int8"):
         TensorSpec(dtype, (1,))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from latentforge.measure.formatting import level
 from latentforge.runtime.equivalence import required_psnr
 from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, Stage
-from latentforge.runtime.shapes import sentence
+from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
 
 __all__ = ["changes", "describe"]
@@ -81,7 +81,7 @@ def _plan(plan: AccelerationPlan) -> Iterator[str]:
 def _bound(name: str, component: Component) -> Iterator[str]:
     """What an engine was built for."""
     if component.shapes:
-        yield f"{name}: for {sentence(component.shapes)}"
+        yield f"{name}: for {format_shapes(component.shapes)}"
     if component.max_rows is not None:
         yield f"{name}: fastest with {component.max_rows} rows at once"
     for what in (component.device, component.options):
