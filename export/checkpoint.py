@@ -1,6 +1,6 @@
-"""Read a diffusers checkpoint: a directory, a model hub id, or the demo checkpoint.
+"""Access to a diffusers checkpoint: a directory, a model hub id, or the demo checkpoint.
 
-Only safetensors weights and JSON or text files are read. Nothing in a checkpoint is run.
+Only safetensors weights and JSON or text files are read. No code of a checkpoint is run.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from latentforge.runtime.text import one_line
 __all__ = ["DEMO", "SIDECAR", "Checkpoint", "open_checkpoint", "read_json", "sha256_of"]
 
 DEMO = "demo"
-"""Name of the checkpoint in the package latentforge-demo; a directory demo/ is never meant by it."""
+"""Name of the checkpoint in the package latentforge-demo; it never means a directory demo/."""
 
 SIDECAR = "latentforge.json"
-"""A file that a checkpoint may carry for us: {"name", "license", "defaults": {...}}."""
+"""Optional file of a checkpoint for latentforge: {"name", "license", "defaults": {...}}."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -36,10 +36,10 @@ _MAX_CARD = 64 << 10
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint directory whose files have been looked at.
+    """Checkpoint directory in the layout of diffusers.
 
     Attributes:
-        name: what the user called it.
+        name: name by which the user opened it.
         path: the directory.
         index: the parsed model_index.json.
     """
@@ -50,39 +50,40 @@ class Checkpoint:
 
     @property
     def pipeline_class(self) -> str:
-        """The diffusers pipeline that the checkpoint names, less what optimum puts before it."""
+        """Name of the checkpoint's diffusers pipeline, without the prefix that optimum adds."""
         return str(self.index.get("_class_name")).removeprefix("ORT")
 
     @property
     def sidecar(self) -> dict[str, Any]:
-        """What the checkpoint says to us in latentforge.json, if it is there.
+        """Content of the checkpoint's latentforge.json; empty if there is none.
 
         Raises:
             CheckpointError: it is malformed.
         """
         path = self.path / SIDECAR
-        found = read_json(path) if path.exists() else {}
-        content = {key: value for key, value in found.items() if value is not None}
+        entries = read_json(path) if path.exists() else {}
+        content = {key: value for key, value in entries.items() if value is not None}
         for key, kind in (("name", str), ("license", str), ("defaults", dict)):
             if key in content and not isinstance(content[key], kind):
-                raise CheckpointError(f"{path}: {key} is not of type {kind.__name__}")
+                raise CheckpointError(f"{path}: {key} must be of type {kind.__name__}")
         return content
 
     @property
     def license(self) -> str | None:
-        """The licence that the sidecar or the model card's header names."""
+        """Licence by the sidecar or by the header of the model card."""
         card = self.path / "README.md"
         if "license" in self.sidecar or not card.is_file():
             return self.sidecar.get("license")
         with card.open(encoding="utf-8", errors="replace") as file:
             header = re.match(r"---\n(.*?)\n---", file.read(_MAX_CARD), re.DOTALL)
-        found = re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE) if header else None
-        return found[1] if found else None
+        line = re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE) if header else None
+        return line[1] if line else None
 
     def config(self, folder: str, file: str = "config.json") -> dict[str, Any]:
-        """A component's configuration.
+        """Read the configuration of a component.
 
-        What optimum exported has no vae/: the halves of one have its configuration each.
+        Directories that optimum exported have no vae/; vae_decoder/ and vae_encoder/ each hold the
+        configuration of the VAE.
 
         Raises:
             CheckpointError: the component or its configuration is missing or malformed.
@@ -94,7 +95,7 @@ class Checkpoint:
         return read_json(self.path / folder / file)
 
     def weights(self, folder: str) -> tuple[list[Path], str | None]:
-        """The weight files of a component, and the variant they are of ("fp16") or None.
+        """Return the weight files of a component, and their variant (``fp16`` or None).
 
         Raises:
             CheckpointError: there are none, they are pickles, or one is damaged.
@@ -105,10 +106,10 @@ class Checkpoint:
                 for file in files:
                     _check_safetensors(file)
                 return files, variant
-        raise CheckpointError(_no_weights(directory))
+        raise CheckpointError(_no_weights_message(directory))
 
     def parameters(self, folder: str) -> int:
-        """How many numbers the weights of a component are, as their files' headers say."""
+        """Count the parameters of a component, from the headers of its weight files."""
         count = 0
         for path in self.weights(folder)[0]:
             with safe_open(path, framework="numpy") as file:
@@ -116,27 +117,30 @@ class Checkpoint:
         return count
 
     def sha256(self, folder: str) -> str:
-        """The sha256 of a component's weights; of its shards' hashes where there are many."""
+        """Return the sha256 of a component's weights, as sha256_of() combines those of its shards."""
         return sha256_of([hash_file(file) for file in self.weights(folder)[0]])
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Find a checkpoint, downloading it when ``name`` is a hub id such as ``org/model``.
+    """Open a checkpoint; one from the hub is downloaded first.
+
+    Args:
+        name: ``demo``, a directory, or a hub id such as ``org/model`` or ``org/model@revision``.
 
     Raises:
-        CheckpointError: there is none, or it is no diffusers directory.
+        CheckpointError: there is no such checkpoint, or it is not a diffusers directory.
     """
     path = _find(name)
     if not (path / "model_index.json").is_file():
-        raise CheckpointError(f"{name} is no diffusers checkpoint: it has no model_index.json")
+        raise CheckpointError(f"{name} is not a diffusers checkpoint: it has no model_index.json")
     return Checkpoint(name=name, path=path, index=read_json(path / "model_index.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing or holds something else.
+        CheckpointError: the file is missing, too large, or does not hold a JSON object.
     """
     try:
         if not path.is_file():
@@ -154,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(digests: Sequence[str]) -> str:
-    """The one of a single file, or the sha256 of many files' digests in a row."""
+    """Return the digest of a single file, or the sha256 of several digests joined."""
     return (
         digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     )
@@ -170,17 +174,17 @@ def _find(name: str) -> Path:
         if path.is_dir():
             return path
         if path.is_file():
-            raise CheckpointError(_no_directory(path))
+            raise CheckpointError(_single_file_message(path))
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise CheckpointError(f"no checkpoint {name[:60]!r}: {error}"[:200]) from error
     if _HUB_ID.fullmatch(name):
         return _download(name)
-    raise CheckpointError(f"no checkpoint {name}: name a directory, a hub id org/model, or demo")
+    raise CheckpointError(f"no checkpoint {name}: give a directory, a hub id org/model, or demo")
 
 
-def _no_directory(path: Path) -> str:
+def _single_file_message(path: Path) -> str:
     danger = (
-        ", on a machine you can spare, since this pickle can run code when it is loaded"
+        ", in a sandbox, since a pickle can run code when it is loaded"
         if path.suffix in _PICKLES
         else ""
     )
@@ -191,7 +195,7 @@ def _no_directory(path: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    """Fetch what we read and nothing else: pickles never reach the disk."""
+    """Download the files that export reads and nothing else: no pickle reaches the disk."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -200,24 +204,24 @@ def _download(name: str) -> Path:
     try:
         path = Path(fetch(allow_patterns=["*.json", "*.txt", "README.md"], ignore_patterns=ignored))
         if (path / "flexible_unet").is_dir():
-            ignored.append("unet/*")  # gigabytes that only hold the place: see families
+            ignored.append("unet/*")  # a placeholder of gigabytes: see families
         return Path(fetch(allow_patterns=["*/*.safetensors"], ignore_patterns=ignored))
-    except Exception as error:  # a dozen kinds, from the hub, the network and the disk
+    except Exception as error:  # many classes, from the hub, the network and the disk
         raise CheckpointError(
-            f"no directory {name}, and it could not be fetched from the hub: {one_line(error)}"
+            f"{name} is not a directory, and downloading it from the hub failed: {one_line(error)}"
         ) from error
 
 
 def _safetensors(directory: Path, variant: str | None) -> list[Path]:
-    """The weight files of one variant: a single file, or the shards that its index names."""
+    """Return the weight files of a variant: a single file, or the shards that its index names."""
     middle = f".{variant}" if variant else ""
     for stem in _WEIGHTS:
         single = directory / f"{stem}{middle}.safetensors"
         index = directory / f"{stem}.safetensors.index{middle}.json"
         if single.is_file() and index.is_file():
             raise CheckpointError(
-                f"{directory} holds {single.name} and {index.name}, and the libraries differ in "
-                "which one counts: remove one of them"
+                f"{directory} holds both {single.name} and {index.name}, and libraries differ in "
+                "which one they load: remove one of them"
             )
         if single.is_file():
             return [single]
@@ -243,16 +247,16 @@ def _check_safetensors(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or cut short ({one_line(error)}): fetch it again"
+            f"{path} is damaged or truncated ({one_line(error)}): fetch it again"
         ) from error
 
 
-def _no_weights(directory: Path) -> str:
+def _no_weights_message(directory: Path) -> str:
     pickles = [f.name for f in sorted(directory.glob("*")) if f.suffix in _PICKLES]
     if not pickles:
         return f"{directory} holds no weights: expected a .safetensors file"
     return (
         f"{directory / pickles[0]} is a pickle, which can run code when it is loaded: convert it "
-        "first, on a machine you can spare, by loading the model with diffusers and calling "
+        "first, in a sandbox, by loading the model with diffusers and calling "
         "save_pretrained(..., safe_serialization=True)"
     )

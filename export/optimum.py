@@ -1,9 +1,9 @@
-"""optimum-onnx's arrangement of a model, both ways: its exports as engines, and engines for it.
+"""Directory layout of optimum-onnx: import of its exports, and engines that its pipelines load.
 
-What it writes and what its pipelines read (release 0.1, optimum/exporters/onnx/convert.py and
-optimum/onnxruntime/modeling_diffusion.py of https://github.com/huggingface/optimum-onnx): a graph
-NAME/model.onnx with NAME/config.json beside it for each component, and model_index.json, scheduler
-and tokenizers as diffusers has them. The autoencoder is two components, of one configuration.
+By optimum/exporters/onnx/convert.py and optimum/onnxruntime/modeling_diffusion.py of release 0.1
+(https://github.com/huggingface/optimum-onnx), each component is a graph NAME/model.onnx with
+NAME/config.json beside it; model_index.json, scheduler and tokenizers are as in diffusers. The
+autoencoder is two components with the same configuration.
 """
 
 import json
@@ -32,9 +32,10 @@ __all__ = [
     "OptimumGraph",
     "Layout",
     "check_layout",
+    "folder_of",
     "graph_file",
     "is_exported",
-    "present",
+    "available_plan",
     "read_graph",
     "source_hashes",
     "spaced",
@@ -61,20 +62,20 @@ _CLASSES = {
 _OPTIONS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 
 Shape = tuple[int | None, ...]
-"""What a graph says of a tensor's sizes, None where it leaves one free."""
+"""Sizes of a tensor in a graph; None is a free dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimumGraph:
-    """A component that optimum exported, checked against what its configuration says of it.
+    """Component that optimum exported, checked against its configuration.
 
     Attributes:
-        plan: the component that it is.
-        folder: where it lies.
-        data: the files that hold its weights, relative to the folder.
-        sizes: those that the graph fixes, by the names of the plan's dimensions.
-        inputs: the plan's, as the graph has them.
-        outputs: the plan's; the graph may have more.
+        plan: plan of the component.
+        folder: its folder.
+        data: files with its weights, relative to the folder.
+        sizes: sizes that the graph fixes, by the names of the plan's dimensions.
+        inputs: the plan's inputs with the graph's dtypes and sizes.
+        outputs: the plan's outputs, likewise; the graph may have more.
         precision: ``fp32`` or ``fp16``.
     """
 
@@ -88,11 +89,11 @@ class OptimumGraph:
 
     @property
     def bytes(self) -> int:
-        """The size of all its files."""
+        """Total size of its files."""
         return sum((self.folder / file).stat().st_size for file in (_MODEL, *self.data))
 
     def copy(self, directory: Path) -> Component:
-        """Copy its files, as they are, to directory/NAME, and describe them for the manifest."""
+        """Copy its files unchanged to directory/NAME, and return their manifest entry."""
         target = directory / folder_of(self.plan.name)
         for file in (_MODEL, *self.data):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -111,47 +112,49 @@ class OptimumGraph:
         )
 
 
-# Reading theirs
+# Reading
 
 
 def is_exported(checkpoint: Checkpoint) -> bool:
-    """Whether its UNet is a graph and not weights; where it is both, weights are better."""
+    """Return True if the checkpoint has its UNet as a graph only; weights take precedence."""
     unet = checkpoint.path / "unet"
     return (unet / _MODEL).is_file() and not any(unet.glob("*.safetensors"))
 
 
-def present(checkpoint: Checkpoint, plan: ExportPlan) -> ExportPlan:
-    """The plan without the VAE's encoder where there is none: text to image does without it.
+def available_plan(checkpoint: Checkpoint, plan: ExportPlan) -> ExportPlan:
+    """Return the plan, without the VAE encoder if there is none; text to image needs none.
 
     Raises:
-        CheckpointError: the UNet is one that optimum cannot have exported.
+        CheckpointError: the family's UNet is not one that optimum exports.
     """
-    unet = _unet(plan)
-    if unet.folder != folder_of(unet.name):
+    denoiser = _denoiser(plan)
+    if denoiser.folder != folder_of(denoiser.name):
         raise CheckpointError(
-            f"{checkpoint.name}: a {checkpoint.pipeline_class} is made from its weights, and "
-            "these are graphs: name the original checkpoint"
+            f"{checkpoint.name}: a {checkpoint.pipeline_class} is exported from weights, but this "
+            "directory holds graphs: give the original checkpoint"
         )
-    paints = unet.inputs["sample"].shape[1] != plan.latent.channels
-    if paints or (checkpoint.path / "vae_encoder" / _MODEL).exists():
+    inpainting = denoiser.inputs["sample"].shape[1] != plan.latent.channels
+    if inpainting or (checkpoint.path / "vae_encoder" / _MODEL).exists():
         return plan
     kept = tuple(part for part in plan.components if part.name != "vae_encoder")
     return replace(plan, components=kept)
 
 
 def read_graph(checkpoint: Checkpoint, plan: ComponentPlan) -> OptimumGraph:
-    """Look at a component's graph without loading its weights from the files beside it.
+    """Read a component's graph without its external weights.
 
     Raises:
-        CheckpointError: it is missing or damaged, does not fit the plan, or names weights that
-            are not in its folder.
+        CheckpointError: the graph is missing or damaged, contradicts the plan, or names weights
+            outside its folder.
     """
     folder = checkpoint.path / folder_of(plan.name)
     path = _inside(folder, _MODEL)
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # the disk's, protobuf's or onnx's own
-        raise CheckpointError(f"{path} is no ONNX file ({one_line(error)}): {_AGAIN}") from error
+    except Exception as error:  # of the disk, protobuf or onnx
+        raise CheckpointError(
+            f"{path} is not an ONNX file ({one_line(error)}): {_AGAIN}"
+        ) from error
     inputs, outputs, sizes = _signature(path, model.graph, plan)
     return OptimumGraph(
         plan=plan,
@@ -165,7 +168,7 @@ def read_graph(checkpoint: Checkpoint, plan: ComponentPlan) -> OptimumGraph:
 
 
 def source_hashes(manifest: Manifest) -> dict[str, str]:
-    """The sha256 of each component's files, of many that of their hashes by name."""
+    """Return the sha256 of each component's files, joined in the order of their names."""
     return {
         name: sha256_of([e.sha256 for e in sorted(component.files, key=lambda e: e.file)])
         for name, component in manifest.components.items()
@@ -175,68 +178,73 @@ def source_hashes(manifest: Manifest) -> dict[str, str]:
 def _signature(
     path: Path, graph: onnx.GraphProto, plan: ComponentPlan
 ) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec], dict[str, int]]:
-    """Inputs and outputs by the plan, with the graph's dtypes and fixed sizes."""
+    """Return the plan's inputs and outputs with the graph's dtypes and fixed sizes, and these sizes."""
     weights = {tensor.name for tensor in graph.initializer}  # old files list them as inputs too
     inputs = _tensors(path, [value for value in graph.input if value.name not in weights])
     outputs = _tensors(path, graph.output)
     if unknown := sorted(inputs.keys() - plan.inputs.keys()):
-        raise CheckpointError(f"{path}: nothing is known to give it as {unknown[0]!r}")
-    for what, found, wanted in ("input", inputs, plan.inputs), ("output", outputs, plan.outputs):
-        if missing := [name for name in wanted if name not in found]:
-            raise CheckpointError(f"{path} has no {what} {missing[0]!r}: {_AGAIN}")
+        raise CheckpointError(
+            f"{path}: unexpected input {unknown[0]!r}: by the config.json files the component has "
+            f"the inputs {', '.join(plan.inputs)}"
+        )
+    for kind, tensors, specs in ("input", inputs, plan.inputs), ("output", outputs, plan.outputs):
+        if missing := [name for name in specs if name not in tensors]:
+            raise CheckpointError(f"{path} has no {kind} {missing[0]!r}: {_AGAIN}")
     sizes = {
-        want: got
+        dimension: size
         for name, spec in plan.inputs.items()
-        for want, got in zip(spec.shape, inputs[name][1], strict=False)
-        if isinstance(want, str) and got is not None
+        for dimension, size in zip(spec.shape, inputs[name][1], strict=False)
+        if isinstance(dimension, str) and size is not None
     }
-    fitted = (
-        {name: _fitted(path, name, *found[name], spec) for name, spec in specs.items()}
-        for found, specs in (
+    merged = (
+        {name: _merged_spec(path, name, *tensors[name], spec) for name, spec in specs.items()}
+        for tensors, specs in (
             (inputs, fix_dimensions(plan.inputs, sizes)),
             (outputs, fix_dimensions(plan.outputs, sizes)),
         )
     )
-    return next(fitted), next(fitted), sizes
+    return next(merged), next(merged), sizes
 
 
 def _tensors(path: Path, values: Sequence[onnx.ValueInfoProto]) -> dict[str, tuple[str, Shape]]:
-    """Dtypes by numpy's names, and shapes."""
-    found = {}
+    """Return the dtypes, by numpy's names, and the shapes of tensors."""
+    tensors = {}
     for value in values:
         kind = value.type.tensor_type
         try:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
         except (KeyError, ValueError):
-            dtype = "nothing"
+            dtype = "unsupported"
         if dtype not in DTYPES or not kind.HasField("shape"):
-            raise CheckpointError(f"{path}: {value.name} is of a dtype or shape that we do not run")
+            raise CheckpointError(f"{path}: {value.name} has an unsupported dtype or no shape")
         shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
-        found[value.name] = dtype, shape
-    return found
+        tensors[value.name] = dtype, shape
+    return tensors
 
 
-def _fitted(path: Path, name: str, dtype: str, shape: Shape, want: TensorSpec) -> TensorSpec:
-    """The plan's spec with the graph's dtype, if both can be had."""
+def _merged_spec(
+    path: Path, name: str, dtype: str, shape: Shape, planned: TensorSpec
+) -> TensorSpec:
+    """Return the planned spec with the graph's dtype, if the two are compatible."""
     if name == "timestep":
-        want = _timestep(path, dtype, shape)
-    same = len(shape) == len(want.shape) and all(
-        got in (None, size) for got, size in zip(shape, want.shape, strict=True)
+        planned = _timestep_spec(path, dtype, shape)
+    same = len(shape) == len(planned.shape) and all(
+        size in (None, expected) for size, expected in zip(shape, planned.shape, strict=True)
     )
-    if not same or not np.can_cast(want.dtype, dtype, "same_kind"):
-        given = ", ".join("?" if size is None else str(size) for size in shape)
+    if not same or not np.can_cast(planned.dtype, dtype, "same_kind"):
+        sizes = ", ".join("?" if size is None else str(size) for size in shape)
         raise CheckpointError(
-            f"{path}: {name} is {dtype}[{given}], and by the config.json files {want}: {_AGAIN}"
+            f"{path}: {name} is {dtype}[{sizes}], but by the config.json files {planned}: {_AGAIN}"
         )
-    return TensorSpec(dtype, want.shape)
+    return TensorSpec(dtype, planned.shape)
 
 
-def _timestep(path: Path, dtype: str, shape: Shape) -> TensorSpec:
-    """optimum's is one number of a float type; older exports of it take a row of whole ones."""
-    if whole := dtype in ("int32", "int64"):
-        text = "%s takes whole timesteps: samplers that visit others lose the fraction, as there"
+def _timestep_spec(path: Path, dtype: str, shape: Shape) -> TensorSpec:
+    """Return the timestep's spec: a float scalar in optimum's exports, integers in older ones."""
+    if integer := dtype in ("int32", "int64"):
+        text = "%s takes integer timesteps: as in optimum, samplers with fractional ones lose these"
         _log.warning(text, path)
-    return TensorSpec(dtype if whole else "float32", (1,) if shape else ())
+    return TensorSpec(dtype if integer else "float32", (1,) if shape else ())
 
 
 def _is_half(graph: onnx.GraphProto) -> bool:
@@ -247,7 +255,7 @@ def _is_half(graph: onnx.GraphProto) -> bool:
 
 
 def _data_files(folder: Path, model: onnx.ModelProto) -> tuple[str, ...]:
-    """The files beside the graph that it names anywhere, in subgraphs and functions too."""
+    """Return the weight files that the graph, its subgraphs and functions name."""
     names = {
         {entry.key: entry.value for entry in part.external_data}.get("location", "")
         for part in _messages(model)
@@ -255,32 +263,32 @@ def _data_files(folder: Path, model: onnx.ModelProto) -> tuple[str, ...]:
     }
     for name in names:
         pure = PurePosixPath(name)
-        # An asterisk is onnxruntime's sign for an address in memory.
+        # onnxruntime marks addresses in memory with an asterisk.
         wild = not name.isprintable() or "*" in name or str(pure) in (_MODEL, _CONFIG)
         if not pure.name or pure.is_absolute() or ".." in pure.parts or wild:
             raise CheckpointError(
-                f"{folder / _MODEL} wants weights of {name!r}, which is no file of its folder"
+                f"{folder / _MODEL} refers to weights in {name!r}, which is not a file of its folder"
             )
         _inside(folder, name)
     return tuple(sorted({str(PurePosixPath(name)) for name in names}))
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of a folder, to which no link leads from there."""
+    """Return the path of a file in a folder, refusing links that lead out of the folder."""
     path = folder / name
     try:
-        found, inside = path.is_file(), path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a name too long, links in a circle
-        found, inside = False, True
+        exists, inside = path.is_file(), path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a name that is too long, or circular links
+        exists, inside = False, True
     if not inside:
         raise CheckpointError(f"{path} is a link out of {folder}: put the file itself there")
-    if not found:
+    if not exists:
         raise CheckpointError(f"no file {path}: {_AGAIN}")
     return path
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A protobuf message and all those that it is made of."""
+    """Yield a protobuf message and all messages nested in it."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:
@@ -288,26 +296,31 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(part)
 
 
-# Writing ours
+# Writing
 
 
 def check_layout(layout: Layout, name: str, plan: ExportPlan) -> None:
-    """Refuse a layout that isn't there, and a model that none of optimum's pipelines runs.
+    """Refuse an unknown layout, and optimum's layout for a UNet that its pipelines do not run.
+
+    Args:
+        layout: the layout to check.
+        name: of the family.
+        plan: the family's plan of the checkpoint.
 
     Raises:
-        SettingsError: no such layout, or the UNet is not of diffusers.
+        SettingsError: no such layout, or the UNet is not diffusers' own.
     """
     if layout not in get_args(Layout):
-        raise SettingsError(f"no layout {layout!r}; there are {', '.join(get_args(Layout))}")
-    unet = _unet(plan)
-    if layout == "optimum" and unet.folder != folder_of(unet.name):
+        raise SettingsError(f"no layout {layout!r}; available: {', '.join(get_args(Layout))}")
+    denoiser = _denoiser(plan)
+    if layout == "optimum" and denoiser.folder != folder_of(denoiser.name):
         raise SettingsError(
-            f"no pipeline of optimum's knows the UNet of {name}: export it without --layout optimum"
+            f"no optimum pipeline supports the UNet of {name}: export it without --layout optimum"
         )
 
 
 def graph_file(name: str, layout: Layout) -> str:
-    """Where a component's graph lies in the engine directory."""
+    """Return the path of a component's graph in the engine directory."""
     return f"{folder_of(name)}/{_MODEL}" if layout == "optimum" else f"{name}.onnx"
 
 
@@ -317,17 +330,17 @@ def folder_of(component: str) -> str:
 
 
 def spaced(size: int | str) -> int | str:
-    """A dimension as optimum's IO binding computes it, which knows names by the blanks around."""
+    """Write a dimension as optimum's IO binding parses it, with blanks around operators."""
     if isinstance(size, int):
         return size
     return size.replace("//", " / ").replace("*", " * ")
 
 
 def with_outputs(plan: ExportPlan) -> ExportPlan:
-    """The plan with all outputs of text encoders that optimum's have, in its order.
+    """Return the plan with the text encoder outputs of optimum's exports, in their order.
 
-    Its pipelines take the first one to be the context, or the pooled output if there is one, and
-    count hidden states from the first to the number in config.json.
+    optimum's pipelines take the first output for the context, or for the pooled output if there is
+    one, and index the hidden states by the number of layers in config.json.
     """
     return replace(plan, components=tuple(_with_outputs(part) for part in plan.components))
 
@@ -337,7 +350,7 @@ def _with_outputs(plan: ComponentPlan) -> ComponentPlan:
         return plan
     names = ["last_hidden_state"]
     if layers := [name for name in plan.outputs if name.startswith("hidden_states.")]:
-        used = int(layers[0].partition(".")[2])  # what enters the last layer
+        used = int(layers[0].partition(".")[2])  # the input of the last layer
         names += [f"hidden_states.{index}" for index in range(used + 2)]
     if "text_embeds" in plan.outputs:
         names.insert(0, "text_embeds")
@@ -345,15 +358,21 @@ def _with_outputs(plan: ComponentPlan) -> ComponentPlan:
         names.insert(1, "pooler_output")
     hidden = next(spec for spec in plan.outputs.values() if len(spec.shape) == 3)
     row = TensorSpec(hidden.dtype, (hidden.shape[0], hidden.shape[2]))
-    known = {"pooler_output": row, **plan.outputs}
-    outputs = {name: known.get(name, hidden) for name in names}
+    specs = {"pooler_output": row, **plan.outputs}
+    outputs = {name: specs.get(name, hidden) for name in names}
     return replace(plan, outputs=outputs, wrap=partial(TextEncoder, outputs=tuple(names)))
 
 
 def write_companions(
     checkpoint: Checkpoint, plan: ExportPlan, components: Sequence[str], directory: Path
 ) -> None:
-    """Write what optimum's pipelines read beside the graphs, and beside our tokenizer.json files.
+    """Write the files that optimum's pipelines read in addition to graphs and tokenizer.json.
+
+    Args:
+        checkpoint: the checkpoint.
+        plan: its export plan.
+        components: names of the exported components.
+        directory: the engine directory.
 
     Raises:
         CheckpointError: a configuration or tokenizer of the checkpoint is missing or malformed.
@@ -362,7 +381,7 @@ def write_companions(
         folder = folder_of(name)
         _write_json(directory / folder / _CONFIG, _config(checkpoint, plan, folder))
     scheduler = checkpoint.config("scheduler", "scheduler_config.json")
-    _write_json(directory / "scheduler" / "scheduler_config.json", _unnamed(scheduler))
+    _write_json(directory / "scheduler" / "scheduler_config.json", _portable(scheduler))
     for folder in plan.tokenizers:
         _write_tokenizer(checkpoint, folder, directory / folder)
     index = _index(checkpoint, plan, str(scheduler.get("_class_name")))
@@ -370,25 +389,25 @@ def write_companions(
 
 
 def _config(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
-    """The checkpoint's own, with what optimum guesses wrongly or warns of where it is left out."""
-    config = _unnamed(checkpoint.config("vae" if name in _VAE else name))
+    """Return the checkpoint's configuration, with keys that optimum guesses wrong or warns about."""
+    config = _portable(checkpoint.config("vae" if name in _VAE else name))
     if name in _VAE:
         return {"scaling_factor": plan.latent.scaling_factor, **config}
     return {"time_cond_proj_dim": None, **config} if name == "unet" else config
 
 
-def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the place that it came from, or a reference to code."""
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without its origin and without references to code."""
     return {key: v for key, v in config.items() if key not in ("_name_or_path", "auto_map")}
 
 
 def _index(checkpoint: Checkpoint, plan: ExportPlan, scheduler: str) -> dict[str, Any]:
-    """model_index.json. Classes come from us: what is named here, optimum imports."""
-    here = {folder_of(part.name) for part in plan.components} | {"vae", *plan.tokenizers}
+    """Return model_index.json. Class names come from a table, since optimum imports them."""
+    parts = {folder_of(part.name) for part in plan.components} | {"vae", *plan.tokenizers}
     classes = {
-        name: pair if name in here else (None, None)
+        name: pair if name in parts else (None, None)
         for name, pair in _CLASSES.items()
-        if name in here or not name.endswith("_2")  # a refiner lacks the first of two
+        if name in parts or not name.endswith("_2")  # a refiner lacks the first of two
     }
     options = {key: checkpoint.index[key] for key in _OPTIONS if key in checkpoint.index}
     return {
@@ -401,32 +420,32 @@ def _index(checkpoint: Checkpoint, plan: ExportPlan, scheduler: str) -> dict[str
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: str, target: Path) -> None:
-    """A CLIPTokenizer's files as transformers 4 reads them; 5 is content with tokenizer.json."""
-    ours = json.loads((target / "tokenizer.json").read_bytes())
-    words = special_tokens(checkpoint, folder)
+    """Write a CLIPTokenizer's files for transformers 4; version 5 needs tokenizer.json only."""
+    converted = json.loads((target / "tokenizer.json").read_bytes())
+    special = special_tokens(checkpoint, folder)
     config = {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": ours["truncation"]["max_length"],
+        "model_max_length": converted["truncation"]["max_length"],
         "added_tokens_decoder": {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-            for token in ours["added_tokens"]
+            for token in converted["added_tokens"]
         },
-        **words,
+        **special,
     }
     _write_json(target / "tokenizer_config.json", config)
-    _write_json(target / "special_tokens_map.json", words)
+    _write_json(target / "special_tokens_map.json", special)
     source = [checkpoint.path / folder / name for name in ("vocab.json", "merges.txt")]
     if all(path.is_file() for path in source):
         for path in source:
             shutil.copyfile(path, target / path.name)
         return
-    _write_json(target / "vocab.json", ours["model"]["vocab"])
-    pairs = (" ".join(pair) for pair in ours["model"]["merges"])
-    lines = ["#version: 0.2", *pairs]  # transformers 4 takes the first line for a comment
+    _write_json(target / "vocab.json", converted["model"]["vocab"])
+    pairs = (" ".join(pair) for pair in converted["model"]["merges"])
+    lines = ["#version: 0.2", *pairs]  # transformers 4 skips the first line
     (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _unet(plan: ExportPlan) -> ComponentPlan:
+def _denoiser(plan: ExportPlan) -> ComponentPlan:
     return next(part for part in plan.components if part.name == "denoiser")
 
 

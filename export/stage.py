@@ -189,7 +189,7 @@ def _plan(checkpoint: Checkpoint, family: Family, layout: Layout) -> ExportPlan:
     plan = family.plan(checkpoint)
     optimum.check_layout(layout, family.name, plan)
     if optimum.is_exported(checkpoint):
-        return optimum.present(checkpoint, plan)
+        return optimum.available_plan(checkpoint, plan)
     return optimum.with_outputs(plan) if layout == "optimum" else plan
 
 

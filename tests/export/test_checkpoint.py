@@ -118,7 +118,7 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     start = time.monotonic()
     for name in ("nobody/nothing", "nobody/nothing@v1", "../nothing", "./nothing"):
-        refused(partial(open_checkpoint, name), f"no directory {name}", "hub")
+        refused(partial(open_checkpoint, name), f"{name} is not a directory", "hub")
     assert time.monotonic() - start < 10
 
 
@@ -259,7 +259,7 @@ def test_no_weights_at_all(checkpoint: Path) -> None:
 def test_weights_cut_short(checkpoint: Path, keep: int) -> None:
     file = checkpoint / UNET
     file.write_bytes(file.read_bytes()[:keep])
-    refused(load(checkpoint, "unet"), str(file), "damaged or cut short", "fetch it again")
+    refused(load(checkpoint, "unet"), str(file), "damaged or truncated", "fetch it again")
 
 
 HEADERS = [

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from latentforge.__main__ import main
 from latentforge.export.onnx import Dimensions
-from latentforge.export.optimum import spaced
+from latentforge.export.optimum import folder_of, spaced
 from latentforge.export.stage import ExportRequest, export
 from latentforge.runtime.compile.verify import verify
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ Paint = Callable[..., Mapping[str, NDArray[Any]]]
 
 HERE = Path(__file__).parents[1]
 COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
-FOLDERS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+FOLDERS = [folder_of(name) for name in COMPONENTS]
 CLASSES = {"sd": "ORTStableDiffusion", "sdxl": "ORTStableDiffusionXL"}
 REQUEST = {"steps": 4, "seed": 5, "guidance_scale": 6.0}
 
@@ -167,9 +167,9 @@ def test_dimensions_have_blanks_for_io_binding() -> None:
 
 
 def test_no_pipeline_of_optimum_knows_a_flexible_unet(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no pipeline of optimum's knows the UNet of deci"):
+    with pytest.raises(SettingsError, match="no optimum pipeline supports the UNet of deci"):
         export(str(tiny("decidiffusion-1")), tmp_path / "target", ExportRequest(layout="optimum"))
-    with pytest.raises(SettingsError, match="no layout 'flat'; there are plain, optimum"):
+    with pytest.raises(SettingsError, match="no layout 'flat'; available: plain, optimum"):
         export(str(tiny("sd")), tmp_path / "target", ExportRequest(layout="flat"))  # type: ignore[arg-type]
     assert not (tmp_path / "target").exists()
 
@@ -255,7 +255,7 @@ def test_whole_timesteps_of_older_exports(
     edit(directory / "unet" / "model.onnx", whole_timesteps)
     manifest = export(str(directory), tmp_path / "taken")
     assert manifest.components["denoiser"].inputs["timestep"].dtype == "int64"
-    assert any("whole timesteps" in message for message in caplog.messages)
+    assert any("integer timesteps" in message for message in caplog.messages)
     before, after = (painted(path) for path in (arranged, tmp_path / "taken"))
     assert psnr(before.latents, after.latents) > 100  # PNDM's timesteps are whole
 
@@ -359,20 +359,20 @@ def future(model: onnx.ModelProto) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no graph": (lambda d: (d / "vae_decoder/model.onnx").unlink(), "no file .*vae_decoder"),
-    "cut short": (cut, "unet/model.onnx is no ONNX file"),
-    "absolute": (elsewhere("/etc/hostname"), "weights of '/etc/hostname'"),
-    "above": (elsewhere("../text_encoder/model.onnx"), "is no file of its folder"),
-    "in memory": (elsewhere("*/_ORT_MEM_ADDR_/*"), "is no file of its folder"),
-    "unnamed": (elsewhere(""), "weights of ''"),
+    "cut short": (cut, "unet/model.onnx is not an ONNX file"),
+    "absolute": (elsewhere("/etc/hostname"), "weights in '/etc/hostname'"),
+    "above": (elsewhere("../text_encoder/model.onnx"), "is not a file of its folder"),
+    "in memory": (elsewhere("*/_ORT_MEM_ADDR_/*"), "is not a file of its folder"),
+    "unnamed": (elsewhere(""), "weights in ''"),
     "no weights": (elsewhere("nowhere"), "no file .*nowhere"),
     "link": (link, "is a link out of"),
     "channels": (
         config,
-        r"float32\[\?, 4, 16, 16\], and by .* float32\[batch, 9, 16, 16",
+        r"float32\[\?, 4, 16, 16\], but by .* float32\[batch, 9, 16, 16",
     ),
     "unknown input": (
         graph("unet", rename("input", 0)),
-        "nothing is known to give it as 'other'",
+        "unexpected input 'other': .* sample, timestep, encoder_hidden_states",
     ),
     "no output": (graph("text_encoder", rename("output", 0)), "no output 'last_hidden_state'"),
     "rank": (graph("vae_decoder", narrow), r"latent_sample is float32\[\?, 4, 16\]"),
