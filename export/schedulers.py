@@ -1,4 +1,4 @@
-"""A checkpoint's scheduler_config.json, in our terms."""
+"""Conversion of a checkpoint's scheduler_config.json to the runtime's schedule and sampler."""
 
 import logging
 import reprlib
@@ -63,23 +63,25 @@ _OPTIONS = {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}
 
 
 def corrected(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler_config.json as StableDiffusionPipeline reads it.
+    """Return a scheduler_config.json with the corrections that StableDiffusionPipeline makes.
 
-    Some files are older than two options that latent diffusion needs at one value; diffusers
-    sets them when the pipeline is made, and says so.
+    Some files predate two options that latent diffusion needs at fixed values; diffusers sets them
+    in the pipeline's constructor, with a deprecation warning.
     """
     return {**config, "steps_offset": 1, "clip_sample": False}
 
 
 def schedule_of(config: Mapping[str, Any]) -> Schedule:
-    """The noise schedule that a scheduler_config.json describes.
+    """Return the noise schedule that a scheduler_config.json describes.
 
     Raises:
-        CheckpointError: it is not a schedule of latent diffusion that we know.
+        CheckpointError: the schedule is malformed or not supported.
     """
     betas = config.get("trained_betas")
     if config.get("thresholding"):
-        raise CheckpointError("the scheduler's thresholding is for pixels, and we denoise latents")
+        raise CheckpointError(
+            "scheduler_config.json: thresholding is for models of pixels, not of latents"
+        )
     fields = {
         "train_steps": config.get("num_train_timesteps", 1000),
         "beta_kind": "explicit" if betas else config.get("beta_schedule", "linear"),
@@ -98,10 +100,10 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
 
 
 def prediction_of(config: Mapping[str, Any]) -> Prediction:
-    """What the UNet was trained to predict.
+    """Return the prediction type that the denoiser was trained for.
 
     Raises:
-        CheckpointError: something that our denoiser does not know.
+        CheckpointError: the prediction type is not supported.
     """
     match config.get("prediction_type", "epsilon"):
         case "epsilon":
@@ -116,13 +118,15 @@ def prediction_of(config: Mapping[str, Any]) -> Prediction:
 
 
 def default_sampler(config: Mapping[str, Any]) -> str:
-    """Our sampler for the scheduler that a checkpoint comes with."""
-    wanted = {key: config.get(key, default) for key, default in _OPTIONS.items()}
+    """Return the sampler that corresponds to the checkpoint's scheduler; dpmpp_2m if none does."""
+    options = {key: config.get(key, default) for key, default in _OPTIONS.items()}
     for name, reference in SCHEDULERS.items():
-        ours = {key: reference.options.get(key, default) for key, default in _OPTIONS.items()}
+        row_options = {
+            key: reference.options.get(key, default) for key, default in _OPTIONS.items()
+        }
         if reference.scheduler != config.get("_class_name") or reference.timesteps:
             continue
-        if reference.scheduler != DPM_SCHEDULER or ours == wanted:
+        if reference.scheduler != DPM_SCHEDULER or row_options == options:
             return name
-    _log.warning("no sampler follows %s; taking dpmpp_2m", config.get("_class_name"))
+    _log.warning("no sampler corresponds to %s: using dpmpp_2m", config.get("_class_name"))
     return "dpmpp_2m"

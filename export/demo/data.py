@@ -1,7 +1,7 @@
-"""The training pictures: Noto emoji, each composited on every background colour, with captions.
+"""Training images of the demo: Noto emoji on every background color, with captions.
 
-Source: the npm package ``emoji-datasource-google`` 16.0.0, unpacked. Its ``emoji.json`` names the
-files of ``img/google/64``, 64x64 RGBA pictures of Google's Noto Emoji.
+Source: the unpacked npm package ``emoji-datasource-google`` 16.0.0. Its ``emoji.json`` names the
+files of ``img/google/64``, 64x64 RGBA images of Google's Noto Emoji.
 """
 
 import json
@@ -16,32 +16,32 @@ from latentforge.export.demo import COLORS, NAMES
 
 __all__ = ["SIZE", "caption", "captions", "catalogue", "composite", "pictures"]
 
-#: Width and height of a picture.
 SIZE = 64
+"""Width and height of an image, in pixels."""
 
 _CATEGORIES = ("Animals & Nature", "Food & Drink")
 
 
 def catalogue(package: Path) -> dict[str, Path]:
-    """Map the name of each animal, plant, food and drink of ``package`` to its picture."""
+    """Return the image file of each animal, plant, food and drink of ``package``, by name."""
     entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for entry in entries:
         if entry["category"] in _CATEGORIES and entry["has_img_google"]:
             name = (entry["name"] or entry["short_name"].replace("_", " ")).lower()
-            found.setdefault(name, package / "img" / "google" / "64" / entry["image"])
-    return found
+            files.setdefault(name, package / "img" / "google" / "64" / entry["image"])
+    return files
 
 
 def composite(emoji: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """Lay an RGBA picture on a plain background."""
+    """Composite an RGBA image on a plain background."""
     background = Image.new("RGBA", emoji.size, (*color, 255))
     background.alpha_composite(emoji)
     return background.convert("RGB")
 
 
 def pictures(package: Path, names: Iterable[str] = NAMES) -> npt.NDArray[np.uint8]:
-    """Return every picture on every colour: (names, colours, SIZE, SIZE, 3), 8-bit RGB."""
+    """Return all images as 8-bit RGB, (names, colors, SIZE, SIZE, 3)."""
     files = catalogue(package)
     rows = []
     for name in names:
@@ -52,7 +52,7 @@ def pictures(package: Path, names: Iterable[str] = NAMES) -> npt.NDArray[np.uint
 
 
 def captions(name: str, color: str) -> list[str]:
-    """Return all captions of one picture; without a colour named, the background is white."""
+    """Return all captions of an image; those without a color mean a white background."""
     article = "an" if name[0] in "aeiou" else "a"
     named = [name, f"{article} {name}", f"an emoji of {name}"]
     full = [f"{text} on a {color} background" for text in named]
@@ -60,7 +60,10 @@ def captions(name: str, color: str) -> list[str]:
 
 
 def caption(name: str, color: str, chance: float) -> str:
-    """Pick a caption by ``chance`` in [0, 1); a tenth are empty, as guidance needs them."""
+    """Pick a caption by a random number ``chance`` in [0, 1).
+
+    A tenth of the captions are empty: classifier-free guidance needs an unconditional model.
+    """
     if chance < 0.1:
         return ""
     forms = captions(name, color)

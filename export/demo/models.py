@@ -1,10 +1,9 @@
-"""The networks of the demo checkpoint and how they become a diffusers directory.
+"""Networks of the demo checkpoint, and their export to a diffusers directory.
 
-Everything a Stable Diffusion has, small: a CLIP text encoder with a byte-pair tokenizer of its
-own, a UNet which sees the text by cross-attention, an autoencoder with 4 latent channels. As in
-DeciDiffusion 1.0, the largest resolution has no attention and the schedule ends in pure noise
-(v-prediction, zero terminal SNR, trailing timesteps), so that the first step already has to
-answer the prompt.
+A small Stable Diffusion: a CLIP text encoder with its own byte-pair tokenizer, a UNet with
+cross-attention to the text, and an autoencoder with 4 latent channels. As in DeciDiffusion 1.0, the
+largest resolution has no attention and the schedule ends in pure noise (v-prediction, zero terminal
+SNR, trailing timesteps), so the first step already depends on the prompt.
 """
 
 import copy
@@ -24,8 +23,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 __all__ = ["TOKENS", "Denoiser", "autoencoder", "export", "scheduler", "tokenizer"]
 
-#: Longest prompt, with its start and end.
 TOKENS = 24
+"""Length of a prompt in tokens, with start and end."""
 
 _WIDTH = 160
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -34,7 +33,7 @@ _TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, **
 
 
 def autoencoder() -> AutoencoderKL:
-    """Return an autoencoder of (3, 64, 64) pictures in [-1, 1] and (4, 16, 16) latents."""
+    """Return an autoencoder of (3, 64, 64) images in -1..1 and (4, 16, 16) latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -47,7 +46,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def scheduler() -> DDIMScheduler:
-    """Return the noise schedule, for training and for sampling."""
+    """Return the noise schedule of training and sampling."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
@@ -90,10 +89,10 @@ def _unet() -> UNet2DConditionModel:
 
 
 class Denoiser(nn.Module):
-    """The UNet together with the text encoder, which are trained as one."""
+    """UNet and text encoder, which are trained together."""
 
     def __init__(self, vocabulary: CLIPTokenizer) -> None:
-        """Start both from random weights; ``vocabulary`` gives the number of tokens."""
+        """Initialize both with random weights, for the token ids of ``vocabulary``."""
         super().__init__()
         self.text_encoder = _text_encoder(vocabulary)
         self.unet = _unet()
@@ -106,7 +105,7 @@ class Denoiser(nn.Module):
 
 
 def _pieces(texts: Iterable[str]) -> list[str]:
-    """Learn the merges of a byte-pair encoding in which every word of ``texts`` ends up whole."""
+    """Train a byte-pair encoding that merges every word of ``texts``, and return its merges."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
@@ -129,9 +128,10 @@ def _pieces(texts: Iterable[str]) -> list[str]:
 
 
 def tokenizer(directory: Path, texts: Iterable[str]) -> CLIPTokenizer:
-    """Learn a tokenizer from ``texts`` into ``directory``, in CLIP's files, or load it from there.
+    """Return the tokenizer in ``directory``, after training it on ``texts`` if there is none.
 
-    The vocabulary is laid out as CLIP's: bytes, bytes ending a word, merges, start and end.
+    The files and the order of the vocabulary are CLIP's: bytes, bytes at the end of a word, merges,
+    start and end.
     """
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     if not merges.exists():
@@ -155,8 +155,12 @@ def _write_json(path: Path, content: object) -> None:
 def export(directory: Path, vae: AutoencoderKL, denoiser: Denoiser, vocabulary: Path) -> None:
     """Write a ``StableDiffusionPipeline`` directory with float16 safetensors.
 
-    ``vocabulary`` is the tokenizer's directory. Its files are copied as they are: saved by
-    transformers they would become one tokenizer.json, which older checkpoints do not have.
+    Args:
+        directory: the directory to write.
+        vae: the autoencoder.
+        denoiser: UNet and text encoder.
+        vocabulary: directory of the tokenizer. Its files are copied, since transformers would save
+            a single tokenizer.json, which older checkpoints do not have.
     """
     parts: dict[str, Any] = {"vae": vae, "unet": denoiser.unet}
     parts["text_encoder"] = denoiser.text_encoder

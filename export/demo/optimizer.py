@@ -1,9 +1,9 @@
-"""Muon for the matrices of a network and Adam for everything else, in one optimizer.
+"""Optimizer with Muon for the weight matrices of a network and Adam for all other weights.
 
 Muon (Keller Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/) replaces the
-momentum of a weight matrix by the nearest orthogonal matrix, found by a Newton-Schulz iteration.
-Its updates are scaled to Adam's usual size (Liu and others, arXiv:2502.16982), so that both kinds
-of weight share one scale of learning rates.
+momentum of a weight matrix by the nearest orthogonal matrix, computed by a Newton-Schulz iteration.
+Its updates are scaled to the size of Adam's (Liu and others, arXiv:2502.16982), so that learning
+rates of both are comparable.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,9 +18,10 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of ``matrices`` (count, rows, columns) near 1, keeping directions.
+    """Return ``matrices`` (count, rows, columns) with all singular values near 1.
 
-    All factors are polynomials of the Gram matrix, so the iteration stays in its small space.
+    The singular vectors are kept. All factors are polynomials of the Gram matrix, so the iteration
+    runs on matrices of the smaller side.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT, steps).mT
@@ -38,10 +39,16 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def groups(model: nn.Module, matrices: float, others: float, tokens: float) -> list[dict[str, Any]]:
-    """Split the weights of ``model`` by kind, with a peak learning rate for each.
+    """Return parameter groups of ``model`` by kind of weight.
 
-    The first and last convolutions have too few channels to gain from Muon. Token embeddings
-    are seen rarely, one row at a time, and need larger steps.
+    The first and last convolutions have too few channels to gain from Muon. A row of the token
+    embeddings gets gradients rarely and needs larger steps.
+
+    Args:
+        model: the model to train.
+        matrices: peak learning rate of weight matrices.
+        others: peak learning rate of all other weights.
+        tokens: peak learning rate of token embeddings.
     """
     kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "others": [], "tokens": []}
     for name, weight in model.named_parameters():
@@ -60,10 +67,10 @@ def groups(model: nn.Module, matrices: float, others: float, tokens: float) -> l
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on groups marked ``orthogonal``, Adam on the others."""
+    """Optimizer: Muon for groups marked ``orthogonal``, Adam for the others."""
 
     def __init__(self, parameters: Iterable[dict[str, Any]], decay: float = 0.02) -> None:
-        """Take the ``groups`` of a model; ``decay`` is the weight decay of the matrices."""
+        """Initialize from groups(); ``decay`` is the weight decay of the matrices."""
         super().__init__(parameters, {"lr": 0.0, "decay": decay})
 
     def schedule(self, factor: float) -> None:
@@ -73,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update every weight which has a gradient."""
+        """Update every weight that has a gradient."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if group["orthogonal"]:
@@ -83,18 +90,18 @@ class Muon(torch.optim.Optimizer):
                     self._adam(weight, self.state[weight], group["lr"])
 
     def _muon(self, weights: list[Tensor], rate: float, decay: float) -> None:
-        # Matrices of one shape are worked on together: far fewer and larger operations.
+        # Matrices of one shape are batched: far fewer and larger operations.
         shapes: dict[torch.Size, list[Tensor]] = {}
         for weight in weights:
             shapes.setdefault(weight.flatten(1).shape, []).append(weight)
-        for shape, alike in shapes.items():
-            updates = orthogonalize(torch.stack([self._momentum(weight) for weight in alike]))
-            for weight, update in zip(alike, updates, strict=True):
+        for shape, batch in shapes.items():
+            updates = orthogonalize(torch.stack([self._momentum(weight) for weight in batch]))
+            for weight, update in zip(batch, updates, strict=True):
                 weight.mul_(1 - rate * decay)
                 weight.add_(update.reshape(weight.shape), alpha=-rate * 0.2 * max(shape) ** 0.5)
 
     def _momentum(self, weight: Tensor) -> Tensor:
-        """Move the momentum of ``weight`` and look one step ahead (Nesterov): a matrix."""
+        """Update the momentum of ``weight``, and return Nesterov's update as a matrix."""
         gradient, state = weight.grad, self.state[weight]
         assert gradient is not None
         if "momentum" not in state:

@@ -1,7 +1,7 @@
-"""Score drawn pictures against the training pictures: is the colour right, is it the thing named?
+"""Accuracy of generated images of the demo: background color and named subject.
 
-``score`` judges images from anywhere; the command draws them with diffusers first. Nothing here
-needs torch until something is drawn.
+``score`` takes images from any source; the command generates them with diffusers first. torch is
+needed for that only.
 """
 
 import argparse
@@ -21,15 +21,21 @@ from latentforge.export.demo.data import SIZE, pictures
 __all__ = ["COLOR_TARGET", "NAME_TARGET", "Scores", "border", "draw", "main", "parse", "score"]
 __all__ += ["sheet"]
 
-#: Shares which the embedded checkpoint has to reach.
 COLOR_TARGET, NAME_TARGET = 0.97, 0.80
+"""Accuracies that the published checkpoint has to reach."""
 
 _BATCH = 25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How many of ``count`` pictures have the named colour, and show the named thing."""
+    """Accuracies of generated images.
+
+    Attributes:
+        count: number of images.
+        colors: number of images with the named background color.
+        names: number of images with the named subject.
+    """
 
     count: int
     colors: int
@@ -37,49 +43,53 @@ class Scores:
 
     @property
     def color(self) -> float:
-        """Share of pictures whose border has the named colour."""
+        """Share of images whose border has the named color."""
         return self.colors / self.count
 
     @property
     def name(self) -> float:
-        """Share of pictures whose nearest training picture on that colour is the named one."""
+        """Share of images whose nearest training image on that color is of the named subject."""
         return self.names / self.count
 
     @property
     def met(self) -> bool:
-        """Whether both targets are reached."""
+        """True if both targets are reached."""
         return self.color >= COLOR_TARGET and self.name >= NAME_TARGET
 
     def __str__(self) -> str:
-        """Give both figures with their targets."""
+        """Format both accuracies with their targets."""
         return (
-            f"colour right: {self.colors} of {self.count} = {self.color:.1%} "
+            f"color correct: {self.colors} of {self.count} = {self.color:.1%} "
             f"(target {COLOR_TARGET:.0%})\n"
-            f"name right: {self.names} of {self.count} = {self.name:.1%} "
+            f"name correct: {self.names} of {self.count} = {self.name:.1%} "
             f"(target {NAME_TARGET:.0%})"
         )
 
 
 def parse(prompt: str) -> tuple[int, int]:
-    """Return the numbers of name and colour in a prompt "NAME on a COLOR background"."""
+    """Return the indices of name and color in a prompt "NAME on a COLOR background".
+
+    Raises:
+        ValueError: the prompt has another form.
+    """
     match = re.fullmatch(r"(.+) on a (\w+) background", prompt)
     if match is None or match[1] not in NAMES or match[2] not in COLORS:
-        raise ValueError(f"not a prompt of the demo, NAME on a COLOR background: {prompt!r}")
+        raise ValueError(f"expected a prompt NAME on a COLOR background, not {prompt!r}")
     return NAMES.index(match[1]), list(COLORS).index(match[2])
 
 
 def _pixels(image: Image.Image) -> npt.NDArray[np.float32]:
-    """Return (SIZE, SIZE, 3) in 0..255."""
+    """Return an image as (SIZE, SIZE, 3) in 0..255."""
     small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32)
 
 
 def border(image: Image.Image) -> int:
-    """Return the number of the colour nearest to the median of the outermost two pixels."""
+    """Return the index of the color that is nearest to the median of the two outer pixel rows."""
     pixels = _pixels(image)
     outside = np.ones((SIZE, SIZE), dtype=bool)
     outside[2:-2, 2:-2] = False
-    # The median ignores the few things which reach the border.
+    # The median ignores subjects that touch the border.
     median = np.median(pixels[outside], axis=0)
     colors = np.array(list(COLORS.values()), dtype=np.float32)
     return int(np.square(colors - median).sum(axis=1).argmin())
@@ -88,10 +98,15 @@ def border(image: Image.Image) -> int:
 def score(
     images: Sequence[Image.Image], prompts: Sequence[str], pictures: npt.NDArray[np.uint8]
 ) -> Scores:
-    """Judge ``images`` drawn for ``prompts`` against ``pictures`` as ``data.pictures`` gives them.
+    """Score images against their prompts.
 
-    A name is right if, among all training pictures on the named colour, the named one is nearest
-    by pixel distance (L2 over RGB).
+    A name is correct if, among all training images on the named color, the image of the named
+    subject is nearest by pixel distance (L2 over RGB).
+
+    Args:
+        images: the generated images.
+        prompts: the prompt of each image.
+        pictures: training images of data.pictures().
     """
     colors = names = 0
     for image, prompt in zip(images, prompts, strict=True):
@@ -105,7 +120,7 @@ def score(
 def draw(
     checkpoint: Path, texts: Sequence[str], seed: int, steps: int = 20, guidance: float = GUIDANCE
 ) -> list[Image.Image]:
-    """Draw one picture a text with diffusers, in float32 on the CPU."""
+    """Generate one image per text with diffusers, in float32 on the CPU."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -114,9 +129,9 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     images: list[Image.Image] = []
     for start in range(0, len(texts), _BATCH):
-        some = list(texts[start : start + _BATCH])
+        batch = list(texts[start : start + _BATCH])
         images += pipeline(
-            some, num_inference_steps=steps, guidance_scale=guidance, generator=generator
+            batch, num_inference_steps=steps, guidance_scale=guidance, generator=generator
         ).images
     return images
 
@@ -127,7 +142,7 @@ def sheet(
     pictures: npt.NDArray[np.uint8],
     columns: int = 16,
 ) -> Image.Image:
-    """Lay out ``images``, each under the training picture its prompt names."""
+    """Arrange images in a grid, each below the training image that its prompt names."""
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (SIZE + 2), rows * (2 * SIZE + 6)), (90, 90, 90))
     for place, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
@@ -140,31 +155,31 @@ def sheet(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m latentforge.export.demo.score",
-        description="Draw random prompts with a checkpoint and count how many pictures have the "
-        "named background and, nearest among the training pictures, the named thing.",
+        description="Generate images of random prompts, and count those with the named background "
+        "color and those whose nearest training image is of the named subject.",
         epilog="Exit status: 0 if both targets are met, 3 if not.",
     )
     add = parser.add_argument
     add("package", type=Path, metavar="PACKAGE", help="unpacked emoji-datasource-google 16.0.0")
     add("--checkpoint", type=Path, default=CHECKPOINT, metavar="DIR",
-        help="a diffusers directory (default: the embedded checkpoint)")  # fmt: skip
-    add("--prompts", type=int, default=200, help="how many to draw (default: 200)")
-    add("--seed", type=int, default=0, help="picks prompts and noise (default: 0)")
+        help="a diffusers directory (default: the checkpoint of latentforge-demo)")  # fmt: skip
+    add("--prompts", type=int, default=200, help="number of prompts (default: 200)")
+    add("--seed", type=int, default=0, help="seed of prompts and noise (default: 0)")
     add("--steps", type=int, default=20, help="DDIM steps (default: 20)")
     add("--guidance", type=float, default=GUIDANCE, help=f"guidance scale (default: {GUIDANCE})")
-    add("--sheet", type=Path, metavar="PNG", help="save the pictures, each under its original")
+    add("--sheet", type=Path, metavar="PNG", help="save the images, each below its training image")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if both targets are met, 3 if not."""
     options = _parser().parse_args(arguments)
-    originals, texts = pictures(options.package), prompts(options.prompts, options.seed)
+    training, texts = pictures(options.package), prompts(options.prompts, options.seed)
     images = draw(options.checkpoint, texts, options.seed, options.steps, options.guidance)
-    scores = score(images, texts, originals)
+    scores = score(images, texts, training)
     print(scores)
     if options.sheet:
-        sheet(images, texts, originals).save(options.sheet)
+        sheet(images, texts, training).save(options.sheet)
     return 0 if scores.met else 3
 
 

@@ -1,9 +1,9 @@
-"""Train the demo checkpoint on a CPU, in three stages which can each be stopped and continued.
+"""Training of the demo checkpoint on a CPU, in three stages that can be stopped and resumed.
 
-``autoencoder`` learns to encode and decode pictures, ``denoiser`` (UNet and text encoder) learns
-to draw their latents from captions, ``decoder`` polishes the decoder alone for latents as they are
-drawn. The state directory holds one state file a stage (weights, their
-average, optimizer, step, random state) and ``checkpoint/``, the diffusers directory.
+``autoencoder`` trains the VAE on the images, ``denoiser`` trains UNet and text encoder on latents
+and captions, and ``decoder`` fine-tunes the VAE's decoder on generated latents. The state directory
+holds one state file per stage (weights, their average, optimizer, step, random state) and
+``checkpoint/``, the diffusers directory.
 """
 
 import argparse
@@ -32,15 +32,27 @@ from latentforge.export.demo.optimizer import Muon, groups
 
 __all__ = ["STAGES", "TrainingRun", "TrainSettings", "main", "train"]
 
-#: The stages in order, each with its share of the time when all are run.
 STAGES = {"autoencoder": 0.2, "denoiser": 0.65, "decoder": 0.15}
+"""Stages in order, with their shares of the time of a complete run."""
 
 _COLORS = list(COLORS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What the command line sets."""
+    """Options of the command line.
+
+    Attributes:
+        package: unpacked npm package with the images.
+        state: state directory.
+        stage: the stage to run; all of them if None.
+        minutes: time of the run.
+        batch: latents per step of the denoiser.
+        rate: peak learning rate.
+        cooldown: share of the time at the end over which the learning rate falls to zero.
+        start: diffusers directory with the initial autoencoder.
+        threads: number of CPU threads.
+    """
 
     package: Path
     state: Path
@@ -54,10 +66,10 @@ class TrainSettings:
 
 
 class TrainingRun:
-    """A model in training: its running average, its optimizer, its state file."""
+    """Model in training, with the average of its weights, its optimizer and its state file."""
 
     def __init__(self, model: nn.Module, rate: float, file: Path) -> None:
-        """Train ``model`` on, from where ``file`` stopped if it exists."""
+        """Prepare the training of ``model``, resuming from ``file`` if it exists."""
         self.model, self.file, self.step = model, file, 0
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = Muon(groups(model, rate, 1e-3, 3e-3))
@@ -70,14 +82,14 @@ class TrainingRun:
         self.average.load_state_dict(state["average"])
         rates = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        # The command line's rate rules, not the one of the stopped run.
+        # The command line's rate replaces that of the stopped run.
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["peak"] = rate
         self.step = state["step"]
         torch.set_rng_state(state["random"])
 
     def save(self) -> None:
-        """Write the state file in one move, so that a crash leaves the old one whole."""
+        """Write the state file atomically, so that a crash leaves the old one intact."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -85,12 +97,12 @@ class TrainingRun:
             "step": self.step,
             "random": torch.get_rng_state(),
         }
-        draft = self.file.with_suffix(".new")
-        torch.save(state, draft)
-        os.replace(draft, self.file)
+        partial = self.file.with_suffix(".new")
+        torch.save(state, partial)
+        os.replace(partial, self.file)
 
     def advance(self, loss: Tensor, factor: float) -> float:
-        """Take one step against ``loss`` with the learning rates at ``factor`` of their peaks."""
+        """Take one optimizer step, with learning rates of ``factor`` times their peaks."""
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -113,27 +125,37 @@ def train(
     cooldown: float,
     title: str,
 ) -> bool:
-    """Minimize ``objective`` (given the share of time gone) for ``minutes``; False if interrupted.
+    """Minimize an objective for a fixed time.
 
-    The learning rate climbs over 100 steps and falls to zero in the last ``cooldown`` of the time.
+    The learning rate rises over 100 steps and falls to zero in the last ``cooldown`` of the time.
+
+    Args:
+        run: the model in training.
+        objective: returns the loss of a random batch, for the elapsed share of the time.
+        minutes: duration.
+        cooldown: share of the time.
+        title: shown with the progress.
+
+    Returns:
+        False if interrupted.
     """
-    begun, saved, mean, total = time.monotonic(), 0.0, 0.0, minutes * 60
+    started, saved, mean, total = time.monotonic(), 0.0, 0.0, minutes * 60
     bar = tqdm(total=round(total), unit="s", desc=title, disable=not sys.stderr.isatty())
     first = run.step
     try:
-        while (gone := time.monotonic() - begun) < total:
-            factor = min(1.0, (run.step - first + 1) / 100, (1 - gone / total) / cooldown)
-            loss = run.advance(objective(gone / total), factor)
+        while (elapsed := time.monotonic() - started) < total:
+            factor = min(1.0, (run.step - first + 1) / 100, (1 - elapsed / total) / cooldown)
+            loss = run.advance(objective(elapsed / total), factor)
             mean = loss if run.step == first + 1 else mean + 0.01 * (loss - mean)
             bar.set_postfix(step=run.step, loss=f"{mean:.4f}", refresh=False)
-            bar.update(round(gone) - bar.n)
+            bar.update(round(elapsed) - bar.n)
             if bar.disable and run.step % 50 == 0:
-                print(f"{title}: {gone:.0f} s, step {run.step}, loss {mean:.4f}", flush=True)
-            if gone - saved > 180:
+                print(f"{title}: {elapsed:.0f} s, step {run.step}, loss {mean:.4f}", flush=True)
+            if elapsed - saved > 180:
                 run.save()
-                saved = gone
+                saved = elapsed
     except KeyboardInterrupt:
-        print(f"{title}: stopped at step {run.step}; the same command goes on from here.")
+        print(f"{title}: stopped at step {run.step}; the same command resumes it.")
         return False
     finally:
         bar.close()
@@ -141,15 +163,15 @@ def train(
     return True
 
 
-class Workshop:
-    """The pictures, the networks and the stages which train them."""
+class Trainer:
+    """Images and networks of the demo, with one method per training stage."""
 
     def __init__(self, settings: TrainSettings) -> None:
-        """Read the pictures; make or load the tokenizer and the autoencoder."""
+        """Read the images; create or load the tokenizer and the autoencoder."""
         self.settings = settings
         settings.state.mkdir(parents=True, exist_ok=True)
-        self.drawn = settings.state / "drawn.pt"
-        # (names, colours, 3, SIZE, SIZE), 8-bit.
+        self.generated = settings.state / "drawn.pt"
+        # (names, colors, 3, SIZE, SIZE), 8-bit.
         self.pictures = torch.from_numpy(pictures(settings.package)).permute(0, 1, 4, 2, 3)
         texts = [text for name in NAMES for color in _COLORS for text in captions(name, color)]
         self.vocabulary = models.tokenizer(settings.state / "tokenizer", texts)
@@ -164,8 +186,8 @@ class Workshop:
     def _run(self, stage: str, model: nn.Module, rate: float) -> TrainingRun:
         return TrainingRun(model, rate, self.settings.state / f"{stage}.pt")
 
-    def _some(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draw the numbers of ``count`` names and colours."""
+    def _random_indices(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draw ``count`` random indices of names and of colors."""
         return torch.randint(len(NAMES), (count,)), torch.randint(len(_COLORS), (count,))
 
     def _floats(self, bytes_: Tensor) -> Tensor:
@@ -173,11 +195,11 @@ class Workshop:
         return floats.contiguous(memory_format=torch.channels_last)
 
     def autoencoder(self, minutes: float) -> bool:
-        """Train the whole autoencoder on random quarters of the pictures."""
+        """Train the autoencoder on random quarters of the images; return False if interrupted."""
         run = self._run("autoencoder", self.vae, self.settings.rate)
 
         def objective(_: float) -> Tensor:
-            names, colors = self._some(32)
+            names, colors = self._random_indices(32)
             top, left = torch.randint(0, 33, (2,)).tolist()
             crops = self.pictures[names, colors, :, top : top + 32, left : left + 32]
             real = self._floats(crops)
@@ -189,22 +211,25 @@ class Workshop:
         return train(run, objective, minutes, self.settings.cooldown, "autoencoder")
 
     def decoder(self, minutes: float) -> bool:
-        """Polish the decoder on latents between the encoded and the drawn ones of each picture.
+        """Fine-tune the decoder on mixes of encoded and generated latents of each image.
 
-        So it learns to sharpen what the denoiser leaves vague. The encoder stays as it is, or the
-        denoiser would no longer fit it.
+        It learns to sharpen blurred latents of the denoiser. The encoder is frozen, since the
+        denoiser was trained on its latents.
+
+        Returns:
+            False if interrupted.
         """
         scale = self.vae.config["scaling_factor"]
-        clean, drawn = self.latents / scale, self._drawn() / scale
+        clean, generated = self.latents / scale, self._generated_latents() / scale
         spread = 0.1 * clean.std((0, 1, 3, 4)).reshape(1, -1, 1, 1)
         self.vae.encoder.requires_grad_(False)
         self.vae.quant_conv.requires_grad_(False)
         run = self._run("decoder", self.vae, self.settings.rate / 2)
 
         def objective(_: float) -> Tensor:
-            names, colors = self._some(16)
-            vague, noise = torch.rand(2, 16, 1, 1, 1)
-            latents = clean[names, colors].lerp(drawn[names, colors], vague)
+            names, colors = self._random_indices(16)
+            share, noise = torch.rand(2, 16, 1, 1, 1)
+            latents = clean[names, colors].lerp(generated[names, colors], share)
             latents += noise * spread * torch.randn_like(latents)
             latents = latents.contiguous(memory_format=torch.channels_last)
             real = self._floats(self.pictures[names, colors])
@@ -213,31 +238,31 @@ class Workshop:
         return train(run, objective, minutes, self.settings.cooldown, "decoder")
 
     @torch.no_grad()
-    def _drawn(self) -> Tensor:
-        """Draw the latents of every picture, or load them: (names, colours, 4, 16, 16)."""
-        if not self.drawn.exists():
+    def _generated_latents(self) -> Tensor:
+        """Generate or load latents for every image: (names, colors, 4, 16, 16)."""
+        if not self.generated.exists():
             denoiser = self._denoiser().eval()
             state = torch.load(self.settings.state / "denoiser.pt", weights_only=True)
             denoiser.load_state_dict(state["average"])
             empty = _encode(self.vocabulary, "")
             rows = []
-            for name in tqdm(NAMES, desc="drawing", disable=not sys.stderr.isatty()):
+            for name in tqdm(NAMES, desc="generating", disable=not sys.stderr.isatty()):
                 texts = [f"{name} on a {color} background" for color in _COLORS]
                 tokens = [_encode(self.vocabulary, text) for text in texts]
-                rows.append(_draw(denoiser, torch.stack(tokens + [empty] * len(tokens))))
-            torch.save(torch.stack(rows), self.drawn)
-        drawn: Tensor = torch.load(self.drawn, weights_only=True)
-        return drawn
+                rows.append(_generate(denoiser, torch.stack(tokens + [empty] * len(tokens))))
+            torch.save(torch.stack(rows), self.generated)
+        latents: Tensor = torch.load(self.generated, weights_only=True)
+        return latents
 
     def denoiser(self, minutes: float) -> bool:
-        """Train UNet and text encoder to predict v."""
-        self.drawn.unlink(missing_ok=True)
+        """Train UNet and text encoder on v-prediction; return False if interrupted."""
+        self.generated.unlink(missing_ok=True)
         run = self._run("denoiser", self._denoiser(), self.settings.rate)
         latents, signal_shares = self.latents, models.scheduler().alphas_cumprod
-        deck = _Deck(len(NAMES) * len(_COLORS))
+        order = _ShuffledIndices(len(NAMES) * len(_COLORS))
 
         def objective(progress: float) -> Tensor:
-            chosen = deck.deal(self.settings.batch)
+            chosen = order.take(self.settings.batch)
             names, colors = chosen // len(_COLORS), chosen % len(_COLORS)
             tokens = torch.stack([self._tokens(n, c) for n, c in zip(names, colors, strict=True)])
             times = _times(len(names), progress)
@@ -261,7 +286,7 @@ class Workshop:
         return _encode(self.vocabulary, text)
 
     def load(self) -> None:
-        """Give the autoencoder its averaged weights from the stages done so far."""
+        """Load the averaged weights of the autoencoder, and encode the images."""
         for stage in ("autoencoder", "decoder"):
             file = self.settings.state / f"{stage}.pt"
             if file.exists():
@@ -269,7 +294,7 @@ class Workshop:
         self.vae.eval().requires_grad_(True)
         with torch.no_grad():
             rows = [self.vae.encode(self._floats(row)).latent_dist.mean for row in self.pictures]
-        # (names, colours, 4, 16, 16), scaled as the UNet sees them, encoded once for a stage.
+        # (names, colors, 4, 16, 16), scaled as for the UNet, encoded once per stage.
         self.latents = torch.stack(rows)
         self.vae.register_to_config(scaling_factor=float(1 / self.latents.std()))
         self.latents *= self.vae.config["scaling_factor"]
@@ -288,21 +313,26 @@ class Workshop:
         )
 
 
-class _Deck:
-    """Numbers below ``size`` in random order, each once before any comes again."""
+class _ShuffledIndices:
+    """Indices below ``size`` in random order, in epochs without repetition."""
 
     def __init__(self, size: int) -> None:
         self.size, self.rest = size, torch.empty(0, dtype=torch.long)
 
-    def deal(self, count: int) -> Tensor:
+    def take(self, count: int) -> Tensor:
         while len(self.rest) < count:
             self.rest = torch.cat([self.rest, torch.randperm(self.size)])
-        dealt, self.rest = self.rest[:count], self.rest[count:]
-        return dealt
+        indices, self.rest = self.rest[:count], self.rest[count:]
+        return indices
 
 
-def _draw(denoiser: models.Denoiser, tokens: Tensor) -> Tensor:
-    """Draw latents (batch, 4, 16, 16) in 8 guided steps; ``tokens`` has texts, then empty ones."""
+def _generate(denoiser: models.Denoiser, tokens: Tensor) -> Tensor:
+    """Generate latents (batch, 4, 16, 16) in 8 steps with classifier-free guidance.
+
+    Args:
+        denoiser: UNet and text encoder.
+        tokens: token ids of the texts, followed by as many of the empty text.
+    """
     scheduler = models.scheduler()
     scheduler.set_timesteps(8)
     latents = torch.randn(len(tokens) // 2, 4, 16, 16)
@@ -314,10 +344,14 @@ def _draw(denoiser: models.Denoiser, tokens: Tensor) -> Tensor:
 
 
 def _times(count: int, progress: float) -> Tensor:
-    """Draw times spread evenly over [0, 1000), with a share of them moved to the noisy half.
+    """Draw stratified timesteps in [0, 1000), with extra weight on the noisier half.
 
-    There the picture has to come from the text alone: outlines are learned there, so the share
-    is large early on. A few are 999 exactly, where every drawing begins.
+    At high noise levels the prediction depends on the text alone, and outlines are learned there,
+    so the extra weight is large at first. One in 16 is 999 exactly, where sampling starts.
+
+    Args:
+        count: number of timesteps.
+        progress: elapsed share of the training.
     """
     spread = (torch.randperm(count) + torch.rand(count)) / count
     share = 0.5 - 0.4 * progress
@@ -328,9 +362,9 @@ def _times(count: int, progress: float) -> Tensor:
     return times
 
 
-def _difference(made: Tensor, real: Tensor) -> Tensor:
-    """Compare pictures by value and by edges; edges keep the result from blurring."""
-    error = made - real
+def _difference(decoded: Tensor, real: Tensor) -> Tensor:
+    """Return the loss between images: of values, and of edges, which prevents blurring."""
+    error = decoded - real
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + error.square().mean() + edges
 
@@ -349,17 +383,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _work(settings: TrainSettings) -> bool:
-    """Run the stages asked for, exporting after each; False if interrupted."""
-    workshop = Workshop(settings)
+    """Run the selected stages, exporting after each; return False if interrupted."""
+    trainer = Trainer(settings)
     if settings.stage == "export":
-        workshop.export()
+        trainer.export()
     for stage, share in STAGES.items():
         if settings.stage not in (None, stage):
             continue
-        workshop.load()
+        trainer.load()
         minutes = settings.minutes * (1.0 if settings.stage else share)
-        finished: bool = getattr(workshop, stage)(minutes)
-        workshop.export()
+        finished: bool = getattr(trainer, stage)(minutes)
+        trainer.export()
         if not finished:
             return False
     return True
@@ -368,29 +402,29 @@ def _work(settings: TrainSettings) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m latentforge.export.demo.train", description=__doc__.split("\n\n")[0],
-        epilog="Get the pictures: npm pack emoji-datasource-google@16.0.0, then unpack it; PACKAGE "
-        "is the folder 'package'. Stop with Ctrl-C whenever you like: nothing is lost.",
+        epilog="To get the images: npm pack emoji-datasource-google@16.0.0, and unpack it; PACKAGE "
+        "is the folder 'package'. Ctrl-C stops without losing anything.",
     )  # fmt: skip
     add = parser.add_argument
     add("package", type=Path, metavar="PACKAGE", help="unpacked emoji-datasource-google 16.0.0")
-    add("state", type=Path, metavar="STATE_DIR", help="holds the training; made if missing, "
-        "continued if not; the result is STATE_DIR/checkpoint")  # fmt: skip
+    add("state", type=Path, metavar="STATE_DIR", help="state of the training, created or "
+        "resumed; the result is STATE_DIR/checkpoint")  # fmt: skip
     add("--stage", choices=[*STAGES, "export"], help="run one stage only (default: all, in this "
-        "order); export writes the checkpoint alone, even beside a training")  # fmt: skip
-    add("--minutes", type=float, default=120.0, help="time to spend (default: 120); two hours on "
-        "two slow cores give recognisable pictures")  # fmt: skip
-    add("--batch", type=int, default=48, help="latents a step of the denoiser (default: 48)")
+        "order); export writes the checkpoint only, even during a training")  # fmt: skip
+    add("--minutes", type=float, default=120.0, help="duration (default: 120); two hours on two "
+        "slow cores give recognizable images")  # fmt: skip
+    add("--batch", type=int, default=48, help="latents per step of the denoiser (default: 48)")
     add("--rate", type=float, default=5e-3, help="peak learning rate (default: 0.005)")
     add("--cooldown", type=float, default=0.3, help="share of the time at the end over which the "
-        "learning rate falls to zero (default: 0.3); pictures sharpen most there")  # fmt: skip
-    add("--start", type=Path, metavar="DIR", help="begin with the autoencoder of this diffusers "
-        "directory in place of random weights")  # fmt: skip
+        "learning rate falls to zero (default: 0.3); images sharpen most there")  # fmt: skip
+    add("--start", type=Path, metavar="DIR", help="start with the autoencoder of this diffusers "
+        "directory instead of random weights")  # fmt: skip
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when the time is up, 130 when interrupted."""
+    """Run the command line; return 0 when the time is up, 130 when interrupted."""
     settings = TrainSettings(**vars(_parser().parse_args(arguments)))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)

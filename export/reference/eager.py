@@ -1,7 +1,7 @@
-"""The diffusers pipeline itself, on the same settings: the reference for all we claim.
+"""Reference images from diffusers' own pipelines, for the same settings.
 
-``python -m latentforge.export.reference.eager [compile] JOB`` serves it to a benchmark, as it is or by
-torch.compile: see measure/bench/worker.py.
+``python -m latentforge.export.reference.eager [compile] JOB`` runs it as a benchmark participant, in
+eager mode or with torch.compile: see measure/bench/worker.py.
 """
 
 import functools
@@ -32,7 +32,10 @@ __all__ = ["EagerPipeline"]
 
 
 class EagerPipeline:
-    """A family's diffusers pipelines in float32 on the CPU, with our settings and timings."""
+    """diffusers pipelines of a checkpoint's family, in float32 on the CPU.
+
+    They take the runtime's settings and return its results and timings.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         family = family_of(checkpoint)
@@ -56,7 +59,13 @@ class EagerPipeline:
         image: Image.Image | torch.Tensor | None = None,
         mask: Image.Image | torch.Tensor | None = None,
     ) -> Result:
-        """Make the pictures of one request; same seed, same noise, same steps as ours."""
+        """Run one request, with the noise and the timesteps that the runtime uses for it.
+
+        Args:
+            settings: of the request.
+            image: start image, or latents (batch, channels, h, w), for image to image.
+            mask: area to repaint, for inpainting.
+        """
         if image is None and self._inpainting_channels:
             size = settings.height, settings.width
             image, mask = torch.full((1, 3, *size), 0.5), torch.ones((1, 1, *size))
@@ -74,7 +83,7 @@ class EagerPipeline:
         )
 
     def compile(self) -> None:
-        """Let torch.compile make kernels of every module, on its first run at each size."""
+        """Compile every module with torch.compile, on its first run at each size."""
         for module in (self._parts[part] for part in (*self._texts, "unet")):
             module.compile()
         vae = self._parts["vae"]
@@ -82,34 +91,35 @@ class EagerPipeline:
 
     @property
     def bytes(self) -> int:
-        """What the weights take."""
+        """Size of the weights in memory."""
         modules = (self._parts[part] for part in (*self._texts, "unet", "vae"))
         return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
     def _pipeline(self, settings: Settings, image: Any, mask: Any) -> Any:
-        """The pipeline for the task at hand, given what its signature asks for."""
+        """Return the pipeline for a task, with the modules that its signature names."""
         kinds = self._reference
         name = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
         kind = getattr(diffusers, name)
         parts = {**self._parts, "scheduler": self._scheduler(settings.sampler)}
-        given: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for key, parameter in inspect.signature(kind.__init__).parameters.items():
             if key in parts:
-                given[key] = parts[key]
+                arguments[key] = parts[key]
             elif isinstance(self._index.get(key), bool):
-                given[key] = self._index[key]
+                arguments[key] = self._index[key]
             elif key != "self" and parameter.default is parameter.empty:
-                given[key] = None  # a safety checker, the refiner's first text encoder
-        given |= {"requires_safety_checker": False} if "safety_checker" in given else {}
-        pipe: Any = kind(**given)
+                arguments[key] = None  # a safety checker, the refiner's first text encoder
+        if "safety_checker" in arguments:
+            arguments["requires_safety_checker"] = False
+        pipe: Any = kind(**arguments)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def _scheduler(self, sampler: str) -> Any:
-        """The diffusers scheduler of our sampler's name.
+        """Return the diffusers scheduler that corresponds to a sampler.
 
-        It is told to start at its first step. Left alone it looks the step up by its timestep,
-        and misses it where Karras levels of a cosine schedule have the same one twice.
+        Its begin index is set to 0. By default it looks up the first step by its timestep, which is
+        ambiguous where Karras levels of a cosine schedule contain a timestep twice.
         """
         row = SCHEDULERS[sampler]
         scheduler = getattr(diffusers, row.scheduler).from_config(self._config, **row.options)
@@ -124,8 +134,8 @@ class EagerPipeline:
         return scheduler
 
     def _arguments(self, settings: Settings, pipe: Any, image: Any, mask: Any) -> Mapping[str, Any]:
-        """Our settings under diffusers' names, as far as the pipeline knows them."""
-        given = {
+        """Return the settings under diffusers' names, as far as the pipeline accepts them."""
+        arguments = {
             "prompt": list(settings.prompts),
             "negative_prompt": list(settings.negative_prompts) or None,
             "num_images_per_prompt": settings.images_per_prompt,
@@ -148,9 +158,9 @@ class EagerPipeline:
             "negative_aesthetic_score": settings.negative_aesthetic_score,
         }
         if timesteps := SCHEDULERS[settings.sampler].timesteps:
-            given["timesteps"] = timesteps(schedule_of(self._config), settings.steps)
-        known = inspect.signature(pipe.__call__).parameters
-        return {name: value for name, value in given.items() if name in known}
+            arguments["timesteps"] = timesteps(schedule_of(self._config), settings.steps)
+        accepted = inspect.signature(pipe.__call__).parameters
+        return {name: value for name, value in arguments.items() if name in accepted}
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
         vae = self._parts["vae"]
@@ -159,7 +169,7 @@ class EagerPipeline:
 
     @contextmanager
     def _timed(self, watch: Stopwatch) -> Iterator[None]:
-        """Time the text encoders and the UNet while in the block."""
+        """Context manager that times the text encoders and the UNet."""
         stages = {**dict.fromkeys(self._texts, "text_encoder"), "unet": "denoiser"}
         with ExitStack() as stack:
             for part, stage in stages.items():
@@ -170,7 +180,7 @@ class EagerPipeline:
 
     @staticmethod
     def versions() -> dict[str, str]:
-        """The libraries that made the pictures."""
+        """Return the versions of the libraries that make the images."""
         return {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
 
 
