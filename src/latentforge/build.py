@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentforge.accuracies import demo_accuracies
-from latentforge.export import demo
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
@@ -259,7 +258,9 @@ def with_demo_metrics(
     """
     prompts = request.prompts
     if checkpoint == _DEMO and not prompts:
-        prompts = tuple(demo.prompts(_DEMO_PROMPTS, seed=0))
+        from latentforge.export.demo import prompts as demo_prompts  # an optional package
+
+        prompts = tuple(demo_prompts(_DEMO_PROMPTS, seed=0))
     accuracies = demo_accuracies(checkpoint, prompts, training_images)
     for name in (setting.partition("=")[0] for setting in request.gate):
         if name in _ACCURACIES and name not in accuracies:

@@ -118,6 +118,21 @@ def test_demo_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         open_checkpoint("demo")
 
 
+def test_all_but_the_demo_runs_without_its_package() -> None:
+    modules = ("build", "evaluate", "benchmark", "export.stage", "export.reference.eager")
+    imports = ", ".join(f"latentforge.{module}" for module in modules)
+    blocked = f"import sys; sys.modules['latentforge_demo'] = None; import {imports}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], check=True)
+    command = "from latentforge.__main__ import main; sys.exit(main(['demo', 'never']))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{blocked}; {command}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "pip install latentforge-demo" in done.stderr and done.stderr.count("\n") == 1
+    assert not Path("never").exists()
+
+
 def test_the_demo_package_needs_only_the_standard_library() -> None:
     spec = importlib.util.find_spec("latentforge_demo")
     assert spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""latentforge demo: everything, on the embedded checkpoint."""
+"""Command ``latentforge demo``: all stages on the demo checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ __all__ = ["add"]
 
 
 def add(commands: Any) -> None:
+    """Add the command to the subparsers of the main parser."""
     parser = arguments.command(
         commands,
         "demo",
         _demo,
-        "Do it all on the embedded checkpoint, and leave a page to open",
-        "Builds engines, makes a contact sheet by diffusers and by the engines, and times both.",
+        "Run all stages on the demo checkpoint, and write a report to open in a browser",
+        "Builds engines, makes a contact sheet with diffusers and with the engines, and times "
+        "both. Needs pip install 'latentforge[cpu,demo,export]'.",
     )
     parser.add_argument(
         "directory",
@@ -31,13 +33,7 @@ def add(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     output.quiet_libraries()
-    from latentforge.build import BuildRequest, build
-    from latentforge.demo import showcase
-    from latentforge.optimize.stage.request import OptimizeRequest
+    from latentforge.demo import run_demo
 
-    def make(engines: Path) -> None:
-        optimization = OptimizeRequest(overwrite=engines.exists(), quiet=False, repeats=0)
-        build("demo", engines, BuildRequest(optimization=optimization))
-
-    page = showcase(options.directory, make, quiet=False)
+    page = run_demo(options.directory, quiet=False)
     print(f"\nopen {page.resolve()}")
