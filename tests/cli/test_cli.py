@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latentforge.__main__ import main
+
 COMMANDS = ("build", "export", "optimize", "run", "bench", "report", "compare", "inspect", "verify")
 COMMANDS += ("demo", "eval")
 
@@ -48,6 +50,29 @@ def test_every_command_has_help(command: str, tmp_path: Path) -> None:
 
 def test_run_help_lists_the_samplers(tmp_path: Path) -> None:
     assert "dpmpp_2m_karras" in latentforge("run", "--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "engines", "a cat", "-o", "a.png", "--exact"], "--exact; did you mean --unaccel"),
+        (["run", "engines", "a cat", "-o", "a.png", "--step=3"], None),  # an abbreviation
+        (["run", "engines", "a cat", "-o", "a.png", "--stpes=3"], "did you mean --steps?"),
+        (["build", "demo", "out", "--presicion", "int8"], "did you mean --precision?"),
+        (["build", "demo", "out", "--exact"], "--exact; see latentforge build --help"),
+        (["build", "demo", "out", "another"], "arguments: another; see latentforge build --help"),
+    ],
+)
+def test_unknown_options_are_refused_with_the_nearest(
+    arguments: list[str], message: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if message is None:
+        assert main(arguments) == 2 and "no manifest" not in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_no_command_is_bad_usage(tmp_path: Path) -> None:
@@ -148,7 +173,7 @@ def test_optimize_help_lists_the_recipes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--precision", "int8", "--recipe", "mine.toml"], ["--precision", "give one"]),
+        (["--precision", "int8", "--recipe", "mine.toml"], ["--precision", "give only one"]),
         (["--layout", "optimum", "--precision", "int8"], ["--layout optimum"]),
         (["--recipe", "int9"], ["int9", "did you mean 'int8'"]),
     ],
@@ -165,7 +190,7 @@ def test_optimize_and_gate(tiny_engines: Path, tmp_path: Path) -> None:
     options = ["--recipe", "fp16", "--steps", "2", "--repeats", "1", "--gate", "images=1"]
     result = latentforge("optimize", tiny_engines, "out", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "class A: the same pictures" in result.stdout and "UNet step" in result.stdout
+    assert "class A: the same pictures" in result.stdout and "denoiser step" in result.stdout
     assert "denoiser/hoist-prompt: " in latentforge("inspect", "out", cwd=tmp_path).stdout
     strict = [*options, "--gate", "psnr=199"]
     failed = latentforge("optimize", tiny_engines, "strict", *strict, cwd=tmp_path)

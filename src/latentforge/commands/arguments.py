@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,17 @@ __all__ = [
     "optimize_request",
     "request_of",
     "sizes_of",
+    "unrecognized",
     "wrapped",
 ]
 
 TARGETS = ("cpu", "openvino", "cuda", "tensorrt", "tensorrt-rtx")
 """Targets of optimize, repeated here so that help needs no graph library."""
+
+_RENAMED: Mapping[str, str] = {"exact": "unaccelerated"}
+"""Former names of options."""
+
+_SIMILARITY = 0.7  # of difflib, from which an option counts as a typing mistake
 
 _WIDTH = 79
 
@@ -47,8 +54,19 @@ def command(commands: Any, name: str, run: Any, summary: str, more: str = "") ->
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, parser=parser)
     return parser
+
+
+def unrecognized(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """Return the message about arguments that a command does not have, with the nearest option."""
+    message = f"unrecognized arguments: {' '.join(arguments)}"
+    names = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+    for argument in (text.partition("=")[0] for text in arguments if text.startswith("--")):
+        name = _RENAMED.get(argument.lstrip("-"), argument.lstrip("-"))
+        if nearest := get_close_matches(name, names, 1, _SIMILARITY):
+            return f"{message}; did you mean --{nearest[0]}?"
+    return f"{message}; see {parser.prog} --help"
 
 
 def wrapped(text: str) -> str:
