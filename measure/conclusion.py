@@ -18,8 +18,10 @@ __all__ = [
     "finding",
     "interval_text",
     "is_wide",
+    "runs_caveat",
     "summary_sentences",
     "too_few_runs",
+    "warning",
 ]
 
 MIN_LEVEL = 0.93
@@ -70,11 +72,30 @@ def interval_text(interval: ConfidenceInterval) -> str:
     return f"{ends[0]:.2f}–{ends[1]:.2f}, {level(interval.level or 0)}"
 
 
+def warning(interval: ConfidenceInterval) -> str:
+    """Return a short warning about a speedup; empty if its interval supports a conclusion."""
+    match finding(interval):
+        case "too few runs":
+            return "too few runs to conclude"
+        case "no difference":
+            return "no significant difference"
+    return "interval too wide to quantify" if is_wide(interval) else ""
+
+
 def too_few_runs(interval: ConfidenceInterval, runs: int) -> str:
     """Return why a number of runs supports no conclusion, and how many would."""
     counted = f"{runs} run{'s' * (runs != 1)}"
     interval_level = f"{level(interval.level)} interval, " if interval.level else ""
     return f"{counted}: {interval_level}too few to conclude, run {MIN_RUNS} or more"
+
+
+def runs_caveat(results: Results) -> str:
+    """Return that the speedups of a file are from too few runs; empty if none is."""
+    for entry in results.entries:
+        speedup = entry.ratio.get("total")
+        if entry.role != "reference" and speedup and finding(speedup) == "too few runs":
+            return too_few_runs(speedup, len(entry.runs))
+    return ""
 
 
 def summary_sentences(results: Results) -> list[str]:

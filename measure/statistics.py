@@ -1,5 +1,6 @@
 """Statistics of repeated runs: medians, paired speedups, and confidence intervals of a median."""
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -63,27 +64,30 @@ def median_interval(values: Sequence[float]) -> ConfidenceInterval:
     count, value = len(ordered), statistics.median(ordered)
     if count < 2:
         return ConfidenceInterval(value=value)
-    rank = _rank(count)
-    return ConfidenceInterval(
-        value=value, low=ordered[rank - 1], high=ordered[-rank], level=_level(count, rank)
-    )
+    rank, level = _rank_and_level(count)
+    return ConfidenceInterval(value=value, low=ordered[rank - 1], high=ordered[-rank], level=level)
 
 
 def interval_level(count: int) -> float:
     """Return the level of the interval that median_interval() gives for ``count`` values."""
-    return _level(count, _rank(count))
+    return _rank_and_level(count)[1]
 
 
-def _rank(count: int) -> int:
-    """Return the largest rank whose interval reaches CONFIDENCE; 1, the range, if none does."""
-    ranks = range(1, count // 2 + 1)
-    return max((rank for rank in ranks if _level(count, rank) >= CONFIDENCE), default=1)
+@functools.cache
+def _rank_and_level(count: int) -> tuple[int, float]:
+    """Return the largest rank whose interval reaches CONFIDENCE, and the interval's level.
 
-
-def _level(count: int, rank: int) -> float:
-    """Return the level of the interval between the ``rank``-th smallest and largest values."""
-    tail = sum(math.comb(count, hits) for hits in range(rank))
-    return 1 - 2 * tail / (1 << count)
+    Without such a rank it is 1, the range of the values.
+    """
+    total = 1 << count
+    outside = 2  # of 2**count equally likely sign patterns, those whose median is out of bounds
+    rank = 1
+    while rank < count // 2:
+        wider = outside + 2 * math.comb(count, rank)
+        if 1 - wider / total < CONFIDENCE:
+            break
+        rank, outside = rank + 1, wider
+    return rank, 1 - outside / total
 
 
 def _common_stages(runs: Sequence[TimedRun]) -> list[str]:

@@ -89,22 +89,22 @@ def noise(settings: Settings, latent: Latent) -> Array:
 
 def method(threads: int, repeats: int, *, together: bool) -> str:
     """Return how a benchmark of ``repeats`` runs measures, in sentences for its readers."""
-    runs = f"{repeats} timed run{'s' * (repeats != 1)}"
     if together:
-        start = f"All models stay loaded; one untimed run precedes the {runs}"
+        start = "All models stay loaded, and one untimed run precedes the timed ones"
     else:
-        start = f"Each of the {runs} has a freshly started process and follows one untimed run"
+        start = "Its process is restarted before each timed run, with one untimed run in between"
     if repeats == 1:
-        intervals = "A single run has no confidence interval."
+        intervals = "A single run has no confidence interval"
     else:
         intervals = (
-            f"Confidence intervals of medians come from order statistics; {runs} give a level of "
-            f"{level(interval_level(repeats))}."
+            "Confidence intervals of medians come from order statistics; their level with "
+            f"{repeats} runs is {level(interval_level(repeats))}"
         )
     return (
-        f"Each participant has its own process with {threads} threads, and their runs are "
-        f"interleaved. {start}. Times are medians; speedups are medians of the ratios of "
-        f"neighbouring runs. {intervals} Peak memory includes mapped files."
+        f"Each participant has its own process with {threads} threads, and its timed runs "
+        f"({repeats}) are interleaved with those of the others. {start}. Times are medians; "
+        f"speedups are medians of the ratios of neighbouring runs. {intervals}. Peak memory "
+        "includes mapped files."
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from latentforge.measure import formatting
-from latentforge.measure.conclusion import finding, interval_text, is_wide, too_few_runs
-from latentforge.measure.results import BenchResult, Results
+from latentforge.measure.conclusion import interval_text, runs_caveat, warning
+from latentforge.measure.results import BenchResult, ConfidenceInterval, Results
 
 __all__ = ["speedup_text", "summary"]
 
@@ -16,17 +16,11 @@ def summary(results: Results) -> str:
     return "\n".join(_lines(results))
 
 
-def speedup_text(entry: BenchResult) -> str:
-    """Return a participant's speedup with its interval and a warning where one is due."""
-    speedup = entry.ratio["total"]
-    interval = interval_text(speedup)
+def speedup_text(speedup: ConfidenceInterval) -> str:
+    """Return a speedup with its interval and a warning where one is due."""
+    interval, caution = interval_text(speedup), warning(speedup)
     text = f"{speedup.value:.2f}x" + (f" ({interval})" if interval else "")
-    match finding(speedup):
-        case "too few runs":
-            return f"{text}: {too_few_runs(speedup, len(entry.runs))}"
-        case "no difference":
-            return f"{text}: no significant difference"
-    return f"{text}: interval too wide to quantify" if is_wide(speedup) else text
+    return f"{text}: {caution}" if caution else text
 
 
 def _lines(results: Results) -> Iterator[str]:
@@ -35,6 +29,8 @@ def _lines(results: Results) -> Iterator[str]:
     same, different = "class A: same image", "class B: different image"
     yield from _table(same, [e for e in ran if e.speed_class != "B"], reference)
     yield from _table(different, [e for e in ran if e.speed_class == "B"], reference)
+    if caveat := runs_caveat(results):
+        yield f"speedups: {caveat}"
     for entry in results.entries:
         if entry.status != "ok":
             yield f"{entry.name}: {entry.status}: {entry.message}"
@@ -48,7 +44,7 @@ def _table(title: str, entries: Sequence[BenchResult], reference: str) -> Iterat
     for entry in entries:
         cells = "".join(f"{cell(entry):>12}" for cell in _COLUMNS.values())
         compared = entry.role != "reference" and "total" in entry.ratio
-        speedup = speedup_text(entry) if compared else ""
+        speedup = speedup_text(entry.ratio["total"]) if compared else ""
         yield f"{entry.name[: _NAME_WIDTH - 1]:<{_NAME_WIDTH}}{cells}  {speedup}".rstrip()
     yield ""
 

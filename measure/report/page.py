@@ -7,7 +7,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from latentforge.measure import formatting
-from latentforge.measure.conclusion import summary_sentences
+from latentforge.measure.conclusion import runs_caveat, summary_sentences
 from latentforge.measure.report.bars import STAGES, BarGroup, bars
 from latentforge.measure.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Chart, shortened
 from latentforge.measure.report.curves import curves, failed_points
@@ -49,6 +49,7 @@ class ReportSection:
     request: Mapping[str, str]
     summary: Sequence[str]
     tables: Sequence[Table]
+    caveat: str
     not_measured: Sequence[BenchResult]
     bar_groups: Sequence[BarGroup]
     curves: Sequence[Chart]
@@ -81,6 +82,7 @@ def _section(results: Results, metrics: Sequence[Metric]) -> ReportSection:
         request=_request(results),
         summary=summary_sentences(results),
         tables=participant_tables(results),
+        caveat=runs_caveat(results),
         not_measured=not_measured(results),
         bar_groups=bars(results),
         curves=curves(results),

@@ -5,15 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from latentforge.measure import formatting
-from latentforge.measure.conclusion import (
-    bounds,
-    finding,
-    interval_text,
-    is_wide,
-    too_few_runs,
-)
+from latentforge.measure.conclusion import interval_text, warning
 from latentforge.measure.formatting import is_number
-from latentforge.measure.results import BenchResult, ConfidenceInterval, Metric, Results
+from latentforge.measure.results import BenchResult, Metric, Results
 
 __all__ = [
     "Cell",
@@ -170,17 +164,8 @@ def _speedup(entry: BenchResult) -> Cell | None:
     return Cell(
         text=formatting.speedup(speedup.value),
         detail=interval_text(speedup),
-        warning=_warning(speedup, len(entry.runs)),
+        warning=warning(speedup),
     )
-
-
-def _warning(speedup: ConfidenceInterval, runs: int) -> str:
-    match finding(speedup):
-        case "too few runs":
-            return too_few_runs(speedup, runs)
-        case "no difference":
-            return "no significant difference"
-    return "interval too wide to quantify" if bounds(speedup) and is_wide(speedup) else ""
 
 
 def _stages(*names: str) -> Callable[[BenchResult], Cell | None]:

@@ -1,4 +1,4 @@
-"""The file of a measurement: what is written is read again, and nothing else is."""
+"""Result files: a round trip is exact, and anything else is refused."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ import msgspec
 import pytest
 from measured import BENCH, EVAL
 
-from latentforge.measure.results import Metric, Results
+from latentforge.measure.results import FORMAT, ConfidenceInterval, Metric, Results
 from latentforge.runtime.errors import ResultsError, TargetError
 
 
 @pytest.mark.parametrize("results", [BENCH, EVAL], ids=["bench", "eval"])
-def test_what_is_written_is_read_again(results: Results, tmp_path: Path) -> None:
+def test_round_trip(results: Results, tmp_path: Path) -> None:
     results.write(tmp_path / "results.json")
     again = Results.read(tmp_path / "results.json")
     assert again == results
@@ -22,8 +22,14 @@ def test_what_is_written_is_read_again(results: Results, tmp_path: Path) -> None
 
 def test_the_file_is_plain_json_with_its_format(tmp_path: Path) -> None:
     data = json.loads(BENCH.encode())
-    assert data["format"] == 1
-    assert data["entries"][1]["ratio"]["total"]["value"] == BENCH.entries[1].ratio["total"].value
+    assert data["format"] == FORMAT == 2
+    ratio = BENCH.entries[1].ratio["total"]
+    assert data["entries"][1]["ratio"]["total"] == {
+        "value": ratio.value, "low": ratio.low, "high": ratio.high, "level": 0.9375,
+    }  # fmt: skip
+
+
+METRIC = {"name": "fid", "subject": "x", "value": 1.0, "images": 2, "better": "lower"}
 
 
 def refused(path: Path, *words: str) -> None:
@@ -34,22 +40,24 @@ def refused(path: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
-def test_another_version_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 3, "two", None])
+def test_another_format_is_refused_with_the_remedy(number: object, tmp_path: Path) -> None:
     path = tmp_path / "old.json"
-    path.write_text(json.dumps({**json.loads(BENCH.encode()), "format": 2}))
-    refused(path, "format 2", "measure again")
+    path.write_text(json.dumps({**json.loads(BENCH.encode()), "format": number}))
+    words = ["old.json", f"format {number!r}", "reads format 2", "measure again with latentforge"]
+    refused(path, *words)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nonsense", "[1, 2]", "3", '"format"', "{}", '{"format": 1}', "\x00\x01"]
+    "text", ["", "nonsense", "[1, 2]", "3", '"format"', "{}", '{"format": 2}', "\x00\x01"]
 )
-def test_what_is_no_results_is_refused(text: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text(text)
-    refused(tmp_path / "no.json", "no.json", "bench or eval wrote")
+    refused(tmp_path / "no.json", "no.json", "name a --json file of bench or eval")
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "no.json").write_bytes(b'{"format": 1, "machine": "\xff\xfe"}')
+def test_invalid_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.json").write_bytes(b'{"format": 2, "machine": "\xff\xfe"}')
     refused(tmp_path / "no.json", "no.json")
 
 
@@ -66,6 +74,12 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
         ("title", 3, "title"),
         ("entries", [{"name": "x"}], "role"),
         ("entries", [{"name": "x", "role": "boss"}], "boss"),
+        (
+            "entries",
+            [{"name": "x", "role": "peer", "ratio": {"total": {"value": 1, "low": 1}}}],
+            "level",
+        ),
+        ("metrics", [{**METRIC, "low": 0.5, "high": 1.5}], "level"),
         ("machine", "a string", "machine"),
         ("speed", 1, "speed"),
     ],
@@ -82,12 +96,12 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "huge.json").open("wb") as file:
-        file.truncate(300 << 20)  # of zeros, which take no room on the disk
-    refused(tmp_path / "huge.json", "larger than results are")
+        file.truncate(300 << 20)  # sparse: takes no disk space
+    refused(tmp_path / "huge.json", "larger than result files are")
 
 
-def test_no_number_is_never_read_as_one(tmp_path: Path) -> None:
-    """JSON has no NaN: where a number has to be, the file is refused, and not taken for zero."""
+def test_nan_is_not_read_as_a_number(tmp_path: Path) -> None:
+    """JSON has no NaN: a file that lacks a required number is refused, not read as zero."""
     metric = Metric(name="fid", subject="x", value=float("nan"), images=2, better="lower")
     msgspec.structs.replace(EVAL, metrics=(metric,)).write(tmp_path / "nan.json")
     refused(tmp_path / "nan.json", "metrics[0].value", "measure again")
@@ -97,6 +111,21 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TargetError):
         BENCH.write(tmp_path / "none" / "results.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"low": 0.9, "high": 1.1},
+        {"low": 0.9, "level": 0.95},
+        {"level": 0.95},
+        {"low": 0.9, "high": 1.1, "level": 0.0},
+        {"low": 0.9, "high": 1.1, "level": 95.0},
+    ],
+)
+def test_an_interval_needs_both_bounds_and_a_level(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="level"):
+        ConfidenceInterval(value=1.0, **fields)
 
 
 def test_the_reference_is_found_by_its_role() -> None:
