@@ -1,11 +1,11 @@
-"""What fewer keys and values gain in a step of the UNet, and what they change, by image size.
+"""Speedup and error of a denoiser step with fewer keys and values, by image size.
 
     python benchmarks/reduced_attention_speed.py ENGINES --sides 512 768 1024
 
-The engines are those of a UNet that was optimized for ONNX Runtime. A run of a few steps gives what
-the UNet is asked halfway; that is answered by its own graph and by reduced ones in turns, for one
-row. The first reduced graph has fewer keys and values on the finest grid with self-attention alone,
-the next one on the two finest, and so on.
+The engines have to be optimized for ONNX Runtime. The inputs of the denoiser are recorded in the
+middle of a short run. The unchanged graph and graphs with reduced attention then run on one row of
+them, interleaved. The first reduced graph has fewer keys and values on the finest grid with
+self-attention, the next one on the two finest, and so on.
 """
 
 import argparse
@@ -35,18 +35,18 @@ _PROMPT = "a red apple on a blue background"
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow:
-    """One graph at one size.
+    """Measurement of one reduced graph at one image size.
 
     Attributes:
-        side: of the picture, in pixels.
-        least: tokens from which on keys and values were fewer.
-        seconds: of the exact step, the median.
-        speedup: of the reduced one, the median over pairs with its interval.
-        error: of its output, root mean square, relative to that of the exact one.
+        side: of the image, in pixels.
+        min_tokens: number of tokens from which keys and values are reduced.
+        seconds: of the unchanged step, the median.
+        speedup: of the reduced step, the median over pairs with its interval.
+        error: root mean square of the change of the output, relative to the unchanged output.
     """
 
     side: int
-    least: int
+    min_tokens: int
     seconds: float
     speedup: ConfidenceInterval
     error: float
@@ -54,13 +54,13 @@ class SpeedRow:
     def __str__(self) -> str:
         gain = self.speedup
         return (
-            f"| {self.side} | {self.least} | {self.seconds:.3f} | {gain.value:.3f} "
+            f"| {self.side} | {self.min_tokens} | {self.seconds:.3f} | {gain.value:.3f} "
             f"({gain.low:.3f} to {gain.high:.3f}) | {self.error:.4f} |"
         )
 
 
-class _Heard:
-    """A session that keeps what it is asked."""
+class _Recorder:
+    """Session that records its inputs."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -77,41 +77,43 @@ class _Heard:
         self._session.close()
 
 
-def measure(engines: Path, side: int, *, most: int, steps: int, repeats: int) -> Iterator[SpeedRow]:
-    """A row for each of the finest grids.
+def measure(
+    engines: Path, side: int, *, grids: int, steps: int, repeats: int
+) -> Iterator[SpeedRow]:
+    """Yield a row for each of the finest grids.
 
     Args:
         engines: their directory.
-        side: of the picture, in pixels.
-        most: of the grids.
-        steps: of the run, in the middle of which the UNet is asked.
+        side: of the image, in pixels.
+        grids: number of the finest grids to reduce, at most.
+        steps: of the run in the middle of which the inputs are recorded.
         repeats: pairs of runs of each graph.
     """
     manifest, part = load_denoiser(engines, REDUCED)
-    feeds = _asked(engines, side, steps)
-    exact = open_session(part.model)
-    for least in grid_tokens(part, manifest.components[DENOISER].sizes(feeds))[:most]:
+    feeds = _record(engines, side, steps)
+    unchanged = open_session(part.model)
+    for min_tokens in grid_tokens(part, manifest.components[DENOISER].sizes(feeds))[:grids]:
         model = part.model.clone()
-        reduce_attention(model, min_tokens=least)
-        pairs = list(_pairs(exact, open_session(model), feeds, repeats))
+        reduce_attention(model, min_tokens=min_tokens)
+        pairs = list(_pairs(unchanged, open_session(model), feeds, repeats))
         yield SpeedRow(
             side=side,
-            min_tokens=least,
+            min_tokens=min_tokens,
             seconds=float(np.median([pair[0] for pair in pairs])),
             speedup=median_interval([pair[0] / pair[1] for pair in pairs]),
             error=pairs[0][2],
         )
 
 
-def _asked(engines: Path, side: int, steps: int) -> Feeds:
-    """One row of what the UNet is given in the middle of a run."""
-    heard: list[_Heard] = []
+def _record(engines: Path, side: int, steps: int) -> Feeds:
+    """Return the denoiser's inputs in the middle of a run, one row."""
+    recorders: list[_Recorder] = []
 
     def wrap(name: str, session: Session) -> Session:
         if name != DENOISER:
             return session
-        heard.append(_Heard(session))
-        return heard[-1]
+        recorders.append(_Recorder(session))
+        return recorders[-1]
 
     with load(engines, hashes=False, low_memory=True, wrap_session=wrap) as pipeline:
         stream = pipeline.stream(
@@ -119,17 +121,17 @@ def _asked(engines: Path, side: int, steps: int) -> Feeds:
         )
         for _ in zip(range(steps // 2 + 1), stream, strict=False):
             pass
-    return heard[-1].feeds[-1]
+    return recorders[-1].feeds[-1]
 
 
 def _pairs(
-    exact: Any, reduced: Any, feeds: Feeds, repeats: int
+    unchanged: Any, reduced: Any, feeds: Feeds, repeats: int
 ) -> Iterator[tuple[float, float, float]]:
-    """Seconds of both and their difference, in turns, after one run that is not counted."""
-    for turn in range(repeats + 1):
-        (wanted, before), (found, after) = (_timed(each, feeds) for each in (exact, reduced))
-        if turn:
-            error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    """Yield the seconds of both and their relative difference, after one warm-up pair."""
+    for index in range(repeats + 1):
+        (expected, before), (output, after) = (_timed(each, feeds) for each in (unchanged, reduced))
+        if index:
+            error = float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
             yield before, after, error
 
 
@@ -140,21 +142,23 @@ def _timed(session: Any, feeds: Feeds) -> tuple[NDArray[np.float32], float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engines", type=Path, help="optimized, such as `latentforge build` writes")
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 768, 1024], help="in pixels")
-    parser.add_argument("--grids", type=int, default=2, help="how many of the finest to try")
-    parser.add_argument("--steps", type=int, default=2, help="of the run that is listened to")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")
+    parser.add_argument("engines", type=Path, help="optimized engines, such as build writes")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[512, 768, 1024], help="image sides in pixels"
+    )
+    parser.add_argument("--grids", type=int, default=2, help="finest grids to reduce, at most")
+    parser.add_argument("--steps", type=int, default=2, help="steps of the recorded run")
+    parser.add_argument("--repeats", type=int, default=6, help="pairs of runs")
     options = parser.parse_args(arguments)
-    print("| pixels | fewer keys from tokens | exact step, s | speedup | relative error |")
+    print("| pixels | reduced from tokens | unchanged step, s | speedup | relative error |")
     print("|---|---|---|---|---|")
     for side in options.sides:
         rows = measure(
             options.engines,
             side,
-            most=options.grids,
+            grids=options.grids,
             steps=options.steps,
             repeats=options.repeats,
         )

@@ -1,12 +1,13 @@
-"""How much nearer searched timesteps come to many steps, on prompts and seeds not searched on.
+"""Distance of searched timesteps to many steps, on prompts and seeds that the search did not use.
 
     latentforge build demo demo-engines
     python benchmarks/search_timesteps.py demo-engines --steps 8,10,12
 
-For each number of steps it prints the sampler and the timesteps that optimize/search/timesteps.py finds on
-a few prompts of the demo, and, on others and from other noise, the mean squared distance of final
-latents to 60 steps of DPM-Solver++(2M): theirs, that of each sampler's own spacing with how many
-times as far that is, and that of the engines' default schedule.
+For each number of steps this prints the sampler and the timesteps that
+optimize/search/timesteps.py finds with a few prompts of the demo. The distances are measured with
+other prompts and noise: the mean squared distance of final latents to 60 steps of
+DPM-Solver++(2M). They are those of the searched timesteps, of each sampler's own spacing, and of
+the engines' default schedule.
 """
 
 import argparse
@@ -23,13 +24,13 @@ from latentforge.runtime.pipeline import Pipeline
 
 __all__ = ["main"]
 
-_SURE, _MANY = "dpmpp_2m", 60
+_REFERENCE_SAMPLER, _REFERENCE_STEPS = "dpmpp_2m", 60
 
 Array = NDArray[np.float32]
 
 
 def _latents(pipeline: Pipeline, texts: Sequence[str], seed: int) -> Callable[..., Array]:
-    """The final ones of some prompts by any schedule."""
+    """Return a function from a schedule to the final latents of some prompts."""
 
     def latents(**schedule: object) -> Array:
         *_, last = pipeline.stream(texts, seed=seed, unaccelerated=True, **schedule)  # type: ignore[misc, arg-type]
@@ -39,37 +40,37 @@ def _latents(pipeline: Pipeline, texts: Sequence[str], seed: int) -> Callable[..
 
 
 def _distance(latents: Callable[..., Array]) -> tuple[Distance, float]:
-    """From many steps: that of any timesteps, and that of the default schedule."""
-    limit = latents(sampler=_SURE, steps=_MANY)
+    """Return the distance of timesteps to many steps, and that of the default schedule."""
+    reference = latents(sampler=_REFERENCE_SAMPLER, steps=_REFERENCE_STEPS)
 
     def distance(sampler: str, timesteps: tuple[float, ...]) -> float:
-        found = latents(sampler=sampler, timesteps=timesteps)
-        return float(np.square(found - limit).mean())
+        result = latents(sampler=sampler, timesteps=timesteps)
+        return float(np.square(result - reference).mean())
 
-    return distance, float(np.square(latents() - limit).mean())
+    return distance, float(np.square(latents() - reference).mean())
 
 
 def main() -> None:
-    """Search, and print."""
+    """Search, and print the distances."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("engines", type=Path, metavar="ENGINES")
-    parser.add_argument("--steps", default="8,10,12", metavar="N,...")
-    parser.add_argument("--moves", type=int, default=72, help="timesteps that are tried")
-    parser.add_argument("--images", type=int, default=4, help="that they are made for")
+    parser.add_argument("--steps", default="8,10,12", metavar="N,...", help="numbers of steps")
+    parser.add_argument("--moves", type=int, default=72, help="timesteps tried in each search")
+    parser.add_argument("--images", type=int, default=4, help="images of the search")
     options = parser.parse_args()
     with load(options.engines, hashes=False) as pipeline:
-        schedule, usual = pipeline.manifest.schedule, pipeline.manifest.defaults
-        made_for, _ = _distance(_latents(pipeline, prompts(options.images, 1), 11))
+        schedule, defaults = pipeline.manifest.schedule, pipeline.manifest.defaults
+        searched, _ = _distance(_latents(pipeline, prompts(options.images, 1), 11))
         held_out, default = _distance(_latents(pipeline, prompts(64, 2), 22))
-        print(f"{usual.sampler} of {usual.steps} steps, the default: {default:.6f}")
+        print(f"{defaults.sampler} of {defaults.steps} steps, the default: {default:.6f}")
         for steps in map(int, options.steps.split(",")):
-            found = search_timesteps(schedule, steps, made_for, moves=options.moves)
-            theirs = held_out(found.sampler, found.timesteps)
-            times = ", ".join(f"{timestep:g}" for timestep in found.timesteps)
-            print(f"{steps} steps: {found.sampler} at {times}: {theirs:.6f}")
-            for sampler in found.own:
+            result = search_timesteps(schedule, steps, searched, moves=options.moves)
+            distance = held_out(result.sampler, result.timesteps)
+            times = ", ".join(f"{timestep:g}" for timestep in result.timesteps)
+            print(f"{steps} steps: {result.sampler} at {times}: {distance:.6f}")
+            for sampler in result.own:
                 own = held_out(sampler, spacings(schedule, sampler, steps)["own"])
-                print(f"  {sampler} by its own spacing: {own:.6f}, {own / theirs:.1f} times as far")
+                print(f"  {sampler} by its own spacing: {own:.6f}, {own / distance:.1f} times that")
 
 
 if __name__ == "__main__":

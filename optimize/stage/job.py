@@ -13,7 +13,7 @@ from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize.nodes import check_float
 from latentforge.optimize.recipe import Recipe, read_recipe
 from latentforge.optimize.stage.request import OptimizeRequest
-from latentforge.optimize.targets import TARGETS, Target
+from latentforge.optimize.targets import Target
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.text import near_miss
@@ -45,7 +45,7 @@ class OptimizeJob:
     @property
     def target(self) -> Target:
         """Target that the result is for."""
-        return TARGETS[self.request.target]
+        return self.request.target_entry
 
     @property
     def prompt_sets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -127,8 +127,9 @@ def _recipes(request: OptimizeRequest) -> dict[str, Recipe]:
 
 
 def _check_target(request: OptimizeRequest, recipes: Mapping[str, Recipe]) -> None:
-    can_time = request.repeats and request.target_entry.runs_on_cpu
-    if len(recipes) > 1 and not can_time:
+    """Refuse an unknown target, and several recipes where they cannot be timed."""
+    runs_here = request.target_entry.runs_on_cpu
+    if len(recipes) > 1 and not (request.repeats and runs_here):
         raise SettingsError(
             f"recipe {request.recipe} chooses by measuring, which needs --repeats of 1 or more and "
             "a target that runs on this machine: name one recipe"

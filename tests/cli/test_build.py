@@ -87,7 +87,7 @@ def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(tmp_path / "rtx")
     assert [stage.name for stage in manifest.history] == ["export", "optimize", "compile"]
     unet = manifest.components["denoiser"]
-    assert unet.file == "engines/tensorrt-rtx/unet.engine" and unet.device["compute capability"]
+    assert unet.file == "engines/tensorrt-rtx/denoiser.engine" and unet.device["compute capability"]
     assert unet.inputs["sample"].shape[2] == 16 and len(unet.shapes) == 2
     assert "denoiser_prompt" in manifest.components
     files = {p.name for p in (tmp_path / "rtx").iterdir()}
@@ -104,7 +104,7 @@ def test_auto_without_a_candidate(tiny_engines: Path, tmp_path: Path) -> None:
 
 def check_that_damage_is_reported(directory: Path) -> None:
     """An engine cut short, one with two bytes swapped, and a whole one without a GPU."""
-    path = directory / "engines" / "tensorrt-rtx" / "unet.engine"
+    path = directory / "engines" / "tensorrt-rtx" / "denoiser.engine"
     content = path.read_bytes()
     place = next(i for i in range(5000, len(content)) if content[i] != content[i + 1])
     swapped = content[:place] + content[place : place + 2][::-1] + content[place + 2 :]

@@ -198,7 +198,7 @@ def test_the_most_sensitive_layers_stay_in_float(tiny_engines: Path, tmp_path: P
     for layer in layers:
         worth[layer["kept_float"]].append(layer["error"] / layer["bytes"])
     assert min(worth[True]) >= max(worth[False])
-    assert stage.passes["unet/int8-kept"] >= len(kept)
+    assert stage.passes["denoiser/int8-kept"] >= len(kept)
 
 
 @pytest.mark.parametrize(
