@@ -63,7 +63,7 @@ def _match(norm: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     if {len(value.shape or ()) for value in (left, right)} != {3} or any(
         dim(left, axis) != dim(right, axis) for axis in range(3)
     ):
-        raise Declined("the summands differ in shape: one is broadcast")
+        raise Declined("the summands are not known to have the same shape")
     if norm.attributes.get_int("axis", -1) not in (-1, 2):
         raise Declined("it is not over the last axis alone")
     channels = dim(residual.outputs[0], 2)

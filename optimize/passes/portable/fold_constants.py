@@ -168,5 +168,5 @@ def _target(node: ir.Node) -> list[int] | None:
     if 0 in [item for item in items if isinstance(item, int)]:
         raise Declined("its target has a size of 0")
     if target.count(-1) > 1:
-        raise Declined(f"its target {target} has several sizes that its input lacks")
+        raise Declined("several sizes of its target are not those of its input")
     return target
