@@ -1,5 +1,6 @@
 """Read and write the ONNX graph of one component of an engine directory."""
 
+import logging
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,6 +13,8 @@ __all__ = ["DENOISER", "load_graph", "save_graph"]
 
 DENOISER = "denoiser"
 """Name of the component that runs at every step: the one that is pruned, calibrated and split."""
+
+_log = logging.getLogger(__name__)
 
 _EXTERNAL = 256_000_000  # bytes of weights, as in exported engines; protobuf's limit is 2 GiB
 
@@ -46,6 +49,7 @@ def load_graph(name: str, component: Component, directory: Path) -> ir.Model:
                 f"{', '.join(names) or 'none'}: the file is not the one that was exported; "
                 "export it again"
             )
+    _log.debug("%s: %d nodes in %s", name, len(model.graph), path)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The shapes of a graph's values, in the dimensions that a manifest names."""
+"""Shapes of a graph's values, in terms of the free dimensions of its inputs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,47 +11,60 @@ from latentforge.runtime.tensor import TensorSpec
 __all__ = ["Shape", "Specs", "shapes", "specs_of"]
 
 Shape = tuple[int | str | None, ...]
-"""Sizes, dimensions as in a TensorSpec, and None for what is neither."""
+"""Sizes, free dimensions as in a TensorSpec, and None where a size is unknown."""
 
 Specs = Mapping[str, TensorSpec]
 
 _Sizes = Mapping[str, int]
 _Numbers = tuple[int | None, ...] | None
 
-# Sizes of the free dimensions in the two trials: primes, so that no product is taken for another,
-# times what divides by all that networks divide sides by.
+# Sizes of the free dimensions in the two trials: primes, so that no product equals another, times
+# a multiple of all factors by which networks downscale.
 _PRIMES = ((3, 31), (5, 37), (7, 41), (11, 43), (13, 47), (17, 53), (19, 59), (23, 61), (29, 67))
 _UNIT = 64
 
 
 def specs_of(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
-    """Inputs or outputs of a graph as a manifest describes them, by name."""
+    """Return the specs of a graph's inputs or outputs by name, as in a manifest.
+
+    Raises:
+        SettingsError: a value has no type or shape.
+    """
     specs = {}
     for value in values:
         if value.dtype is None or value.shape is None:
-            raise SettingsError(f"{value.name} of the graph has no shape: export it with one")
+            raise SettingsError(
+                f"the graph's input or output {value.name!r} has no type or no shape: export it with both"
+            )
         sizes = [s if isinstance(s, int) else str(s.value).replace(" ", "") for s in value.shape]
         specs[str(value.name)] = TensorSpec(value.dtype.numpy().name, tuple(sizes))
     return specs
 
 
 def shapes(model: ir.Model, inputs: Specs) -> dict[str, Shape]:
-    """The shape of each value whose rank is known, by its name.
+    """Return the shape of each value of known rank, by its name.
 
-    Exporters write dimensions in ways of their own, so shapes are inferred for two choices of
-    sizes: what is the same in both is a number, and what is a multiple or a fraction of one free
-    dimension in both is that.
+    Exporters name the dimensions of intermediate values inconsistently. So shapes are inferred for
+    two choices of input sizes: a size that is the same in both is a number, and one that is the
+    same multiple or fraction of one free dimension in both is that expression.
+
+    Args:
+        model: is not changed.
+        inputs: specs of the graph's inputs.
+
+    Raises:
+        SettingsError: there are more free dimensions than can be distinguished.
     """
     free = dict.fromkeys(size for spec in inputs.values() for size in spec.shape)
     names = [size for size in free if isinstance(size, str) and size.isidentifier()]
     if len(names) > len(_PRIMES):
         raise SettingsError(
-            f"the inputs have {len(names)} free dimensions, and {len(_PRIMES)} is the most that "
-            "can be told apart: export with some of them fixed"
+            f"the inputs have {len(names)} free dimensions, more than the {len(_PRIMES)} that can "
+            "be distinguished: export with some of them fixed"
         )
     trials = [
-        {name: _UNIT * pair[turn] for name, pair in zip(names, _PRIMES, strict=False)}
-        for turn in (0, 1)
+        {name: _UNIT * pair[trial] for name, pair in zip(names, _PRIMES, strict=False)}
+        for trial in (0, 1)
     ]
     first, second = (_inferred(model, inputs, sizes) for sizes in trials)
     merged = {name: _merged(shape, second[name], trials) for name, shape in first.items()}
@@ -59,8 +72,9 @@ def shapes(model: ir.Model, inputs: Specs) -> dict[str, Shape]:
 
 
 def _inferred(model: ir.Model, inputs: Specs, sizes: _Sizes) -> dict[str, _Numbers]:
-    """Shapes by value for one choice of sizes. What the graph says itself of its values helps
-    where an operator is not known.
+    """Return the shapes by value name for one choice of sizes.
+
+    The graph's own annotations help with operators that shape inference does not know.
     """
     copy = model.clone()
     for value in copy.graph.inputs:
@@ -92,7 +106,7 @@ def _merged(first: _Numbers, second: _Numbers, trials: Sequence[_Sizes]) -> Shap
 
 
 def _size(pair: tuple[int | None, int | None], trials: Sequence[_Sizes]) -> int | str | None:
-    """What is of these sizes in the two trials."""
+    """Return the dimension that has these sizes in the two trials, or None."""
     a, b = pair
     if not a or not b:
         return None
