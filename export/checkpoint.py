@@ -117,7 +117,7 @@ class Checkpoint:
         return count
 
     def sha256(self, folder: str) -> str:
-        """Return the sha256 of a component's weights, as sha256_of() combines those of its shards."""
+        """Return the sha256 of a component's weights, combined by sha256_of() for shards."""
         return sha256_of([hash_file(file) for file in self.weights(folder)[0]])
 
 

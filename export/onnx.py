@@ -205,7 +205,8 @@ def _tracing_inputs(
         for size, got in zip(spec.shape, arrays[name].shape, strict=True):
             if isinstance(size, int) and size != got:
                 raise ShapeError(
-                    f"{name}: the recorded input is {arrays[name].shape}, but the graph is fixed to {spec}"
+                    f"{name}: the recorded input is {arrays[name].shape}, but the graph is fixed "
+                    f"to {spec}"
                 )
     return arrays
 

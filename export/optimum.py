@@ -178,7 +178,7 @@ def source_hashes(manifest: Manifest) -> dict[str, str]:
 def _signature(
     path: Path, graph: onnx.GraphProto, plan: ComponentPlan
 ) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec], dict[str, int]]:
-    """Return the plan's inputs and outputs with the graph's dtypes and fixed sizes, and these sizes."""
+    """Return the plan's inputs and outputs with the graph's dtypes and sizes, and fixed sizes."""
     weights = {tensor.name for tensor in graph.initializer}  # old files list them as inputs too
     inputs = _tensors(path, [value for value in graph.input if value.name not in weights])
     outputs = _tensors(path, graph.output)
@@ -267,7 +267,8 @@ def _data_files(folder: Path, model: onnx.ModelProto) -> tuple[str, ...]:
         wild = not name.isprintable() or "*" in name or str(pure) in (_MODEL, _CONFIG)
         if not pure.name or pure.is_absolute() or ".." in pure.parts or wild:
             raise CheckpointError(
-                f"{folder / _MODEL} refers to weights in {name!r}, which is not a file of its folder"
+                f"{folder / _MODEL} refers to weights in {name!r}, which is not a file of its "
+                "folder"
             )
         _inside(folder, name)
     return tuple(sorted({str(PurePosixPath(name)) for name in names}))
@@ -389,7 +390,7 @@ def write_companions(
 
 
 def _config(checkpoint: Checkpoint, plan: ExportPlan, name: str) -> dict[str, Any]:
-    """Return the checkpoint's configuration, with keys that optimum guesses wrong or warns about."""
+    """Return the checkpoint's configuration, with keys that optimum would guess or warn about."""
     config = _portable(checkpoint.config("vae" if name in _VAE else name))
     if name in _VAE:
         return {"scaling_factor": plan.latent.scaling_factor, **config}

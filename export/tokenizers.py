@@ -100,6 +100,6 @@ def _check_encoder(checkpoint: Checkpoint, folder: str, tokenizer: Tokenizer, le
         size = config.get(key, minimum)
         if type(size) is not int or size < minimum:
             raise CheckpointError(
-                f"{checkpoint.name}: {folder} needs a {key} of at least {minimum}, but {encoder} has "
-                f"{reprlib.repr(size)}"
+                f"{checkpoint.name}: {folder} needs a {key} of at least {minimum}, but {encoder} "
+                f"has {reprlib.repr(size)}"
             )

@@ -59,7 +59,7 @@ class Scores:
     def __str__(self) -> str:
         """Format both accuracies with their targets."""
         return (
-            f"color correct: {self.colors} of {self.count} = {self.color:.1%} "
+            f"colour correct: {self.colors} of {self.count} = {self.color:.1%} "
             f"(target {COLOR_TARGET:.0%})\n"
             f"name correct: {self.names} of {self.count} = {self.name:.1%} "
             f"(target {NAME_TARGET:.0%})"

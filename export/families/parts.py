@@ -83,7 +83,7 @@ class UNet(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """VAE decoder: latents (batch, channels, h, w), divided by the scaling factor, to -1..1 pixels."""
+    """VAE decoder: latents (batch, channels, h, w), unscaled, to pixels in -1..1."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

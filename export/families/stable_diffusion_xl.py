@@ -1,9 +1,9 @@
 """Stable Diffusion XL, its refiner and models distilled from it.
 
-Podell et al. (2023), arXiv 2307.01952. The UNet is conditioned on the input of the last layer of two
-text encoders, on the pooled output of the second, and on image sizes as numbers. The refiner has
-the second encoder only, and an aesthetic score in place of the target size. SSD-1B and Vega have
-fewer blocks.
+Podell et al. (2023), arXiv 2307.01952. The UNet is conditioned on the input of the last layer of
+two text encoders, on the pooled output of the second, and on image sizes as numbers. The refiner
+has the second encoder only, and an aesthetic score in place of the target size. SSD-1B and Vega
+have fewer blocks.
 """
 
 import reprlib

@@ -329,15 +329,17 @@ def _check_block(structure: FlexibleStructure, name: str, block: BlockStructure)
             )
     if block.attentions and block.out_channels % structure.heads:
         raise CheckpointError(
-            f"{name} has {block.out_channels} channels, not a multiple of the {structure.heads} heads"
+            f"{name} has {block.out_channels} channels, not a multiple of the "
+            f"{structure.heads} heads"
         )
 
 
 def _check_wiring(structure: FlexibleStructure) -> None:
     """Trace channels and resolution of hidden states and skip connections through all blocks.
 
-    down[0] ─► down[1] ─► ... ─► mid ─► ... ─► up[-2] ─► up[-1]
-        └─ skips └───────────────────────────────┘ skips ──┘
+        conv_in ──► down.0 ──► down.1 ──► mid ──► up.0 ──► up.1 ──► conv_out
+           │           │          │                ▲        ▲
+           └───────────┴──────────┴── skips (LIFO) ┴────────┘
 
     The down blocks push one skip per resnet and per downsampler but the last, the up blocks pop one
     per resnet. Both ends must agree on (channels, level); a level is the number of halvings.
@@ -355,13 +357,14 @@ def _check_wiring(structure: FlexibleStructure) -> None:
             skip = skips.pop() if skips else None
             if skip != (width, level):
                 raise CheckpointError(
-                    f"{name} expects a skip of {width} channels, halved {level} times, but the down "
-                    f"blocks provide {skip or 'none'}"
+                    f"{name} expects a skip of {width} channels, halved {level} times, but the "
+                    f"down blocks provide {skip or 'none'}"
                 )
         hidden, level = block.out_channels, level - block.resample
     if skips or level:
         raise CheckpointError(
-            f"the up blocks leave {len(skips)} skips unused, and a size that is halved {level} times"
+            f"the up blocks leave {len(skips)} skips unused, and a size that is halved {level} "
+            "times"
         )
 
 
@@ -564,8 +567,8 @@ def _block_names(kinds: LayerKinds, kind: str) -> list[str]:
     numbers = sorted(int(name.split(".")[1]) for name in kinds if name.startswith(kind))
     if not numbers or numbers != list(range(len(numbers))) or len(numbers) > _MAX_BLOCKS:
         raise CheckpointError(
-            f"the weights hold the {kind} {shortened(numbers)}: expected 1 to {_MAX_BLOCKS} blocks, "
-            "numbered from 0"
+            f"the weights hold the {kind} {shortened(numbers)}: expected 1 to {_MAX_BLOCKS} "
+            "blocks, numbered from 0"
         )
     return [f"{kind}.{number}" for number in numbers]
 

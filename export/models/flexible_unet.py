@@ -264,7 +264,8 @@ class FlexibleUNet2DConditionModel(ModelMixin, ConfigMixin):
         height, width = sample.shape[-2:]
         if height % unit != 0 or width % unit != 0:
             raise ShapeError(
-                f"height and width of the latents must be multiples of {unit}, not {height} x {width}"
+                f"height and width of the latents must be multiples of {unit}, "
+                f"not {height} x {width}"
             )
 
 
@@ -354,8 +355,8 @@ def _read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
                     raise CheckpointError(f"two files contain {shortened(key)}")
                 if weight.get_dtype() not in _FLOATS:
                     raise CheckpointError(
-                        f"{shortened(key)} has dtype {weight.get_dtype()}: expected a float of 16 bits "
-                        "or more"
+                        f"{shortened(key)} has dtype {weight.get_dtype()}: expected a float of "
+                        "16 bits or more"
                     )
                 shapes[key] = tuple(weight.get_shape())
     return shapes

@@ -1,7 +1,7 @@
 """Reference images from diffusers' own pipelines, for the same settings.
 
-``python -m latentforge.export.reference.eager [compile] JOB`` runs it as a benchmark participant, in
-eager mode or with torch.compile: see measure/bench/worker.py.
+``python -m latentforge.export.reference.eager [compile] JOB`` runs it as a benchmark participant,
+in eager mode or with torch.compile: see measure/bench/worker.py.
 """
 
 import functools
