@@ -1,4 +1,4 @@
-"""Every family, every task: built, run, and the picture is the one that diffusers makes."""
+"""Every family and every task: the engines reproduce the image of diffusers."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ Built = Callable[[str], tuple[Pipeline, EagerPipeline]]
 
 @pytest.fixture(scope="module")
 def built(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
-    """A function that gives a family's engines, built once, and diffusers on its checkpoint."""
+    """A function that returns a family's engines, built once, and diffusers' pipeline."""
     folder = tmp_path_factory.mktemp("families")
     opened = []
 
@@ -79,13 +79,13 @@ def built(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def identity(checkpoint: Checkpoint, part: ComponentPlan) -> tuple[str, ...]:
-    """What makes a component the same graph: autoencoders are equal here, and students' UNets."""
+    """Return a key of a component's graph: some tiny checkpoints share components."""
     config = hash_file(checkpoint.path / part.folder / "config.json")
     return part.name, checkpoint.sha256(part.folder), "" if part.part == "vae" else config
 
 
 def lend(part: str, source: Path, target: Path) -> None:
-    """Export takes seconds a component, so one that another checkpoint has too is copied."""
+    """Copy a component that checkpoints share, since exporting it again takes seconds."""
     lender, borrower = Manifest.read(source), Manifest.read(target)
     shutil.copy(source / lender.components[part].file, target)
     plain = msgspec.structs.replace(lender.components[part], overflows_fp16=False)
@@ -95,7 +95,7 @@ def lend(part: str, source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """A disc on a slope of colours."""
+    """A disc on a colour gradient."""
     ramp = np.linspace(0, 255, SIDE).astype(np.uint8)
     rows, columns = np.meshgrid(ramp, ramp, indexing="ij")
     image = Image.fromarray(np.stack([rows, columns, 255 - rows], axis=-1))
@@ -105,14 +105,14 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def mask() -> Image.Image:
-    """Light where to paint: an ellipse, off centre."""
+    """White where the image is repainted: an ellipse, off centre."""
     image = Image.new("L", (SIDE, SIDE))
     ImageDraw.Draw(image).ellipse((10, 3, 29, 21), fill=255)
     return image
 
 
 def check(ours: Result, theirs: Result) -> None:
-    """The same picture, and one that is not of a single colour."""
+    """Check that the images are equal, and not of a single colour."""
     assert len(ours.images) == len(theirs.images)
     assert psnr(theirs.latents, ours.latents) >= 40
     for mine, reference in zip(ours.images, theirs.images, strict=True):
@@ -121,7 +121,7 @@ def check(ours: Result, theirs: Result) -> None:
 
 
 def request(pipe: Pipeline, **changes: Any) -> dict[str, Any]:
-    """Few steps, a negative prompt where it counts, and no rescale where diffusers has none."""
+    """Return a request of few steps; the squeezed samplers need 16."""
     squeezed = pipe.manifest.defaults.sampler.startswith("squeezed")
     return {"steps": 16 if squeezed else 4, "seed": 5, **changes}
 
@@ -150,7 +150,7 @@ def test_inpainting(built: Built, name: str, picture: Image.Image, mask: Image.I
 def test_inpainting_from_noise(
     built: Built, name: str, picture: Image.Image, mask: Image.Image
 ) -> None:
-    """At full strength random numbers are drawn in another order."""
+    """At full strength diffusers draws random numbers in another order."""
     inpaint(built, name, 1.0, picture, mask)
 
 
@@ -165,7 +165,7 @@ def inpaint(
 
 
 @pytest.mark.parametrize("name", INPAINTING)
-def test_an_inpainting_model_without_a_picture_paints_a_whole_one(built: Built, name: str) -> None:
+def test_an_inpainting_model_without_an_image_makes_a_whole_one(built: Built, name: str) -> None:
     pipe, eager = built(name)
     settings = pipe.settings("a red fox", **request(pipe))
     check(pipe.run(settings), eager(settings))
@@ -173,7 +173,7 @@ def test_an_inpainting_model_without_a_picture_paints_a_whole_one(built: Built, 
 
 @pytest.mark.parametrize("name", TINY)
 def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
-    """Fused, and the UNet cut into what runs once a prompt, once a schedule and every step."""
+    """Fused, with a UNet partitioned into parts per prompt, per schedule and per step."""
     request = OptimizeRequest(
         settings={"steps": 2, "sampler": "euler"},
         gate=("images=1", "latents_psnr=100"),
@@ -189,14 +189,14 @@ def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
     assert attentions <= crossing <= attentions + 2
 
 
-def test_every_family_is_here() -> None:
+def test_every_family_is_tested() -> None:
     """The tables above cover the table of families."""
     classes = {architecture.pipeline for architecture in TINY.values()}
     for family in FAMILIES:
         assert classes & set(family.pipelines), family.name
 
 
-# What makes them differ
+# Differences between families
 
 
 @pytest.mark.parametrize(
@@ -221,10 +221,10 @@ def test_defaults(
 
 
 @pytest.mark.parametrize(("name", "rows"), [("sd-2", 2), ("sd-turbo", 1), ("lcm", 1)])
-def test_students_run_one_row_an_image(
+def test_distilled_models_run_one_row_per_image(
     built: Built, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without guidance, or with guidance embedded, the unconditional half is not computed."""
+    """Without guidance, or with embedded guidance, no unconditional rows are computed."""
     pipe, _ = built(name)
     unet = pipe.engines["denoiser"].session
     run, seen = unet.run, []
@@ -251,10 +251,10 @@ def test_guidance_of_a_consistency_model_is_an_input(built: Built) -> None:
 
 
 @pytest.mark.parametrize("negative", [None, "", "moon"])
-def test_a_negative_prompt_that_is_none_and_one_that_is_empty(
+def test_negative_prompts_of_none_and_of_an_empty_string(
     built: Built, negative: str | None
 ) -> None:
-    """Stable Diffusion XL was trained with zeros for the first."""
+    """Stable Diffusion XL was trained with zeros for None."""
     pipe, eager = built("sdxl")
     given = {} if negative is None else {"negative_prompt": negative}
     settings = pipe.settings("a fox", **request(pipe, **given))
@@ -269,7 +269,7 @@ def test_none_and_empty_differ(built: Built) -> None:
     assert psnr(none, empty) < 60
 
 
-def test_sizes_are_told(built: Built) -> None:
+def test_sizes_condition_the_unet(built: Built) -> None:
     pipe, eager = built("sdxl")
     sizes = {"original_size": (640, 480), "crop": (16, 8), "target_size": (512, 256)}
     settings = pipe.settings("a fox", **request(pipe, **sizes))
@@ -278,7 +278,7 @@ def test_sizes_are_told(built: Built) -> None:
     assert psnr(ours.latents, pipe("a fox", **request(pipe)).latents) < 80
 
 
-def test_refiner_goes_on_where_the_base_stopped(built: Built) -> None:
+def test_refiner_continues_from_the_base(built: Built) -> None:
     """An ensemble of two engine directories: Podell et al. (2023), section 2.5."""
     (base, eager_base), (refiner, eager_refiner) = built("sdxl"), built(REFINER)
     half = request(base, steps=8, denoising_end=0.6)
@@ -292,7 +292,7 @@ def test_refiner_goes_on_where_the_base_stopped(built: Built) -> None:
     )
 
 
-def test_aesthetic_scores_are_told(built: Built, picture: Image.Image) -> None:
+def test_aesthetic_scores_condition_the_unet(built: Built, picture: Image.Image) -> None:
     pipe, eager = built(REFINER)
     scores = {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
     settings = pipe.settings("a fox", image=picture, **request(pipe, strength=0.7, **scores))
@@ -303,7 +303,7 @@ def test_aesthetic_scores_are_told(built: Built, picture: Image.Image) -> None:
 
 
 @pytest.mark.parametrize(("name", "overflows_fp16"), [("sd", False), ("sdxl", True)])
-def test_what_overflows_in_half_is_marked(
+def test_components_that_overflow_fp16_are_marked(
     tiny: Callable[[str], Path], name: str, overflows_fp16: bool
 ) -> None:
     checkpoint = open_checkpoint(str(tiny(name)))
@@ -319,7 +319,7 @@ def test_the_placeholder_is_never_read(tiny: Callable[[str], Path], built: Built
     assert "flexible_unet" in Manifest.read(built("decidiffusion-1")[0].directory).source.sha256
 
 
-# DeciDiffusion in a loop of its own, from the papers' equations: no code of ours but the UNet
+# A separate loop for DeciDiffusion from the papers' equations; it shares only the UNet
 
 SQUEEZED = [998, 936, 873, 811, 748, 686, 548, 411, 274, 137]
 
@@ -393,7 +393,7 @@ def squeezed(loop: Loop, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["decidiffusion-1", "decidiffusion-2"])
-def test_decidiffusion_against_a_loop_of_its_own(
+def test_decidiffusion_against_a_separate_loop(
     built: Built, tiny: Callable[[str], Path], name: str
 ) -> None:
     pipe, _ = built(name)

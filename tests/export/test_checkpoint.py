@@ -1,4 +1,4 @@
-"""A checkpoint is read for its numbers alone: damage is named, and nothing of it is run."""
+"""Checkpoints: damage is reported in one line, and no code of a checkpoint is run."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def read_all(path: Path, scratch: Path) -> None:
-    """Everything that export reads of a checkpoint."""
+    """Read everything that export reads of a checkpoint."""
     opened = open_checkpoint(str(path))
     family_of(opened).plan(opened)
     config = opened.config("scheduler", "scheduler_config.json")
@@ -87,7 +87,7 @@ def load(path: Path, folder: str) -> Callable[[], object]:
     return lambda: load_module(open_checkpoint(str(path)), folder, KINDS[folder])
 
 
-def test_a_sound_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_valid_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     read_all(checkpoint, tmp_path / "scratch")
     opened = open_checkpoint(str(checkpoint))
     assert opened.pipeline_class == "StableDiffusionPipeline"
@@ -95,10 +95,10 @@ def test_a_sound_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert default_sampler(opened.config("scheduler", "scheduler_config.json")) == "pndm"
 
 
-# What is no checkpoint
+# Paths and names that are not checkpoints
 
 
-def test_refuses_what_is_no_directory(tmp_path: Path) -> None:
+def test_refuses_paths_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(lambda: open_checkpoint(str(tmp_path / "empty")), "no model_index.json")
     refused(lambda: open_checkpoint(str(tmp_path / "missing")), "missing", "hub id org/model")
@@ -122,8 +122,8 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert time.monotonic() - start < 10
 
 
-def hub(source: Path, target: Path, fetched: list[str]) -> Callable[..., str]:
-    """A stand-in for the network alone: copies what the patterns let through."""
+def hub(source: Path, target: Path, downloaded: list[str]) -> Callable[..., str]:
+    """Return a substitute for the download that copies the files that match the patterns."""
 
     def snapshot_download(
         repository: str, *, revision: str | None, allow_patterns: Any, ignore_patterns: Any
@@ -134,31 +134,31 @@ def hub(source: Path, target: Path, fetched: list[str]) -> Callable[..., str]:
         ):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / file, target / file)
-            fetched.append(file)
+            downloaded.append(file)
         return str(target)
 
     return snapshot_download
 
 
 @pytest.mark.parametrize("family", ["sd", "decidiffusion-1"])
-def test_what_is_fetched(
+def test_downloads_only_needed_files(
     tiny: Callable[[str], Path], copy: Copy, tmp_path: Path, monkeypatch: Any, family: str
 ) -> None:
-    """No pickles, no code, and not DeciDiffusion's placeholder of three gigabytes."""
-    source, fetched = copy(tiny(family)), list[str]()
+    """No pickles, no code, and not DeciDiffusion's three-gigabyte placeholder."""
+    source, downloaded = copy(tiny(family)), list[str]()
     for name in ("unet/model.bin", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"):
         (source / name).touch()
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", hub(source, tmp_path / "cache", fetched)
+        huggingface_hub, "snapshot_download", hub(source, tmp_path / "cache", downloaded)
     )
     opened = open_checkpoint("Deci/model")
     assert family_of(opened).plan(opened)
-    assert not any(file.endswith((".bin", ".py")) for file in fetched)
+    assert not any(file.endswith((".bin", ".py")) for file in downloaded)
     weights = "unet/diffusion_pytorch_model.safetensors"
-    assert (weights in fetched) == (family == "sd")
+    assert (weights in downloaded) == (family == "sd")
 
 
-def test_an_unknown_pipeline_lists_the_known(checkpoint: Path) -> None:
+def test_an_unknown_pipeline_lists_the_supported_ones(checkpoint: Path) -> None:
     for name in ("KandinskyPipeline", "__import__", None, ["a"], 3):
         edit_json(checkpoint / "model_index.json", _class_name=name)
         opened = open_checkpoint(str(checkpoint))
@@ -174,7 +174,7 @@ def test_malformed_json(checkpoint: Path, file: str, content: bytes) -> None:
     refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), file, "JSON")
 
 
-def test_json_that_is_no_file_or_a_huge_one(checkpoint: Path) -> None:
+def test_json_that_is_missing_a_directory_or_huge(checkpoint: Path) -> None:
     path = checkpoint / "unet" / "config.json"
     path.unlink()
     refused(lambda: open_checkpoint(str(checkpoint)).config("unet"), str(path), "incomplete")
@@ -233,12 +233,12 @@ def test_a_config_without_a_key(checkpoint: Path, key: str) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
-def test_a_config_that_makes_no_sense(
+def test_invalid_config_values(
     checkpoint: Path, folder: str, changes: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     edit_json(checkpoint / folder / "config.json", **changes)
     refused(load(checkpoint, folder), str(checkpoint))
-    assert capfd.readouterr() == ("", "")  # what the libraries say is in the message
+    assert capfd.readouterr() == ("", "")  # the message contains the libraries' output
 
 
 # Weights
@@ -256,7 +256,7 @@ def test_no_weights_at_all(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1000, -1])
-def test_weights_cut_short(checkpoint: Path, keep: int) -> None:
+def test_truncated_weights(checkpoint: Path, keep: int) -> None:
     file = checkpoint / UNET
     file.write_bytes(file.read_bytes()[:keep])
     refused(load(checkpoint, "unet"), str(file), "damaged or truncated", "fetch it again")
@@ -281,14 +281,14 @@ def test_garbage_for_weights(checkpoint: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("folder", KINDS)
-def test_a_weight_missing(checkpoint: Path, folder: str) -> None:
+def test_a_missing_weight(checkpoint: Path, folder: str) -> None:
     key = some_key(checkpoint, folder)
     edit_weights(checkpoint, folder, lambda weights: weights.pop(key))
     refused(load(checkpoint, folder), folder, "1 missing keys", key.removeprefix("text_model."))
 
 
 @pytest.mark.parametrize("folder", KINDS)
-def test_a_weight_left_over(
+def test_an_unexpected_weight(
     checkpoint: Path, folder: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     extra = {"surplus.weight": np.zeros(3, np.float32)}
@@ -314,12 +314,12 @@ def test_a_weight_that_is_nan(checkpoint: Path, folder: str, bad: float) -> None
 
 
 def some_key(path: Path, folder: str) -> str:
-    """The name of a weight that is there, whichever prefix this version of transformers gives."""
+    """Return the name of an existing weight, with the prefix of this version of transformers."""
     names = list(load_file(weight_file(path, folder)))
     return next(name for name in names if KEYS[folder].endswith(name) or name == KEYS[folder])
 
 
-def test_position_ids_of_old_text_encoders_are_no_surplus(checkpoint: Path) -> None:
+def test_position_ids_of_old_text_encoders_are_accepted(checkpoint: Path) -> None:
     ids = {"text_model.embeddings.position_ids": np.arange(24)[None]}
     edit_weights(checkpoint, "text_encoder", lambda weights: weights.update(ids))
     load(checkpoint, "text_encoder")()
@@ -381,7 +381,7 @@ def test_a_configuration_that_contradicts_the_weights(
 # Variants and shards
 
 
-def test_half_precision_is_taken_where_there_is_nothing_else(checkpoint: Path) -> None:
+def test_the_fp16_variant_is_used_if_it_is_the_only_one(checkpoint: Path) -> None:
     file = checkpoint / UNET
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     opened = open_checkpoint(str(checkpoint))
@@ -390,7 +390,7 @@ def test_half_precision_is_taken_where_there_is_nothing_else(checkpoint: Path) -
 
 
 def shard(path: Path, names: tuple[str, str]) -> Path:
-    """Cut the UNet's weights in two files with an index."""
+    """Split the UNet's weights into two files with an index."""
     weights = load_file(path / UNET)
     (path / UNET).unlink()
     first, second = (
@@ -433,7 +433,7 @@ def test_shards(checkpoint: Path) -> None:
         ["x"],
     ],
 )
-def test_shards_that_lie_elsewhere(checkpoint: Path, name: object) -> None:
+def test_shards_outside_the_folder(checkpoint: Path, name: object) -> None:
     index = shard(checkpoint, SHARDS)
     content = json.loads(index.read_text())
     for place in (checkpoint, checkpoint / "unet"):
@@ -445,13 +445,13 @@ def test_shards_that_lie_elsewhere(checkpoint: Path, name: object) -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]"])
-def test_an_index_of_nothing(checkpoint: Path, content: str) -> None:
+def test_an_index_without_weights(checkpoint: Path, content: str) -> None:
     index = shard(checkpoint, SHARDS)
     index.write_text(content)
     refused(load(checkpoint, "unet"), index.name)
 
 
-def test_weights_that_are_there_twice(checkpoint: Path) -> None:
+def test_weights_as_single_file_and_as_shards(checkpoint: Path) -> None:
     whole = (checkpoint / UNET).read_bytes()
     shard(checkpoint, SHARDS)
     (checkpoint / UNET).write_bytes(whole)
@@ -463,7 +463,7 @@ def test_weights_that_are_there_twice(checkpoint: Path) -> None:
 
 @pytest.fixture
 def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
-    """A checkpoint with code in every place where some library looks for it."""
+    """A checkpoint with code in every place where a library looks for it."""
     marker = tmp_path / "executed"
     code = f"open({str(marker)!r}, 'w').close()\nraise SystemExit('executed')\n"
     names = ["pipeline", "modeling", "modeling_evil", "tokenization_evil", "__init__", "evil"]
@@ -503,7 +503,7 @@ def test_code_is_never_run(trap: Path, tmp_path: Path) -> None:
     read_all(trap, tmp_path / "scratch")
 
 
-def test_an_adapter_to_elsewhere(checkpoint: Path) -> None:
+def test_refuses_adapters(checkpoint: Path) -> None:
     base = {"base_model_name_or_path": "../../elsewhere"}
     (checkpoint / "text_encoder" / "adapter_config.json").write_text(json.dumps(base))
     refused(load(checkpoint, "text_encoder"), "adapter")
@@ -526,7 +526,7 @@ def test_a_damaged_tokenizer(
     refused(lambda: write_tokenizer(opened, "tokenizer", tmp_path), str(checkpoint / "tokenizer"))
 
 
-def test_merges_cut_short(
+def test_truncated_merges(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = checkpoint / "tokenizer" / "merges.txt"
@@ -578,13 +578,13 @@ def test_an_impossible_length(checkpoint: Path, tmp_path: Path, length: object) 
     ],
     ids=str,
 )
-def test_a_schedule_that_is_none(checkpoint: Path, changes: dict[str, object]) -> None:
+def test_invalid_schedules(checkpoint: Path, changes: dict[str, object]) -> None:
     edit_json(checkpoint / "scheduler" / "scheduler_config.json", **changes)
     config = open_checkpoint(str(checkpoint)).config("scheduler", "scheduler_config.json")
     refused(lambda: (schedule_of(config), prediction_of(config)), "scheduler_config.json")
 
 
-def test_what_the_checkpoint_says_to_us(checkpoint: Path) -> None:
+def test_the_sidecar(checkpoint: Path) -> None:
     sidecar = {"name": "Tiny", "license": "MIT", "defaults": {"steps": 4}, "more": None}
     (checkpoint / "latentforge.json").write_text(json.dumps(sidecar))
     opened = open_checkpoint(str(checkpoint))
@@ -609,7 +609,7 @@ def test_the_licence_of_the_model_card(checkpoint: Path, card: str, license: str
     assert open_checkpoint(str(checkpoint)).license == license
 
 
-def test_a_model_card_that_is_no_file(checkpoint: Path) -> None:
+def test_a_model_card_that_is_a_directory(checkpoint: Path) -> None:
     (checkpoint / "README.md").mkdir()
     assert open_checkpoint(str(checkpoint)).license is None
 
@@ -625,7 +625,7 @@ def test_the_hash_of_the_weights(checkpoint: Path) -> None:
     assert open_checkpoint(str(checkpoint)).sha256("unet") == both
 
 
-def test_brief() -> None:
+def test_one_line() -> None:
     assert one_line(ValueError("one\n  two")) == "one two"
     assert one_line(AssertionError()) == "AssertionError"
     assert len(one_line(ValueError("x" * 10_000))) == 300

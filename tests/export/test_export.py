@@ -1,4 +1,4 @@
-"""Export gives engines that compute what torch computes, whole or not at all."""
+"""Export writes engines that reproduce torch's outputs, completely or not at all."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def plans(checkpoint: Path) -> dict[str, ComponentPlan]:
     return {plan.name: plan for plan in family_of(opened).plan(opened).components}
 
 
-# What is in the directory
+# Contents of the directory
 
 
 def test_the_manifest(tiny_engines: Path, tiny_checkpoint: Path) -> None:
@@ -88,7 +88,7 @@ def test_quality_is_measured(tiny_engines: Path) -> None:
     assert quality["image"]["psnr"] > 60 and quality["image"]["latents_psnr"] > 60
 
 
-def test_history_says_how(tiny_engines: Path) -> None:
+def test_history_records_options_and_tools(tiny_engines: Path) -> None:
     (stage,) = Manifest.read(tiny_engines).history
     assert stage.name == "export" and stage.seconds > 0
     assert stage.options == {"opset": 20, "components": COMPONENTS}
@@ -96,15 +96,13 @@ def test_history_says_how(tiny_engines: Path) -> None:
     assert stage.tools["torch"] == torch.__version__
 
 
-def test_nothing_tells_of_the_machine_it_was_made_on(
-    tiny_engines: Path, tiny_checkpoint: Path
-) -> None:
+def test_files_contain_no_local_paths(tiny_engines: Path, tiny_checkpoint: Path) -> None:
     packages = Path(torch.__file__).parents[1]
     places = {tiny_engines.parent, tiny_checkpoint.parent, packages, Path.cwd(), Path.home()}
     forbidden = [str(place).encode() for place in places if place != Path("/")]
     forbidden += [b"site-packages", b".py", b"line "]
     manifest = json.loads((tiny_engines / "manifest.json").read_text())
-    del manifest["source"]["checkpoint"]  # what the user typed, and the one exception
+    del manifest["source"]["checkpoint"]  # as the user typed it: the one exception
     contents = {path.name: path.read_bytes() for path in tiny_engines.rglob("*.onnx")}
     contents["manifest.json"] = json.dumps(manifest).encode()
     assert len(contents) == 5
@@ -112,7 +110,7 @@ def test_nothing_tells_of_the_machine_it_was_made_on(
         assert [text for text in forbidden if text in content] == [], name
 
 
-def test_graphs_are_what_the_manifest_says(tiny_engines: Path) -> None:
+def test_graphs_match_the_manifest(tiny_engines: Path) -> None:
     import onnx
 
     for name, part in Manifest.read(tiny_engines).components.items():
@@ -151,9 +149,7 @@ SIZES = [(1, 8, 8), (3, 16, 16), (2, 6, 20), (5, 34, 10)]
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_other_sizes_give_what_torch_gives(
-    name: str, tiny_engines: Path, tiny_checkpoint: Path
-) -> None:
+def test_other_sizes_match_torch(name: str, tiny_engines: Path, tiny_checkpoint: Path) -> None:
     part = Manifest.read(tiny_engines, hashes=False).components[name]
     engine = Engine.load(name, part, tiny_engines, {"threads": 1})
     plan = plans(tiny_checkpoint)[name]
@@ -177,7 +173,7 @@ def test_other_sizes_give_what_torch_gives(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
-def test_images_are_those_of_diffusers(
+def test_images_match_diffusers(
     tiny_engines: Path, tiny_checkpoint: Path, size: tuple[int, int]
 ) -> None:
     with load(tiny_engines, threads=1) as pipe:
@@ -190,13 +186,13 @@ def test_images_are_those_of_diffusers(
             height=size[0],
             width=size[1],
         )
-        ours = pipe.run(settings)
-    theirs = EagerPipeline(open_checkpoint(str(tiny_checkpoint)))(settings)
-    assert len(ours.images) == 4
-    assert ours.images[0].size == theirs.images[0].size == size[::-1]
-    assert psnr(theirs.latents, ours.latents) > 80
-    for mine, reference in zip(ours.images, theirs.images, strict=True):
-        assert psnr(np.asarray(reference), np.asarray(mine), peak=255) > 50
+        result = pipe.run(settings)
+    reference = EagerPipeline(open_checkpoint(str(tiny_checkpoint)))(settings)
+    assert len(result.images) == 4
+    assert result.images[0].size == reference.images[0].size == size[::-1]
+    assert psnr(reference.latents, result.latents) > 80
+    for image, expected in zip(result.images, reference.images, strict=True):
+        assert psnr(np.asarray(expected), np.asarray(image), peak=255) > 50
 
 
 # Fixed dimensions are fixed
@@ -308,7 +304,7 @@ def test_refuses_damage_anywhere_before_any_work(
     assert names(tmp_path) == [checkpoint.name]
 
 
-def test_refuses_a_target_that_is_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_refuses_an_existing_target(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "diary").touch()
     for overwrite in (False, True):
@@ -345,7 +341,7 @@ def test_nan_in_the_weights_never_becomes_an_engine(
 # The gate
 
 
-def test_what_differs_from_torch_is_rejected(
+def test_an_engine_that_differs_from_torch_is_rejected(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "MAX_RELATIVE_ERROR", 0.0)
@@ -358,7 +354,7 @@ def test_what_differs_from_torch_is_rejected(
 
 
 @pytest.mark.parametrize("wrong", ["scaled", "moved", "nan", "nan, then right"])
-def test_the_gate_sees_what_differs(tiny_engines: Path, wrong: str) -> None:
+def test_the_gate_detects_differences(tiny_engines: Path, wrong: str) -> None:
     part = Manifest.read(tiny_engines, hashes=False).components["text_encoder"]
     ids = {"input_ids": np.arange(24, dtype=np.int64)[None]}
     right = Engine.load("text_encoder", part, tiny_engines, {}).run(ids)["last_hidden_state"]
@@ -388,7 +384,7 @@ export(sys.argv[1], Path(sys.argv[2]), request)
 
 
 def begin(checkpoint: Path, target: Path, *options: str) -> subprocess.Popen[str]:
-    """A process that exports one component, and has imported what it needs."""
+    """Start a process that exports one component, and wait until its imports are done."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target), *options],
         stdout=subprocess.PIPE,
@@ -401,7 +397,7 @@ def begin(checkpoint: Path, target: Path, *options: str) -> subprocess.Popen[str
 
 @pytest.fixture(scope="module")
 def duration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Seconds that such an export takes when nobody stops it."""
+    """Seconds of such an export without interruption."""
     target = tmp_path_factory.mktemp("whole") / "new"
     process = begin(tiny_checkpoint, target)
     start = time.monotonic()

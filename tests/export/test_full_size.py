@@ -1,4 +1,4 @@
-"""Full-size models with random weights: export, run, agree with diffusers, compile, and fit."""
+"""Full-size models with random weights: memory of the export, images, and compilation."""
 
 import importlib.util
 import json
@@ -27,13 +27,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A checkpoint, a run of it, and what it may take.
+    """Full-size checkpoint, with a request and a memory limit.
 
     Attributes:
         unet: parameters of the denoiser.
-        steps, sampler: of the run at 512 x 512.
-        peak: of memory while exporting, in bytes; None for 2.5 times the weights.
-        half: whether the checkpoint is in float16, as hubs mostly have it.
+        steps: of the request at 512 x 512.
+        sampler: likewise.
+        peak: largest memory of the export, in bytes; None for 2.5 times the weights.
+        half: the checkpoint is in float16, as most are on the hub.
     """
 
     unet: int
@@ -64,12 +65,12 @@ def checkpoint(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     command = [sys.executable, str(script), name, str(folder / name), *half]
     subprocess.run(command, check=True)
     yield folder / name
-    shutil.rmtree(folder)  # of gigabytes, and the next one's come
+    shutil.rmtree(folder)  # gigabytes, and the next one needs the space
 
 
 @pytest.fixture(scope="module")
 def engines(checkpoint: Path) -> tuple[Path, int]:
-    """The engines, and the most memory that exporting them took, in bytes."""
+    """The engines, and the peak memory of their export, in bytes."""
     target = checkpoint.parent / "engines"
     program = (
         "import sys; from latentforge.__main__ import main; status = main(sys.argv[1:]);"
@@ -92,7 +93,7 @@ def test_export_fits_in_memory(name: str, engines: tuple[Path, int]) -> None:
 
 
 def test_steps_at_512_match_eager(name: str, checkpoint: Path, engines: tuple[Path, int]) -> None:
-    """Each side in a process of its own: both sets of weights at once would be wasteful."""
+    """Each participant runs in a separate process, so that only one set of weights is loaded."""
     eager = by_side("eager", name, checkpoint, engines[0])
     ours = by_side("engines", name, engines[0], engines[0])
     assert ours["latents"].shape == (1, 4, 64, 64)
@@ -102,7 +103,7 @@ def test_steps_at_512_match_eager(name: str, checkpoint: Path, engines: tuple[Pa
 
 
 def by_side(side: str, name: str, source: Path, engines: Path) -> dict[str, Any]:
-    """Latents and pixels of a few steps, made in a process that gives its memory back."""
+    """Return latents and pixels of a few steps, computed in a separate process."""
     output = source.parent / f"{side}.npz"
     subprocess.run(
         [sys.executable, __file__, side, name, str(source), str(engines), str(output)],
@@ -112,7 +113,7 @@ def by_side(side: str, name: str, source: Path, engines: Path) -> dict[str, Any]
         return dict(arrays)
 
 
-COMPILED = ("sd15", "deci1")  # for others there is neither time nor memory
+COMPILED = ("sd15", "deci1")  # the others take too much time and memory
 SIZES = {
     "dynamic": Sizes(),
     "static": Sizes(height=(Range.of(512),), width=(Range.of(512),), batch=(Range.of(2),)),
@@ -121,12 +122,12 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def picture(name: str, engines: tuple[Path, int]) -> dict[str, Any]:
-    """What ONNX Runtime makes of the graphs as they are."""
+    """Latents and pixels of the exported graphs with ONNX Runtime."""
     return by_side("engines", name, engines[0], engines[0])
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_openvino_makes_the_same_picture(
+def test_openvino_makes_the_same_image(
     name: str, engines: tuple[Path, int], picture: dict[str, Any], sizes: str
 ) -> None:
     pytest.importorskip("openvino")
@@ -171,7 +172,7 @@ def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -
 
 
 def _main(side: str, name: str, source: str, engines: str, output: str) -> None:
-    """A few steps at 512 x 512 by one side, latents and pixels to a file."""
+    """Run a few steps at 512 x 512, and save latents and pixels."""
     import latentforge
     from latentforge.runtime.machine import peak_memory
     from latentforge.runtime.manifest import Manifest

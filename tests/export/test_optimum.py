@@ -1,4 +1,4 @@
-"""optimum's arrangement, both ways; those marked optimum run the real optimum-onnx beside us."""
+"""optimum's directory layout, read and written; tests marked optimum run optimum-onnx itself."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from latentforge.runtime.pipeline import Result
 
 Copy = Callable[[Path], Path]
 Tiny = Callable[[str], Path]
-Paint = Callable[..., Mapping[str, NDArray[Any]]]
+Generate = Callable[..., Mapping[str, NDArray[Any]]]
 
 HERE = Path(__file__).parents[1]
 COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
@@ -46,7 +46,7 @@ REQUEST = {"steps": 4, "seed": 5, "guidance_scale": 6.0}
 
 @pytest.fixture(scope="module")
 def arranged(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines of 32 x 32 pixels that optimum's pipelines load too. Copy before changing them."""
+    """Engines for 32 x 32 pixels in optimum's layout. Copy before changing them."""
     target = tmp_path_factory.mktemp("arranged") / "sd"
     sizes = Dimensions(height=32, width=32)
     export(str(tiny("sd")), target, ExportRequest(dimensions=sizes, layout="optimum"))
@@ -55,7 +55,7 @@ def arranged(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of Stable Diffusion XL's text encoders; tokenizer_2/ is as transformers 5 saves."""
+    """Stable Diffusion XL's text encoders in optimum's layout; transformers 5 saved tokenizer_2/."""
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("texts")
@@ -79,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def painted(directory: Path, **changes: Any) -> Result:
+def generated(directory: Path, **changes: Any) -> Result:
     with load(directory, threads=1) as pipe:
         return pipe("a red fox", **{**REQUEST, **changes})
 
@@ -93,7 +93,7 @@ def edit(path: Path, change: Callable[[onnx.ModelProto], object], **options: Any
 # Writing
 
 
-def test_what_is_in_the_directory(arranged: Path) -> None:
+def test_files_of_the_directory(arranged: Path) -> None:
     expected = {"manifest.json", "model_index.json", "scheduler/scheduler_config.json"}
     expected |= {f"{name}/{file}" for name in FOLDERS for file in ("model.onnx", "config.json")}
     own = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -106,7 +106,7 @@ def test_what_is_in_the_directory(arranged: Path) -> None:
     assert "image: one step runs" in [*verify(arranged)][-1]
 
 
-def test_configurations_are_the_checkpoints(arranged: Path, tiny: Tiny) -> None:
+def test_configurations_come_from_the_checkpoint(arranged: Path, tiny: Tiny) -> None:
     for name in ("text_encoder", "unet"):
         found, original = (read(d / name / "config.json") for d in (arranged, tiny("sd")))
         original.pop("_name_or_path", None)
@@ -120,8 +120,8 @@ def test_configurations_are_the_checkpoints(arranged: Path, tiny: Tiny) -> None:
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
 
 
-def test_a_scaling_factor_is_added_where_it_lacks(arranged: Path, copy: Copy) -> None:
-    """Optimum would take another one than diffusers does."""
+def test_a_missing_scaling_factor_is_added(arranged: Path, copy: Copy) -> None:
+    """optimum's default differs from diffusers'."""
     directory = copy(arranged)
     for name in ("vae_decoder", "vae_encoder"):
         path = directory / name / "config.json"
@@ -133,7 +133,7 @@ def test_a_scaling_factor_is_added_where_it_lacks(arranged: Path, copy: Copy) ->
     assert read(target / "vae_decoder" / "config.json")["scaling_factor"] == 0.18215
 
 
-def test_text_encoders_give_what_optimums_give(arranged: Path, texts: Path) -> None:
+def test_text_encoders_have_the_outputs_of_optimum(arranged: Path, texts: Path) -> None:
     hidden = [f"hidden_states.{index}" for index in range(3)]
     expected = {
         arranged: {"text_encoder": ["last_hidden_state", "pooler_output"]},
@@ -150,8 +150,8 @@ def test_text_encoders_give_what_optimums_give(arranged: Path, texts: Path) -> N
             assert list(components[name].outputs) == outputs
 
 
-def test_tokenizers_are_spelled_out(texts: Path, tiny: Tiny) -> None:
-    """From files as old as CLIP, and from tokenizer.json where there are none."""
+def test_tokenizers_have_the_files_of_transformers_4(texts: Path, tiny: Tiny) -> None:
+    """From vocab.json and merges.txt, and from tokenizer.json if these are missing."""
     original = tiny("sdxl") / "tokenizer"
     for name in ("tokenizer", "tokenizer_2"):
         assert read(texts / name / "vocab.json") == read(original / "vocab.json")
@@ -166,7 +166,7 @@ def test_dimensions_have_blanks_for_io_binding() -> None:
     assert [spaced(size) for size in (4, "batch", "h*8", "h//8")] == [4, "batch", "h * 8", "h / 8"]
 
 
-def test_no_pipeline_of_optimum_knows_a_flexible_unet(tiny: Tiny, tmp_path: Path) -> None:
+def test_optimum_supports_no_flexible_unet(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no optimum pipeline supports the UNet of deci"):
         export(str(tiny("decidiffusion-1")), tmp_path / "target", ExportRequest(layout="optimum"))
     with pytest.raises(SettingsError, match="no layout 'flat'; available: plain, optimum"):
@@ -177,7 +177,7 @@ def test_no_pipeline_of_optimum_knows_a_flexible_unet(tiny: Tiny, tmp_path: Path
 # Reading
 
 
-def test_graphs_are_taken_as_they_are(arranged: Path, tmp_path: Path) -> None:
+def test_graphs_are_copied_unchanged(arranged: Path, tmp_path: Path) -> None:
     manifest = export(str(arranged), tmp_path / "taken")
     expected = {"manifest.json", "tokenizer/tokenizer.json"}
     assert files(tmp_path / "taken") == expected | {f"{f}/model.onnx" for f in FOLDERS}
@@ -188,11 +188,11 @@ def test_graphs_are_taken_as_they_are(arranged: Path, tmp_path: Path) -> None:
     (stage,) = manifest.history
     assert stage.name == "import" and "torch" not in stage.tools and manifest.quality == {}
     assert stage.options == {"components": COMPONENTS, "height": 32, "width": 32}
-    before, after = (painted(directory) for directory in (arranged, tmp_path / "taken"))
+    before, after = (generated(directory) for directory in (arranged, tmp_path / "taken"))
     assert np.array_equal(before.latents, after.latents)
 
 
-def test_and_can_be_arranged_again(arranged: Path, tmp_path: Path) -> None:
+def test_imported_graphs_can_be_written_in_the_same_layout(arranged: Path, tmp_path: Path) -> None:
     export(str(arranged), tmp_path / "again", ExportRequest(layout="optimum"))
     assert files(tmp_path / "again") == files(arranged)
     for name in files(arranged) - {"manifest.json"}:
@@ -200,7 +200,7 @@ def test_and_can_be_arranged_again(arranged: Path, tmp_path: Path) -> None:
 
 
 def half_and_scalar(directory: Path) -> None:
-    """As optimum writes them: timestep of no dimensions, weights beside; and an output in half."""
+    """Apply optimum's scalar timestep and external weights, and an output in fp16."""
 
     def scalar(model: onnx.ModelProto) -> None:
         timestep = next(value for value in model.graph.input if value.name == "timestep")
@@ -226,7 +226,9 @@ def half_and_scalar(directory: Path) -> None:
     edit(directory / "text_encoder" / "model.onnx", half)
 
 
-def test_other_dtypes_ranks_and_weights_beside(arranged: Path, copy: Copy, tmp_path: Path) -> None:
+def test_other_dtypes_ranks_and_external_weights(
+    arranged: Path, copy: Copy, tmp_path: Path
+) -> None:
     directory = copy(arranged)
     half_and_scalar(directory)
     manifest = export(str(directory), tmp_path / "taken")
@@ -234,12 +236,12 @@ def test_other_dtypes_ranks_and_weights_beside(arranged: Path, copy: Copy, tmp_p
     assert unet.inputs["timestep"].shape == () and unet.precision == "fp32"
     assert [entry.file for entry in unet.data] == ["unet/model.onnx_data"]
     assert text.outputs["last_hidden_state"].dtype == "float16" and text.precision == "fp16"
-    before, after = (painted(path) for path in (arranged, tmp_path / "taken"))
+    before, after = (generated(path) for path in (arranged, tmp_path / "taken"))
     assert 40 < psnr(before.latents, after.latents) < 120
 
 
-def whole_timesteps(model: onnx.ModelProto) -> None:
-    """A timestep as older releases of optimum exported it."""
+def integer_timesteps(model: onnx.ModelProto) -> None:
+    """Change the timestep to that of older releases of optimum."""
     timestep = next(value for value in model.graph.input if value.name == "timestep")
     timestep.type.tensor_type.elem_type = onnx.TensorProto.INT64
     for node in model.graph.node:
@@ -248,20 +250,20 @@ def whole_timesteps(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, cast)
 
 
-def test_whole_timesteps_of_older_exports(
+def test_integer_timesteps_of_older_exports(
     arranged: Path, copy: Copy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = copy(arranged)
-    edit(directory / "unet" / "model.onnx", whole_timesteps)
+    edit(directory / "unet" / "model.onnx", integer_timesteps)
     manifest = export(str(directory), tmp_path / "taken")
     assert manifest.components["denoiser"].inputs["timestep"].dtype == "int64"
     assert any("integer timesteps" in message for message in caplog.messages)
-    before, after = (painted(path) for path in (arranged, tmp_path / "taken"))
-    assert psnr(before.latents, after.latents) > 100  # PNDM's timesteps are whole
+    before, after = (generated(path) for path in (arranged, tmp_path / "taken"))
+    assert psnr(before.latents, after.latents) > 100  # PNDM's timesteps are integers
 
 
-def test_a_directory_of_optimums_own_names(arranged: Path, copy: Copy, tmp_path: Path) -> None:
-    """save_pretrained writes its own classes; a vae/ is not there; the encoder is optional."""
+def test_class_names_of_optimum(arranged: Path, copy: Copy, tmp_path: Path) -> None:
+    """optimum's save_pretrained writes its own classes and no vae/; the encoder is optional."""
     directory = copy(arranged)
     index = read(directory / "model_index.json")
     index["_class_name"] = "ORTStableDiffusionPipeline"
@@ -277,7 +279,9 @@ def test_chosen_components(arranged: Path, tmp_path: Path) -> None:
     assert manifest.components["vae_encoder"].inputs["sample"].shape == ("batch", 3, 32, 32)
 
 
-def test_weights_go_before_graphs(arranged: Path, copy: Copy, tmp_path: Path, tiny: Tiny) -> None:
+def test_weights_take_precedence_over_graphs(
+    arranged: Path, copy: Copy, tmp_path: Path, tiny: Tiny
+) -> None:
     """A hub repository may hold both, and the weights may be newer."""
     directory = copy(arranged)
     shutil.copy(
@@ -294,7 +298,7 @@ def test_sizes_are_fixed_already(arranged: Path, capsys: Any, tmp_path: Path) ->
 
 
 def tensor(model: onnx.ModelProto, location: str) -> None:
-    """Let the largest weight lie in a file."""
+    """Move the largest weight to a file."""
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=location)
@@ -398,11 +402,11 @@ def test_bad_directories(case: str, arranged: Path, copy: Copy, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def programs() -> Path:
-    """The bin/ of an environment with optimum-onnx, made or brought up to date if need be."""
+    """The bin/ of an environment with optimum-onnx, created or updated if needed."""
     folder = Path(os.environ.get("LATENTFORGE_OPTIMUM_VENV", HERE.parent / ".venv-optimum"))
-    wanted = (HERE / "optimum_onnx" / "requirements.txt").read_text()
+    requirements = (HERE / "optimum_onnx" / "requirements.txt").read_text()
     ready = folder / "requirements.txt"
-    if not ready.is_file() or ready.read_text() != wanted:
+    if not ready.is_file() or ready.read_text() != requirements:
         if not (folder / "bin" / "python").exists():
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         install = [
@@ -414,7 +418,7 @@ def programs() -> Path:
             HERE / "optimum_onnx" / "requirements.txt",
         ]
         subprocess.run([folder / "bin" / "python", *install], check=True)
-        ready.write_text(wanted)
+        ready.write_text(requirements)
     return folder / "bin"
 
 
@@ -433,7 +437,7 @@ def called(*command: object) -> str:
 def checkpoints(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Tiny checkpoints that transformers 4 reads too.
 
-    It fills what lacks this prefix with random numbers, and transformers 5 saves without it.
+    transformers 4 fills weights without this prefix with random numbers; version 5 omits it.
     """
     folder = tmp_path_factory.mktemp("checkpoints")
 
@@ -455,14 +459,14 @@ def checkpoints(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def directories(
     programs: Path, checkpoints: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Tiny]:
-    """By "sd" or "sdxl", and "theirs" or "ours": optimum's export, and our engines for it."""
+    """Directories by "sd" or "sdxl" and exporter: "optimum", or "latentforge" in its layout."""
     folder = tmp_path_factory.mktemp("directories")
 
     @cache
     def directory(name: str) -> Path:
         family, _, kind = name.partition(" ")
         checkpoint, target = checkpoints(family), folder / name.replace(" ", "-")
-        if kind == "theirs":
+        if kind == "optimum":
             task = ("--task", "text-to-image")
             called(programs / "optimum-cli", "export", "onnx", "-m", checkpoint, *task, target)
         else:
@@ -473,64 +477,62 @@ def directories(
 
 
 @pytest.fixture
-def paint(programs: Path, tmp_path: Path) -> Paint:
-    """A function that makes a picture with one of optimum's pipelines."""
+def generate(programs: Path, tmp_path: Path) -> Generate:
+    """A function that generates an image with one of optimum's pipelines."""
 
-    def paint(kind: str, directory: Path, *more: object) -> Mapping[str, NDArray[Any]]:
-        given = ("--prompt", "a red fox", "--steps", 4, "--seed", 5, "--guidance", 6.0)
-        script = HERE / "optimum_onnx" / "paint.py"
-        called(programs / "python", script, kind, directory, tmp_path / "out", *given, *more)
+    def run(kind: str, directory: Path, *more: object) -> Mapping[str, NDArray[Any]]:
+        request = ("--prompt", "a red fox", "--steps", 4, "--seed", 5, "--guidance", 6.0)
+        script = HERE / "optimum_onnx" / "generate.py"
+        called(programs / "python", script, kind, directory, tmp_path / "out", *request, *more)
         return {name: np.load(tmp_path / "out" / f"{name}.npy") for name in ("images", "latents")}
 
-    return paint
+    return run
 
 
-def check(theirs: Mapping[str, NDArray[Any]], ours: Result) -> None:
-    """Equal as far as 8 bits show, and a picture of more than one colour."""
-    assert np.ptp(theirs["images"]) > 0.1
-    assert psnr(theirs["latents"], ours.latents) >= 80
-    assert psnr(theirs["images"], to_array(ours.images), peak=2.0) >= 50
+def check(reference: Mapping[str, NDArray[Any]], result: Result) -> None:
+    """Check that images are equal at 8 bits, and not of a single colour."""
+    assert np.ptp(reference["images"]) > 0.1
+    assert psnr(reference["latents"], result.latents) >= 80
+    assert psnr(reference["images"], to_array(result.images), peak=2.0) >= 50
 
 
 @pytest.mark.optimum
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", CLASSES)
-def test_its_export_makes_its_picture(
-    family: str, directories: Tiny, paint: Paint, tmp_path: Path
+def test_imported_engines_match_optimum(
+    family: str, directories: Tiny, generate: Generate, tmp_path: Path
 ) -> None:
-    directory = directories(f"{family} theirs")
+    directory = directories(f"{family} optimum")
     manifest = export(str(directory), tmp_path / "taken")
     assert manifest.components["denoiser"].inputs["timestep"].shape == ()
-    check(paint(f"{CLASSES[family]}Pipeline", directory), painted(tmp_path / "taken"))
+    check(generate(f"{CLASSES[family]}Pipeline", directory), generated(tmp_path / "taken"))
 
 
 @pytest.mark.optimum
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("more", [(), ("--io-binding",)])
 @pytest.mark.parametrize("family", CLASSES)
-def test_our_engines_in_its_pipeline(
-    family: str, more: tuple[str, ...], directories: Tiny, paint: Paint
+def test_engines_in_optimums_pipeline(
+    family: str, more: tuple[str, ...], directories: Tiny, generate: Generate
 ) -> None:
-    directory = directories(f"{family} ours")
-    check(paint(f"{CLASSES[family]}Pipeline", directory, *more), painted(directory))
+    directory = directories(f"{family} latentforge")
+    check(generate(f"{CLASSES[family]}Pipeline", directory, *more), generated(directory))
 
 
 @pytest.mark.optimum
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["sd ours", "sd theirs", "sdxl ours"])
-def test_starting_from_a_picture(
-    name: str, directories: Tiny, paint: Paint, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["sd latentforge", "sd optimum", "sdxl latentforge"])
+def test_image_to_image(name: str, directories: Tiny, generate: Generate, tmp_path: Path) -> None:
     directory = directories(name)
     cells = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
     picture = Image.fromarray(cells.repeat(8, axis=0).repeat(8, axis=1))
     picture.save(tmp_path / "picture.png")
     kind = f"{CLASSES[name.split()[0]]}Img2ImgPipeline"
-    theirs = paint(kind, directory, "--image", tmp_path / "picture.png", "--strength", 0.6)
-    if name.endswith("theirs"):
+    reference = generate(kind, directory, "--image", tmp_path / "picture.png", "--strength", 0.6)
+    if name.endswith("optimum"):
         export(str(directory), tmp_path / "taken")
         directory = tmp_path / "taken"
-    check(theirs, painted(directory, image=picture, strength=0.6))
+    check(reference, generated(directory, image=picture, strength=0.6))
 
 
 @pytest.mark.optimum

@@ -1,4 +1,4 @@
-"""A scheduler_config.json means to us what it means to diffusers, also where it is silent."""
+"""scheduler_config.json is interpreted as by diffusers, also where options are missing."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from latentforge.runtime.sampling import SAMPLERS
 
 diffusers = pytest.importorskip("diffusers")
 
-SD15 = {  # as Stable Diffusion 1.5 has it: no word of spacing or prediction
+SD15 = {  # of Stable Diffusion 1.5, without spacing and prediction type
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -29,7 +29,7 @@ SD15 = {  # as Stable Diffusion 1.5 has it: no word of spacing or prediction
     "steps_offset": 1,
     "trained_betas": None,
 }
-SILENT = {key: SD15[key] for key in ("_class_name", "beta_schedule", "beta_start", "beta_end")}
+MINIMAL = {key: SD15[key] for key in ("_class_name", "beta_schedule", "beta_start", "beta_end")}
 
 
 def reference(name: str, config: dict[str, Any]) -> Any:
@@ -42,9 +42,9 @@ def test_tables_name_the_same_samplers() -> None:
     assert set(SCHEDULERS) == set(SAMPLERS)
 
 
-@pytest.mark.parametrize("config", [SD15, SILENT], ids=["sd15", "silent"])
+@pytest.mark.parametrize("config", [SD15, MINIMAL], ids=["sd15", "minimal"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_timesteps_are_those_of_diffusers(name: str, config: dict[str, Any]) -> None:
+def test_timesteps_match_diffusers(name: str, config: dict[str, Any]) -> None:
     theirs = reference(name, config)
     schedule, timesteps = schedule_of(corrected(config)), SCHEDULERS[name].timesteps
     if timesteps:
@@ -60,8 +60,8 @@ def test_timesteps_are_those_of_diffusers(name: str, config: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("name", ["squeezed_10", "squeezed_11"])
-def test_squeezed_levels_are_those_of_diffusers(name: str) -> None:
-    """Told only the timesteps, also by the config of DeciDiffusion 2.0."""
+def test_squeezed_levels_match_diffusers(name: str) -> None:
+    """With explicit timesteps, also for the config of DeciDiffusion 2.0."""
     config = {
         **SD15,
         "_class_name": "DDIMScheduler",
@@ -81,10 +81,10 @@ def test_squeezed_levels_are_those_of_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])
-def test_last_level_is_that_of_diffusers(name: str) -> None:
-    """DDIM ends on the clean latent and PNDM does not, where the file is silent."""
-    theirs = reference(name, SILENT)
-    last = SAMPLERS[name].plan(schedule_of(SILENT), 10).intervals[-1].end
+def test_last_level_matches_diffusers(name: str) -> None:
+    """Without set_alpha_to_one, DDIM ends on the clean latent and PNDM does not."""
+    theirs = reference(name, MINIMAL)
+    last = SAMPLERS[name].plan(schedule_of(MINIMAL), 10).intervals[-1].end
     assert last.alpha**2 == pytest.approx(float(theirs.final_alpha_cumprod), abs=1e-6)
     assert (last.alpha == 1) == (name == "ddim")
 
@@ -107,11 +107,11 @@ def test_last_level_is_that_of_diffusers(name: str) -> None:
         ({"_class_name": "LCMScheduler"}, "lcm"),
     ],
 )
-def test_default_sampler_is_the_checkpoint_own(changes: dict[str, Any], sampler: str) -> None:
+def test_default_sampler_is_that_of_the_checkpoint(changes: dict[str, Any], sampler: str) -> None:
     assert default_sampler({**SD15, **changes}) == sampler
 
 
-def test_unknown_scheduler_says_what_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_scheduler_warns_and_gives_dpmpp_2m(caplog: pytest.LogCaptureFixture) -> None:
     assert default_sampler({**SD15, "_class_name": "LMSDiscreteScheduler"}) == "dpmpp_2m"
     assert "LMSDiscreteScheduler" in caplog.text
 
@@ -121,7 +121,7 @@ def test_unknown_scheduler_says_what_is_taken(caplog: pytest.LogCaptureFixture) 
     [{"beta_schedule": "sigmoid"}, {"thresholding": True}, {"timestep_spacing": "odd"}],
     ids=str,
 )
-def test_refuses_what_it_does_not_know(changes: dict[str, Any]) -> None:
+def test_refuses_unsupported_schedules(changes: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):
         schedule_of({**SD15, **changes})
 

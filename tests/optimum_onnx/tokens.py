@@ -1,4 +1,4 @@
-"""Print the ids of a prompt as both tokenizers of transformers 4 read a folder: JSON, by class."""
+"""Print the ids of a prompt by both CLIP tokenizers of transformers 4, as JSON by class."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 
 def main() -> None:
-    """tokens.py FOLDER PROMPT"""
+    """Run ``tokens.py FOLDER PROMPT``."""
     folder, prompt = sys.argv[1:]
     ids = {}
     for kind in (CLIPTokenizer, CLIPTokenizerFast):
         tokenizer = kind.from_pretrained(folder)
         length = tokenizer.model_max_length
-        found = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
-        ids[kind.__name__] = found.input_ids
+        encoded = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
+        ids[kind.__name__] = encoded.input_ids
     print(json.dumps(ids))
 
 

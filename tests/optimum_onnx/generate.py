@@ -1,4 +1,4 @@
-"""Make a picture with one of optimum's pipelines, in optimum's environment.
+"""Generate an image with one of optimum's pipelines, in optimum's environment.
 
 Writes OUT/latents.npy (1, channels, h, w) before the VAE, and OUT/images.npy (1, 3, height, width)
 in -1..1.
@@ -23,17 +23,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--guidance", type=float, required=True)
-    parser.add_argument("--image", type=Path, help="to start from, with --strength")
+    parser.add_argument("--image", type=Path, help="to start from; needs --strength")
     parser.add_argument("--strength", type=float)
-    parser.add_argument("--io-binding", action="store_true", help="as by default on CUDA")
+    parser.add_argument("--io-binding", action="store_true", help="the default on CUDA")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Load the directory as it is and run one request."""
-    given = arguments()
-    kind = getattr(optimum.onnxruntime, given.pipeline)
-    pipe = kind.from_pretrained(given.directory, export=False, use_io_binding=given.io_binding)
+    """Load the directory without exporting it, and run one request."""
+    options = arguments()
+    kind = getattr(optimum.onnxruntime, options.pipeline)
+    pipe = kind.from_pretrained(options.directory, export=False, use_io_binding=options.io_binding)
     pipe.set_progress_bar_config(disable=True)
     latents: list[torch.Tensor] = []
 
@@ -42,20 +42,20 @@ def main() -> None:
         return tensors
 
     start = {}
-    if given.image:
-        start = {"image": Image.open(given.image).convert("RGB"), "strength": given.strength}
+    if options.image:
+        start = {"image": Image.open(options.image).convert("RGB"), "strength": options.strength}
     images = pipe(
-        given.prompt,
-        num_inference_steps=given.steps,
-        guidance_scale=given.guidance,
-        generator=torch.Generator("cpu").manual_seed(given.seed),
+        options.prompt,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        generator=torch.Generator("cpu").manual_seed(options.seed),
         output_type="np",
         callback_on_step_end=keep,
         **start,
     ).images
-    given.out.mkdir(parents=True, exist_ok=True)
-    np.save(given.out / "latents.npy", latents[-1].numpy())
-    np.save(given.out / "images.npy", images.transpose(0, 3, 1, 2) * 2 - 1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    np.save(options.out / "latents.npy", latents[-1].numpy())
+    np.save(options.out / "images.npy", images.transpose(0, 3, 1, 2) * 2 - 1)
 
 
 if __name__ == "__main__":
