@@ -1,9 +1,9 @@
-"""Write full-size checkpoints with random weights, for measuring where no hub is at hand.
+"""Write full-size checkpoints with random weights, for benchmarks without access to a hub.
 
-    python benchmarks/checkpoints.py sd15 /tmp/sd15
+    python benchmarks/checkpoints.py sd15 sd15
 
-The architectures are the published ones to the last number, so times, memory and file sizes are
-real; the pictures are noise. The tokenizer is the embedded demo checkpoint's.
+The architectures equal the published ones in every dimension, so that times, memory and file sizes
+are realistic; the images are noise. The tokenizer is the embedded demo checkpoint's.
 """
 
 import argparse
@@ -34,17 +34,16 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a checkpoint is made of.
+    """Architecture of a checkpoint.
 
     Attributes:
-        pipeline: the class that its model_index.json names.
-        unet: the denoiser's configuration, or the structure of a flexible one.
-        vae: the autoencoder's.
-        texts: configurations of the text encoders by folder; that of text_encoder_2 has a
-            projection.
-        scheduler: its class and configuration.
+        pipeline: the pipeline class of its model_index.json.
+        unet: configuration of the UNet, or the structure of a flexible one.
+        vae: configuration of the autoencoder.
+        texts: configurations of the text encoders by folder; text_encoder_2 has a projection.
+        scheduler: class and configuration.
         index: further entries of model_index.json.
-        max_length: of a prompt, in tokens.
+        max_length: maximum number of tokens of a prompt.
     """
 
     pipeline: str
@@ -59,9 +58,11 @@ class Architecture:
 def write(
     architecture: Architecture, target: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a diffusers directory with random weights of a type."""
+    """Write a checkpoint in diffusers' layout with random weights."""
     with _default_dtype(dtype):
-        torch.manual_seed(seed)  # before each, so that equal parts are equal in any company
+        torch.manual_seed(
+            seed
+        )  # before each part, so that equal parts have equal weights in all checkpoints
         diffusers.AutoencoderKL(**architecture.vae).save_pretrained(target / "vae")
         torch.manual_seed(seed)
         _write_unet(architecture.unet, target)
@@ -75,7 +76,7 @@ def write(
 
 
 def _write_unet(unet: Config | FlexibleStructure, target: Path) -> None:
-    """A flexible UNet has its own folder, beside a placeholder that nobody should read."""
+    """Write a UNet; a flexible one gets its own folder, and ``unet`` an empty configuration."""
     if not isinstance(unet, FlexibleStructure):
         diffusers.UNet2DConditionModel(**unet).save_pretrained(target / "unet")
         return
@@ -85,7 +86,7 @@ def _write_unet(unet: Config | FlexibleStructure, target: Path) -> None:
 
 
 def _write_text(config: Config, target: Path, folder: str, max_length: int) -> None:
-    """The start and end tokens are the demo tokenizer's."""
+    """Write a text encoder with its tokenizer, both with the demo tokenizer's special tokens."""
     demo = json.loads((DEMO / "text_encoder" / "config.json").read_text())
     special = {key: demo[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     kind = CLIPTextModelWithProjection if folder == "text_encoder_2" else CLIPTextModel
@@ -113,7 +114,7 @@ def _classes(architecture: Architecture) -> dict[str, list[str]]:
         "scheduler": ["diffusers", architecture.scheduler[0]],
         **texts,
         **tokenizers,
-        "denoiser": ["diffusers", "UNet2DConditionModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
 
@@ -145,7 +146,7 @@ _CLIP_L = {
     "num_attention_heads": 12,
     "projection_dim": 768,
 }
-_OPENCLIP_H = {  # without its last layer, as Stable Diffusion 2 takes it
+_OPENCLIP_H = {  # without its last layer, as in Stable Diffusion 2
     **_CLIP_L,
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -250,7 +251,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def main() -> None:
-    """Write one checkpoint."""
+    """Write one checkpoint from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture", choices=ARCHITECTURES)
     parser.add_argument("target", type=Path)

@@ -1,4 +1,4 @@
-"""A checkpoint as optimum-intel converts it, for its own pipeline and OpenVINO GenAI's."""
+"""optimum-intel's conversion of a checkpoint, for its own pipeline and OpenVINO GenAI's."""
 
 import tempfile
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ __all__ = ["convert", "model_bytes", "properties"]
 
 
 def convert(checkpoint: Path, target: Path) -> None:
-    """``optimum-cli export openvino --weight-format fp32``, tokenizers included.
+    """Run ``optimum-cli export openvino --weight-format fp32``, tokenizers included.
 
-    The format is named since larger models get 8-bit weights otherwise.
+    The format is explicit because larger models get 8-bit weights by default.
     """
     from optimum.exporters.openvino import main_export
     from optimum.intel import OVConfig
@@ -32,7 +32,7 @@ def convert(checkpoint: Path, target: Path) -> None:
 
 
 def properties(threads: int) -> Mapping[str, Any]:
-    """What OpenVINO is told: float32 throughout, one request at a time, on so many threads."""
+    """Return OpenVINO's properties for float32 and one request at a time on ``threads`` threads."""
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
@@ -41,6 +41,6 @@ def properties(threads: int) -> Mapping[str, Any]:
 
 
 def model_bytes(directory: Path) -> int:
-    """What the models take that pictures from text need."""
+    """Return the size of the models that text-to-image generation loads."""
     names = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
     return sum(file_bytes(directory / name, "*.xml", "*.bin") for name in names)

@@ -1,19 +1,19 @@
-"""optimum-onnx on ONNX Runtime's CPU provider, as a participant: ``python serve_optimum_ort.py JOB``.
+"""optimum-onnx on ONNX Runtime's CPU provider: ``python serve_optimum_ort.py JOB``.
 
-Its own export to ONNX in float32, its pipeline, its sessions. Sizes stay free: its exporter would
-fix them together with the batch, at two prompts, and its pipeline encodes one.
+Uses its own export in float32, its pipeline and its sessions. Sizes stay dynamic: its exporter
+would fix them together with a batch of two prompts, while its pipeline encodes one.
 """
 
 import tempfile
 from pathlib import Path
 
 import older_layout
-from serving import Job, Loaded, file_bytes, serve, versions
-from through_diffusers import Painter
+from serving import LoadedModel, PeerJob, file_bytes, serve, versions
+from through_diffusers import TimedPipeline
 
 
 def convert(checkpoint: Path, target: Path) -> None:
-    """``optimum-cli export onnx``: in float32, without its comparison with torch."""
+    """Run ``optimum-cli export onnx`` in float32, without its validation against torch."""
     from optimum.exporters.onnx import main_export
 
     with tempfile.TemporaryDirectory(dir=target.parent) as readable:
@@ -28,25 +28,24 @@ def convert(checkpoint: Path, target: Path) -> None:
         )
 
 
-def load(job: Job, directory: Path) -> Loaded:
-    """Its pipeline on a job's threads."""
+def load(job: PeerJob, directory: Path) -> LoadedModel:
+    """Load its pipeline with the job's number of threads."""
     import onnxruntime
     import torch
     from optimum.onnxruntime import ORTDiffusionPipeline
 
-    torch.set_num_threads(job.threads)  # the sampler's
+    torch.set_num_threads(job.threads)  # used by the scheduler
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     pipe = ORTDiffusionPipeline.from_pretrained(
         directory, export=False, session_options=options, provider="CPUExecutionProvider"
     )
-    texts = ("text_encoder", "text_encoder_2")
-    used = [directory / name for name in (*texts, "unet", "vae_decoder")]
-    return Loaded(
-        paint=Painter(pipe, job),
+    models = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+    return LoadedModel(
+        generate=TimedPipeline(pipe, job),
         versions=versions("optimum-onnx", "onnxruntime", "diffusers", "transformers", "torch"),
         precision="fp32",
-        bytes=sum(file_bytes(folder, "*.onnx*") for folder in used),
+        bytes=sum(file_bytes(directory / name, "*.onnx*") for name in models),
     )
 
 

@@ -1,9 +1,9 @@
-"""stable-diffusion.cpp, as a participant: ``python serve_sd_cpp.py JOB``.
+"""stable-diffusion.cpp: ``python serve_sd_cpp.py JOB``.
 
-It reads a checkpoint as it is, but for the names in transformers 5's text encoders. Its noise is
-torch's and its levels are given, so the trajectory is the reference's; its tokenizer is CLIP's
-own, whatever the checkpoint's says, and pictures come in 8 bits. Convolutions are in half
-precision, which has no switch.
+It reads a checkpoint directly, except for the tensor names in transformers 5's text encoders. It
+draws torch's noise and gets the noise levels from here, so the trajectory is the reference's. Its
+tokenizer is always CLIP's own, whatever the checkpoint contains, and images have 8 bits. Its
+convolutions are in half precision, which cannot be changed.
 """
 
 import json
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from older_layout import link as convert
-from serving import Job, Loaded, Stages, serve, versions
+from serving import LoadedModel, PeerJob, Stages, serve, versions
 
 _METHODS = {
-    "DDIMScheduler": "euler",  # which it is, without noise added: Song et al. (2020), section 4.3
+    "DDIMScheduler": "euler",  # equivalent at eta = 0: Song et al. (2020), section 4.3
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_a",
 }
@@ -34,15 +34,15 @@ _TEXT, _LATENTS, _PIXELS = "get_learned_condition", "latent images", "decode_fir
 _BETAS = ("scaled_linear", 0.00085, 0.012, 1000)
 
 
-def load(job: Job, directory: Path) -> Loaded:
-    """Its context on a job's threads, with the job's noise levels."""
+def load(job: PeerJob, directory: Path) -> LoadedModel:
+    """Create its context with the job's number of threads."""
     import stable_diffusion_cpp
 
     config = _json(directory / "scheduler" / "scheduler_config.json")
     config = {**config, **job.scheduler.get("options", {})}
     _check(job, directory, config)
-    log = _Log()
-    callback = stable_diffusion_cpp.sd_log_callback(log.note)
+    log = _StageLog()
+    callback = stable_diffusion_cpp.sd_log_callback(log.on_line)
     stable_diffusion_cpp.sd_set_log_callback(callback, None)
     model = stable_diffusion_cpp.StableDiffusion(
         model_path=str(directory),
@@ -54,9 +54,9 @@ def load(job: Job, directory: Path) -> Loaded:
         vae_decode_only=True,
         verbose=False,
     )
-    log.kept = callback
-    return Loaded(
-        paint=lambda stages: _paint(model, job, _sigmas(job, config), log, stages),
+    log.callback = callback
+    return LoadedModel(
+        generate=lambda stages: _generate(model, job, _sigmas(job, config), log, stages),
         versions=versions("stable-diffusion-cpp-python"),
         precision="fp32, convolutions fp16",
         bytes=sum((directory / name).stat().st_size for name in _FILES),
@@ -64,28 +64,28 @@ def load(job: Job, directory: Path) -> Loaded:
 
 
 @dataclass
-class _Log:
-    """When it said what, which tells where its time goes: its own figures are rounded."""
+class _StageLog:
+    """Times of log lines and steps, from which stage times follow: those it prints are rounded."""
 
     times: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
-    kept: Any = None  # what C calls must not be collected
+    callback: Any = None  # keeps the C callback from being garbage collected
 
-    def note(self, level: int, text: bytes, data: Any) -> None:
-        """A line of its log."""
+    def on_line(self, level: int, text: bytes, data: Any) -> None:
+        """Record the time of a log line that ends a stage."""
         for stage in (_TEXT, _LATENTS, _PIXELS):
             if f"{stage} completed".encode() in text:
                 self.times[stage] = time.perf_counter()
 
-    def step(self, step: int, steps: int, mean: float) -> None:
-        """A step of its sampler, of which it calls a 0th one too."""
+    def on_step(self, step: int, steps: int, mean: float) -> None:
+        """Record the time of a sampler step; it reports a step 0 before the first."""
         if step > 0:
             self.steps.append(time.perf_counter())
 
     def stages(self, start: float) -> Stages:
-        """Seconds by stage of what began at a time.
+        """Return seconds by stage of a generation that began at ``start``.
 
-        A step is two calls of the UNet, one a prompt, where others make one call of both.
+        With guidance, a step is two calls of the UNet with one row each, not one call with two.
         """
         marks = [self.times[_TEXT], *self.steps]
         return {
@@ -95,30 +95,32 @@ class _Log:
         }
 
 
-def _check(job: Job, directory: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what it would abort on, or do otherwise."""
-    name, wanted = job.scheduler["name"], job.settings
+def _check(job: PeerJob, directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse models that it aborts on, and settings that it would silently ignore."""
+    name, settings = job.scheduler["name"], job.settings
     unet = _json(directory / "unet" / "config.json")
     if unet.get("block_out_channels") != _WIDTHS:
         raise ValueError(
-            "stable-diffusion.cpp has the UNets of Stable Diffusion 1 and 2, and this is another: "
+            "stable-diffusion.cpp supports the UNets of Stable Diffusion 1 and 2 only: this one has "
             f"blocks of {unet.get('block_out_channels')} channels, not {_WIDTHS}"
         )
     if missing := [file for file in _FILES if not (directory / file).is_file()]:
-        raise ValueError(f"stable-diffusion.cpp needs {missing[0]}, which the checkpoint lacks")
+        raise ValueError(f"stable-diffusion.cpp needs {missing[0]}, which this checkpoint lacks")
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
     if tuple(config.get(key) for key in keys) != _BETAS or config.get("rescale_betas_zero_snr"):
-        raise ValueError("stable-diffusion.cpp has Stable Diffusion's noise schedule alone")
+        raise ValueError(
+            "stable-diffusion.cpp supports the noise schedule of Stable Diffusion only"
+        )
     if name not in _METHODS or config.get("use_karras_sigmas"):
-        raise ValueError(f"stable-diffusion.cpp has no {name}: choose ddim or euler")
-    if wanted["guidance_rescale"]:
-        raise ValueError("stable-diffusion.cpp has no guidance_rescale: measure without it")
+        raise ValueError(f"stable-diffusion.cpp does not support {name}: use sampler ddim or euler")
+    if settings["guidance_rescale"]:
+        raise ValueError("stable-diffusion.cpp does not support guidance rescale: use --rescale 0")
 
 
-def _sigmas(job: Job, config: Mapping[str, Any]) -> list[float]:
-    """The noise levels that diffusers' scheduler would visit, as sigma / alpha, the last included.
+def _sigmas(job: PeerJob, config: Mapping[str, Any]) -> list[float]:
+    """Return the noise levels of diffusers' scheduler as sigma / alpha, the final one included.
 
-    DDIM ends on the first training step unless set_alpha_to_one.
+    DDIM ends at the first training timestep unless set_alpha_to_one.
     """
     count, steps = _BETAS[3], job.settings["steps"]
     betas = np.linspace(_BETAS[1] ** 0.5, _BETAS[2] ** 0.5, count) ** 2
@@ -137,28 +139,28 @@ def _sigmas(job: Job, config: Mapping[str, Any]) -> list[float]:
     return [float(level) for level in (*levels[::-1], last)]
 
 
-def _paint(
-    model: Any, job: Job, sigmas: list[float], log: _Log, stages: Stages
+def _generate(
+    model: Any, job: PeerJob, sigmas: list[float], log: _StageLog, stages: Stages
 ) -> NDArray[np.float32]:
-    """One prompt after another, since it takes one at a time."""
-    wanted = job.settings
+    """Generate the images prompt by prompt: it accepts one at a time."""
+    settings = job.settings
     images = []
-    for index, prompt in enumerate(wanted["prompts"]):
-        negative = "".join(list(wanted["negative_prompts"])[index : index + 1])
+    for index, prompt in enumerate(settings["prompts"]):
+        negative = "".join(list(settings["negative_prompts"])[index : index + 1])
         log.steps.clear()
         start = time.perf_counter()
         images += model.generate_image(
             prompt,
             negative_prompt=negative,
-            width=wanted["width"],
-            height=wanted["height"],
-            cfg_scale=wanted["guidance_scale"],
+            width=settings["width"],
+            height=settings["height"],
+            cfg_scale=settings["guidance_scale"],
             sample_method=_METHODS[job.scheduler["name"]],
             sample_steps=len(sigmas) - 1,
             sigmas=",".join(f"{sigma:.9g}" for sigma in sigmas),
-            seed=wanted["seed"],
-            batch_count=wanted["images_per_prompt"],
-            progress_callback=log.step,
+            seed=settings["seed"],
+            batch_count=settings["images_per_prompt"],
+            progress_callback=log.on_step,
         )
         for stage, calls in log.stages(start).items():
             stages.setdefault(stage, []).extend(calls)

@@ -1,7 +1,7 @@
-"""How a peer's program answers a benchmark; see measure/bench/protocol.py for the other end.
+"""Peer's side of a benchmark; measure/bench/protocol.py describes the messages.
 
-The programs beside this file run in their peer's environment, where latentforge isn't installed.
-So this needs numpy and the standard library alone, and they import it as a neighbour.
+The programs in this directory run in their peer's environment, without latentforge. This module
+therefore needs only numpy and the standard library, and they import it as a sibling.
 """
 
 import importlib.metadata
@@ -20,10 +20,10 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PeerJob", "Loaded", "Stages", "file_bytes", "serve", "timed", "versions"]
+__all__ = ["LoadedModel", "PeerJob", "Stages", "file_bytes", "serve", "timed", "versions"]
 
 Stages = dict[str, list[float]]
-"""Seconds of every call in one request, by stage."""
+"""Seconds of each call within one request, by stage."""
 
 _MODEL = "model"
 _SOURCE = "source.json"
@@ -31,16 +31,16 @@ _SOURCE = "source.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PeerJob:
-    """What a participant is asked: the fields of a job's file.
+    """Work of a participant, as its job file describes it.
 
     Attributes:
         model: a checkpoint in diffusers' layout.
         settings: the request, see runtime/settings.py.
-        scheduler: a diffusers class (``name``), what to give its from_config beside the
-            checkpoint's own (``options``), and maybe ``timesteps``.
-        picture: the .npy file to leave the last picture in, (n, 3, height, width) in -1..1.
-        noise: a .npy file of the noise to start from, (n, channels, h, w) of unit variance.
-        folder: where to keep what the checkpoint was converted to.
+        picture: the .npy file for the images of the last request, (n, 3, height, width) in -1..1.
+        noise: a .npy file with the initial noise, (n, channels, h, w) of unit variance.
+        folder: for the files that the checkpoint is converted to.
+        scheduler: a diffusers class (``name``), arguments for its from_config (``options``) and,
+            for samplers that need them, ``timesteps``.
     """
 
     model: Path
@@ -53,44 +53,46 @@ class PeerJob:
 
     @classmethod
     def read(cls, path: Path) -> "PeerJob":
-        """Read a job's file."""
-        given = json.loads(path.read_bytes())
-        values = {field.name: given[field.name] for field in fields(cls)}
-        places = ("model", "picture", "noise", "folder")
-        return cls(**{**values, **{name: Path(values[name]) for name in places}})
+        """Read a job file."""
+        content = json.loads(path.read_bytes())
+        values = {field.name: content[field.name] for field in fields(cls)}
+        paths = ("model", "picture", "noise", "folder")
+        return cls(**{**values, **{name: Path(values[name]) for name in paths}})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model that is ready.
+class LoadedModel:
+    """Model that is ready to run.
 
     Attributes:
-        paint: makes the request's pictures, (n, 3, height, width) in -1..1, and notes what the
-            stages took.
+        generate: runs the request and returns its images, (n, 3, height, width) in -1..1; it adds
+            the seconds of its stages to its argument.
         versions: of its libraries, by distribution.
-        precision: what it computes in.
-        bytes: of the files that it loads.
+        precision: of its arithmetic.
+        bytes: size of the files that it loads.
     """
 
-    paint: Callable[[Stages], NDArray[np.float32]]
+    generate: Callable[[Stages], NDArray[np.float32]]
     versions: Mapping[str, str]
     precision: str
     bytes: int
 
 
-Load = Callable[[PeerJob, Path], Loaded]
+Load = Callable[[PeerJob, Path], LoadedModel]
 Convert = Callable[[Path, Path], None]
 
 
 def serve(load: Load, convert: Convert | None = None) -> None:
-    """Answer as a participant: load once, and make the request once for every line of input.
+    """Load a job's model, then run its request once per line of standard input.
 
-    ``load`` takes the job and the directory to load. ``convert`` makes that of a checkpoint, given
-    both paths; without it the checkpoint is loaded as it is. It runs in a process of its own, so
-    that the memory it takes isn't counted as the participant's.
+    Args:
+        load: from the job and the directory to load.
+        convert: creates that directory (its second argument) from a checkpoint (its first); without
+            it, the checkpoint itself is loaded. It runs in its own process, so that its memory does
+            not count as the participant's.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all there is to load is on this machine
-    out = _answers()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are on this machine
+    out = _protocol_stream()
     try:
         if sys.argv[1] == "--convert":
             assert convert is not None
@@ -98,45 +100,48 @@ def serve(load: Load, convert: Convert | None = None) -> None:
         else:
             _serve(PeerJob.read(Path(sys.argv[1])), load, convert is not None, out)
     except ModuleNotFoundError as error:
-        _tell(out, {"missing": f"{error.name} isn't installed in its environment"})
-    except Exception as error:  # whatever it is, the other side wants it in a line
-        _tell(out, {"error": " ".join(str(error).split()) or type(error).__name__})
+        _send(out, {"missing": f"{error.name} is not installed in its environment"})
+    except Exception as error:  # the parent expects any failure as one line
+        _send(out, {"error": " ".join(str(error).split()) or type(error).__name__})
         raise
 
 
 def timed(function: Callable[..., Any], calls: Callable[[], list[float]]) -> Callable[..., Any]:
-    """The function, noting the seconds of each call in the list that is current then."""
+    """Wrap a function so that it appends the seconds of each call to the list ``calls()``."""
 
     @wraps(function)
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         result = function(*args, **kwargs)
         calls().append(time.perf_counter() - start)
         return result
 
-    return noted
+    return wrapper
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """The installed versions of distributions."""
+    """Return the installed versions of distributions."""
     return {name: importlib.metadata.version(name) for name in distributions}
 
 
 def file_bytes(directory: Path, *patterns: str) -> int:
-    """What the files in a directory take that match any of the patterns."""
+    """Return the total size of the files in a directory that match any of the patterns."""
     files = {path for pattern in patterns for path in directory.glob(pattern)}
     return sum(path.stat().st_size for path in files)
 
 
-def _answers() -> TextIO:
-    """Standard output for answers alone: what libraries print, in whatever language, is moved."""
+def _protocol_stream() -> TextIO:
+    """Return standard output for messages alone: file descriptor 1 becomes standard error.
+
+    Libraries print to it from Python and from native code.
+    """
     sys.stdout.flush()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return out
 
 
-def _tell(out: TextIO, message: Mapping[str, Any]) -> None:
+def _send(out: TextIO, message: Mapping[str, Any]) -> None:
     print(json.dumps(message), file=out, flush=True)
 
 
@@ -144,42 +149,45 @@ def _serve(job: PeerJob, load: Load, converts: bool, out: TextIO) -> None:
     directory = _converted(job, out) if converts else job.model
     if directory is None:
         return
-    loaded = load(job, directory)
-    ready = {key: getattr(loaded, key) for key in ("versions", "precision", "bytes")}
-    _tell(out, {"ready": ready})
+    model = load(job, directory)
+    ready = {key: getattr(model, key) for key in ("versions", "precision", "bytes")}
+    _send(out, {"ready": ready})
     for _ in sys.stdin:
         stages: Stages = {}
         start = time.perf_counter()
-        picture = loaded.paint(stages)
+        images = model.generate(stages)
         total = time.perf_counter() - start
-        np.save(job.picture, picture)
-        _tell(out, {"total": total, "stages": stages})
+        np.save(job.picture, images)
+        _send(out, {"total": total, "stages": stages})
 
 
 def _converted(job: PeerJob, out: TextIO) -> Path | None:
-    """What the checkpoint was converted to, now if need be; None when that failed and was said."""
+    """Return the converted checkpoint, after converting it if necessary.
+
+    None after a failure, whose message has been sent.
+    """
     source, target = json.dumps(_fingerprint(job.model)), job.folder / _MODEL
-    note = target / _SOURCE
-    if note.is_file() and note.read_text() == source:
+    record = target / _SOURCE
+    if record.is_file() and record.read_text() == source:
         return target
     partial = job.folder / f"{_MODEL}.partial"
-    for left in (partial, target):  # by a killed conversion, or of another checkpoint
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in (partial, target):  # of a killed conversion, or of another checkpoint
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     start = time.perf_counter()
     command = [sys.executable, sys.argv[0], "--convert", str(job.model), str(partial)]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if ended.stdout or ended.returncode:
-        why = {"error": f"its conversion of the checkpoint ended with status {ended.returncode}"}
-        _tell(out, json.loads(ended.stdout) if ended.stdout else why)
+        error = {"error": f"the conversion of the checkpoint exited with status {ended.returncode}"}
+        _send(out, json.loads(ended.stdout) if ended.stdout else error)
         return None
     (partial / _SOURCE).write_text(source)
     partial.rename(target)
-    _tell(out, {"prepared": time.perf_counter() - start})
+    _send(out, {"prepared": time.perf_counter() - start})
     return target
 
 
 def _fingerprint(checkpoint: Path) -> list[list[Any]]:
-    """What tells this checkpoint from another: the names, sizes and times of its files."""
+    """Return the names, sizes and modification times of a checkpoint's files."""
     files = sorted(path for path in checkpoint.resolve().rglob("*") if path.is_file())
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

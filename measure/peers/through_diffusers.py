@@ -1,10 +1,11 @@
-"""What optimum's pipelines have in common: the request in diffusers' terms, and their stages."""
+"""Adapter of pipelines with diffusers' interface: requests in its terms, and timed stages."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from serving import Job, Stages, timed
+from serving import PeerJob, Stages, timed
 
 __all__ = ["TimedPipeline"]
 
@@ -17,9 +18,9 @@ _STAGES = {
 
 
 class TimedPipeline:
-    """Makes a job's pictures with a pipeline that takes what diffusers' take."""
+    """Pipeline that generates a job's images and times the calls of its models."""
 
-    def __init__(self, pipe: Any, job: Job) -> None:
+    def __init__(self, pipe: Any, job: PeerJob) -> None:
         import diffusers
 
         self._pipe, self._job = pipe, job
@@ -32,7 +33,7 @@ class TimedPipeline:
                 part.forward = timed(part.forward, self._calls(stage))
 
     def __call__(self, stages: Stages) -> NDArray[np.float32]:
-        """Make them, and note the seconds of each call of each model."""
+        """Return the images, (n, 3, height, width) in -1..1, and add call times to ``stages``."""
         self._stages = stages
         images = self._pipe(**self._arguments(), output_type="np").images
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2) * 2 - 1, dtype=np.float32)
@@ -40,25 +41,25 @@ class TimedPipeline:
     def _arguments(self) -> dict[str, Any]:
         import torch
 
-        wanted, timesteps = self._job.settings, self._job.scheduler.get("timesteps")
+        settings, timesteps = self._job.settings, self._job.scheduler.get("timesteps")
         sizes = {
-            "original_size": wanted.get("original_size"),
-            "crops_coords_top_left": tuple(wanted.get("crop", (0, 0))),
-            "target_size": wanted.get("target_size"),
+            "original_size": settings.get("original_size"),
+            "crops_coords_top_left": tuple(settings.get("crop", (0, 0))),
+            "target_size": settings.get("target_size"),
         }
         return {
-            "prompt": list(wanted["prompts"]),
-            "negative_prompt": list(wanted["negative_prompts"]) or None,
-            "num_images_per_prompt": wanted["images_per_prompt"],
-            "num_inference_steps": wanted["steps"],
-            "guidance_scale": wanted["guidance_scale"],
-            "guidance_rescale": wanted["guidance_rescale"],
-            "height": wanted["height"],
-            "width": wanted["width"],
-            "generator": torch.Generator("cpu").manual_seed(wanted["seed"]),
+            "prompt": list(settings["prompts"]),
+            "negative_prompt": list(settings["negative_prompts"]) or None,
+            "num_images_per_prompt": settings["images_per_prompt"],
+            "num_inference_steps": settings["steps"],
+            "guidance_scale": settings["guidance_scale"],
+            "guidance_rescale": settings["guidance_rescale"],
+            "height": settings["height"],
+            "width": settings["width"],
+            "generator": torch.Generator("cpu").manual_seed(settings["seed"]),
             **({"timesteps": timesteps} if timesteps else {}),
             **(sizes if getattr(self._pipe, "text_encoder_2", None) else {}),
         }
 
-    def _calls(self, stage: str) -> Any:
+    def _calls(self, stage: str) -> Callable[[], list[float]]:
         return lambda: self._stages.setdefault(stage, [])

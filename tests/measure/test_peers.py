@@ -1,6 +1,6 @@
-"""How peers answer a benchmark, and what their programs make of a checkpoint.
+"""Peers' side of a benchmark, and what their programs do with a checkpoint.
 
-Those marked peers run the real ones, in environments that benchmarks/peers.py makes.
+Tests marked ``peers`` run the real software, in environments that benchmarks/peers.py creates.
 """
 
 import ast
@@ -25,8 +25,10 @@ import onnxruntime
 import peers
 import pytest
 
+from latentforge.benchmark import diffusers_scheduler
 from latentforge.export.demo import CHECKPOINT as DEMO
-from latentforge.measure.bench.protocol import BenchJob, MissingError, Process
+from latentforge.measure.bench.process import MissingError, ParticipantProcess
+from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.peers import PEERS, participant
 from latentforge.measure.results import BenchResult, ConfidenceInterval, Results
 from latentforge.runtime.errors import BackendError, SettingsError
@@ -51,7 +53,7 @@ SCRIPT = """
 import ctypes, os, sys, time
 sys.path.insert(0, {here!r})
 import numpy as np
-from serving import Loaded, serve
+from serving import LoadedModel, serve
 
 def convert(checkpoint, target):
     print("converting")
@@ -68,22 +70,22 @@ def load(job, directory):
     ctypes.CDLL(None).puts(b"puts")
     assert (directory / "whole").is_file() or not {convert!r}
     {load}
-    def paint(stages):
+    def generate(stages):
         os.write(1, b"write")
-        {paint}
+        {generate}
         stages["denoiser"] = [0.25, 0.5]
         return np.full((1, 3, 8, 8), job.settings["seed"], np.float32)
-    return Loaded(paint=paint, versions={{"it": "1.0"}}, precision="fp32", bytes=12)
+    return LoadedModel(generate=generate, versions={{"it": "1.0"}}, precision="fp32", bytes=12)
 
 serve(load, convert if {convert!r} else None)
 """
 
 
 def script(
-    folder: Path, *, convert: str = "", load: str = "pass", paint: str = "pass"
+    folder: Path, *, convert: str = "", load: str = "pass", generate: str = "pass"
 ) -> list[str]:
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(here=str(HERE), convert=convert, load=load, paint=paint))
+    path.write_text(SCRIPT.format(here=str(HERE), convert=convert, load=load, generate=generate))
     return [sys.executable, str(path)]
 
 
@@ -93,12 +95,12 @@ def job(
     model: Path | str = DEMO,
     settings: Settings = SETTINGS,
     scheduler: Mapping[str, Any] | None = None,
-    own: Path | None = None,
+    files: Path | None = None,
 ) -> Path:
     latent = settings.height // 4, settings.width // 4
     np.save(folder / "noise.npy", Generator(settings.seed).randn((settings.count, 4, *latent)))
-    own = own or folder / "own"
-    own.mkdir(exist_ok=True)
+    files = files or folder / "files"
+    files.mkdir(exist_ok=True)
     path = folder / "job.json"
     BenchJob(
         model=str(model),
@@ -106,14 +108,14 @@ def job(
         threads=1,
         picture=str(folder / "picture.npy"),
         noise=str(folder / "noise.npy"),
-        folder=str(own),
+        folder=str(files),
         scheduler=scheduler or {},
     ).write(path)
     return path
 
 
 def answers(command: list[str], path: Path, requests: str = "") -> tuple[int, list[dict[str, Any]]]:
-    """The exit status, and all that was said on standard output, which has to be JSON."""
+    """Return the exit status and the messages on standard output, each of which must be JSON."""
     ended = subprocess.run([*command, str(path)], input=requests, capture_output=True, text=True)
     return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()]
 
@@ -121,7 +123,7 @@ def answers(command: list[str], path: Path, requests: str = "") -> tuple[int, li
 # The protocol
 
 
-def test_ready_then_a_picture_for_every_line(tmp_path: Path) -> None:
+def test_it_is_ready_then_runs_once_per_line(tmp_path: Path) -> None:
     status, (ready, *runs) = answers(script(tmp_path), job(tmp_path), "\n\n")
     assert status == 0
     assert ready == {"ready": {"versions": {"it": "1.0"}, "precision": "fp32", "bytes": 12}}
@@ -130,17 +132,17 @@ def test_ready_then_a_picture_for_every_line(tmp_path: Path) -> None:
     assert (np.load(tmp_path / "picture.npy") == SETTINGS.seed).all()
 
 
-def test_an_error_is_one_line_whenever_it_comes(tmp_path: Path) -> None:
-    for part in ("load", "paint"):
+def test_errors_of_loading_and_running_are_one_line(tmp_path: Path) -> None:
+    for part in ("load", "generate"):
         command = script(tmp_path, **{part: "raise ValueError('two\\nlines')"})
-        status, said = answers(command, job(tmp_path), "\n")
-        assert status == 1 and said[-1] == {"error": "two lines"}
+        status, messages = answers(command, job(tmp_path), "\n")
+        assert status == 1 and messages[-1] == {"error": "two lines"}
 
 
-def test_a_library_that_is_not_there_is_missing(tmp_path: Path) -> None:
+def test_a_library_that_is_not_installed_is_missing(tmp_path: Path) -> None:
     command = script(tmp_path, load="import no_such_library.part")
-    _, said = answers(command, job(tmp_path))
-    assert said == [{"missing": "no_such_library isn't installed in its environment"}]
+    _, messages = answers(command, job(tmp_path))
+    assert messages == [{"missing": "no_such_library is not installed in its environment"}]
 
 
 def test_a_checkpoint_is_converted_once(tmp_path: Path) -> None:
@@ -153,54 +155,53 @@ def test_a_checkpoint_is_converted_once(tmp_path: Path) -> None:
     assert "prepared" in answers(command, path)[1][0]
 
 
-def test_a_conversion_that_fails_says_why(tmp_path: Path) -> None:
-    for _ in range(2):  # what it left is no model
-        _, said = answers(script(tmp_path, convert="fail"), job(tmp_path))
-        assert said == [{"error": "no such layer"}]
+def test_a_failed_conversion_has_a_reason(tmp_path: Path) -> None:
+    for _ in range(2):  # the incomplete result is not loaded
+        _, messages = answers(script(tmp_path, convert="fail"), job(tmp_path))
+        assert messages == [{"error": "no such layer"}]
 
 
-def test_a_killed_conversion_is_not_taken_for_a_model(tmp_path: Path) -> None:
+def test_the_result_of_a_killed_conversion_is_not_loaded(tmp_path: Path) -> None:
     path = job(tmp_path)
     command = [*script(tmp_path, convert="sleep"), str(path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not list((tmp_path / "own").rglob("half")):
+    while not list((tmp_path / "files").rglob("half")):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    _, said = answers(script(tmp_path, convert="work"), path)
-    assert [*said[0], *said[1]] == ["prepared", "ready"]
+    _, messages = answers(script(tmp_path, convert="work"), path)
+    assert [*messages[0], *messages[1]] == ["prepared", "ready"]
 
 
 # The table and the programs
 
 
-def test_every_peer_has_its_program() -> None:
+def test_every_peer_has_a_program() -> None:
     assert list(PEERS)[0] == "eager"
     assert set(FOREIGN) == set(peers.ENVIRONMENTS)
     for name in PEERS:
-        made = participant(name, DEMO, sampler="ddim", python="/there/python")
-        assert (made.name, made.command[0]) == (name, "/there/python")
-        assert Path(made.command[1]).is_file() or made.command[1] == "-m"
-        assert made.model == str(DEMO.resolve()) and made.install.startswith("pip install '")
-    with pytest.raises(SettingsError, match="no peer 'sdcpp'; there are eager, compile"):
-        participant("sdcpp", DEMO, sampler="ddim")
+        peer = participant(name, DEMO, python="/there/python")
+        assert (peer.name, peer.command[0]) == (name, "/there/python")
+        assert Path(peer.command[1]).is_file() or peer.command[1] == "-m"
+        assert peer.model == str(DEMO.resolve()) and peer.install.startswith("pip install '")
+    message = "no peer 'sdcpp': did you mean 'sd-cpp'\\? there are eager, compile"
+    with pytest.raises(SettingsError, match=message):
+        participant("sdcpp", DEMO)
 
 
-def test_a_peer_is_told_what_the_sampler_follows() -> None:
-    """With what StableDiffusionPipeline corrects in older files than the two options."""
-    assert participant("sd-cpp", DEMO, sampler="dpmpp_2m_karras").scheduler == {
+def test_samplers_have_a_diffusers_scheduler() -> None:
+    """With the options that StableDiffusionPipeline corrects in older checkpoints."""
+    assert diffusers_scheduler(DEMO, "dpmpp_2m_karras", 20) == {
         "name": "DPMSolverMultistepScheduler",
         "options": {"steps_offset": 1, "clip_sample": False, "use_karras_sigmas": True},
     }
-    squeezed = participant("sd-cpp", DEMO, sampler="squeezed_11", steps=8).scheduler
+    squeezed = diffusers_scheduler(DEMO, "squeezed_11", 8)
     assert squeezed["timesteps"][0] == 998
     assert squeezed["timesteps"] == sorted(squeezed["timesteps"], reverse=True)
-    with pytest.raises(SettingsError, match="squeezed_11 has timesteps of its own"):
-        participant("sd-cpp", DEMO, sampler="squeezed_11")
 
 
-def test_the_table_brings_nothing_heavy() -> None:
+def test_the_table_imports_nothing_heavy() -> None:
     program = "import latentforge.measure.peers, sys; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
     assert "latentforge.measure.peers" in loaded
@@ -208,7 +209,7 @@ def test_the_table_brings_nothing_heavy() -> None:
 
 
 def test_programs_run_without_latentforge() -> None:
-    """And none has the name of a library, which it would hide from its neighbours."""
+    """No program has the name of a library, which it would hide from its siblings."""
     programs = [path for path in HERE.glob("*.py") if path.name != "__init__.py"]
     own = {path.stem for path in programs}
     assert len(own) == 8
@@ -218,7 +219,7 @@ def test_programs_run_without_latentforge() -> None:
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level modules that a file imports, anywhere in it."""
+    """Return the top-level modules that a file imports, anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -233,17 +234,18 @@ def test_a_peer_that_is_not_installed_is_missing(name: str, tmp_path: Path) -> N
     library = "stable_diffusion_cpp" if name == "sd-cpp" else "optimum"
     if importlib.util.find_spec(library):
         pytest.skip(f"{library} is installed here")
-    made = participant(name, DEMO, sampler="ddim")
-    with pytest.raises(MissingError, match=f"{library} isn't installed"):
-        Process(made, job(tmp_path, scheduler=made.scheduler), threads=1)
+    scheduler = diffusers_scheduler(DEMO, "ddim", 4)
+    peer = participant(name, DEMO, scheduler=scheduler)
+    with pytest.raises(MissingError, match=f"{library} is not installed"):
+        ParticipantProcess(peer, job(tmp_path, scheduler=scheduler), threads=1)
 
 
-# What they make of a checkpoint
+# Conversion of checkpoints
 
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that imports a peer's program as its neighbours do."""
+    """Return a function that imports a peer's program as its siblings do."""
     monkeypatch.syspath_prepend(str(HERE))
     return importlib.import_module
 
@@ -263,7 +265,7 @@ def test_names_get_the_prefix_that_published_checkpoints_have(program: Any, tmp_
             assert np.array_equal(after[f"text_model.{name}"], values)
     assert not (tmp_path / "once" / "text_encoder" / "model.safetensors").is_symlink()
     assert (tmp_path / "twice" / "text_encoder" / "model.safetensors").is_symlink()
-    unet = Path("denoiser") / "diffusion_pytorch_model.safetensors"
+    unet = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "twice" / unet).resolve() == (original / unet).resolve()
     assert not list(tmp_path.glob("once/**/*.bin"))
 
@@ -302,25 +304,25 @@ def test_cosine_betas_given_to_genai(program: Any) -> None:
 # benchmarks/peers.py
 
 
-def test_an_environment_is_made_once_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    wanted = tmp_path / "empty.txt"
-    wanted.write_text("# nothing\n")
-    python = peers.environment(wanted, tmp_path / "all")
+def test_an_environment_is_created_once_and_continued_after_an_interruption(tmp_path: Path) -> None:
+    requirements = tmp_path / "empty.txt"
+    requirements.write_text("# nothing\n")
+    python = peers.environment(requirements, tmp_path / "all")
     assert python == tmp_path / "all" / "empty" / "bin" / "python"
-    note = tmp_path / "all" / "empty" / "requirements.txt"
+    record = tmp_path / "all" / "empty" / "requirements.txt"
     for unfinished in (False, True):
         if unfinished:
-            note.unlink()
-        before = note.stat().st_mtime_ns if note.exists() else None
-        made = (tmp_path / "all" / "empty" / "pyvenv.cfg").stat().st_mtime_ns
-        assert peers.environment(wanted, tmp_path / "all") == python
-        assert (note.stat().st_mtime_ns == before) is not unfinished
-        assert (tmp_path / "all" / "empty" / "pyvenv.cfg").stat().st_mtime_ns == made
+            record.unlink()
+        before = record.stat().st_mtime_ns if record.exists() else None
+        created = (tmp_path / "all" / "empty" / "pyvenv.cfg").stat().st_mtime_ns
+        assert peers.environment(requirements, tmp_path / "all") == python
+        assert (record.stat().st_mtime_ns == before) is not unfinished
+        assert (tmp_path / "all" / "empty" / "pyvenv.cfg").stat().st_mtime_ns == created
 
 
-def test_other_pictures_get_a_table_of_their_own() -> None:
+def test_class_b_has_its_own_table() -> None:
     median = {"total": 2.0, "denoiser step": 0.5}
-    ratio = {"total": ConfidenceInterval(value=1.5, low=1.25, high=1.75)}
+    ratio = {"total": ConfidenceInterval(value=1.5, low=1.25, high=1.75, level=0.9375)}
     results = Results(
         title="t",
         command="c",
@@ -329,7 +331,7 @@ def test_other_pictures_get_a_table_of_their_own() -> None:
         entries=(
             BenchResult(name="eager", role="reference", speed_class="A", median={"total": 3.0}),
             BenchResult(
-                name="same", role="ours", speed_class="A", median=median, ratio=ratio, psnr=50.0
+                name="same", role="engines", speed_class="A", median=median, ratio=ratio, psnr=50.0
             ),
             BenchResult(
                 name="other", role="peer", speed_class="B", median=median, peak_memory=10**9
@@ -337,11 +339,11 @@ def test_other_pictures_get_a_table_of_their_own() -> None:
             BenchResult(name="broken", role="peer", status="failed", message="why"),
         ),
     )
-    same, other = peers.table(results).split("Other pictures than the reference's:")
+    same, other = peers.table(results).split("Class B, images that differ from the reference's:")
     rows = [line.split(" | ") for line in same.strip().splitlines()]
     assert len({len(row) for row in (rows[0], *rows[2:])}) == 1
     assert [row[0] for row in rows[2:]] == ["| same", "| eager"]
-    assert "1.50× (1.25 to 1.75)" in rows[2] and rows[2][-1] == "50.0 |"
+    assert "1.50× (1.25–1.75, 93.8 %)" in rows[2] and rows[2][-1] == "50.0 |"
     assert "| other |" in other and "1.00 GB" in other
     assert other.endswith("broken: failed: why")
 
@@ -359,9 +361,9 @@ def eager() -> Any:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where peers keep what they convert, once for all samplers."""
-    return tmp_path_factory.mktemp("kept")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the converted checkpoints, shared by all samplers."""
+    return tmp_path_factory.mktemp("converted")
 
 
 @pytest.mark.peers
@@ -370,14 +372,15 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("sampler", "guidance"), [("ddim", 1.5), ("euler", 1.5), ("pndm", 1.5), ("ddim", 1.0)]
 )
 @pytest.mark.parametrize("name", ["optimum-ort", "optimum-openvino", "openvino-genai"])
-def test_a_peer_draws_the_reference(
-    name: str, sampler: str, guidance: float, eager: Any, kept: Path, tmp_path: Path
+def test_a_peer_generates_the_reference_image(
+    name: str, sampler: str, guidance: float, eager: Any, converted: Path, tmp_path: Path
 ) -> None:
     python = peers.environment(peers.ENVIRONMENTS[name])
-    made = participant(name, DEMO, sampler=sampler, python=str(python))
+    scheduler = diffusers_scheduler(DEMO, sampler, SETTINGS.steps)
+    peer = participant(name, DEMO, scheduler=scheduler, python=str(python))
     settings = replace(SETTINGS, sampler=sampler, guidance_scale=guidance)
-    path = job(tmp_path, settings=settings, scheduler=made.scheduler, own=kept / name)
-    process = Process(made, path, threads=2)
+    path = job(tmp_path, settings=settings, scheduler=scheduler, files=converted / name)
+    process = ParticipantProcess(peer, path, threads=2)
     try:
         run = process.run([])
         assert process.ready["precision"] == "fp32"
@@ -396,11 +399,12 @@ def test_a_peer_draws_the_reference(
 
 @pytest.mark.peers
 @pytest.mark.timeout(1800)
-def test_sd_cpp_says_that_the_demo_is_not_for_it(tmp_path: Path) -> None:
+def test_sd_cpp_refuses_the_demo(tmp_path: Path) -> None:
     python = peers.environment(peers.ENVIRONMENTS["sd-cpp"])
-    made = participant("sd-cpp", DEMO, sampler="ddim", python=str(python))
-    with pytest.raises(BackendError, match="this is another: blocks of \\[48, 96, 160\\]"):
-        Process(made, job(tmp_path, scheduler=made.scheduler), threads=2)
+    scheduler = diffusers_scheduler(DEMO, "ddim", 4)
+    peer = participant("sd-cpp", DEMO, scheduler=scheduler, python=str(python))
+    with pytest.raises(BackendError, match="this one has blocks of \\[48, 96, 160\\]"):
+        ParticipantProcess(peer, job(tmp_path, scheduler=scheduler), threads=2)
 
 
 # benchmarks/avx2.py
