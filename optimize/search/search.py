@@ -130,7 +130,10 @@ def summary_lines(manifest: Manifest) -> Iterator[str]:
     shown = (f"{k} {v:.4g}" for k, v in figures.items() if not k.startswith("speedup"))
     yield f"on prompts and seeds that no choice depended on: {', '.join(shown)}"
     for failure in options["report"]["failures"]:
-        yield f"WARNING: there it misses the gate ({failure}): more images make the gate stricter"
+        yield (
+            f"WARNING: on these images the plan misses its gate ({failure}): judge more images, "
+            "such as --gate images=16"
+        )
 
 
 def _reason(options: Mapping[str, Any]) -> str:
@@ -257,7 +260,7 @@ class _PlanSearch:
         with self._part(f"interleaved timing: {candidate}"):
             self._engines.close()
             return _speedup(
-                self._engines.directory, folder, plan, self._report.requests[0], self._request
+                self._engines.directory, folder, plan, self._confirmation.requests[0], self._request
             )
 
     def _figures(self, report: Mapping[str, Any], speedup: ConfidenceInterval) -> dict[str, float]:

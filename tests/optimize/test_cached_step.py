@@ -1,4 +1,4 @@
-"""A UNet cut at a skip connection gives the same from a feature of the same step."""
+"""Denoisers split at a skip connection: equal output from the feature of the same step."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 
 FAMILIES = {"bk-sdm": 1, "sd": 4, "decidiffusion-2": 4}
-"""How many skip connections they have that are not of a value with itself."""
+"""Number of skip connections by family, without those of a value with itself."""
 LARGER = {"sd-2": 4, "lcm": 2, "sdxl": 4, "ssd-1b": 4, "sdxl-inpainting": 2, "decidiffusion-1": 4}
 NAMES = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)]
 
@@ -48,7 +48,7 @@ Unet = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def unet(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Unet:
-    """A function that gives the engine directory of a family's UNet, exported and no more."""
+    """Return a function from a family to the engine directory of its exported denoiser."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.stage import ExportRequest, export
 
@@ -68,14 +68,14 @@ def whole(directory: Path) -> GraphPartition:
 
 
 def step(directory: Path) -> GraphPartition:
-    """What runs every step once the UNet is optimized for a CPU."""
+    """Return the part that runs at every step of a denoiser optimized for the CPU."""
     part = whole(directory)
     optimize(part.model, {name: PASSES[name] for name in TARGETS["cpu"].portable_passes})
     return hoist(part.model, part.inputs, part.outputs).step
 
 
 def native(directory: Path) -> GraphPartition:
-    """The same with our own operators, where they were compiled."""
+    """Return the same part with native operators, if they were compiled."""
     if library() is None:
         pytest.skip("the library of operators was not built")
     part = step(directory)
@@ -92,7 +92,7 @@ FORMS: Mapping[str, Callable[[Path], GraphPartition]] = {
 
 
 def feeds_of(inputs: Specs, seed: int = 0) -> dict[str, Array]:
-    """Noise for every input, the timestep apart."""
+    """Return noise for every input except the timestep."""
     rng = np.random.default_rng(seed)
     sizes = {"batch": 2, "latent_height": 8, "latent_width": 12}
     feeds = {
@@ -117,7 +117,7 @@ def run(part: GraphPartition, feeds: Feeds) -> dict[str, Array]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_shallow_graph_gives_what_the_full_one_gives(unet: Unet, name: str, form: str) -> None:
+def test_cached_and_full_graph_have_equal_output(unet: Unet, name: str, form: str) -> None:
     part = FORMS[form](unet(name))
     feeds = feeds_of(part.inputs)
     expected = run(part, feeds)["out_sample"]
@@ -127,32 +127,32 @@ def test_the_shallow_graph_gives_what_the_full_one_gives(unet: Unet, name: str, 
     sizes = {"batch": 1, "latent_height": 16, "latent_width": 16}
     costs = [macs(part.model, part.inputs, sizes)]
     for level in reversed(range(levels)):
-        full, shallow = split(part, level)
+        full, cached = split(part, level)
         made = run(full, feeds)
         np.testing.assert_array_equal(made["out_sample"], expected)
         feature = made[CACHED_FEATURE]
-        assert feature.std() > 0 and feature.dtype == shallow.inputs[CACHED_FEATURE].dtype
-        found = run(shallow, {**feeds, CACHED_FEATURE: feature})["out_sample"]
+        assert feature.std() > 0 and feature.dtype == cached.inputs[CACHED_FEATURE].dtype
+        found = run(cached, {**feeds, CACHED_FEATURE: feature})["out_sample"]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-        other = run(shallow, {**feeds, CACHED_FEATURE: -feature})["out_sample"]
+        other = run(cached, {**feeds, CACHED_FEATURE: -feature})["out_sample"]
         assert np.abs(other - expected).max() > 1e-3 * np.abs(expected).max()
-        costs.append(macs(shallow.model, shallow.inputs, sizes))
+        costs.append(macs(cached.model, cached.inputs, sizes))
     assert costs == sorted(costs, reverse=True) and len(set(costs)) == len(costs)
 
 
 @pytest.mark.parametrize("name", ["bk-sdm", "sd"])
-def test_nothing_deep_is_left(unet: Unet, name: str) -> None:
+def test_the_cached_graph_has_no_deep_layers(unet: Unet, name: str) -> None:
     part = step(unet(name))
-    _, shallow = split(part, 0)
-    found = layers(shallow.model.graph)
+    _, cached = split(part, 0)
+    found = layers(cached.model.graph)
     modules = {layer.name.split(".")[0].split("/")[0] for layer in found}
     assert modules == {"conv_in", "conv_out", "up_blocks"}
-    assert 0 < shallow.layers < part.layers
-    used = {str(value.name) for node in shallow.model.graph for value in node.inputs if value}
-    assert used >= shallow.model.graph.initializers.keys() | shallow.inputs.keys()
+    assert 0 < cached.layers < part.layers
+    used = {str(value.name) for node in cached.model.graph for value in node.inputs if value}
+    assert used >= cached.model.graph.initializers.keys() | cached.inputs.keys()
 
 
-def test_the_part_is_left_as_it_is(unet: Unet) -> None:
+def test_the_part_is_not_changed(unet: Unet) -> None:
     part = whole(unet("sd"))
     content = ir.to_proto(part.model).SerializeToString(deterministic=True)
     split(part, 1)
@@ -169,7 +169,7 @@ LAST = "m (float[batch, h, w, 4] sample) => (float[batch, h, w, C] out_sample)"
 def small(
     body: str, signature: str = SIGNATURE, channels: int = 8, weight: str = ""
 ) -> GraphPartition:
-    """A graph; its weight, if it has one, is an input."""
+    """Return a graph; its weight, if any, is an input."""
     given = signature.replace("C", str(channels)).replace("sample)", f"sample{weight})", 1)
     model = ir.from_onnx_text(f"{HEAD}{given}\n{{{body}}}")
     graph = model.graph
@@ -180,7 +180,9 @@ def small(
 
 @pytest.mark.parametrize("order", ["deep, skip", "skip, deep"])
 @pytest.mark.parametrize(("axis", "signature"), [(1, SIGNATURE), (3, LAST), (-1, LAST)])
-def test_a_skip_joins_a_value_and_what_it_came_from(order: str, axis: int, signature: str) -> None:
+def test_a_skip_connection_joins_a_value_and_its_ancestor(
+    order: str, axis: int, signature: str
+) -> None:
     part = small(
         f"""skip = Relu(sample)
         deep = Tanh(skip)
@@ -189,15 +191,15 @@ def test_a_skip_joins_a_value_and_what_it_came_from(order: str, axis: int, signa
     )
     sizes = {"batch": 2, "h": 3, "w": 5}
     sample = np.random.default_rng(0).standard_normal(part.inputs["sample"].resolve(sizes), "f4")
-    full, shallow = split(part, 0)
-    assert [node.op_type for node in shallow.model.graph] == ["Relu", "Concat"]
+    full, cached = split(part, 0)
+    assert [node.op_type for node in cached.model.graph] == ["Relu", "Concat"]
     made = run(full, {"sample": sample})
     np.testing.assert_allclose(made[CACHED_FEATURE], np.tanh(np.maximum(sample, 0)), rtol=1e-5)
-    again = run(shallow, {"sample": sample, CACHED_FEATURE: made[CACHED_FEATURE]})
+    again = run(cached, {"sample": sample, CACHED_FEATURE: made[CACHED_FEATURE]})
     np.testing.assert_array_equal(again["out_sample"], made["out_sample"])
 
 
-def test_a_skip_that_was_only_transposed_is_one() -> None:
+def test_a_transposed_skip_connection_is_found() -> None:
     part = small(
         """skip = Relu(sample)
         last = Transpose<perm = [0, 2, 3, 1]>(skip)
@@ -218,7 +220,7 @@ def test_a_skip_that_was_only_transposed_is_one() -> None:
         "a = Relu(sample) b = Tanh(a) c = Concat<axis = 0>(a, b) out_sample = Concat<axis=1>(c, c)",
     ],
 )
-def test_other_concats_are_no_skips(body: str) -> None:
+def test_other_concats_are_no_skip_connections(body: str) -> None:
     part = small(body)
     assert count_levels(part.model) == 0
     with pytest.raises(
@@ -228,12 +230,12 @@ def test_other_concats_are_no_skips(body: str) -> None:
 
 
 @pytest.mark.parametrize("level", [-1, 4])
-def test_a_level_that_is_not_there(unet: Unet, level: int) -> None:
+def test_unknown_levels_are_refused(unet: Unet, level: int) -> None:
     with pytest.raises(SettingsError, match=f"of level {level}: .* has 0 to 3"):
         split(whole(unet("sd")), level)
 
 
-def test_a_feature_of_unknown_shape() -> None:
+def test_a_feature_of_unknown_shape_is_refused() -> None:
     part = small(
         """skip = Relu(sample)
         some = NonZero(skip)
@@ -244,7 +246,7 @@ def test_a_feature_of_unknown_shape() -> None:
         split(part, 0)
 
 
-def test_all_that_a_value_comes_from() -> None:
+def test_ancestors_of_a_value() -> None:
     graph = small("a = Relu(sample) b = Tanh(sample) c = Add(a, a) out_sample = Add(c, b)").model
     values = ir.convenience.create_value_mapping(graph.graph)
     assert {value.name for value in ancestors(values["c"])} == {"a", "c", "sample"}
@@ -272,7 +274,7 @@ def test_cost_of_convolutions_and_products() -> None:
     assert cost == 2 * pixels * 6 * 4 * 9 + products + 2 * products
 
 
-def test_shapes_behind_our_own_convolution() -> None:
+def test_shapes_after_a_native_convolution() -> None:
     part = small(
         """big = latentforge.Conv<channels = 20, stride = 1, pads = [1, 1, 1, 1], upsample = 2>
             (sample, k)
@@ -290,7 +292,7 @@ def test_shapes_behind_our_own_convolution() -> None:
     assert cost == (8 * 12 + 2 * 3) * 20 * 4 * 9
 
 
-def test_cost_of_our_own_product() -> None:
+def test_cost_of_a_native_product() -> None:
     part = small(
         """shape = Constant<value_ints = [0, -1, 4]>()
         tokens = Reshape(sample, shape)
@@ -306,7 +308,7 @@ def test_cost_of_our_own_product() -> None:
     assert cost == tokens * 4 * 20 + 2 * tokens * tokens * 20
 
 
-def test_cost_of_our_own_gated_product() -> None:
+def test_cost_of_a_native_gated_product() -> None:
     part = small(
         """shape = Constant<value_ints = [0, -1, 4]>()
         tokens = Reshape(sample, shape)
@@ -322,7 +324,7 @@ def test_cost_of_our_own_gated_product() -> None:
     assert macs(part.model, part.inputs, sizes) == 24 * (4 * 64 + 32 * 4)
 
 
-def test_cost_of_what_is_not_known() -> None:
+def test_cost_of_unknown_operators() -> None:
     part = small(
         "a = NonZero(sample) f = Cast<to = 1>(a) b = MatMul(f, f) out_sample = Relu(sample)"
     )
@@ -334,7 +336,7 @@ def test_cost_of_what_is_not_known() -> None:
 
 
 def external(source: Path, target: Path) -> Path:
-    """The same engines with the UNet's weights in a file of their own."""
+    """Store the denoiser's weights in an external data file."""
     target.mkdir()
     manifest = Manifest.read(source)
     ir.save(
@@ -354,21 +356,21 @@ def external(source: Path, target: Path) -> Path:
 
 
 def loaded(directory: Path, name: str) -> Any:
-    """The session of a component."""
+    """Return the session of a component."""
     return Engine.load(name, Manifest.read(directory).components[name], directory, {}).session
 
 
 @pytest.mark.parametrize("outside", [False, True])
-def test_a_directory_that_was_cut(unet: Unet, tmp_path: Path, outside: bool) -> None:
+def test_a_directory_with_cached_steps(unet: Unet, tmp_path: Path, outside: bool) -> None:
     source = external(unet("sd"), tmp_path / "source") if outside else unet("sd")
     target = tmp_path / "target"
     target.mkdir()
     written = add_cached_step(source, target, level=1)
     assert Manifest.read(target) == written
-    full, shallow = written.components["denoiser"], written.components[CACHED_STEP]
+    full, cached = written.components["denoiser"], written.components[CACHED_STEP]
     assert full.outputs.keys() == {"out_sample", CACHED_FEATURE}
-    assert shallow.inputs.keys() == full.inputs.keys() | {CACHED_FEATURE}
-    assert shallow.inputs[CACHED_FEATURE] == full.outputs[CACHED_FEATURE]
+    assert cached.inputs.keys() == full.inputs.keys() | {CACHED_FEATURE}
+    assert cached.inputs[CACHED_FEATURE] == full.outputs[CACHED_FEATURE]
     feeds = feeds_of(full.inputs)
     before = loaded(source, "denoiser").run(feeds)
     made = loaded(target, "denoiser").run(feeds)
@@ -376,12 +378,12 @@ def test_a_directory_that_was_cut(unet: Unet, tmp_path: Path, outside: bool) -> 
     np.testing.assert_array_equal(made["out_sample"], before["out_sample"])
     np.testing.assert_allclose(again["out_sample"], before["out_sample"], rtol=0, atol=1e-6)
     if outside:
-        assert full.data == shallow.data != ()
+        assert full.data == cached.data != ()
         assert os.path.samefile(source / "denoiser.onnx.data", target / "denoiser.onnx.data")
-        assert shallow.bytes < full.data[0].bytes / 10
+        assert cached.bytes < full.data[0].bytes / 10
 
 
-def test_its_history_says_what_was_done(unet: Unet, tmp_path: Path) -> None:
+def test_its_history_has_the_level_and_the_cost(unet: Unet, tmp_path: Path) -> None:
     written = add_cached_step(unet("sd"), tmp_path, level=0)
     stage = written.history[-1]
     assert (stage.name, stage.options) == ("cached-step", {"level": 0})
@@ -395,7 +397,7 @@ def test_its_history_says_what_was_done(unet: Unet, tmp_path: Path) -> None:
     assert 0.02 < stage.measured[CACHED_STEP]["macs_share"] < 0.3
 
 
-def test_it_is_cut_once(unet: Unet, tmp_path: Path) -> None:
+def test_a_directory_is_split_once(unet: Unet, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
     add_cached_step(unet("sd"), first)
@@ -403,7 +405,7 @@ def test_it_is_cut_once(unet: Unet, tmp_path: Path) -> None:
         add_cached_step(first, second)
 
 
-def test_files_are_copied_where_there_are_no_links(
+def test_files_are_copied_if_links_fail(
     unet: Unet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

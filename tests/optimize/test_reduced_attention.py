@@ -1,4 +1,4 @@
-"""Self-attention with fewer keys and values: a quarter of them where they are many, else all."""
+"""Reduced attention: a quarter of the keys and values of large grids, and all of small ones."""
 
 import shutil
 from pathlib import Path
@@ -70,7 +70,7 @@ def array(name: str) -> Array:
 
 
 def attention() -> Any:
-    """A self-attention over an image and a cross-attention, fused, with weights."""
+    """Return a fused self-attention over an image and a cross-attention, with weights."""
     inputs = "".join(f", float[{', '.join(map(str, array(w).shape))}] {w}" for w in WEIGHTS)
     text = TEXT.replace("encoder_hidden_states)\n", f"encoder_hidden_states{inputs})\n", 1)
     model = ir.from_onnx_text(text)
@@ -96,7 +96,7 @@ def run(model: Any, given: dict[str, Array]) -> Array:
 
 
 def attend(queries: Array, keys: Array, values: Array) -> Array:
-    """softmax(q k^T / sqrt(d)) v by heads, of (batch, tokens, channels)."""
+    """Return softmax(q k^T / sqrt(d)) v by heads, for (batch, tokens, channels)."""
 
     def heads(x: Array) -> Array:
         return x.reshape(len(x), -1, HEADS, WIDTH // HEADS).transpose(0, 2, 1, 3)
@@ -108,19 +108,19 @@ def attend(queries: Array, keys: Array, values: Array) -> Array:
 
 
 def expected(given: dict[str, Array], step: int) -> Array:
-    """What the graph computes, with keys and values of every so many rows and columns."""
+    """Compute the graph with keys and values of every ``step``-th row and column."""
     wq, wk, wv, bias = map(array, WEIGHTS)
     image = given["sample"].transpose(0, 2, 3, 1)
     tokens = image.reshape(len(image), -1, WIDTH)
     fewer = image[:, ::step, ::step].reshape(len(image), -1, WIDTH)
     attended = attend(tokens @ wq, fewer @ wk + bias, fewer @ wv)
-    told = given["encoder_hidden_states"]
-    crossed = attend(attended @ wq, told @ wk, told @ wv)
+    prompt = given["encoder_hidden_states"]
+    crossed = attend(attended @ wq, prompt @ wk, prompt @ wv)
     return crossed.reshape(image.shape).transpose(0, 3, 1, 2) + given["sample"]
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 7), (8, 8)])
-def test_every_second_row_and_column_of_keys_and_values(height: int, width: int) -> None:
+def test_keys_and_values_of_every_second_row_and_column(height: int, width: int) -> None:
     model = attention()
     assert reduce_attention(model, min_tokens=height * width) == 1
     given = feeds(height, width)
@@ -128,7 +128,7 @@ def test_every_second_row_and_column_of_keys_and_values(height: int, width: int)
     assert np.abs(expected(given, 2) - expected(given, 1)).max() > 1e-2
 
 
-def test_fewer_tokens_than_the_least_stay_exact() -> None:
+def test_small_grids_keep_all_tokens() -> None:
     model = attention()
     reduce_attention(model, min_tokens=25)
     given = feeds(4, 6)
@@ -138,7 +138,7 @@ def test_fewer_tokens_than_the_least_stay_exact() -> None:
     np.testing.assert_allclose(run(model, larger), expected(larger, 2), atol=1e-5)
 
 
-def test_a_graph_without_fused_self_attention_stays_as_it_is() -> None:
+def test_a_graph_without_fused_self_attention_is_not_changed() -> None:
     model = attention()
     node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
     told = next(value for value in model.graph.inputs if value.name == "encoder_hidden_states")
@@ -163,7 +163,7 @@ def test_the_tokens_of_each_grid() -> None:
 def optimized(
     request: pytest.FixtureRequest, tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The tiny engines with a UNet as it is optimized for a CPU, with our own operators or not."""
+    """Optimize the tiny engines' denoiser for the CPU, with and without native operators."""
     cpu, native = TARGETS["cpu"], request.param == "native"
     if native and library() is None:
         pytest.skip("the library of operators was not built")
@@ -192,7 +192,7 @@ def out_sample(directory: Path, name: str, side: int) -> Array:
     return np.asarray(session.run(given)["out_sample"])
 
 
-def test_a_directory_with_a_reduced_unet(optimized: Path, tmp_path: Path) -> None:
+def test_a_directory_with_reduced_attention(optimized: Path, tmp_path: Path) -> None:
     written = add_reduced_attention(optimized, tmp_path, min_tokens=256)
     assert Manifest.read(tmp_path) == written
     unet, reduced = written.components["denoiser"], written.components[REDUCED]
@@ -207,13 +207,13 @@ def test_a_directory_with_a_reduced_unet(optimized: Path, tmp_path: Path) -> Non
     assert 1e-5 < np.abs(large - exact).max() / np.abs(exact).max() < 0.3
 
 
-def test_it_is_added_once(optimized: Path, tmp_path: Path) -> None:
+def test_the_component_is_added_once(optimized: Path, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     add_reduced_attention(optimized, tmp_path / "first")
     with pytest.raises(ManifestError, match="already has denoiser_reduced: start from"):
         add_reduced_attention(tmp_path / "first", tmp_path)
 
 
-def test_engines_that_were_not_optimized(tiny_engines: Path, tmp_path: Path) -> None:
+def test_engines_that_were_not_optimized_are_refused(tiny_engines: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no fused self-attention .* optimize it for the cpu"):
         add_reduced_attention(tiny_engines, tmp_path)

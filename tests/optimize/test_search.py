@@ -408,7 +408,10 @@ def test_the_report_decides_nothing(
     assert manifest.acceleration is not None and manifest.acceleration.measured["right"] == 0
     assert [row["failures"] for row in options["confirmation"]] == [[]]
     assert options["report"]["failures"] == ["image: right loses 100 points and may lose 0"]
-    assert "WARNING: there it misses the gate" in list(summary_lines(manifest))[-1]
+    assert (
+        "WARNING: on these images the plan misses its gate (image: right loses"
+        in list(summary_lines(manifest))[-1]
+    )
 
 
 def test_a_plan_that_may_be_slower_is_not_taken(
