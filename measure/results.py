@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import ResultsError
 from latentforge.runtime.files import staged_file
-from latentforge.runtime.image import data_url, difference, psnr
+from latentforge.runtime.image import data_url, difference_image, psnr
 from latentforge.runtime.record import Record
 
 __all__ = [
@@ -214,7 +214,7 @@ class Picture(Record, frozen=True, kw_only=True):
             seed=seed,
             images={name: data_url(image) for name, image in alike.items()},
             differences={
-                n: data_url(difference(reference, image)) for n, image in compared.items()
+                n: data_url(difference_image(reference, image)) for n, image in compared.items()
             },
             psnr={n: psnr(reference, image, peak=2.0) for n, image in compared.items()},
         )

@@ -1,11 +1,11 @@
-"""Arrays to pictures and back, and how far two of them are apart."""
+"""Arrays to images and back, image files, and metrics between two images."""
 
 import base64
 import io
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +19,56 @@ from latentforge.runtime.text import one_line
 
 __all__ = [
     "MAX_PSNR",
-    "check_output",
+    "check_image_path",
+    "contact_sheet",
     "data_url",
-    "difference",
+    "difference_image",
     "from_array",
-    "open_picture",
+    "open_image",
     "psnr",
     "relative_error",
-    "save",
-    "sheet",
+    "save_image",
     "to_array",
     "to_mask",
 ]
 
 MAX_PSNR = 200.0
-"""What psnr gives for equal arrays: a number JSON can hold, beyond any float32 difference."""
+"""PSNR of equal arrays: finite, as JSON requires, and beyond that of any float32 difference."""
 
-_AMPLIFIED = 8.0
-_EXACT = 128  # pixels a side up to which a picture on a page is exact
-_ON_PAGE = 320
+_AMPLIFICATION = 8.0
+_MAX_LOSSLESS_SIDE = 128  # pixels; larger images on a page are reduced and compressed
+_PAGE_SIDE = 320
 
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
 def from_array(array: NDArray[np.float32]) -> list[Image.Image]:
-    """Pictures from (batch, 3, height, width) in -1..1; values beyond are clipped."""
+    """Convert an array (batch, 3, height, width) in -1..1 to images; other values are clipped."""
     pixels = (np.clip(array / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
-    return [Image.fromarray(picture) for picture in pixels.transpose(0, 2, 3, 1)]
+    return [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
 
 
 def to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
-    """The inverse of from_array: (batch, 3, height, width) in -1..1."""
+    """Convert images of one size to an array (batch, 3, height, width) in -1..1."""
     pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
     return (pixels / 127.5 - 1).transpose(0, 3, 1, 2)
 
 
-def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """How far pictures in -1..1 are apart, as one: black where equal, else 8 times what differs."""
-    apart: NDArray[np.float32] = np.clip(np.abs(a - b) * _AMPLIFIED, 0, 2) - 1
-    return apart
+def difference_image(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return 8 times the absolute difference of images in -1..1, as an image: black where equal."""
+    difference: NDArray[np.float32] = np.clip(np.abs(a - b) * _AMPLIFICATION, 0, 2) - 1
+    return difference
 
 
-def data_url(picture: NDArray[np.float32]) -> str:
-    """One picture (3, height, width) for a page: exact if it is small, else of a page's size."""
-    (image,) = from_array(picture[None])
-    small = max(image.size) <= _EXACT
+def data_url(array: NDArray[np.float32]) -> str:
+    """Return one image (3, height, width) as a data URL for a web page.
+
+    Images up to 128 pixels a side are lossless, larger ones are reduced to 320 pixels.
+    """
+    (image,) = from_array(array[None])
+    small = max(image.size) <= _MAX_LOSSLESS_SIDE
     if not small:
-        image.thumbnail((_ON_PAGE, _ON_PAGE))
+        image.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
     buffer = io.BytesIO()
     kind = "PNG" if small else "WebP"
     image.save(buffer, format=kind, **({"optimize": True} if small else {"quality": 90}))
@@ -74,16 +77,16 @@ def data_url(picture: NDArray[np.float32]) -> str:
 
 
 def to_mask(image: Image.Image) -> NDArray[np.float32]:
-    """A black and white picture as (1, 1, height, width): 1 where it is light, to be painted."""
+    """Convert an image to an inpainting mask (1, 1, height, width): 1 where it is light."""
     light = np.asarray(image.convert("L"), np.float32) / 255 >= 0.5
     return light.astype(np.float32)[None, None]
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture from a file, turned as its camera says.
+def open_image(path: Path) -> Image.Image:
+    """Read an image from a file, rotated as its EXIF orientation says.
 
     Raises:
-        SettingsError: there is none, or it is damaged, or too large to be meant.
+        SettingsError: the file is missing, damaged, or implausibly large.
     """
     try:
         with warnings.catch_warnings():
@@ -96,15 +99,16 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, from -MAX_PSNR, where one holds NaN, to MAX_PSNR.
+    """Return the peak signal-to-noise ratio in dB, from -MAX_PSNR (NaN or infinity) to MAX_PSNR.
 
     Args:
         a: the reference.
-        b: what is compared with it, of the same shape.
-        peak: the largest possible value; the spread (max - min) of the reference if None.
+        b: the array to compare, of the same shape.
+        peak: difference between the largest and smallest possible value; max - min of the reference
+            if None.
 
     Raises:
-        ShapeError: a and b are of different shapes.
+        ShapeError: a and b have different shapes.
     """
     reference, other = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if reference.shape != other.shape:
@@ -119,18 +123,18 @@ def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> floa
 
 
 def relative_error(reference: NDArray[Any], other: NDArray[Any]) -> float:
-    """max |a - b| / max |a|, in float64; NaN where one of them holds it."""
+    """Return max |a - b| / max |a| in float64; NaN if one of the arrays contains it."""
     a, b = np.asarray(reference, np.float64), np.asarray(other, np.float64)
     return float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny))
 
 
-def check_output(path: Path) -> str:
-    """The format that a picture of this name has.
+def check_image_path(path: Path) -> str:
+    """Return the format of an image file by its suffix, and check that it can be written.
 
-    Asked before the work starts, so that a typo does not cost it.
+    Commands call this before they start, so that a typo does not cost the work.
 
     Raises:
-        TargetError: no such picture format, or the directory is missing or not writable.
+        TargetError: unknown image format, or the directory is missing or not writable.
     """
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
@@ -139,39 +143,49 @@ def check_output(path: Path) -> str:
     if path.is_dir():
         raise TargetError(f"cannot write {path}: it is a directory")
     try:
-        with tempfile.TemporaryFile(dir=parent):  # rights alone do not tell, least of all root's
+        with tempfile.TemporaryFile(
+            dir=parent
+        ):  # permissions alone are not enough, least of all for root
             pass
     except OSError as error:
         raise TargetError(f"cannot write {path}: {parent}: {error.strerror}") from error
     return kind
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a picture whole or not at all; a PNG carries metadata as its ``latentforge`` text.
+def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write an image completely or not at all.
+
+    Args:
+        image: the image.
+        path: its suffix selects the format.
+        metadata: stored as JSON in the text chunk ``latentforge`` of a PNG; other formats drop it.
 
     Raises:
-        TargetError: no such picture format, or the file cannot be written.
+        TargetError: unknown image format, or the file cannot be written.
     """
-    kind = check_output(path)
+    kind = check_image_path(path)
     info = PngImagePlugin.PngInfo()
     info.add_itxt("latentforge", json.dumps(metadata, ensure_ascii=False))
     with staged_file(path) as partial:
         image.save(partial, format=kind, **({"pnginfo": info} if kind == "PNG" else {}))
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, scale: int = 1) -> Image.Image:
-    """Pictures of one size in rows, with a gap between; enlarged by whole pixels."""
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, scale: int = 1
+) -> Image.Image:
+    """Return one image of rows of equally sized images.
+
+    Args:
+        rows: images, row by row; rows may differ in length.
+        gap: pixels between images, white.
+        scale: integer factor to enlarge each image by, without interpolation.
+    """
     width, height = (side * scale for side in rows[0][0].size)
     columns = max(map(len, rows))
     size = (columns * (width + gap) - gap, len(rows) * (height + gap) - gap)
-    canvas = Image.new("RGB", size, "white")
-    for x, y, picture in _placed(rows):
-        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(enlarged, (x * (width + gap), y * (height + gap)))
-    return canvas
-
-
-def _placed(rows: Sequence[Sequence[Image.Image]]) -> Iterable[tuple[int, int, Image.Image]]:
+    sheet = Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            yield x, y, picture
+        for x, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x * (width + gap), y * (height + gap)))
+    return sheet

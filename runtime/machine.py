@@ -1,4 +1,4 @@
-"""What this machine is, what it has free, and what it spends."""
+"""Properties of this machine, and the memory in use."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ __all__ = [
     "available_cores",
     "available_memory",
     "cpu_name",
-    "described",
+    "describe_machine",
     "device_memory",
     "fit_together",
     "gpus",
@@ -23,18 +23,18 @@ __all__ = [
     "resident_memory",
 ]
 
-_MEMORY = 3  # times its files, which is what a process takes that paints with them
+_MEMORY_PER_BYTE = 3  # memory of a process that runs a model, per byte of its files
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """Return the model name of the processor, or its architecture if the system has no name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -43,23 +43,23 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def described() -> dict[str, str]:
-    """The machine in words, for people who read figures that were taken on it."""
-    words = {
+def describe_machine() -> dict[str, str]:
+    """Return a description of this machine for readers of measurements, by property."""
+    properties = {
         "cpu": cpu_name(),
         "cores": str(available_cores()),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
     if total := _meminfo("MemTotal"):
-        words["memory"] = f"{total / 2**30:.0f} GB"
+        properties["memory"] = f"{total / 2**30:.0f} GB"
     if names := [name for _, name in gpus()]:
-        words["gpu"] = ", ".join(names)
-    return words
+        properties["gpu"] = ", ".join(names)
+    return properties
 
 
 def available_memory() -> int | None:
-    """Bytes that programs can still get, where the system tells."""
+    """Return the bytes of memory that are available to programs; None if unknown."""
     return _meminfo("MemAvailable")
 
 
@@ -72,34 +72,41 @@ def _meminfo(field: str) -> int | None:
 
 
 def fit_together(sizes: Sequence[int]) -> bool | None:
-    """Whether models of so many bytes can all be loaded at once; None if not even one can."""
-    free = (available_memory() or math.inf) / _MEMORY
+    """Return True if models fit into free memory together, False if only one at a time does.
+
+    Args:
+        sizes: bytes of the files of each model.
+
+    Returns:
+        None if the largest model does not fit.
+    """
+    free = (available_memory() or math.inf) / _MEMORY_PER_BYTE
     return None if max(sizes) > free else sum(sizes) < free
 
 
 def peak_memory(pid: int | None = None) -> int:
-    """Bytes of memory a process has held at most (peak resident set): this one, unless named.
+    """Return the peak resident set of a process in bytes; this process if pid is None.
 
-    On Linux from /proc, since getrusage there starts from the parent's figure. Elsewhere another
-    process' figure is not to be had, and 0.
+    On Linux from /proc, because getrusage there starts from the parent's figure. On other systems
+    the figure of another process is unavailable, and 0 is returned.
     """
     if (peak := _status("VmHWM", pid)) is not None:
         return peak
     if pid is not None:
         return 0
-    import resource  # not on Windows, which we do not measure
+    import resource  # not on Windows, where nothing is measured
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident_memory() -> int:
-    """Bytes of memory this process holds now; 0 where the system does not tell."""
+    """Return the resident set of this process in bytes; 0 if unknown."""
     return _status("VmRSS") or 0
 
 
 def _status(field: str, pid: int | None = None) -> int | None:
-    with suppress(OSError, KeyError):  # another process may just have ended
+    with suppress(OSError, KeyError):  # another process may have ended
         text = Path(f"/proc/{pid or 'self'}/status").read_text()
         fields = dict(line.split(":", 1) for line in text.splitlines())
         return int(fields[field].split()[0]) * 1024
@@ -108,8 +115,8 @@ def _status(field: str, pid: int | None = None) -> int | None:
 
 @functools.cache
 def nvml() -> Any:
-    """Return NVIDIA's management library, of the package nvidia-ml-py; None without a GPU."""
-    with suppress(Exception):  # whatever is missing, there is nothing to ask
+    """Return NVIDIA's management library (package nvidia-ml-py); None without a GPU."""
+    with suppress(Exception):  # not installed, or no driver
         import pynvml
 
         pynvml.nvmlInit()
@@ -127,7 +134,7 @@ def gpus() -> list[tuple[Any, str]]:
 
 
 def device_memory(pid: int) -> int | None:
-    """Bytes that a process holds now on all GPUs; None where there are none."""
+    """Return the bytes that a process holds on all GPUs; None without a GPU."""
     library = nvml()
     if library is None:
         return None

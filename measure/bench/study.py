@@ -20,7 +20,7 @@ from latentforge.measure.results import (
 from latentforge.measure.statistics import interval_level
 from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.loader import load
-from latentforge.runtime.machine import described
+from latentforge.runtime.machine import describe_machine
 from latentforge.runtime.manifest import Latent
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.rng import Generator
@@ -70,7 +70,7 @@ def run(study: Study, *, quiet: bool = True) -> Results:
         title=study.title,
         command=study.command,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=described(),
+        machine=describe_machine(),
         settings=asdict(study.settings),
         threads=study.threads,
         method=method(study.threads, study.repeats, together=study.together),

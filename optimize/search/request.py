@@ -9,7 +9,7 @@ from pathlib import Path
 from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.plan_gate import PlanGate
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.machine import described
+from latentforge.runtime.machine import describe_machine
 
 __all__ = ["MIN_REPEATS", "SearchRequest", "check_search"]
 
@@ -80,7 +80,7 @@ def check_search(request: SearchRequest, target: str) -> None:
     _ = request.plan_gate
     if request.network not in (None, _LITE0) and not Path(str(request.network)).is_file():
         raise SettingsError(f"no network {request.network}: give an ONNX file, or {_LITE0}")
-    if target not in _RUN_ANYWHERE and "gpu" not in described():
+    if target not in _RUN_ANYWHERE and "gpu" not in describe_machine():
         raise SettingsError(
             f"a plan is chosen by measuring, and {target} engines do not run on this machine: "
             "build them where they do, or without --fast"

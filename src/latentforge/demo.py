@@ -21,7 +21,7 @@ from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.files import staged_file
-from latentforge.runtime.image import save, sheet, to_array
+from latentforge.runtime.image import contact_sheet, save_image, to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores
 from latentforge.runtime.manifest import Manifest
@@ -115,7 +115,7 @@ def _write_contact_sheet(path: Path, pairs: Sequence[_ImagePair]) -> None:
     rows = [[pair.reference for pair in pairs], [pair.engines for pair in pairs]]
     half = len(pairs) // 2
     arranged = [row[part] for part in (slice(half), slice(half, None)) for row in rows]
-    save(sheet(arranged, scale=2), path, {"prompts": [pair.prompt for pair in pairs]})
+    save_image(contact_sheet(arranged, scale=2), path, {"prompts": [pair.prompt for pair in pairs]})
 
 
 def _bench(engines: Path, repeats: int, quiet: bool) -> Results:

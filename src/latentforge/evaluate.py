@@ -29,9 +29,9 @@ from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
-from latentforge.runtime.image import open_picture, save, to_array
+from latentforge.runtime.image import open_image, save_image, to_array
 from latentforge.runtime.loader import load
-from latentforge.runtime.machine import available_cores, described
+from latentforge.runtime.machine import available_cores, describe_machine
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
@@ -77,7 +77,7 @@ def evaluate(
         title=f"{manifest.name}: quality",
         command=command,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=described(),
+        machine=describe_machine(),
         settings={**asdict(settings[0]), "prompts": list(settings[0].prompts)},
         threads=request.threads or available_cores(),
         method=_method(request, len(settings)),
@@ -187,8 +187,8 @@ class _Gallery(Sequence[Image.Image]):
     def __getitem__(self, index: slice) -> Sequence[Image.Image]: ...
     def __getitem__(self, index: int | slice) -> Image.Image | Sequence[Image.Image]:
         if isinstance(index, slice):
-            return [open_picture(path) for path in self._paths[index]]
-        return open_picture(self._paths[index])
+            return [open_image(path) for path in self._paths[index]]
+        return open_image(self._paths[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ class _Evaluation:
         for settings, path in zip(self.settings, paths, strict=True):
             origin = {"by": source.fingerprint, "latents": noise is not None, **asdict(settings)}
             if not _exists(path, origin):
-                save(generate(settings), path, origin)
+                save_image(generate(settings), path, origin)
             progress.advance(f"images: {source.name}", self._parts)
 
     def score(

@@ -284,7 +284,7 @@ def test_memory_of_another_process() -> None:
     assert machine.peak_memory() > machine.resident_memory() * 0.5 > 1e6
     assert machine.peak_memory(1) > 0
     assert machine.peak_memory(2**22 + 1) == 0
-    assert {"cpu", "cores", "system", "memory"} <= machine.described().keys()
+    assert {"cpu", "cores", "system", "memory"} <= machine.describe_machine().keys()
 
 
 # engines

@@ -1,4 +1,4 @@
-"""Arrays become the pictures they mean, and files are written whole or not at all."""
+"""Arrays to images and back, image metrics, and image files written completely or not at all."""
 
 import json
 import math
@@ -9,29 +9,36 @@ import pytest
 from PIL import Image
 
 from latentforge.runtime.errors import ShapeError, TargetError
-from latentforge.runtime.image import MAX_PSNR, from_array, psnr, save, sheet, to_array
+from latentforge.runtime.image import (
+    MAX_PSNR,
+    contact_sheet,
+    from_array,
+    psnr,
+    save_image,
+    to_array,
+)
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (5, 7)) -> Image.Image:
+def image(seed: int = 0, size: tuple[int, int] = (5, 7)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
     return Image.fromarray(pixels)
 
 
-def test_there_and_back() -> None:
-    pictures = [picture(0), picture(1)]
-    array = to_array(pictures)
+def test_round_trip() -> None:
+    images = [image(0), image(1)]
+    array = to_array(images)
     assert array.shape == (2, 3, 5, 7) and array.dtype == np.float32
     assert array.min() >= -1 and array.max() <= 1
-    for before, after in zip(pictures, from_array(array), strict=True):
+    for before, after in zip(images, from_array(array), strict=True):
         np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
 
 
-def test_every_level_survives() -> None:
+def test_every_level_is_preserved() -> None:
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     np.testing.assert_array_equal(np.asarray(from_array(to_array([ramp]))[0]), np.asarray(ramp))
 
 
-def test_values_beyond_are_clipped() -> None:
+def test_values_out_of_range_are_clipped() -> None:
     array = np.array([-7, -1, 0, 1, 7], np.float32).reshape(1, 1, 1, 5).repeat(3, 1)
     assert np.asarray(from_array(array)[0])[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
@@ -39,14 +46,14 @@ def test_values_beyond_are_clipped() -> None:
 def test_channels_and_axes_keep_their_places() -> None:
     array = np.full((1, 3, 2, 4), -1, np.float32)
     array[0, 2, 1, 3] = 1
-    image = from_array(array)[0]
-    assert image.size == (4, 2) and image.getpixel((3, 1)) == (0, 0, 255)
+    (result,) = from_array(array)
+    assert result.size == (4, 2) and result.getpixel((3, 1)) == (0, 0, 255)
 
 
 # psnr
 
 
-def test_psnr_is_that_of_the_definition() -> None:
+def test_psnr_follows_its_definition() -> None:
     a = np.zeros((4, 4))
     a[0, 0] = 2.0
     assert psnr(a, a + 0.1) == pytest.approx(10 * math.log10(4 / 0.01))
@@ -62,7 +69,7 @@ def test_psnr_of_equal_arrays() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_psnr_of_nan_is_the_worst_there_is(bad: float) -> None:
+def test_psnr_of_nan_is_the_lowest(bad: float) -> None:
     good = np.arange(4.0)
     broken = np.array([0, 1, 2, bad])
     for a, b in ((good, broken), (broken, good), (broken, broken)):
@@ -79,48 +86,48 @@ def test_psnr_compares_equal_shapes_only() -> None:
 
 @pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.jpg", "a.webp", "a.b.png"])
 def test_save(tmp_path: Path, name: str) -> None:
-    save(picture(), tmp_path / name, {"seed": 1})
+    save_image(image(), tmp_path / name, {"seed": 1})
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    with Image.open(tmp_path / name) as image:
-        image.load()
-        assert image.size == (7, 5)
+    with Image.open(tmp_path / name) as loaded:
+        loaded.load()
+        assert loaded.size == (7, 5)
 
 
-def test_a_png_carries_its_settings(tmp_path: Path) -> None:
+def test_a_png_stores_its_settings(tmp_path: Path) -> None:
     settings = {"prompt": "a red \U0001f98a, 蝶\n", "seed": 2**63, "scale": 7.5}
-    save(picture(), tmp_path / "a.png", settings)
-    with Image.open(tmp_path / "a.png") as image:
-        assert json.loads(image.info["latentforge"]) == settings
-        np.testing.assert_array_equal(np.asarray(image), np.asarray(picture()))
+    save_image(image(), tmp_path / "a.png", settings)
+    with Image.open(tmp_path / "a.png") as loaded:
+        assert json.loads(loaded.info["latentforge"]) == settings
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image()))
 
 
 @pytest.mark.parametrize("name", ["a", "a.", ".png", "a.txt", "a.psd", "a.png.exe"])
 def test_refuses_other_formats(tmp_path: Path, name: str) -> None:
     with pytest.raises(TargetError, match=r"name a .png, .jpg or .webp file"):
-        save(picture(), tmp_path / name, {})
+        save_image(image(), tmp_path / name, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_refuses_an_unwritable_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "missing" / "a.png", tmp_path / "file" / "a.png", Path("/proc/a.png")):
         with pytest.raises(TargetError, match="cannot write"):
-            save(picture(), path, {})
+            save_image(image(), path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("old")
     with pytest.raises(TypeError):
-        save(picture(), tmp_path / "a.png", {"seed": object()})
+        save_image(image(), tmp_path / "a.png", {"seed": object()})
     assert (tmp_path / "a.png").read_text() == "old"
 
 
-def test_sheet() -> None:
-    rows = [[picture(0), picture(1)], [picture(2)]]
-    whole = sheet(rows, gap=3, scale=2)
+def test_contact_sheet() -> None:
+    rows = [[image(0), image(1)], [image(2)]]
+    whole = contact_sheet(rows, gap=3, scale=2)
     assert whole.size == (2 * 14 + 3, 2 * 10 + 3)
     assert whole.getpixel((15, 0)) == (255, 255, 255)
-    assert whole.getpixel((17 + 2 * 6, 2 * 4)) == picture(1).getpixel((6, 4))
-    assert whole.getpixel((0, 13)) == picture(2).getpixel((0, 0))
+    assert whole.getpixel((17 + 2 * 6, 2 * 4)) == image(1).getpixel((6, 4))
+    assert whole.getpixel((0, 13)) == image(2).getpixel((0, 0))
     assert whole.getpixel((20, 20)) == (255, 255, 255)

@@ -15,7 +15,7 @@ from PIL import Image
 from test_loop import NETWORKS
 
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
-from latentforge.runtime.image import open_picture, to_array, to_mask
+from latentforge.runtime.image import open_image, to_array, to_mask
 from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Pipeline
 
@@ -201,7 +201,7 @@ def test_a_file_that_is_no_picture(tmp_path: Path, content: bytes | str | None) 
     elif isinstance(content, bytes):
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=r"image\.png as an image") as caught:
-        open_picture(path)
+        open_image(path)
     assert "\n" not in str(caught.value)
 
 
@@ -209,7 +209,7 @@ def test_a_picture_that_was_taken_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     picture(48, 32).save(tmp_path / "image.jpg", exif=exif)
-    assert open_picture(tmp_path / "image.jpg").size == (32, 48)
+    assert open_image(tmp_path / "image.jpg").size == (32, 48)
 
 
 def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for limit in (3000, 1000):  # Pillow warns above the limit, and fails above twice that
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(SettingsError, match="as an image"):
-            open_picture(tmp_path / "image.png")
+            open_image(tmp_path / "image.png")
 
 
 # The command line

@@ -119,11 +119,11 @@ def _add_picture_arguments(parser: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from latentforge.runtime.image import check_output, open_picture, save
+    from latentforge.runtime.image import check_image_path, open_image, save_image
 
-    check_output(options.output)
+    check_image_path(options.output)
     given = {
-        name: open_picture(path)
+        name: open_image(path)
         for name, path in (("image", options.image), ("mask", options.mask))
         if path is not None
     }
@@ -132,7 +132,7 @@ def _run(options: argparse.Namespace) -> None:
     for index, image in enumerate(result.images):
         prompt = result.settings.prompts[index // result.settings.images_per_prompt]
         path = _numbered(options.output, index, len(result.images))
-        save(image, path, {**_plain(result.settings), "prompt": prompt, "index": index})
+        save_image(image, path, {**_plain(result.settings), "prompt": prompt, "index": index})
         print(path)
     print(f"seed {result.seed}, {result.timings}", file=sys.stderr)
 
