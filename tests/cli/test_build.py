@@ -103,12 +103,15 @@ def test_auto_without_a_candidate(tiny_engines: Path, tmp_path: Path) -> None:
 
 
 def check_that_damage_is_reported(directory: Path) -> None:
-    """An engine cut short, one with two bytes swapped, and a whole one without a GPU."""
+    """Check the errors of a truncated engine, of swapped bytes, and of a machine without a GPU."""
     path = directory / "engines" / "tensorrt-rtx" / "denoiser.engine"
     content = path.read_bytes()
     place = next(i for i in range(5000, len(content)) if content[i] != content[i + 1])
     swapped = content[:place] + content[place : place + 2][::-1] + content[place + 2 :]
-    for damaged, message in ((content[:-1], "cut short"), (swapped, "another sha256")):
+    for damaged, message in (
+        (content[:-1], "truncated or replaced"),
+        (swapped, "does not have the sha256"),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ManifestError, match=message):
             load(directory)

@@ -393,7 +393,7 @@ def test_its_history_has_the_level_and_the_cost(unet: Unet, tmp_path: Path) -> N
     cost = [macs(each.model, each.inputs, sizes) for each in split(part, 0)]
     assert stage.measured[CACHED_STEP]["macs_share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
     (line,) = changes(stage)
-    assert line.startswith(f"{CACHED_STEP}: share {cost[1] / cost[0]:.3g}")
+    assert line.startswith(f"{CACHED_STEP}: macs_share {cost[1] / cost[0]:.3g}")
     assert 0.02 < stage.measured[CACHED_STEP]["macs_share"] < 0.3
 
 

@@ -108,7 +108,7 @@ def test_another_schedule_warns_about_calibration(
         pipe("red apple", **SETTINGS)
         assert not caplog.records
         pipe("red apple", steps=3, sampler="euler")
-    assert "calibrated for ddim of 2 steps, and this is euler of 3" in caplog.text
+    assert "calibrated for ddim with 2 steps, and this request is euler with 3" in caplog.text
     assert not any("calibrated" in line for line in verify(tmp_path / "out"))
 
 
