@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators in numpy, from their documentation: most have no kernel for CPUs."""
+"""ONNX Runtime's own operators in numpy, after their documentation; most have no CPU kernel."""
 
 import math
 from typing import Any
@@ -30,14 +30,14 @@ class GroupNorm(OpRun):
         assert channels_last == 1 and x.ndim == 4 and gamma.ndim == beta.ndim == 1
         assert gamma.dtype == beta.dtype == np.float32
         batch, height, width, channels = x.shape
-        cut = x.reshape(batch, height * width, groups, channels // groups).astype(np.float64)
-        mean, variance = cut.mean((1, 3), keepdims=True), cut.var((1, 3), keepdims=True)
-        y = ((cut - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
+        grouped = x.reshape(batch, height * width, groups, channels // groups).astype(np.float64)
+        mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+        y = ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
         return ((y / (1 + np.exp(-y)) if activation else y).astype(x.dtype),)
 
 
 class BiasSplitGelu(OpRun):
-    """left * gelu(right) of the halves of x + bias."""
+    """left * gelu(right), where left and right are the halves of x + bias."""
 
     op_domain = "com.microsoft"
 
@@ -48,7 +48,7 @@ class BiasSplitGelu(OpRun):
 
 
 class NhwcConv(OpRun):
-    """Conv of (batch, height, width, channels) by (out, height, width, in)."""
+    """Conv of (batch, height, width, channels) with weights (out, height, width, in)."""
 
     op_domain = "com.microsoft"
 
@@ -79,7 +79,7 @@ class NhwcConv(OpRun):
 
 
 class MultiHeadAttention(OpRun):
-    """softmax(scale * q k^T) v, also of packed q, k, v or packed k, v."""
+    """softmax(scale * q k^T) v, with q, k, v separate, packed, or k and v packed."""
 
     op_domain = "com.microsoft"
 
@@ -140,7 +140,7 @@ class SkipLayerNormalization(OpRun):
 
 
 class Resize(OpRun):
-    """Nearest, by whole scales: onnx's own raises TypeError on some of our graphs."""
+    """Nearest-neighbour Resize by integer scales: onnx's own raises TypeError on some graphs."""
 
     def _run(
         self, x: Array, roi: Array | None = None, scales: Array | None = None, **attributes: Any

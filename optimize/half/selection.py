@@ -156,8 +156,8 @@ def _moves_between_floats(nodes: Iterable[ir.Node], movable: set[ir.Node]) -> se
 
     ::
 
-        float32 ─ Reshape ─ Transpose ─ float32        both stay: no Cast
-        half ─── Reshape ─ Transpose ─ float32         both in half: one Cast behind
+        float32 ─ Reshape ─ Transpose ─ float32    returned: they stay in float32, without a Cast
+        half ──── Reshape ─ Transpose ─ float32    not returned: one Cast, behind the Transpose
     """
     order = list(nodes)
     from_float: set[ir.Node] = set()

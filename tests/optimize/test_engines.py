@@ -1,6 +1,6 @@
-"""What a recipe makes for another engine loads there: built, and run where that needs no GPU.
+"""Graphs for other backends load there: engines are built, and run where that needs no GPU.
 
-TensorRT-RTX builds its engines without a GPU, from the graphs that TensorRT takes too.
+TensorRT-RTX builds engines without a GPU, from the same graphs as TensorRT.
 """
 
 import re
@@ -39,14 +39,14 @@ BOUNDS = {
     **{"fp32": 1e-5, "uncut": 1e-5, "fp16": 2e-3},
     **{"int8": 0.1, "int8-weights": 0.05, "int4-weights": 0.25},
 }
-"""What relative error to the export a recipe may have, by ONNX Runtime."""
+"""Upper bound of the relative error to the export, by recipe, in ONNX Runtime."""
 CASES = [
     *(("text_encoder", recipe) for recipe in ("fp32", "fp16", "int8-weights", "int4-weights")),
     *(("denoiser", recipe) for recipe in ("uncut", "fp16", "int8", "int4-weights")),
     *(("vae_decoder", recipe) for recipe in ("fp16", "int8-weights")),
     *(("vae_encoder", recipe) for recipe in ("fp16", "int8-weights")),
 ]
-"""Components and recipes: each kind of layer in each precision that there is for it, once."""
+"""Components and recipes: each kind of layer once in each precision that exists for it."""
 CAPABILITY = "8.6"
 SIDE = (Range(16, 32, 64),)  # in pixels
 SIZES = Sizes(height=SIDE, width=SIDE, batch=(Range(1, 2, 4),))
@@ -54,7 +54,7 @@ SIZES = Sizes(height=SIDE, width=SIDE, batch=(Range(1, 2, 4),))
 
 @pytest.fixture(scope="module")
 def recording(tiny_engines: Path) -> CallRecording:
-    """What every engine saw and said in a short run."""
+    """Inputs and outputs of every component in a short run."""
     with Progress(1, quiet=True) as progress:
         return record(
             tiny_engines,
@@ -69,7 +69,7 @@ def recording(tiny_engines: Path) -> CallRecording:
 def engines(
     tiny_engines: Path, recording: CallRecording, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str, str], Engines]:
-    """A function that writes what a component becomes for a target, by a recipe."""
+    """Function that writes the parts of a component for a target and a recipe."""
     manifest = Manifest.read(tiny_engines)
 
     @cache
@@ -79,8 +79,8 @@ def engines(
         feeds = {DENOISER: recording.feeds(DENOISER)}
         rewriter = Rewriter(recipe=RECIPES[recipe], target=TARGETS[target], feeds=feeds)
         model = load_graph(name, component, tiny_engines)
-        made = rewriter.rewrite(name, model, component)
-        parts = {key: part for key, part in made.parts.items() if part is not None}
+        result = rewriter.rewrite(name, model, component)
+        parts = {key: part for key, part in result.parts.items() if part is not None}
         saved = {key: save_part(key, part, component, folder) for key, part in parts.items()}
         return {key: (folder / part.file, part) for key, part in saved.items()}
 
@@ -100,37 +100,40 @@ def by_openvino(path: Path, feeds: Arrays) -> dict[str, Array]:
     return {output.get_any_name(): np.asarray(results[output]) for output in compiled.outputs}
 
 
-def in_turn(run: Run, engines: Engines, feeds: Arrays) -> Array:
-    """What the last of a component's parts gives first; each takes what those before it gave."""
-    known, given = dict(feeds), dict[str, Array]()
+def run_parts(run: Run, engines: Engines, feeds: Arrays) -> Array:
+    """Run the parts of a component in order and return the first output of the last."""
+    values, outputs = dict(feeds), dict[str, Array]()
     for path, part in engines.values():
-        given = run(path, {name: known[name] for name in part.inputs})
-        known |= given
-    return next(iter(given.values()))
+        outputs = run(path, {name: values[name] for name in part.inputs})
+        values |= outputs
+    return next(iter(outputs.values()))
 
 
-def error(got: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+def error(output: Array, reference: Array) -> float:
+    """Return the relative error in the Euclidean norm."""
+    return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
-def test_openvino_is_as_near_to_the_export_as_onnxruntime(
+def test_openvino_is_as_close_to_the_export_as_onnxruntime(
     name: str,
     recipe: str,
     engines: Callable[[str, str, str], Engines],
     recording: CallRecording,
 ) -> None:
-    """Where layers are quantized they round differently, by no more than they round."""
+    """Quantized layers round differently in the two, by no more than the rounding itself."""
     pytest.importorskip("openvino")
-    made, call = engines("openvino", recipe, name), recording.calls[name][0]
-    wanted = next(iter(call.outputs.values()))
-    theirs, ours = (in_turn(run, made, call.feeds) for run in (by_openvino, by_onnxruntime))
-    assert error(ours, wanted) < BOUNDS[recipe]
-    assert error(theirs, wanted) < 1.2 * error(ours, wanted) + 1e-5
+    parts, call = engines("openvino", recipe, name), recording.calls[name][0]
+    reference = next(iter(call.outputs.values()))
+    openvino, onnxruntime = (
+        error(run_parts(run, parts, call.feeds), reference) for run in (by_openvino, by_onnxruntime)
+    )
+    assert onnxruntime < BOUNDS[recipe]
+    assert openvino < 1.2 * onnxruntime + 1e-5
 
 
 def build(path: Path, part: Component) -> bytes:
-    """A TensorRT-RTX engine of a graph and its description."""
+    """Build the TensorRT-RTX engine of a graph and return its bytes."""
     shapes = SIZES.shapes(part.free_dimensions, downscale=2, rows=Range(1, 2, 50))
     component = msgspec.structs.replace(part.specialize(shapes), backend="tensorrt-rtx")
     target = path.with_suffix(".engine")
@@ -141,18 +144,18 @@ def build(path: Path, part: Component) -> bytes:
 
 
 def no_report(what: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Ignore the progress of a build."""
 
 
 @pytest.fixture(scope="module")
 def plans(engines: Callable[[str, str, str], Engines]) -> Callable[[str, str], list[bytes]]:
-    """A function that builds what TensorRT-RTX makes of a component's parts, by a recipe."""
+    """Function that builds the TensorRT-RTX engines of a component's parts for a recipe."""
     pytest.importorskip("tensorrt_rtx")
 
     @cache
     def built(recipe: str, name: str) -> list[bytes]:
-        made = engines("tensorrt-rtx", recipe, name)
-        return [build(path, part) for path, part in made.values()]
+        parts = engines("tensorrt-rtx", recipe, name)
+        return [build(path, part) for path, part in parts.values()]
 
     return built
 
@@ -165,7 +168,7 @@ def test_tensorrt_builds_an_engine(
 
 
 def operands(plan: bytes, operator: str) -> list[str]:
-    """The dtype of the first operand of every such operator in an engine, which lists them."""
+    """Return the dtype of the first operand of each such operator, from an engine's listing."""
     dtypes: dict[bytes, bytes] = {}
     for name, dtype in re.findall(rb'tensor=\{[^\n]*?name="([^"]+)"[^\n]*?type=(\w+)', plan):
         dtypes.setdefault(name, dtype)
@@ -176,7 +179,7 @@ def operands(plan: bytes, operator: str) -> list[str]:
 def test_tensorrt_computes_in_8_bits(
     plans: Callable[[str, str], list[bytes]], engines: Callable[[str, str, str], Engines]
 ) -> None:
-    """An engine is built of Q and DQ that it does not understand too, and computes in half."""
+    """TensorRT builds an engine from Q and DQ it cannot fuse too, which computes in half then."""
     plan = plans("int8", DENOISER)[-1]
     graph = ir.load(engines("tensorrt-rtx", "int8", DENOISER)[DENOISER][0]).graph
     convs = [node.inputs[0] for node in graph if node.op_type == "Conv"]

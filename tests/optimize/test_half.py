@@ -1,4 +1,4 @@
-"""Half precision has to shrink files, keep the unsafe in float, and cost little accuracy."""
+"""Half precision shrinks files, keeps unsafe operators in float32, and costs little accuracy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ RESNET = """m (float[2,8,8,8] sample, float[1] timestep, float[8,8,3,3] w, float
 
 
 def build(text: str, **weights: np.ndarray) -> ir.Model:
-    """A model from ONNX text, in which the named inputs are weights."""
+    """Parse ONNX text, in which the named inputs become weights."""
     model = ir.from_onnx_text(HEADER + text)
     values = {value.name: value for value in model.graph.inputs}
     for name, array in weights.items():
@@ -58,7 +58,7 @@ def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
 
 
 def run(model: ir.Model, folder: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """The first output, of a file that passes the checker and strict inference of types."""
+    """Save and check a model, with strict type inference, and return its first output."""
     path = folder / "m.onnx"
     ir.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
@@ -71,12 +71,12 @@ def operators(model: ir.Model) -> list[str]:
 
 
 def kinds(model: ir.Model) -> dict[str, str]:
-    """By the name of a node's first output, its dtype."""
+    """Return the dtype of each node's first output, by the output's name."""
     return {str(n.outputs[0].name): str(n.outputs[0].dtype) for n in model.graph}
 
 
 def check_casts(model: ir.Model) -> None:
-    """No Cast of a constant, none of a Cast, and none twice."""
+    """Check that no constant and no Cast is cast, and no value twice."""
     casts = [node for node in model.graph if node.op_type == "Cast"]
     sources = [node.inputs[0] for node in casts]
     assert len(set(sources)) == len(sources)
@@ -85,8 +85,9 @@ def check_casts(model: ir.Model) -> None:
         assert value.producer() not in casts
 
 
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def error(output: np.ndarray, reference: np.ndarray) -> float:
+    """Return the relative error in the Euclidean norm."""
+    return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
 
 
 def resnet() -> ir.Model:
@@ -106,20 +107,20 @@ TWICE = """m (float[3,64] x, float[64,64] w) => (float[3,64] y)
 { a = MatMul(x, w)  b = Tanh(a)  y = MatMul(b, w) }"""
 
 
-def test_a_weight_is_stored_once_and_computed_with_in_float(tmp_path: Path) -> None:
+def test_a_weight_is_stored_once_and_used_in_float(tmp_path: Path) -> None:
     weight, x = normal(64, 64), normal(3, 64)
     rounded = weight.astype(np.float16).astype(np.float32)
-    wanted = run(build(TWICE, w=rounded), tmp_path, {"x": x})
+    reference = run(build(TWICE, w=rounded), tmp_path, {"x": x})
     model = build(TWICE, w=weight)
     assert store_half(model) == 1
     assert operators(model) == ["Cast", "MatMul", "Tanh", "MatMul"]
     assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16
-    np.testing.assert_array_equal(run(model, tmp_path, {"x": x}), wanted)
+    np.testing.assert_array_equal(run(model, tmp_path, {"x": x}), reference)
     assert (tmp_path / "m.onnx").stat().st_size < 0.55 * weight.nbytes
     assert store_half(model) == 0
 
 
-def test_the_cast_is_gone_once_the_file_is_loaded(tmp_path: Path) -> None:
+def test_the_cast_is_folded_when_the_file_is_loaded(tmp_path: Path) -> None:
     model = build(TWICE, w=normal(64, 64))
     store_half(model)
     ir.save(model, tmp_path / "m.onnx")
@@ -129,7 +130,7 @@ def test_the_cast_is_gone_once_the_file_is_loaded(tmp_path: Path) -> None:
     assert operators(ir.load(tmp_path / "loaded.onnx")) == ["MatMul", "Tanh", "MatMul"]
 
 
-def test_external_weights_stay_on_the_disk_until_they_are_written(tmp_path: Path) -> None:
+def test_external_weights_stay_on_disk_until_they_are_written(tmp_path: Path) -> None:
     weight, x = normal(64, 64), normal(3, 64)
     ir.save(build(TWICE, w=weight), tmp_path / "source.onnx", external_data="source.data")
     model = ir.load(tmp_path / "source.onnx")
@@ -137,8 +138,8 @@ def test_external_weights_stay_on_the_disk_until_they_are_written(tmp_path: Path
     assert isinstance(model.graph.initializers["w"].const_value, ir.LazyTensor)
     ir.save(model, tmp_path / "stored.onnx", external_data="stored.data")
     assert (tmp_path / "stored.data").stat().st_size == weight.nbytes // 2
-    found = ort.InferenceSession(tmp_path / "stored.onnx").run(None, {"x": x})[0]
-    assert error(found, np.tanh(x @ weight) @ weight) < 2e-3
+    output = ort.InferenceSession(tmp_path / "stored.onnx").run(None, {"x": x})[0]
+    assert error(output, np.tanh(x @ weight) @ weight) < 2e-3
 
 
 @pytest.mark.parametrize(
@@ -146,12 +147,15 @@ def test_external_weights_stay_on_the_disk_until_they_are_written(tmp_path: Path
     [
         (normal(64, 64), 1),
         (np.where(np.eye(64), 7e4, 1).astype(np.float32), 0),  # beyond the largest
-        (normal(64, 64, scale=1e-7), 0),  # below the smallest, most of it
-        (np.where(np.eye(64), 1, normal(64, 64, scale=1e-7)).astype(np.float32), 1),  # that matters
-        (normal(64, 8), 0),  # too small to be worth it
+        (normal(64, 64, scale=1e-7), 0),  # mostly below the smallest
+        (
+            np.where(np.eye(64), 1, normal(64, 64, scale=1e-7)).astype(np.float32),
+            1,
+        ),  # what is large matters
+        (normal(64, 8), 0),  # too small to save anything
     ],
 )
-def test_what_half_cannot_hold_stays(weight: np.ndarray, stored: int) -> None:
+def test_weights_that_half_cannot_represent_stay_in_float(weight: np.ndarray, stored: int) -> None:
     columns = weight.shape[1]
     text = f"""m (float[3,64] x, float[64,{columns}] w) => (float[3,{columns}] y)
     {{ y = MatMul(x, w) }}"""
@@ -166,7 +170,7 @@ def test_scales_inside_quantized_operators_stay() -> None:
     assert store_half(build(text, **weights)) == 0
 
 
-def test_scales_of_quantized_layers_stay_and_other_weights_do_not(tmp_path: Path) -> None:
+def test_scales_of_quantized_layers_stay_in_float_and_other_weights_do_not(tmp_path: Path) -> None:
     text = """m (float[3,64] x, int8[64,1024] q, float[1024] s, float[1024,64] w) => (float[3,64] y)
     { d = DequantizeLinear <axis = 1> (q, s)  a = MatMul(x, d)  y = MatMul(a, w) }"""
     weights: dict[str, Any] = {
@@ -175,32 +179,32 @@ def test_scales_of_quantized_layers_stay_and_other_weights_do_not(tmp_path: Path
         "w": normal(1024, 64),
     }
     x = normal(3, 64)
-    wanted = run(build(text, **weights), tmp_path, {"x": x})
+    reference = run(build(text, **weights), tmp_path, {"x": x})
     model = build(text, **weights)
     assert store_half(model) == 1
     assert model.graph.initializers["s"].dtype == ir.DataType.FLOAT
-    assert 0 < error(run(model, tmp_path, {"x": x}), wanted) < 1e-3
+    assert 0 < error(run(model, tmp_path, {"x": x}), reference) < 1e-3
 
 
-def test_a_resnet_computes_in_half_but_for_its_norm_and_time_path(tmp_path: Path) -> None:
+def test_a_resnet_computes_in_half_except_for_its_norm_and_time_path(tmp_path: Path) -> None:
     feeds = {"sample": normal(2, 8, 8, 8), "timestep": np.array([998.7], np.float32)}
     model = resnet()
-    wanted = run(model, tmp_path, feeds)
+    reference = run(model, tmp_path, feeds)
     assert compute_half(model) == 8
-    found = kinds(model)
+    dtypes = kinds(model)
     for name in ("t", "phases", "sines", "time", "shift", "grouped", "normal"):
-        assert found[name] == "FLOAT", name
+        assert dtypes[name] == "FLOAT", name
     for name in ("scaled", "shifted", "gate", "silu", "conv", "moved", "out_half"):
-        assert found[name] == "FLOAT16", name
+        assert dtypes[name] == "FLOAT16", name
     assert str(model.graph.inputs[0].dtype) == str(model.graph.outputs[0].dtype) == "FLOAT"
     assert model.graph.outputs[0].name == "out"
     check_casts(model)
-    # sample and shift, what leaves the norm, and the output; what enters it never was in half
+    # sample, shift, the norm's output and the graph's; the norm's input was never in half
     assert operators(model).count("Cast") == 4
-    assert 0 < error(run(model, tmp_path, feeds), wanted) < 2e-3
+    assert 0 < error(run(model, tmp_path, feeds), reference) < 2e-3
 
 
-def test_a_second_run_finds_nothing(tmp_path: Path) -> None:
+def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
     model = resnet()
     compute_half(model)
     before = operators(model)
@@ -208,7 +212,7 @@ def test_a_second_run_finds_nothing(tmp_path: Path) -> None:
     assert operators(model) == before
 
 
-def test_weights_are_converted_and_not_kept_twice() -> None:
+def test_weights_are_converted_and_not_stored_twice() -> None:
     model = resnet()
     compute_half(model)
     weights = {name: str(value.dtype) for name, value in model.graph.initializers.items()}
@@ -221,15 +225,17 @@ def test_named_nodes_stay_in_float(tmp_path: Path) -> None:
     feeds = {"sample": normal(2, 8, 8, 8), "timestep": np.array([3.0], np.float32)}
     model = resnet()
     compute_half(model, keep=["conv/*", "silu/*"])
-    found = kinds(model)
-    assert found["conv"] == found["silu"] == "FLOAT"
-    assert found["gate"] == "FLOAT16"
+    dtypes = kinds(model)
+    assert dtypes["conv"] == dtypes["silu"] == "FLOAT"
+    assert dtypes["gate"] == "FLOAT16"
     check_casts(model)
     run(model, tmp_path, feeds)
 
 
 @pytest.mark.parametrize("keep", [["a/*", "y/*"], ["a/*", "c/*", "y/*"]])
-def test_what_moves_data_between_floats_is_not_cast(keep: Sequence[str], tmp_path: Path) -> None:
+def test_nodes_that_move_data_between_floats_are_not_cast(
+    keep: Sequence[str], tmp_path: Path
+) -> None:
     text = """m (float[2,3,4] x) => (float[4,6] y)
     <int64[2] flat = {4, 6}>
     { a = Tanh(x)  b = Transpose <perm = [2, 0, 1]> (a)  c = Reshape(b, flat)  y = Tanh(c) }"""
@@ -238,7 +244,7 @@ def test_what_moves_data_between_floats_is_not_cast(keep: Sequence[str], tmp_pat
     assert operators(model) == ["Tanh", "Transpose", "Reshape", "Tanh"]
 
 
-def test_inputs_that_only_float_will_do_for_stay(tmp_path: Path) -> None:
+def test_inputs_that_are_defined_for_float_only_stay(tmp_path: Path) -> None:
     text = """m (float[1,2,3,3] x) => (float[1,2,6,6] y)
     <float[4] scales = {1, 1, 2, 2}>
     { y = Resize <mode = "nearest"> (x, , scales) }"""
@@ -251,20 +257,20 @@ def test_inputs_that_only_float_will_do_for_stay(tmp_path: Path) -> None:
     )
 
 
-def test_norms_with_kernels_of_their_own_take_half_and_float_weights() -> None:
+def test_norms_of_onnxruntime_take_half_and_float_weights() -> None:
     text = """m (float[1,4,4,8] x, float[8] gamma, float[8] beta) => (float[1,4,4,8] y)
     { a = Tanh(x)
       b = com.microsoft.GroupNorm <groups = 2, activation = 1, epsilon = 0.00001> (a, gamma, beta)
       y = Tanh(b) }"""
     model = build(text, gamma=normal(8), beta=normal(8))
-    assert compute_half(model) == 3  # whose types are found without an inference for them
+    assert compute_half(model) == 3  # types of com.microsoft follow the first input
     assert kinds(model)["b"] == "FLOAT16"
     assert operators(model) == ["Cast", "Tanh", "GroupNorm", "Tanh", "Cast"]
     weights = model.graph.initializers
     assert weights["gamma"].dtype == weights["beta"].dtype == ir.DataType.FLOAT
 
 
-def test_a_value_of_unknown_type_is_refused() -> None:
+def test_a_value_of_unknown_type_is_an_error() -> None:
     model = build("m (float[4] x) => (float[4] y) { a = other.Op(x)  y = Tanh(a) }")
     with pytest.raises(SettingsError, match="a/Op: the type of its output is not known"):
         compute_half(model)
@@ -277,14 +283,14 @@ def test_constants_beyond_half(tmp_path: Path) -> None:
       added = Add(soft, tiny)  y = Mul(added, large) }"""
     x = np.array([1, -1, 2, 3], np.float32)
     model = build(text)
-    wanted = run(model, tmp_path, {"x": x})
+    reference = run(model, tmp_path, {"x": x})
     compute_half(model)
-    found = kinds(model)
-    assert found["masked"] == found["soft"] == "FLOAT16"
-    assert found["added"] == found["y"] == "FLOAT"
+    dtypes = kinds(model)
+    assert dtypes["masked"] == dtypes["soft"] == "FLOAT16"
+    assert dtypes["added"] == dtypes["y"] == "FLOAT"
     low = model.graph.initializers["low"].const_value
     assert low is not None and low.numpy() == -65504
-    np.testing.assert_allclose(run(model, tmp_path, {"x": x}), wanted, rtol=2e-3)
+    np.testing.assert_allclose(run(model, tmp_path, {"x": x}), reference, rtol=2e-3)
 
 
 QUANTIZED = """m (float[3,64] x, float[64] g, int8[64,32] q, float[32] s, float[64,32] w)
@@ -299,7 +305,7 @@ QUANTIZED = """m (float[3,64] x, float[64] g, int8[64,32] q, float[32] s, float[
   y = Add(a, b) }"""
 
 
-def test_quantized_layers_give_half_and_take_float_where_it_is(tmp_path: Path) -> None:
+def test_quantized_layers_return_half_and_take_float_without_a_cast(tmp_path: Path) -> None:
     model = build(
         QUANTIZED,
         g=np.ones(64, np.float32),
@@ -308,27 +314,27 @@ def test_quantized_layers_give_half_and_take_float_where_it_is(tmp_path: Path) -
         w=normal(64, 32),
     )
     x = normal(3, 64)
-    wanted = run(model, tmp_path, {"x": x})
+    reference = run(model, tmp_path, {"x": x})
     compute_half(model)
-    found = kinds(model)
-    assert found["d"] == found["u"] == found["a"] == "FLOAT16"
-    assert found["n"] == "FLOAT"
+    dtypes = kinds(model)
+    assert dtypes["d"] == dtypes["u"] == dtypes["a"] == "FLOAT16"
+    assert dtypes["n"] == "FLOAT"
     quantize = next(node for node in model.graph if node.op_type == "QuantizeLinear")
     assert quantize.inputs[0] is not None and quantize.inputs[0].name == "n"
     assert operators(model).count("Cast") == 2  # for the MatMul in float, and the output
     check_casts(model)
-    assert 0 < error(run(model, tmp_path, {"x": x}), wanted) < 3e-3
+    assert 0 < error(run(model, tmp_path, {"x": x}), reference) < 3e-3
 
 
 def users_of_large_weights(model: ir.Model) -> list[ir.Node]:
-    """The nodes that use a weight in float32 of some size."""
+    """Return the nodes that use a large weight in float32."""
     weights = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT]
     large = [v for v in weights if v.const_value is not None and v.const_value.size >= 1024]
     return [user for value in large for user in value.consumers()]
 
 
 def feeds_for(model: ir.Model) -> dict[str, np.ndarray]:
-    """Numbers for the tiny checkpoint's inputs."""
+    """Return random inputs for a component of the tiny checkpoint."""
     sizes = {"batch": 2, "latent_height": 16, "latent_width": 16, "height": 32, "width": 32}
     feeds = {}
     for value in model.graph.inputs:
@@ -346,18 +352,18 @@ def feeds_for(model: ir.Model) -> dict[str, np.ndarray]:
 def test_real_graphs(name: str, tiny_engines: Path, tmp_path: Path) -> None:
     model = ir.load(tiny_engines / f"{name}.onnx")
     feeds = feeds_for(model)
-    wanted = run(model, tmp_path, feeds)
+    reference = run(model, tmp_path, feeds)
     norms = sum("Normalization" in operator for operator in operators(model))
     time = sum(node.op_type == "Unsqueeze" for node in model.graph) if name == "denoiser" else 0
     compute_half(model)
     check_casts(model)
     assert operators(model).count("Cast") <= 2 * norms + time + 3
-    assert 0 < error(run(model, tmp_path, feeds), wanted) < 1e-2
+    assert 0 < error(run(model, tmp_path, feeds), reference) < 1e-2
     stored = {str(user.name) for user in users_of_large_weights(model)}
     assert all("time_emb" in user for user in stored) and bool(stored) == (name == "denoiser")
 
 
-def test_our_own_convolution_takes_half_weights_as_they_are() -> None:
+def test_native_convolution_takes_half_weights_without_a_cast() -> None:
     text = (
         HEADER.replace('"other"', '"latentforge"')
         + """

@@ -365,7 +365,7 @@ KEYS = """kh = Transpose<perm = [0, 2, 1, 3]>(k4)
 ATTENTION = {
     "self": SELF.replace("{seen}", "tokens"),
     "cross": SELF.replace("{seen}", "seen"),
-    "keys at once": SELF.replace("{seen}", "seen").replace(
+    "keys transposed directly": SELF.replace("{seen}", "seen").replace(
         KEYS, "kt = Transpose<perm = [0, 2, 3, 1]>(k4)"
     ),
     "scaled scores": SELF.replace("{seen}", "seen")
@@ -383,11 +383,11 @@ ATTENTION = {
     "three axes": """m (float[batch, 6, 12] q, float[batch, 5, 12] k, float[batch, 5, 12] v)
     => (float[batch, 6, 12] y)
 <int64[4] cut = {0, -1, 3, 4}, int64[3] joined = {0, -1, 12}, float root = {0.5},
- int64[3] ours = {-1, 6, 4}, int64[3] theirs = {-1, 5, 4}, int64[4] parted = {-1, 3, 6, 4}>
+ int64[3] merged_q = {-1, 6, 4}, int64[3] merged_k = {-1, 5, 4}, int64[4] parted = {-1, 3, 6, 4}>
 {
-  q4 = Reshape(q, cut)  qh = Transpose<perm = [0, 2, 1, 3]>(q4)  q3 = Reshape(qh, ours)
-  k4 = Reshape(k, cut)  kh = Transpose<perm = [0, 2, 1, 3]>(k4)  k3 = Reshape(kh, theirs)
-  v4 = Reshape(v, cut)  vh = Transpose<perm = [0, 2, 1, 3]>(v4)  v3 = Reshape(vh, theirs)
+  q4 = Reshape(q, cut)  qh = Transpose<perm = [0, 2, 1, 3]>(q4)  q3 = Reshape(qh, merged_q)
+  k4 = Reshape(k, cut)  kh = Transpose<perm = [0, 2, 1, 3]>(k4)  k3 = Reshape(kh, merged_k)
+  v4 = Reshape(v, cut)  vh = Transpose<perm = [0, 2, 1, 3]>(v4)  v3 = Reshape(vh, merged_k)
   kt = Transpose<perm = [0, 2, 1]>(k3)
   scores = MatMul(q3, kt)  scaled = Mul(scores, root)
   weights = Softmax<axis = -1>(scaled)
@@ -749,7 +749,7 @@ def test_merge_transposes_exchanges_transposes_and_reshapes_to_tokens() -> None:
     assert left == {"Reshape": 2, "Neg": 2, "Shape": 1, "Gather": 1}
 
 
-# -- by our own operators --------------------------------------------------------------------------
+# -- latentforge's operators ------------------------------------------------------------------------
 
 RESNET = """m (float[batch, 8, 5, 7] x, float[batch, 6] time, float[1, 6, 1, 1] pixel,
     float[6, 8, 3, 3] w1, float[6] b1, float[20, 6, 3, 3] w2, float[20, 8, 1, 1] w3,
@@ -787,11 +787,11 @@ RESNET_WEIGHTS = {
     **group_weights(),
 }
 RESNET_FEEDS = {"x": random(2, 8, 5, 7), "time": random(2, 6), "pixel": random(1, 6, 1, 1)}
-DECIMALS = 1e-4  # between kernels in float32 and an oracle in float64, of sums of some hundreds
+DECIMALS = 1e-4  # between float32 kernels and a float64 oracle, for sums of hundreds of terms
 
 
 def resnet(*changes: tuple[str, str]) -> ir.Model:
-    """The block, with channels last but not yet fused."""
+    """Return the block with channels last, but not fused yet."""
     text = RESNET
     for old, new in changes:
         assert old in text
@@ -857,7 +857,7 @@ def test_fuse_conv() -> None:
     assert last.attributes.get_int("upsample", -1) == 2
 
 
-def test_fuse_conv_takes_a_pixel_for_a_row() -> None:
+def test_fuse_conv_adds_a_single_pixel_as_a_row() -> None:
     model = resnet(("Add(c1, t)", "Add(pixel, c1)"))
     left = rewritten("fuse-conv", model, RESNET_FEEDS, 5, atol=DECIMALS)
     assert left == {"Conv": 4, "GroupScale": 2, "Transpose": 3, "Squeeze": 1}
@@ -1045,7 +1045,7 @@ def test_passes_stop() -> None:
 
 
 def test_the_log_lists_rewrites_and_reasons(caplog: pytest.LogCaptureFixture) -> None:
-    """Reasons are those of the last round, each once, with the nodes that it holds for."""
+    """Each reason of the last round is listed once, with the nodes that were declined for it."""
     model = parsed(GELU.replace("0.5", "0.25"))
     for node in list(model.graph):
         if node.op_type == "Erf":

@@ -31,12 +31,10 @@ def fuse_conv(model: ir.Model) -> int:
 
     ::
 
-        x ─ GroupNorm [silu] ─ [Resize x2] ─ Conv ─ [Add row] ─ [Add residual] ─ y
+        x ─ [GroupNorm [silu]] or [Resize x2] ─ Conv ─ [Add row] ─ [Add residual] ─ y
      ->
-        x ─┬───────────────────────────────────────────────┐
-           └─ GroupScale (scale, shift) ─ Conv ([upsample], [silu], row, residual) ─ y
-
-    A Conv merges either a normalization or a Resize.
+        x ─┬──────────────────────────────┬─ Conv ([upsample], [silu], row, residual) ─ y
+           └─ [GroupScale (scale, shift)] ┘
 
     Returns:
         The number of nodes merged.

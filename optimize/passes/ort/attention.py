@@ -213,8 +213,8 @@ def _guarded(softmax: ir.Node) -> ir.Value:
 
     ::
 
-        Softmax ─┬─────────────────┐
-                 ├─ IsNaN ─ Where(·, 0, ·) ─ weights
+        Softmax ─┬─ IsNaN ─ Where (condition, 0, other) ─ weights
+                 └──────────────────────────────┘
     """
     weights = softmax.outputs[0]
     users = {user.op_type: user for user in weights.consumers()}

@@ -66,8 +66,9 @@ def fuse_group_norm(model: ir.Model) -> int:
 
     ::
 
-        x ─ Reshape (b,g,-1) ─ InstanceNormalization (1, 0) ─ Reshape ─ Mul gamma ─ Add beta ─┐
-                                                                           y ─ [Mul ─ Sigmoid]┘
+        x (b,c,h,w) ─ Reshape (b,g,-1) ─ InstanceNormalization (scale 1, bias 0) ─┐
+            ┌─────────────────────────────────────────────────────────────────────┘
+            └─ Reshape (b,c,h,w) ─ Mul gamma ─ Add beta ─ [SiLU: Mul by Sigmoid] ─ y
      ->
         x ─ Transpose ─ GroupNorm (gamma, beta, g, [activation]) ─ Transpose ─ y
 

@@ -128,9 +128,10 @@ def _fix_reshapes(graph: ir.Graph) -> int:
 
     ::
 
-        x ─┬─ Shape ─ Slice ─┐
-           │     12, 64 ─ Concat           x ─ Reshape (0, -1, 12, 64) ─ y
-           └──────────── Reshape ─ y    ->
+        x (b,s,768) ─┬─ Shape (b) ─ Concat (b, -1, 12, 64) ─┐
+                     └────────────────────────────────── Reshape ─ y
+     ->
+        x ─ Reshape (0, -1, 12, 64) ─ y
     """
     editor, count = Editor(graph), 0
     for node in graph:

@@ -29,9 +29,11 @@ def merge_transposes(model: ir.Model) -> int:
 
     ::
 
-        A ─ to NCHW ─ Op ─ to NHWC ─ B                    A ─ Op ─ B
-    ->
-        A ─ Op ─ to NCHW ─ to NHWC ─ B      then
+        A ─ to NCHW ─ Op ─ to NHWC ─ B
+     ->
+        A ─ Op ─ to NCHW ─ to NHWC ─ B
+     ->
+        A ─ Op ─ B
 
     Op is elementwise, Concat over channels, or nearest Resize by constant scales.
 
