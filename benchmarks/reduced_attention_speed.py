@@ -59,7 +59,7 @@ class SpeedRow:
         )
 
 
-class _Recorder:
+class _InputRecorder:
     """Session that records its inputs."""
 
     def __init__(self, session: Session) -> None:
@@ -107,12 +107,12 @@ def measure(
 
 def _record(engines: Path, side: int, steps: int) -> Feeds:
     """Return the denoiser's inputs in the middle of a run, one row."""
-    recorders: list[_Recorder] = []
+    recorders: list[_InputRecorder] = []
 
     def wrap(name: str, session: Session) -> Session:
         if name != DENOISER:
             return session
-        recorders.append(_Recorder(session))
+        recorders.append(_InputRecorder(session))
         return recorders[-1]
 
     with load(engines, hashes=False, low_memory=True, wrap_session=wrap) as pipeline:

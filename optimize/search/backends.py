@@ -126,7 +126,7 @@ def _single_row_speedup(directory: Path, repeats: int) -> float:
 
 
 def _settings(engines: Path) -> Settings:
-    """Return a short request at the default size, or at the size that the engines were built for."""
+    """Return a short request at the default size, or at the size the engines were built for."""
     with load(engines, hashes=False, low_memory=True) as pipeline:
         latent, defaults = pipeline.manifest.latent, pipeline.manifest.defaults
         fixed = latent.image_sizes(pipeline.engines["denoiser"].component)

@@ -1,7 +1,7 @@
 """Split the denoiser's graph at a skip connection, for cached steps (DeepCache).
 
-The blocks of a UNet near its input and output are few and cheap, and their features change most from
-step to step. The features of the deeper blocks change slowly. DeepCache (Ma et al. 2023, arXiv
+The blocks of a UNet near its input and output are few and cheap, and their features change most
+from step to step. The features of the deeper blocks change slowly. DeepCache (Ma et al. 2023, arXiv
 2312.00858) therefore runs the whole network on some steps only and keeps the feature that enters a
 skip connection from below. On the cached steps between, it runs only the shallow blocks with that
 feature:

@@ -1,4 +1,4 @@
-"""Set of requests, the images that the unaccelerated engines make, and figures of a plan's images."""
+"""Set of requests with reference images, and the figures of a plan's images relative to them."""
 
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice

@@ -200,7 +200,7 @@ def _grid(graph: ir.Graph, tokens: ir.Value) -> ir.Value | None:
 
 
 def _flattens(node: ir.Node) -> bool:
-    """Return True if a Reshape makes (batch, tokens, channels) of (batch, height, width, channels)."""
+    """Return True if a Reshape flattens (batch, height, width, channels) to tokens."""
     source, result = node.inputs[0], node.outputs[0]
     if source is None or source.shape is None or result.shape is None:
         return False

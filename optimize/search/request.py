@@ -26,12 +26,12 @@ class SearchRequest:
     """Request for the search of an acceleration plan.
 
     Attributes:
-        gate: thresholds as NAME=VALUE: fields of Gate, and names of ``accuracies`` with the percentage
-            points that they may lose; DEFAULT_GATE if empty.
+        gate: thresholds as NAME=VALUE: fields of Gate, and names of ``accuracies`` with the
+            percentage points that they may lose; DEFAULT_GATE if empty.
         prompts: of the images that select, confirm and report the plan, in this order and
             repeated as needed; those that come with the package if empty.
-        accuracies: functions that count the correct images of a gallery, by the name that a gate and
-            the manifest use.
+        accuracies: functions that count the correct images of a gallery, by the name that a gate
+            and the manifest use.
         network: perceptual distance of two images: an ONNX file of feature maps, or
             efficientnet-lite0.
         effort: number of plans whose images are judged, at most.

@@ -1,4 +1,4 @@
-"""Search space of acceleration plans: the candidates, their estimated time, and the fastest good one.
+"""Search space of acceleration plans: candidates, estimated time, and the fastest that passes.
 
 Fewer steps, guidance on some of the steps, cached steps between full ones, and self-attention with
 fewer keys each save time, alone and together. The candidates are therefore partially ordered: a

@@ -121,7 +121,7 @@ class Rewriter:
         return Counter({precision: count})
 
     def _run_post_partition(self, model: ir.Model, precision: Precision) -> Counter[str]:
-        """Run the passes that come after partitioning, whose analysis does not know their results."""
+        """Run the passes after partitioning, whose analysis does not know their operators."""
         if precision not in ("fp32", "fp16"):  # quantized graphs keep their layout
             return Counter()
         names = [name for name in self.target.post_partition_passes if name not in self.recipe.skip]
@@ -130,7 +130,7 @@ class Rewriter:
     def _convert_to_half(
         self, model: ir.Model, precision: Precision, component: Component
     ) -> Counter[str]:
-        """Convert to fp16 arithmetic where target and model support it, and weights to fp16 storage."""
+        """Convert to fp16 arithmetic where supported, and weights to fp16 storage."""
         counts = Counter[str]()
         if self._computes_half(precision, component):
             counts["compute-half"] = compute_half(model)
