@@ -14,18 +14,20 @@ def read_prompts(path: Path | None = None) -> list[str]:
     """Return the prompts of a text file, one per line; without a path, those of the package.
 
     Raises:
-        SettingsError: the file cannot be read, or holds no prompt.
+        SettingsError: the file cannot be read, or has no prompts.
     """
     path = path or _PROMPTS
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(f"cannot read prompts from {path}: {reason}") from error
     if len(text) > _MAX_BYTES:
-        raise SettingsError(f"{path} is larger than 1 MiB: give a text file of a prompt a line")
+        raise SettingsError(
+            f"{path} is larger than 1 MiB: expected a text file with one prompt per line"
+        )
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise SettingsError(f"{path} holds no prompt: write one a line, such as those people use")
+        raise SettingsError(f"{path} has no prompts: write one typical prompt per line")
     return prompts

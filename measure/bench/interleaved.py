@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.measure.bench import REPEATS
-from latentforge.measure.bench.process import MissingError, ParticipantProcess
+from latentforge.measure.bench.participant_process import MissingError, ParticipantProcess
 from latentforge.measure.bench.protocol import BenchJob, Participant
 from latentforge.measure.energy import energy_meters
 from latentforge.measure.results import BenchResult, TimedRun

@@ -15,7 +15,7 @@ from msgspec.structs import replace as replace_record
 from latentforge.benchmark import BenchRequest, benchmark
 from latentforge.measure import energy
 from latentforge.measure.bench.interleaved import measure, require_all_ok
-from latentforge.measure.bench.process import ParticipantProcess
+from latentforge.measure.bench.participant_process import ParticipantProcess
 from latentforge.measure.bench.protocol import BenchJob, Participant
 from latentforge.measure.bench.study import method, noise
 from latentforge.measure.bench.summary import speedup_text, summary

@@ -27,7 +27,7 @@ import pytest
 
 from latentforge.benchmark import diffusers_scheduler
 from latentforge.export.demo import CHECKPOINT as DEMO
-from latentforge.measure.bench.process import MissingError, ParticipantProcess
+from latentforge.measure.bench.participant_process import MissingError, ParticipantProcess
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.peers import PEERS, participant
 from latentforge.measure.results import BenchResult, ConfidenceInterval, Results

@@ -1,6 +1,5 @@
 """Process of one participant, as its parent starts, drives and ends it."""
 
-import json
 import os
 import select
 import signal
@@ -17,6 +16,7 @@ from latentforge.measure.energy import EnergyMeter, total_joules
 from latentforge.measure.results import TimedRun
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.machine import device_memory, peak_memory
+from latentforge.runtime.process import parse_message
 from latentforge.runtime.timings import Timings
 
 __all__ = ["MissingError", "ParticipantProcess"]
@@ -100,11 +100,8 @@ class ParticipantProcess:
         line = out.readline()
         if not line:
             raise BackendError(self._exit_reason())
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
+        answer = parse_message(line)
+        if answer is None:
             raise BackendError(f"wrote {line[:200]!r} to standard output, not a JSON object")
         return answer
 
