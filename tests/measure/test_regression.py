@@ -8,6 +8,7 @@ from measured import BENCH, EVAL, HEAD, entry, metric
 from msgspec.structs import replace
 
 from latentforge.__main__ import main
+from latentforge.measure.conclusion import MIN_RUNS
 from latentforge.measure.regression import Verdict, judge
 from latentforge.measure.results import BenchResult, Metric, Results
 from latentforge.measure.statistics import medians, paired_speedups
@@ -190,8 +191,8 @@ def test_other_settings_are_refused_in_one_line(key: str, value: object) -> None
     settings = {**BENCH.settings, key: value}
     with pytest.raises(ResultsError) as caught:
         judge(BENCH, replace(BENCH, settings=settings))
-    said = f"{key} {BENCH.settings[key]} and {value}"
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    expected = f"{key} {BENCH.settings[key]} and {value}"
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert "steps" not in str(caught.value) or key == "steps"
 
 
@@ -269,10 +270,16 @@ def test_exit_status_is_3_where_something_is_worse(
     slower = bench(REFERENCE, entry("mine", 2.4))
     paths = files(tmp_path, bench(REFERENCE, entry("mine", 2.0)), slower)
     assert main(["compare", *paths]) == 3
-    said = capsys.readouterr()
-    assert "worse   mine: image" in said.out
-    assert said.err.startswith("latentforge: 4 worse than in ") and said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert "worse   mine: image" in output.out
+    assert output.err.startswith("latentforge: 4 worse than in ") and output.err.count("\n") == 1
     assert main(["compare", *paths, "--tolerance", "25"]) == 0
+
+
+def test_the_help_names_the_fewest_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert f"fewer than {MIN_RUNS} runs" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("tolerance", ["-1", "101", "nan"])

@@ -224,7 +224,7 @@ def test_hostile_strings_are_text() -> None:
     assert "<script" not in text and "onerror" not in {name for name, _ in page.attributes}
     assert text.count("</style>") == 1 and "49" not in re.findall(r"&amp;amp;(\d+)", text)
     assert text.count(html.escape("<script>alert(1)")) > 100
-    assert "img" not in page.tags  # the pictures' addresses are spoiled too
+    assert "img" not in page.tags  # the images' URLs are spoiled too
     assert set(page.tags) <= set(Page(render(WHOLE)).tags)
 
 
@@ -397,7 +397,7 @@ def test_scales() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "expected"),
+    ("positions", "expected"),
     [
         ([10, 50], [10, 50]),
         ([50, 10], [50, 10]),
@@ -407,8 +407,8 @@ def test_scales() -> None:
         ([], []),
     ],
 )
-def test_labels_keep_their_distance(wanted: list[float], expected: list[float]) -> None:
-    assert spaced(wanted, low=0, high=100, gap=10) == expected
+def test_labels_keep_their_distance(positions: list[float], expected: list[float]) -> None:
+    assert spaced(positions, low=0, high=100, gap=10) == expected
 
 
 def test_label_gaps_shrink_if_there_is_no_room() -> None:
@@ -472,9 +472,9 @@ def test_curves_join_points_that_differ_in_one_setting() -> None:
         "eager, 2 images per batch: 8.00 s",
         "eager, 4 images per batch: 16.0 s",
     )
-    eager, ours = (line.points for line in by_batch.lines)
+    eager, engines = (line.points for line in by_batch.lines)
     floor = 256
-    assert (floor - eager[2][1]) / (floor - ours[2][1]) == pytest.approx(2)
+    assert (floor - eager[2][1]) / (floor - engines[2][1]) == pytest.approx(2)
     assert "too little memory" in Page(render(BENCH)).text
 
 
@@ -493,7 +493,7 @@ def test_layers_are_summed_by_operator() -> None:
     assert Page(render(BENCH)).table("layer")["conv_7"]["share"] == "37.5%"
 
 
-# metrics and pictures
+# metrics and images
 
 
 def test_metric_tables_show_interval_level_images_and_caveats() -> None:

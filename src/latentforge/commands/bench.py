@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
         "over pairs of neighbouring runs with a confidence interval, and images are compared with "
         "the reference's. A peer that fails or is not installed is listed with the reason.",
     )
-    parser.add_argument("engines", nargs="+", type=Path, metavar="ENGINES")
+    parser.add_argument(
+        "engines", nargs="+", type=Path, metavar="ENGINES", help="engine directories of one model"
+    )
     _add_peer_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="default: a photo of a cat")
     parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
