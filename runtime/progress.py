@@ -1,4 +1,4 @@
-"""Progress for people who wait: a bar on a terminal, plain lines elsewhere."""
+"""Progress display: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -12,9 +12,11 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Counts the parts of a long job on standard error.
+    """Counter of the parts of a long job, shown on standard error.
 
-    With ``quiet`` nothing is shown, which is what library calls want.
+    Args:
+        total: number of parts.
+        quiet: show nothing, which is the default for library calls.
     """
 
     def __init__(self, total: int, *, quiet: bool = True) -> None:
@@ -28,7 +30,7 @@ class Progress:
 
     @contextmanager
     def part(self, description: str) -> Iterator[None]:
-        """Show what is being done, and count it when the block ends well."""
+        """Show a description while the block runs, and count the part if it succeeds."""
         self._bar.set_description(description)
         self._since = time.perf_counter()
         try:
@@ -38,7 +40,7 @@ class Progress:
         self._count(description)
 
     def within(self, description: str, done: int, total: int) -> None:
-        """Show how far the part that is being done has come, in a bar below."""
+        """Show the progress within the current part, in a second bar."""
         if self._bar.disable:
             return
         if self._inner is None:
@@ -48,7 +50,7 @@ class Progress:
         self._inner.update(done - self._inner.n)
 
     def advance(self, description: str, total: int) -> None:
-        """Count one of many small parts as done; a line is only printed every second."""
+        """Count one of many small parts; lines are printed at most once per second."""
         self._total = self._bar.total = total
         last = self._done + 1 == total
         self._count(description, quiet=not last and time.perf_counter() - self._since < 1)
@@ -65,12 +67,12 @@ class Progress:
                 print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Print a line that stays, above the bar."""
+        """Print a permanent line above the bar."""
         if self._lines or not self._bar.disable:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._close_inner()
         self._bar.close()
 

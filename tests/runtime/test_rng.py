@@ -1,4 +1,4 @@
-"""Seeded noise: literal values everywhere, and torch itself, bit for bit, where it is present."""
+"""Seeded noise equals literal values, and torch's bit for bit where torch is installed."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32 + 42, 2**63, 2**64 - 1, -1, -12345678
 
 @pytest.fixture(scope="module")
 def torch() -> Any:
-    """torch, if it draws normals with the kernel that the module reproduces."""
+    """torch, if it uses the kernel that the module reproduces."""
     torch = pytest.importorskip("torch", exc_type=ImportError)
     if torch.backends.cpu.get_cpu_capability() not in {"AVX2", "AVX512"}:
         pytest.skip("this torch draws float32 normals through the C library")
@@ -23,12 +23,12 @@ def torch() -> Any:
 
 
 def differences(torch: Any, seed: int, sizes: list[int]) -> int:
-    """How many values differ in any bit over one sequence of draws."""
-    ours, theirs = Generator(seed), torch.Generator("cpu").manual_seed(seed)
+    """Return the number of values that differ in any bit over one sequence of draws."""
+    generator, reference = Generator(seed), torch.Generator("cpu").manual_seed(seed)
     count = 0
     for size in sizes:
-        expected = torch.randn((size,), generator=theirs).numpy()
-        count += int((ours.randn((size,)).view(np.int32) != expected.view(np.int32)).sum())
+        expected = torch.randn((size,), generator=reference).numpy()
+        count += int((generator.randn((size,)).view(np.int32) != expected.view(np.int32)).sum())
     return count
 
 
@@ -56,8 +56,8 @@ def test_shapes_fill_in_row_order(torch: Any, shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(noise, expected, strict=True)
 
 
-def test_values_written_down() -> None:
-    """Seed 0: a pair below 16 values, its second half kept over a block, then two more."""
+def test_literal_values() -> None:
+    """Seed 0: half a pair, a block, the other half, then a partial block and two more."""
     generator = Generator(0)
     drawn = [generator.randn((1,)), generator.randn((16,)), generator.randn((1,))]
     drawn += [generator.randn((19,)), generator.randn((2,))]
@@ -73,12 +73,12 @@ def test_values_written_down() -> None:
 
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
 def test_refuses_a_seed_torch_refuses(seed: int) -> None:
-    with pytest.raises(SettingsError, match="a seed lies between"):
+    with pytest.raises(SettingsError, match="is out of range"):
         Generator(seed)
 
 
 def test_fma_rounds_once() -> None:
-    """Sums a hair off the middle between two floats, which float64 alone would round onto it."""
+    """Sums next to the middle between two floats, which float64 alone would round to the middle."""
 
     def floats(*values: float) -> NDArray[np.float32]:
         return np.array(values, np.float32)
@@ -92,7 +92,7 @@ def test_fma_rounds_once() -> None:
 
 
 def test_no_negative_zeros() -> None:
-    """A uniform of 0 makes a radius of -0; torch adds a mean of 0 to what comes of it."""
+    """A uniform of 0 gives a radius of -0; torch adds the mean, 0, to the result."""
     normals = _box_muller(np.zeros(16, np.float32))
     assert not normals.any()
     assert not np.signbit(normals).any()
