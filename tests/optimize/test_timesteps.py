@@ -1,4 +1,4 @@
-"""Timesteps made for a model, where the exact denoiser of a distribution stands for the network."""
+"""Search for timesteps, with the exact denoiser of a distribution in place of a network."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ SPREAD = 0.05
 
 
 def denoise(x: Array, level: NoiseLevel) -> Array:
-    """The mean of the clean value given x, where those are around -1 and 1."""
+    """Return the mean of the clean value given x, for clean values around -1 and 1."""
     means = np.array([[-1.0], [1.0]])
     variance = (level.alpha * SPREAD) ** 2 + level.sigma**2
     away = x - level.alpha * means
@@ -41,7 +41,7 @@ def denoise(x: Array, level: NoiseLevel) -> Array:
 
 
 def distance(seed: int) -> Distance:
-    """From 400 steps, of a thousand values."""
+    """Return the distance to 400 steps, over a thousand values."""
     noise = np.random.default_rng(seed).standard_normal(1000).astype(np.float32)
 
     def end(sampler: str, plan: NoisePlan) -> Array:
@@ -59,7 +59,7 @@ def distance(seed: int) -> Distance:
 
 
 @pytest.mark.parametrize("steps", [4, 8])
-def test_they_come_nearer_than_any_spacing_also_from_other_noise(steps: int) -> None:
+def test_searched_timesteps_beat_every_spacing_also_from_other_noise(steps: int) -> None:
     found = search_timesteps(SCHEDULE, steps, distance(0))
     held_out = distance(1)
     spaced = [held_out(s, t) for s in SOLVERS for t in spacings(SCHEDULE, s, steps).values()]
@@ -70,21 +70,21 @@ def test_they_come_nearer_than_any_spacing_also_from_other_noise(steps: int) -> 
     SCHEDULE.check(found.timesteps)
 
 
-def test_the_same_is_found_twice_within_the_moves_that_are_allowed() -> None:
-    asked: list[tuple[str, tuple[float, ...]]] = []
+def test_the_search_is_deterministic_and_bounded() -> None:
+    evaluated: list[tuple[str, tuple[float, ...]]] = []
     measure = distance(0)
 
     def counted(sampler: str, timesteps: tuple[float, ...]) -> float:
-        asked.append((sampler, timesteps))
+        evaluated.append((sampler, timesteps))
         return measure(sampler, timesteps)
 
     found = [search_timesteps(SCHEDULE, 5, counted, moves=20) for _ in range(2)]
     assert found[0] == found[1]
     spaced = sum(len(spacings(SCHEDULE, solver, 5)) for solver in SOLVERS)
-    assert found[0].evaluations == spaced + 20 == len(asked) / 2
+    assert found[0].evaluations == spaced + 20 == len(evaluated) / 2
 
 
-def test_without_moves_it_is_the_best_spacing() -> None:
+def test_without_moves_the_result_is_the_best_spacing() -> None:
     measure = distance(0)
     found = search_timesteps(SCHEDULE, 6, measure, moves=0)
     tried = {
@@ -114,7 +114,7 @@ def test_spacings() -> None:
     assert nineteen[1] == round((999 * 850) ** 0.5)
 
 
-def test_each_list_is_there_once() -> None:
+def test_spacings_have_no_duplicates() -> None:
     trailing = spacings(Schedule(**{**_fields(), "spacing": "trailing"}), "euler", 8)
     assert "own" in trailing and "trailing" not in trailing
     assert len(set(trailing.values())) == len(trailing)
@@ -124,7 +124,7 @@ def _fields() -> dict[str, object]:
     return {name: getattr(SCHEDULE, name) for name in SCHEDULE.__struct_fields__}
 
 
-def test_a_sampler_with_timesteps_of_its_own_is_refused() -> None:
+def test_a_sampler_that_takes_no_timesteps_is_refused() -> None:
     with pytest.raises(SettingsError, match="pndm takes no timesteps but its own"):
         search_timesteps(SCHEDULE, 8, distance(0), solvers=("pndm",))
     with pytest.raises(SettingsError, match="2000 steps"):
