@@ -1,1 +1,1 @@
-"""Turn a diffusers checkpoint into an engine directory. The only part that needs torch."""
+"""Export of diffusers checkpoints to engine directories, with torch."""
