@@ -16,19 +16,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.rng import Generator
-from latentforge.runtime.sampling import samplers
-from latentforge.runtime.sampling.samplers import SAMPLERS, Array
-from latentforge.runtime.sampling.schedule import (
-    BetaKind,
-    NoiseInterval,
-    NoiseLevel,
-    NoisePlan,
-    Prediction,
-    Schedule,
-    Spacing,
-)
+from latentforge.runtime.sampling import SAMPLERS
+from latentforge.runtime.sampling.levels import NoiseInterval, NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.prediction import PREDICTIONS, Prediction, prediction_type
+from latentforge.runtime.sampling.sampler import Array
+from latentforge.runtime.sampling.schedule import BetaKind, Schedule, Spacing
 
 # torch tensors and numpy 2 disagree on a keyword of __array__, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -110,12 +105,12 @@ class Network:
 class Trajectory:
     latents: list[Array]
     timesteps: list[float]
-    next_noise: float  # what the generator would draw next: tells how much was drawn
+    next_noise: float  # next value of the generator: shows how much was drawn
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which steps of a run are taken, and whether half of a picture is kept through them."""
+    """Part of a run: the steps taken, and whether half of an image is kept through them."""
 
     drop: int = 0
     count: int | None = None
@@ -123,15 +118,15 @@ class Part:
 
 
 WHOLE = Part()
-PICTURE = np.cos(np.arange(14, dtype=np.float32)).reshape(SHAPE)
+IMAGE = np.cos(np.arange(14, dtype=np.float32)).reshape(SHAPE)
 MASK = np.array([1, 1, 1, 1, 0, 0, 0], np.float32)  # 1 where to paint
 
 
 def noised(noise: Array, level: NoiseLevel) -> Array:
-    return np.float32(level.alpha) * PICTURE + np.float32(level.sigma) * noise
+    return np.float32(level.alpha) * IMAGE + np.float32(level.sigma) * noise
 
 
-def ours(name: str, network: Network, steps: int, part: Part = WHOLE) -> Trajectory:
+def sample(name: str, network: Network, steps: int, part: Part = WHOLE) -> Trajectory:
     timesteps: list[float] = []
 
     def denoise(x: Array, level: NoiseLevel) -> Array:
@@ -143,7 +138,7 @@ def ours(name: str, network: Network, steps: int, part: Part = WHOLE) -> Traject
             return np.asarray((x - sigma * output) / alpha, x.dtype)
         return alpha * x - sigma * output
 
-    def keep(latents: Array, level: NoiseLevel) -> Array:
+    def put_back(latents: Array, level: NoiseLevel) -> Array:
         return (1 - MASK) * noised(Generator(0).randn(SHAPE), level) + MASK * latents
 
     generator, sampler = Generator(0), SAMPLERS[name]
@@ -155,13 +150,13 @@ def ours(name: str, network: Network, steps: int, part: Part = WHOLE) -> Traject
         lambda: generator.randn(SHAPE),
         prediction=network.prediction,
         latents=noised(generator.randn(SHAPE), plan.intervals[0].start) if part.drop else None,
-        keep=keep if part.repaint else None,
+        mask_blend=put_back if part.repaint else None,
     )
     latents = [step.latents for step in run]
     return Trajectory(latents, timesteps, generator.randn((1,)).item())
 
 
-def theirs(
+def sample_diffusers(
     name: str, network: Network, steps: int, part: Part = WHOLE, nudge: float = 0.0
 ) -> Trajectory:
     """The loop of a diffusers pipeline, its latents brought to the variance-preserving scale."""
@@ -173,10 +168,10 @@ def theirs(
         scheduler.set_begin_index(part.drop * scheduler.order)
     generator = torch.Generator("cpu").manual_seed(0)
     options = {"generator": generator} if name in STOCHASTIC else {}
-    picture, mask = torch.from_numpy(PICTURE), torch.from_numpy(MASK)
+    image, mask = torch.from_numpy(IMAGE), torch.from_numpy(MASK)
     noise = torch.randn(SHAPE, generator=generator)
     x = noise * scheduler.init_noise_sigma * (1 + nudge)
-    x = scheduler.add_noise(picture, noise, times[:1]) if part.drop else x
+    x = scheduler.add_noise(image, noise, times[:1]) if part.drop else x
     latents = []
     for index, t in enumerate(times):
         seen = scheduler.scale_model_input(x, t).numpy()
@@ -184,7 +179,7 @@ def theirs(
         x = scheduler.step(output, t, x, **options).prev_sample
         following = times[index + 1 : index + 2]
         if part.repaint:
-            known = scheduler.add_noise(picture, noise, following) if len(following) else picture
+            known = scheduler.add_noise(image, noise, following) if len(following) else image
             x = (1 - mask) * known + mask * x
         if name != "heun" or scheduler.state_in_first_order or not len(following):
             ratio = float(scheduler.sigmas[scheduler.step_index]) if name in EXPLODING else 0.0
@@ -242,7 +237,7 @@ def difference(a: Trajectory, b: Trajectory) -> float:
 
 
 def impossible(name: str, case: Schedule, prediction: Prediction, steps: int) -> str | None:
-    """Why diffusers itself gives no numbers, if it does not."""
+    """Return the reason if diffusers itself gives no numbers."""
     if name in SQUEEZED and steps < SQUEEZED[name][1]:
         return "there are too few steps to squeeze"
     infinite = case.zero_terminal_snr and prediction == "epsilon"
@@ -263,7 +258,7 @@ def impossible(name: str, case: Schedule, prediction: Prediction, steps: int) ->
 @pytest.mark.parametrize("zero_terminal_snr", [False, True], ids=["", "zero_snr"])
 @pytest.mark.parametrize("beta_kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize(("name", "spacing"), SPACINGS)
-def test_follows_diffusers(
+def test_equals_diffusers(
     name: str,
     spacing: Spacing,
     beta_kind: BetaKind,
@@ -276,7 +271,7 @@ def test_follows_diffusers(
     network = Network(case, prediction)
     if reason := impossible(name, case, prediction, steps):
         pytest.skip(reason)
-    run, expected = ours(name, network, steps), theirs(name, network, steps)
+    run, expected = sample(name, network, steps), sample_diffusers(name, network, steps)
     assert run.timesteps == expected.timesteps
     assert run.next_noise == expected.next_noise
     found = difference(run, expected)
@@ -287,35 +282,38 @@ def test_follows_diffusers(
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("repaint", [False, True], ids=["", "repaint"])
 @pytest.mark.parametrize(("name", "spacing"), SPACINGS)
-def test_parts_and_pictures_follow_diffusers(
+def test_parts_and_images_equal_diffusers(
     name: str, spacing: Spacing, repaint: bool, prediction: Prediction
 ) -> None:
-    """Late starts from a noised picture, early ends, and a part of the picture put back."""
+    """Late starts from a noised image, early ends, and a part of the image put back."""
     network = Network(schedule("scaled_linear", spacing), prediction)
     steps = 16 if name in SQUEEZED else 10
     for drop, count in [(0, None), (1, None), (2, None), (5, None), (9, None), (0, 4), (3, 4)]:
         if repaint and count:
-            continue  # diffusers puts the clean picture back, at a scale that differs by scheduler
+            continue  # diffusers puts the clean image back, at a scale that differs by scheduler
         part = Part(drop, count, repaint)
-        run, expected = ours(name, network, steps, part), theirs(name, network, steps, part)
+        run, expected = (
+            sample(name, network, steps, part),
+            sample_diffusers(name, network, steps, part),
+        )
         assert run.timesteps == expected.timesteps
         assert run.next_noise == expected.next_noise
         assert difference(run, expected) < 1e-5, part
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_what_is_kept_is_there_after_every_step(name: str) -> None:
+def test_the_image_is_put_back_after_every_step(name: str) -> None:
     network = Network(schedule(), "epsilon")
-    run, free = (ours(name, network, 16, Part(repaint=kept)) for kept in (True, False))
+    run, free = (sample(name, network, 16, Part(repaint=kept)) for kept in (True, False))
     level = SAMPLERS[name].plan(network.schedule, 16).intervals[1].start
     kept = noised(Generator(0).randn(SHAPE), level)[..., MASK == 0]
     np.testing.assert_array_equal(run.latents[0][..., MASK == 0], kept)
-    np.testing.assert_array_equal(run.latents[-1][..., MASK == 0], PICTURE[..., MASK == 0])
+    np.testing.assert_array_equal(run.latents[-1][..., MASK == 0], IMAGE[..., MASK == 0])
     assert difference(run, free) > 0.1
 
 
 def float32_limit(name: str, network: Network, steps: int, expected: Trajectory) -> float:
-    """How exactly diffusers computes in float32 where alpha nearly vanishes at the first level.
+    """Return the accuracy of diffusers in float32 where alpha nearly vanishes at the first level.
 
     The clean latent then depends on differences that float32 hardly resolves. So the limit is a
     few times what an ulp or two in the network's output and the first latents changes, and the
@@ -323,7 +321,7 @@ def float32_limit(name: str, network: Network, steps: int, expected: Trajectory)
     """
     start, end = SAMPLERS[name].plan(network.schedule, steps).intervals[0]
     assert start.alpha < 1e-3
-    moved = difference(expected, theirs(name, network, steps, nudge=3e-7))
+    moved = difference(expected, sample_diffusers(name, network, steps, nudge=3e-7))
     spacing = 4 * end.alpha / start.alpha * 2.0**-22 if name in EXPLODING else 0.0
     return max(8 * moved, spacing)
 
@@ -332,9 +330,9 @@ def float32_limit(name: str, network: Network, steps: int, expected: Trajectory)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_can_end_on_the_clean_latent(name: str, prediction: Prediction) -> None:
     network = Network(schedule(final_alpha_one=True), prediction)
-    run, expected = ours(name, network, 10), theirs(name, network, 10)
+    run, expected = sample(name, network, 10), sample_diffusers(name, network, 10)
     assert difference(run, expected) < 1e-5
-    other = ours(name, Network(schedule(), prediction), 10)
+    other = sample(name, Network(schedule(), prediction), 10)
     assert difference(run, other) > 1e-3
 
 
@@ -352,26 +350,26 @@ def exact(x: Array, level: NoiseLevel) -> Array:
     return x * np.float32(level.alpha * STD**2 / variance)
 
 
-def spread(level: NoiseLevel) -> float:
+def deviation(level: NoiseLevel) -> float:
     """The standard deviation of noised data, with which every exact path scales."""
     return math.hypot(level.alpha * STD, level.sigma)
 
 
-def unused() -> Array:
-    raise AssertionError("a deterministic sampler asked for noise")
+def no_noise() -> Array:
+    raise AssertionError("a deterministic sampler drew noise")
 
 
 def error(name: str, steps: int) -> float:
     if name == "pndm":  # its history is of equal steps, and its first step is taken twice
         plan = chain(np.linspace(2.0, 1.0, steps + 1))
         first, second, *rest = plan.intervals
-        plan = NoisePlan((first, second, second, *rest), again=(first,))
+        plan = NoisePlan((first, second, second, *rest), repeat_intervals=(first,))
     else:
         plan = chain(np.linspace(15.0 ** (1 / 7), 0.1 ** (1 / 7), steps + 1) ** 7)
     x = np.ones((1, 4, 2, 2), np.float32)
-    run = SAMPLERS[name].run(exact, plan, unused, prediction="epsilon", latents=x)
+    run = SAMPLERS[name].run(exact, plan, no_noise, prediction="epsilon", latents=x)
     *_, last = run
-    expected = spread(plan.intervals[-1].end) / spread(plan.intervals[0].start)
+    expected = deviation(plan.intervals[-1].end) / deviation(plan.intervals[0].start)
     return float(np.abs(last.latents - expected).max())
 
 
@@ -387,7 +385,7 @@ def test_order_of_convergence(name: str, order: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde"])
-def test_fresh_noise_keeps_the_spread(name: str) -> None:
+def test_fresh_noise_keeps_the_deviation(name: str) -> None:
     """Exact denoising of Gaussian data ends on the data's own standard deviation."""
     generator, sampler = Generator(3), SAMPLERS[name]
     plan = sampler.plan(schedule("scaled_linear", "trailing"), 200)
@@ -397,9 +395,9 @@ def test_fresh_noise_keeps_the_spread(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_step_is_told(name: str) -> None:
+def test_every_step_is_reported(name: str) -> None:
     generator = Generator(1)
-    sampler = samplers.get(name)
+    sampler = sampling.get(name)
     plan = sampler.plan(schedule(), 8)
     steps = list(sampler.run(exact, plan, lambda: generator.randn(SHAPE), prediction="epsilon"))
     count = {"pndm": 9, "squeezed_10": 10, "squeezed_11": 11}.get(name, 8)
@@ -411,7 +409,7 @@ def test_every_step_is_told(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_generator_works_only_when_asked(name: str) -> None:
+def test_nothing_is_computed_ahead(name: str) -> None:
     calls = 0
 
     def count(x: Array, level: NoiseLevel) -> Array:
@@ -434,16 +432,59 @@ def test_may_start_at_a_later_level(name: str) -> None:
     sampler = SAMPLERS[name]
     plan = sampler.plan(schedule("scaled_linear", "trailing"), 100)
     rest = plan.of_strength(0.6)
-    x = np.full((1, 1, 1, 1), spread(rest.intervals[0].start), np.float32)
-    *_, last = sampler.run(exact, rest, unused, prediction="epsilon", latents=x)
-    assert float(last.latents.item()) == pytest.approx(spread(rest.intervals[-1].end), rel=0.05)
+    x = np.full((1, 1, 1, 1), deviation(rest.intervals[0].start), np.float32)
+    *_, last = sampler.run(exact, rest, no_noise, prediction="epsilon", latents=x)
+    assert float(last.latents.item()) == pytest.approx(deviation(rest.intervals[-1].end), rel=0.05)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="no sampler 'dpm'; there are ddim, pndm, euler, "):
-        samplers.get("dpm")
+    with pytest.raises(SettingsError, match="no sampler 'dpm': choose from ddim, pndm, euler, "):
+        sampling.get("dpm")
+
+
+def test_custom_timesteps_need_a_sampler_that_takes_them() -> None:
+    message = "pndm does not support custom timesteps; these samplers do: ddim, euler, "
+    with pytest.raises(SettingsError, match=message):
+        sampling.noise_plan("pndm", schedule(), 2, (900, 3))
+    assert sampling.noise_plan("ddim", schedule(), 0, (900, 3)).timesteps == [900, 3]
+
+
+# Prediction types
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_a_prediction_type_inverts_itself(name: str) -> None:
+    """Clean latent and noise give the output, and the output gives them back."""
+    kind, level = PREDICTIONS[name], NoiseLevel(0.6, 0.8, 500.0)
+    clean, noise = (Generator(seed).randn(SHAPE) for seed in (1, 2))
+    x = np.float32(level.alpha) * clean + np.float32(level.sigma) * noise
+    output = kind.output(x, clean, level)
+    np.testing.assert_allclose(kind.clean(x, output, level), clean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kind.noise(x, output, level), noise, rtol=1e-4, atol=1e-5)
+    expected = {"epsilon": noise, "v_prediction": level.alpha * noise - level.sigma * clean}
+    np.testing.assert_allclose(output, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_zero_terminal_snr_needs_a_prediction_that_is_defined_there() -> None:
+    level = NoiseLevel(0.0, 1.0, 999.0)
+    with pytest.raises(SettingsError, match="epsilon prediction is undefined at zero terminal SNR"):
+        prediction_type("epsilon").check(level)
+    prediction_type("v_prediction").check(level)
+    prediction_type("epsilon").check(NoiseLevel(1e-3, 1.0, 999.0))
+
+
+def test_an_unknown_prediction_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="unknown prediction 'flow': choose from epsilon, v_"):
+        prediction_type("flow")
+    x = np.ones(SHAPE, np.float32)
+    plan = chain(np.array([2.0, 1.0]))
+    run = SAMPLERS["ddim"].run(exact, plan, no_noise, prediction="flow", latents=x)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="unknown prediction 'flow'"):
+        next(run)
 
 
 def test_rows_are_complete() -> None:
     assert set(SAMPLERS) == set(REFERENCES)
+    for name, sampler in SAMPLERS.items():
+        assert sampler.diffusers.name == REFERENCES[name][0]
     assert all(name == sampler.name and sampler.summary for name, sampler in SAMPLERS.items())

@@ -11,26 +11,21 @@ import numpy as np
 import pytest
 
 from latentforge.runtime.errors import ManifestError, SettingsError
-from latentforge.runtime.sampling.schedule import (
-    BetaKind,
-    NoiseLevel,
-    NoisePlan,
-    Planner,
-    Schedule,
-    Spacing,
-    plan_ddim,
-    plan_dpm,
-    plan_dpm_karras,
-    plan_euler,
-    plan_heun,
-    plan_lcm,
-    plan_pndm,
-    plan_squeezed_10,
-    plan_squeezed_11,
-)
+from latentforge.runtime.sampling import SAMPLERS
+from latentforge.runtime.sampling.ddim import plan_ddim
+from latentforge.runtime.sampling.dpmpp_2m import plan_dpm, plan_dpm_karras
+from latentforge.runtime.sampling.euler import plan_euler
+from latentforge.runtime.sampling.heun import plan_heun
+from latentforge.runtime.sampling.lcm import plan_lcm
+from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.pndm import plan_pndm
+from latentforge.runtime.sampling.sampler import Planner
+from latentforge.runtime.sampling.schedule import BetaKind, Schedule, Spacing
 
 # torch tensors and numpy 2 disagree on a keyword of __array__, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+plan_squeezed_10, plan_squeezed_11 = (SAMPLERS[f"squeezed_{n}"].plan for n in (10, 11))
 
 BETA_KINDS: list[BetaKind] = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 BASE = Schedule(
@@ -135,7 +130,7 @@ def test_levels_are_diffusers(name: str, beta_kind: BetaKind) -> None:
 
 
 def evaluated(name: str, plan: NoisePlan) -> list[float]:
-    """The timesteps at which the sampler of that plan asks the network."""
+    """Return the timesteps at which the sampler of that plan evaluates the network."""
     levels: list[NoiseLevel] = []
     for start, end in plan.intervals:
         levels.append(start)
@@ -226,7 +221,9 @@ def test_strength_counts_like_diffusers(name: str, spacing: Spacing) -> None:
             if count:
                 assert evaluated(name, plan.of_strength(strength)) == times.tolist()
             else:
-                with pytest.raises(SettingsError, match=f"{strength:g} of {steps} steps leaves"):
+                with pytest.raises(
+                    SettingsError, match=f"{strength:g} of {steps} steps leaves no step"
+                ):
                     plan.of_strength(strength)
 
 
@@ -245,32 +242,32 @@ def test_fractions_count_like_diffusers(name: str, spacing: Spacing) -> None:
         for fraction in (0.2, 0.5005, 0.8):
             times, _ = counted(SimpleNamespace(scheduler=scheduler), steps, 1, None, fraction)
             if len(times):
-                assert evaluated(name, plan.between(case, start=fraction)) == times.tolist()
+                assert evaluated(name, plan.between(1000, start=fraction)) == times.tolist()
             times = [t for t in whole if t >= round(1000 - fraction * 1000)]
             if times:
-                assert evaluated(name, plan.between(case, end=fraction)) == times
+                assert evaluated(name, plan.between(1000, end=fraction)) == times
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_parts_make_a_whole(planner: Planner) -> None:
     plan = planner(BASE, 20)
     bounds = [0.0, 0.3, 0.8, 1.0]
-    parts = [plan.between(BASE, start=start, end=end) for start, end in pairwise(bounds)]
+    parts = [plan.between(1000, start=start, end=end) for start, end in pairwise(bounds)]
     assert sum((part.intervals for part in parts), start=()) == plan.intervals
-    assert plan.between(BASE) == plan.of_strength(1) == plan.after(0) == plan
+    assert plan.between(1000) == plan.of_strength(1) == plan.after(0) == plan
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (lambda plan: plan.of_strength(1.5), "strength lies between 0 and 1; 1.5 does not"),
-        (lambda plan: plan.of_strength(math.nan), "nan does not"),
-        (lambda plan: plan.of_strength(0.1), "strength 0.1 of 8 steps leaves none"),
-        (lambda plan: plan.between(BASE, start=0.6, end=0.6), "0.6 .* the start the lower"),
-        (lambda plan: plan.between(BASE, start=-0.1), "denoising_start -0.1"),
-        (lambda plan: plan.between(BASE, end=80), "denoising_end 80"),
-        (lambda plan: plan.between(BASE, end=0.1), "8 steps: none lies between denoising_start 0"),
-        (lambda plan: plan.between(BASE, start=0.5, end=0.51), "denoising_end 0.51; take more"),
+        (lambda plan: plan.of_strength(1.5), "strength must be between 0 and 1, not 1.5"),
+        (lambda plan: plan.of_strength(math.nan), "between 0 and 1, not nan"),
+        (lambda plan: plan.of_strength(0.1), "strength 0.1 of 8 steps leaves no step"),
+        (lambda plan: plan.between(1000, start=0.6, end=0.6), "0.6 .* the start below the end"),
+        (lambda plan: plan.between(1000, start=-0.1), "denoising_start -0.1"),
+        (lambda plan: plan.between(1000, end=80), "denoising_end 80"),
+        (lambda plan: plan.between(1000, end=0.1), "8 steps: none lies between denoising_start 0"),
+        (lambda plan: plan.between(1000, start=0.5, end=0.51), "denoising_end 0.51; use more"),
     ],
 )
 def test_refuses_parts_without_steps(part: Callable[[NoisePlan], NoisePlan], message: str) -> None:
@@ -293,7 +290,7 @@ def test_final_level() -> None:
 @pytest.mark.parametrize("planner", PLANNERS)
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_refuses_impossible_step_counts(planner: Planner, steps: int) -> None:
-    with pytest.raises(SettingsError, match="take between 1 and 1000"):
+    with pytest.raises(SettingsError, match="choose between 1 and 1000"):
         planner(BASE, steps)
 
 
@@ -301,10 +298,10 @@ def test_refuses_impossible_step_counts(planner: Planner, steps: int) -> None:
     ("plan", "message"),
     [
         (lambda: plan_lcm(BASE, 51), "takes at most 50"),
-        (lambda: plan_squeezed_10(BASE, 5), "5 steps cannot be squeezed into 10; take 16"),
-        (lambda: plan_squeezed_11(BASE, 6), "6 steps cannot be squeezed into 11; take 16"),
+        (lambda: plan_squeezed_10(BASE, 5), "5 steps cannot be squeezed into 10: use 16"),
+        (lambda: plan_squeezed_11(BASE, 6), "6 steps cannot be squeezed into 11: use 16"),
         (lambda: plan_squeezed_11(but(train_steps=9), 8), "cannot be squeezed"),
-        (lambda: plan_ddim(BASE, 1000), "the schedule ends at 999"),
+        (lambda: plan_ddim(BASE, 1000), "the schedule ends at 999; use fewer steps"),
         (lambda: plan_dpm(but(spacing="linspace"), 1000), "steps are too many"),
         (lambda: plan_dpm(BASE, 1000), "steps are too many"),
     ],
@@ -317,14 +314,17 @@ def test_refuses_steps_that_do_not_fit(plan: Callable[[], NoisePlan], message: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta_kind": "sigmoid"}, "no beta_kind 'sigmoid'; there are linear, scaled_linear, "),
-        ({"spacing": "even"}, "no spacing 'even'; there are leading, trailing, linspace"),
-        ({"train_steps": 0}, "train_steps is at least 1"),
+        (
+            {"beta_kind": "sigmoid"},
+            "unknown beta_kind 'sigmoid': choose from linear, scaled_linear, ",
+        ),
+        ({"spacing": "even"}, "unknown spacing 'even': choose from leading, trailing, linspace"),
+        ({"train_steps": 0}, "train_steps must be at least 1"),
         ({"offset": -1}, "offset at least 0"),
-        ({"beta_start": 0.0}, "every beta lies between 0 and 1"),
-        ({"beta_end": math.nan}, "every beta lies between 0 and 1"),
+        ({"beta_start": 0.0}, "every beta must lie between 0 and 1"),
+        ({"beta_end": math.nan}, "every beta must lie between 0 and 1"),
         ({"beta_kind": "explicit"}, "0 betas; an explicit schedule has one for each of its 1000"),
-        ({"betas": (0.1, 0.2)}, "2 betas; .* any other has none"),
+        ({"betas": (0.1, 0.2)}, "2 betas; .* any other kind has none"),
         ({"beta_kind": "explicit", "betas": (0.1, 2.0), "train_steps": 2}, "every beta"),
     ],
 )
