@@ -1,4 +1,7 @@
-"""Cheaper evaluations give what their definition says, on engines whose numbers are known."""
+"""Acceleration at run time: plans, guidance intervals, cached steps and timesteps.
+
+The engines are so simple that the result is known in closed form.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +29,15 @@ from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import AccelerationPlan, Component, FileEntry, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.rng import Generator
-from latentforge.runtime.sampling import SAMPLERS
-from latentforge.runtime.sampling.schedule import NoisePlan, Schedule, Spacing
+from latentforge.runtime.sampling import SAMPLERS, noise_plan
+from latentforge.runtime.sampling.levels import NoisePlan
+from latentforge.runtime.sampling.schedule import Schedule, Spacing
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
 Array = NDArray[np.floating]
 
-# With m the mean of the embedding, the deep feature is the sample times m - 1. The output is that
-# and the sample times m times a share, which is all that a shallow step computes anew.
+# With m the mean of the embedding, the cached feature is the sample times m - 1. The output adds the
+# sample times m times a share, which is all that a cached step computes.
 UNET = """<ir_version: 9, opset_import: ["" : 17]>
 m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states)
   => (float[batch, 4, h, w] out_sample, float[batch, 4, h, w] cached_feature)
@@ -48,7 +52,7 @@ m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_h
   out_sample = Add(cached_feature, near)
 }"""
 
-SHALLOW = """<ir_version: 9, opset_import: ["" : 17]>
+CACHED = """<ir_version: 9, opset_import: ["" : 17]>
 m (float[batch, 4, h, w] sample, float[batch, 8, 2] encoder_hidden_states,
    float[batch, 4, h, w] cached_feature) => (float[batch, 4, h, w] out_sample)
 <float share = {0.25}, int64[3] axes = {1, 2, 3}>
@@ -63,7 +67,7 @@ m (float[batch, 4, h, w] sample, float[batch, 8, 2] encoder_hidden_states,
 SHARE, REDUCED_SHARE = 0.25, 0.5
 NETWORKS = {"text_encoder": TEXT_ENCODER, "denoiser": UNET.replace("SHARE", str(SHARE))}
 APPLE, A, EMPTY = [1, 3, 4, 5, 2, 2, 2, 2], [1, 3, 2, 2, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2, 2, 2]
-DEEP = TensorSpec("float32", ("batch", 4, "latent_height", "latent_width"))
+FEATURE = TensorSpec("float32", ("batch", 4, "latent_height", "latent_width"))
 PLAN = AccelerationPlan(
     sampler="euler",
     steps=4,
@@ -74,7 +78,7 @@ PLAN = AccelerationPlan(
 
 
 def store(directory: Path, name: str, text: str) -> dict[str, Any]:
-    """Write a graph of ONNX text, and give what the manifest says of its file."""
+    """Write a graph of ONNX text, and return its file entry for the manifest."""
     path = directory / f"{name}.onnx"
     ir.save(ir.from_onnx_text(text), path)
     return msgspec.structs.asdict(FileEntry.of(path, directory))
@@ -89,14 +93,16 @@ def changed(directory: Path, components: Mapping[str, Component], **changes: Any
 
 @pytest.fixture
 def cut(handmade: Handmade) -> Callable[..., Path]:
-    """A function that writes engines of the networks above, with or without a plan."""
+    """Return a function that writes engines of the networks above, with or without a plan."""
 
-    def made(name: str = "cut", fast: AccelerationPlan | None = None, **options: Any) -> Path:
+    def write(
+        name: str = "cut", acceleration: AccelerationPlan | None = None, **options: Any
+    ) -> Path:
         directory = handmade(name, onnx=NETWORKS, **options)
         unet = Manifest.read(directory).components["denoiser"]
-        outputs = {**unet.outputs, "cached_feature": DEEP}
+        outputs = {**unet.outputs, "cached_feature": FEATURE}
         reduced = UNET.replace("SHARE", str(REDUCED_SHARE))
-        told = {name: unet.inputs[name] for name in ("sample", "encoder_hidden_states")}
+        kept = {name: unet.inputs[name] for name in ("sample", "encoder_hidden_states")}
         parts = {
             "denoiser": msgspec.structs.replace(unet, outputs=outputs),
             "denoiser_reduced": msgspec.structs.replace(
@@ -104,13 +110,13 @@ def cut(handmade: Handmade) -> Callable[..., Path]:
             ),
             "denoiser_cached": msgspec.structs.replace(
                 unet,
-                inputs={**told, "cached_feature": DEEP},
-                **store(directory, "denoiser_cached", SHALLOW),
+                inputs={**kept, "cached_feature": FEATURE},
+                **store(directory, "denoiser_cached", CACHED),
             ),
         }
-        return changed(directory, parts, fast=fast)
+        return changed(directory, parts, acceleration=acceleration)
 
-    return made
+    return write
 
 
 @pytest.fixture
@@ -120,7 +126,7 @@ def pipe(cut: Callable[..., Path]) -> Pipeline:
 
 
 def mean(ids: list[int]) -> float:
-    """That of the embedding of a prompt of these tokens."""
+    """Return the mean of the embedding of a prompt of these tokens."""
     return float(np.mean(ids)) / 20
 
 
@@ -137,20 +143,20 @@ def by_hand(
     scale: float = 7.5,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0, 1),
-    shallow: Iterable[int] = (),
+    cached_steps: Iterable[int] = (),
     share: float = SHARE,
 ) -> Array:
-    """First order steps of the networks above in float64, a row a prompt."""
-    told = np.array([negative] * len(positive) + list(positive)).reshape(-1, 1, 1, 1)
-    deep: Array | None = None
+    """Compute first order steps of the networks above in float64, one row per prompt."""
+    means = np.array([negative] * len(positive) + list(positive)).reshape(-1, 1, 1, 1)
+    feature: Array | None = None
     for index, (start, end) in enumerate(plan.intervals):
         guided = interval[0] <= start.sigma <= interval[1]
         rows = np.concatenate([x, x]) if guided else x
-        if index not in shallow or deep is None or len(deep) < len(rows):
-            deep, near = rows * (told[-len(rows) :] - 1), share
+        if index not in cached_steps or feature is None or len(feature) < len(rows):
+            feature, near = rows * (means[-len(rows) :] - 1), share
         else:
             near = SHARE
-        output = deep[-len(rows) :] + near * told[-len(rows) :] * rows
+        output = feature[-len(rows) :] + near * means[-len(rows) :] * rows
         if guided:
             low, high = np.split(output, 2)
             output = low + scale * (high - low)
@@ -165,7 +171,7 @@ def close(result: Result, expected: Array) -> None:
 
 
 def watched(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """A list that fills with the name and the rows of every run of a step's engine."""
+    """Return a list that fills with the name and the rows of every run of a step engine."""
     runs: list[tuple[str, int]] = []
     for name in ("denoiser", "denoiser_cached", "denoiser_reduced"):
         session = pipe.load_engine(name).session
@@ -196,7 +202,7 @@ def test_guidance_in_an_interval(
     close(result, expected)
 
 
-def test_guidance_costs_two_rows_only_where_it_is(
+def test_guidance_takes_two_rows_only_inside_the_interval(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = watched(pipe, monkeypatch)
@@ -212,10 +218,10 @@ def test_without_guidance_the_interval_changes_nothing(pipe: Pipeline) -> None:
     assert alone.latents.tobytes() == within.latents.tobytes()
 
 
-def test_prompts_are_cut_once_for_all_steps(
+def test_conditioning_is_sliced_once_for_all_steps(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Backends know what they have on their device by its identity."""
+    """Backends recognize what they have on their device by its identity."""
     seen: list[Any] = []
     session = pipe.engines["denoiser"].session
     original = session.run
@@ -234,50 +240,50 @@ def test_prompts_are_cut_once_for_all_steps(
 
 
 @pytest.mark.parametrize("cached_steps", [(), (1,), (1, 2, 4), (1, 2, 3, 4, 5), (5,)])
-def test_shallow_steps_take_the_last_cached_feature(
-    pipe: Pipeline, shallow: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+def test_cached_steps_reuse_the_last_cached_feature(
+    pipe: Pipeline, cached_steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = pipe("a red apple", steps=6, seed=4, shallow=shallow)
-    close(result, by_hand(ddim(pipe, 6), noise(4), [mean(APPLE)], shallow=shallow))
+    result = pipe("a red apple", steps=6, seed=4, cached_steps=cached_steps)
+    close(result, by_hand(ddim(pipe, 6), noise(4), [mean(APPLE)], cached_steps=cached_steps))
     runs = watched(pipe, monkeypatch)
     again = pipe.run(result.settings)
     assert again.latents.tobytes() == result.latents.tobytes()
-    names = ["denoiser_cached" if index in shallow else "denoiser" for index in range(6)]
+    names = ["denoiser_cached" if index in cached_steps else "denoiser" for index in range(6)]
     assert [name for name, _ in runs] == names
     timings = {name: len(calls) for name, calls in again.timings.stages.items()}
-    assert timings["denoiser"] == 6 - len(shallow)
-    assert timings.get("denoiser_cached", 0) == len(shallow)
+    assert timings["denoiser"] == 6 - len(cached_steps)
+    assert timings.get("denoiser_cached", 0) == len(cached_steps)
 
 
-def test_shallow_and_full_differ(pipe: Pipeline) -> None:
-    full, shallow = pipe("a", steps=4, seed=1), pipe("a", steps=4, seed=1, cached_steps=(1, 2, 3))
-    assert np.abs(full.latents - shallow.latents).max() > 0.1
+def test_cached_and_full_steps_differ(pipe: Pipeline) -> None:
+    full, cached = pipe("a", steps=4, seed=1), pipe("a", steps=4, seed=1, cached_steps=(1, 2, 3))
+    assert np.abs(full.latents - cached.latents).max() > 0.1
 
 
-def test_where_guidance_ends_the_kept_feature_goes_on(
+def test_the_feature_is_reused_where_guidance_ends(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The half of the prompts is taken where one row an image is left; where there is none of the
-    negative ones, the step is a full one."""
+    """Without guidance the positive half of it is used; where the negative half is missing, the
+    step is full."""
     runs = watched(pipe, monkeypatch)
     plan = ddim(pipe, 8)
     sigmas = [level.sigma for level, _ in plan.intervals]
     interval = (sigmas[5], sigmas[2])  # steps 2 to 5 are guided
     settings: dict[str, Any] = {"guidance_interval": interval, "cached_steps": (1, 2, 4, 6, 7)}
     result = pipe(["a", "a red apple"], steps=8, seed=4, **settings)
-    full, shallow = "denoiser", "denoiser_cached"
+    full, cached = "denoiser", "denoiser_cached"
     assert runs == [
-        (full, 2), (shallow, 2),  # without guidance
-        (full, 4),  # which was to be shallow, but what the negative rows gave is not known
-        (full, 4), (shallow, 4), (full, 4),
-        (shallow, 2), (shallow, 2),  # on the positive half of that
+        (full, 2), (cached, 2),  # without guidance
+        (full, 4),  # planned as cached, but the feature of the negative rows is missing
+        (full, 4), (cached, 4), (full, 4),
+        (cached, 2), (cached, 2),  # on the positive half of the feature
     ]  # fmt: skip
     expected = by_hand(
         plan,
         noise(4, 2),
         [mean(A), mean(APPLE)],
         interval=interval,
-        shallow=settings["cached_steps"],
+        cached_steps=settings["cached_steps"],
     )
     close(result, expected)
 
@@ -290,9 +296,9 @@ def test_a_batch_gives_what_its_prompts_give_alone(
     prompts = ["a red apple", "a", "red"]
     cheap: dict[str, Any] = {"cached_steps": (1, 3), "guidance_interval": (0.4, 0.9), "steps": 5}
     together = pipe(prompts, seed=2, **cheap)
-    told = [mean(APPLE), mean(A), mean([1, 4, 2, 2, 2, 2, 2, 2])]
+    means = [mean(APPLE), mean(A), mean([1, 4, 2, 2, 2, 2, 2, 2])]
     expected = by_hand(
-        ddim(pipe, 5), noise(2, 3), told, interval=(0.4, 0.9), shallow=cheap["cached_steps"]
+        ddim(pipe, 5), noise(2, 3), means, interval=(0.4, 0.9), cached_steps=cheap["cached_steps"]
     )
     close(together, expected)
 
@@ -315,14 +321,14 @@ def test_threads_do_not_share_a_feature(cut: Callable[..., Path]) -> None:
     shared = load(cut("other"), threads=1)  # where the threads load the engine too
     turn = Barrier(len(prompts), timeout=60)
 
-    def paint(job: tuple[int, str]) -> bytes:
+    def draw(job: tuple[int, str]) -> bytes:
         for step in shared.stream(job[1], seed=job[0], **settings):
             latents = step.latents
             turn.wait()  # so that all are between the same two steps
         return latents.tobytes()
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        assert list(pool.map(paint, enumerate(prompts))) == alone
+        assert list(pool.map(draw, enumerate(prompts))) == alone
 
 
 def test_every_nth_evaluation_is_full(pipe: Pipeline) -> None:
@@ -332,17 +338,17 @@ def test_every_nth_evaluation_is_full(pipe: Pipeline) -> None:
     assert pipe("a", steps=4, cache_interval=4).settings.cached_steps == (1, 2, 3)
     with pytest.raises(SettingsError, match="cache_interval 5 is longer than the run of 4 steps"):
         pipe("a", steps=4, cache_interval=5)
-    with pytest.raises(SettingsError, match="give one of both"):
+    with pytest.raises(SettingsError, match="exclude each other: give one"):
         pipe("a", steps=4, cache_interval=2, cached_steps=(1,))
 
 
 @pytest.mark.parametrize(
     ("sampler", "expected"),
     [
-        ("euler", "full shallow full full"),
-        ("heun", "full shallow shallow full full full full"),  # two at each level but the first
-        ("pndm", "full shallow shallow full full"),  # its second step is taken twice
-        ("unipc", "full shallow full full"),
+        ("euler", "full cached full full"),
+        ("heun", "full cached cached full full full full"),  # two at each level but the first
+        ("pndm", "full cached cached full full"),  # its second step is taken twice
+        ("unipc", "full cached full full"),
     ],
 )
 def test_evaluations_at_one_level_are_alike(
@@ -350,7 +356,7 @@ def test_evaluations_at_one_level_are_alike(
 ) -> None:
     runs = watched(pipe, monkeypatch)
     pipe("a", sampler=sampler, steps=4, cached_steps=(1,))
-    names = {"denoiser": "full", "denoiser_cached": "cached_steps"}
+    names = {"denoiser": "full", "denoiser_cached": "cached"}
     assert " ".join(names[name] for name, _ in runs) == expected
 
 
@@ -359,20 +365,20 @@ def test_a_part_of_the_schedule_begins_with_a_full_step(
 ) -> None:
     """The others are made as they are in the whole."""
     runs = watched(pipe, monkeypatch)
-    asked: dict[str, Any] = {"steps": 6, "seed": 1, "cached_steps": (1, 3, 5)}
-    full, shallow = "denoiser", "denoiser_cached"
-    pipe("a", **asked)
-    assert [name for name, _ in runs] == [full, shallow] * 3
+    request: dict[str, Any] = {"steps": 6, "seed": 1, "cached_steps": (1, 3, 5)}
+    full, cached = "denoiser", "denoiser_cached"
+    pipe("a", **request)
+    assert [name for name, _ in runs] == [full, cached] * 3
     runs.clear()
-    first = pipe("a", denoising_end=0.55, **asked)
-    assert [name for name, _ in runs] == [full, shallow, full]
+    first = pipe("a", denoising_end=0.55, **request)
+    assert [name for name, _ in runs] == [full, cached, full]
     runs.clear()
-    pipe("a", image=first.latents, denoising_start=0.55, **asked)
-    assert [name for name, _ in runs] == [full, full, shallow]
+    pipe("a", image=first.latents, denoising_start=0.55, **request)
+    assert [name for name, _ in runs] == [full, full, cached]
 
 
-def test_a_hoisted_unet_does_it_too(cut: Callable[..., Path]) -> None:
-    """What the parts give by row is cut to the rows of the step."""
+def test_a_partitioned_denoiser_gives_the_same(cut: Callable[..., Path]) -> None:
+    """Outputs of the parts with a row per image are cut to the rows of the step."""
     whole = load(cut("whole"), threads=1)
     parted = load(hoisted(cut("parted")), threads=1)
     assert set(parted.engines) >= {"denoiser_prompt", "denoiser_time", "denoiser"}
@@ -399,7 +405,7 @@ m (float[batch, 4, h, w] sample, float[batch] mean, float[batch] shifted)
   near = Mul(sample, factor)
   out_sample = Add(cached_feature, near)
 }"""
-SHALLOW_PART = """<ir_version: 9, opset_import: ["" : 17]>
+CACHED_PART = """<ir_version: 9, opset_import: ["" : 17]>
 m (float[batch, 4, h, w] sample, float[batch] mean, float[batch, 4, h, w] cached_feature)
   => (float[batch, 4, h, w] out_sample)
 <float share = {0.25}, int64[3] axes = {1, 2, 3}>
@@ -423,7 +429,7 @@ def hoisted(directory: Path) -> Path:
         "denoiser_prompt": (PROMPT_PART, {"encoder_hidden_states": text}, {"mean": row}),
         "denoiser_time": (TIME_PART, {"timestep": rows, "mean": rows}, {"shifted": rows}),
         "denoiser": (STEP_PART, {**given, "shifted": row}, unet.outputs),
-        "denoiser_cached": (SHALLOW_PART, {**given, "cached_feature": DEEP}, output),
+        "denoiser_cached": (CACHED_PART, {**given, "cached_feature": FEATURE}, output),
     }
     parts = {
         name: msgspec.structs.replace(
@@ -440,7 +446,7 @@ def hoisted(directory: Path) -> Path:
 
 
 SPACINGS: tuple[Spacing | None, ...] = ("leading", "trailing", "linspace", None)
-FOLLOWING = [name for name, sampler in SAMPLERS.items() if sampler.takes_timesteps]
+CUSTOM = [name for name, sampler in SAMPLERS.items() if sampler.plan_from_timesteps]
 
 
 def schedule(**changes: Any) -> Schedule:
@@ -450,13 +456,13 @@ def schedule(**changes: Any) -> Schedule:
     return Schedule(**{**usual, **changes})
 
 
-def test_those_that_take_timesteps() -> None:
-    assert set(SAMPLERS) - set(FOLLOWING) == {
+def test_samplers_that_take_custom_timesteps() -> None:
+    assert set(SAMPLERS) - set(CUSTOM) == {
         *("pndm", "dpmpp_2m_karras", "dpmpp_2m_sde_karras", "squeezed_10", "squeezed_11")
     }
 
 
-@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize("name", CUSTOM)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("zero", [False, True])
 def test_its_own_timesteps_give_its_own_plan(
@@ -466,7 +472,7 @@ def test_its_own_timesteps_give_its_own_plan(
     for steps in (1, 2, 7, 10):
         own = SAMPLERS[name].plan(case, steps)
         times = [interval.start.timestep for interval in own.intervals]
-        plan = SAMPLERS[name].plan_from_timesteps(case, times)
+        plan = noise_plan(name, case, steps, times)
         levels = [(a.end, b.start) for a, b in pairwise(own.intervals)]
         if all(end == start for end, start in levels):
             assert plan == own
@@ -475,26 +481,24 @@ def test_its_own_timesteps_give_its_own_plan(
             assert [i.start for i in plan.intervals] == [i.start for i in own.intervals]
 
 
-@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize("name", CUSTOM)
 def test_any_timesteps_make_a_chain(name: str) -> None:
-    plan = SAMPLERS[name].plan_from_timesteps(schedule(), (999, 850.25, 400, 3.5))
+    plan = noise_plan(name, schedule(), 4, (999, 850.25, 400, 3.5))
     assert [interval.start.timestep for interval in plan.intervals] == [999, 850.25, 400, 3.5]
     ends = [interval.end for interval in plan.intervals]
     assert ends[:-1] == [interval.start for interval in plan.intervals[1:]]
     for level, _ in plan.intervals:
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-6)
-    below, above = (
-        SAMPLERS[name].plan_from_timesteps(schedule(), (t,)).intervals[0].start for t in (850, 851)
-    )
+    below, above = (noise_plan(name, schedule(), 1, (t,)).intervals[0].start for t in (850, 851))
     ratios = [level.sigma / level.alpha for level in (below, plan.intervals[1].start, above)]
     assert ratios[1] == pytest.approx(0.75 * ratios[0] + 0.25 * ratios[2], rel=1e-6)
 
 
-def test_timesteps_are_followed(pipe: Pipeline) -> None:
+def test_custom_timesteps(pipe: Pipeline) -> None:
     times = (900.0, 500.5, 20.0)
     result = pipe("a red apple", sampler="euler", timesteps=times, seed=2)
     assert result.settings.steps == 3 and result.settings.timesteps == times
-    plan = SAMPLERS["euler"].plan_from_timesteps(pipe.manifest.schedule, times)
+    plan = noise_plan("euler", pipe.manifest.schedule, 3, times)
     start = noise(2) * plan.scale
     close(result, by_hand(plan, start, [mean(APPLE)]))
 
@@ -502,12 +506,18 @@ def test_timesteps_are_followed(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "pndm"}, "pndm takes no timesteps but its own; these do: ddim, euler, "),
+        (
+            {"sampler": "pndm"},
+            "pndm does not support custom timesteps; these samplers do: ddim, euler, ",
+        ),
         ({"steps": 3}, "2 timesteps for 3 steps"),
-        ({"timesteps": (1000, 3)}, "timestep 1000 is not in the schedule, .* from 0 to 999"),
-        ({"timesteps": (10, 10)}, "fall strictly"),
-        ({"timesteps": (1, 10)}, "fall strictly"),
-        ({"timesteps": (10, -1)}, "each of timesteps is a number from 0"),
+        (
+            {"timesteps": (1000, 3)},
+            "timestep 1000 is not in the schedule, which goes from 0 to 999",
+        ),
+        ({"timesteps": (10, 10)}, "strictly decreasing"),
+        ({"timesteps": (1, 10)}, "strictly decreasing"),
+        ({"timesteps": (10, -1)}, "each of timesteps must be a number from 0"),
     ],
 )
 def test_refuses_timesteps(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
@@ -520,11 +530,11 @@ def test_refuses_timesteps(pipe: Pipeline, settings: dict[str, Any], message: st
 
 @pytest.fixture
 def planned(cut: Callable[..., Path]) -> Pipeline:
-    return load(cut(fast=PLAN), threads=1)
+    return load(cut(acceleration=PLAN), threads=1)
 
 
 def plan_from_timesteps(pipe: Pipeline, plan: AccelerationPlan) -> NoisePlan:
-    return SAMPLERS[plan.sampler].plan_from_timesteps(pipe.manifest.schedule, plan.timesteps)
+    return noise_plan(plan.sampler, pipe.manifest.schedule, plan.steps, plan.timesteps)
 
 
 def test_a_request_follows_the_plan(planned: Pipeline) -> None:
@@ -544,7 +554,7 @@ def test_a_request_follows_the_plan(planned: Pipeline) -> None:
     assert planned.run(result.settings).latents.tobytes() == result.latents.tobytes()
 
 
-def test_exact_leaves_the_plan_aside(planned: Pipeline) -> None:
+def test_unaccelerated_ignores_the_plan(planned: Pipeline) -> None:
     result = planned("a red apple", seed=7, unaccelerated=True)
     close(result, by_hand(ddim(planned, 4), noise(7), [mean(APPLE)]))
     assert not result.settings.accelerated and result.settings.unaccelerated
@@ -554,15 +564,15 @@ def test_exact_leaves_the_plan_aside(planned: Pipeline) -> None:
     assert planned.run(result.settings).latents.tobytes() == result.latents.tobytes()
 
 
-@pytest.mark.parametrize("asked", [{"steps": 20}, {"sampler": "ddim"}, {"timesteps": (900, 3)}])
-def test_a_plan_for_another_schedule(planned: Pipeline, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("request_", [{"steps": 20}, {"sampler": "ddim"}, {"timesteps": (900, 3)}])
+def test_a_plan_for_another_schedule(planned: Pipeline, request_: dict[str, Any]) -> None:
     with pytest.raises(
-        SettingsError, match="plan is for 'euler' of 4 steps, not .*--unaccelerated"
+        SettingsError, match="plan is for 'euler' with 4 steps, not .*--unaccelerated"
     ):
-        planned.stream("a", **asked)
+        planned.stream("a", **request_)
 
 
-def test_what_is_given_takes_the_place_of_the_plans(planned: Pipeline) -> None:
+def test_the_request_overrides_the_plan(planned: Pipeline) -> None:
     full = planned("a", seed=1, cached_steps=(), guidance_interval=(0, 1), timesteps=()).settings
     assert not full.accelerated and (full.sampler, full.steps) == ("euler", 4)
     some = planned("a", seed=1, cache_interval=4, guidance_interval=(0.2, 0.5)).settings
@@ -571,7 +581,7 @@ def test_what_is_given_takes_the_place_of_the_plans(planned: Pipeline) -> None:
     )
 
 
-def test_another_unet_makes_the_full_steps(cut: Callable[..., Path]) -> None:
+def test_a_variant_makes_the_full_steps(cut: Callable[..., Path]) -> None:
     plan = msgspec.structs.replace(PLAN, variant="denoiser_reduced", guidance_interval=None)
     pipe = load(cut(acceleration=plan), threads=1)
     result = pipe("a red apple", seed=7)
@@ -580,7 +590,7 @@ def test_another_unet_makes_the_full_steps(cut: Callable[..., Path]) -> None:
         steps,
         noise(7) * steps.scale,
         [mean(APPLE)],
-        shallow=plan.cached_steps,
+        cached_steps=plan.cached_steps,
         share=REDUCED_SHARE,
     )
     close(result, expected)
@@ -597,13 +607,13 @@ def test_strength_takes_the_end_of_the_plan(planned: Pipeline) -> None:
     )
 
 
-def test_engines_that_were_not_cut(handmade: Handmade) -> None:
+def test_engines_without_the_components(handmade: Handmade) -> None:
     pipe = load(handmade(onnx={**NETWORKS, "denoiser": PLAIN}), threads=1)
-    for asked in ({"cached_steps": (1,)}, {"cache_interval": 2}):
+    for request in ({"cached_steps": (1,)}, {"cache_interval": 2}):
         with pytest.raises(SettingsError, match="these engines have no denoiser_cached"):
-            pipe.stream("a", steps=4, **asked)
+            pipe.stream("a", steps=4, **request)
     with pytest.raises(SettingsError, match="these engines have no denoiser_reduced"):
-        pipe("a", steps=4, unet="denoiser_reduced")
+        pipe("a", steps=4, variant="denoiser_reduced")
     settings = pipe.settings("a", steps=4, seed=0)
     with pytest.raises(SettingsError, match="no denoiser_cached"):
         pipe.run(replace(settings, cached_steps=(1,)))
@@ -613,7 +623,7 @@ def test_engines_that_were_not_cut(handmade: Handmade) -> None:
 PLAIN = NETWORKS["denoiser"].replace(", float[batch, 4, h, w] cached_feature)", ")")
 
 
-def test_the_manifest_says_how_many_rows_at_once(
+def test_the_manifest_limits_the_rows(
     cut: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = cut()
@@ -632,7 +642,7 @@ def test_the_manifest_says_how_many_rows_at_once(
 
 
 def test_the_description_shows_the_plan(cut: Callable[..., Path]) -> None:
-    plan = msgspec.structs.replace(PLAN, unet="denoiser_reduced", measured={"speedup": 2.125})
+    plan = msgspec.structs.replace(PLAN, variant="denoiser_reduced", measured={"speedup": 2.125})
     text = describe(Manifest.read(cut(acceleration=plan)))
     assert (
         "plan        euler, 4 steps at 900, 600.5, 300, 20; guidance for sigma from 0.4 to" in text
@@ -643,7 +653,7 @@ def test_the_description_shows_the_plan(cut: Callable[..., Path]) -> None:
 
 
 def test_the_command_line(cut: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    directory, picture = str(cut(fast=PLAN)), str(tmp_path / "image.png")
+    directory, picture = str(cut(acceleration=PLAN)), str(tmp_path / "image.png")
 
     def run(*more: str) -> tuple[int, str]:
         status = main(["run", directory, "a red apple", "-o", picture, "--seed", "1", *more])
@@ -653,7 +663,9 @@ def test_the_command_line(cut: Callable[..., Path], tmp_path: Path, capsys: Any)
     assert run("--guidance-interval", "0.2:0.8", "--cache-interval", "2")[0] == 0
     status, message = run("--steps", "3")
     assert (
-        status == 2 and "plan is for 'euler' of 4 steps" in message and "--unaccelerated" in message
+        status == 2
+        and "plan is for 'euler' with 4 steps" in message
+        and "--unaccelerated" in message
     )
     status, message = run("--unaccelerated", "--cache-interval", "9")
     assert status == 2 and "cache_interval 9 is longer than the run of 4 steps" in message
