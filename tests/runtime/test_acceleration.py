@@ -24,9 +24,10 @@ import onnx_ir as ir
 
 from latentforge.__main__ import main
 from latentforge.commands.describe import describe
+from latentforge.runtime.acceleration import AccelerationPlan, StepPolicy, resolve_acceleration
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.loader import load
-from latentforge.runtime.manifest import AccelerationPlan, Component, FileEntry, Manifest
+from latentforge.runtime.manifest import Component, FileEntry, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.sampling import SAMPLERS, noise_plan
@@ -638,7 +639,31 @@ def test_the_manifest_limits_the_rows(
     assert load(directory, low_memory=True).engines["denoiser"].max_rows == 1
 
 
-# For people
+# Resolution
+
+
+def test_the_request_overrides_the_plan_and_the_plan_the_defaults() -> None:
+    defaults = {"sampler": "ddim", "steps": 20, "guidance_scale": 7.5}
+    assert resolve_acceleration(defaults, {"seed": 1}, None) == {**defaults, "seed": 1}
+    planned = resolve_acceleration(defaults, {"cached_steps": (2,)}, PLAN)
+    assert planned == {**defaults, **PLAN.request, "cached_steps": (2,)}
+    request = {"unaccelerated": True, "steps": 6, "cache_interval": 3}
+    expected = {**defaults, "unaccelerated": True, "steps": 6, "cached_steps": (1, 2, 4, 5)}
+    assert resolve_acceleration(defaults, request, PLAN) == expected
+
+
+def test_a_policy_decides_by_noise_level() -> None:
+    plan = SAMPLERS["ddim"].plan(schedule(), 4)
+    levels = [interval.start for interval in plan.intervals]
+    interval = (levels[2].sigma, levels[1].sigma)
+    policy = StepPolicy.of(interval, (1, 3, 9), plan)  # PNDM may have fewer intervals than steps
+    assert [policy.applies_guidance(level) for level in levels] == [False, True, True, False]
+    assert [policy.is_cached(level) for level in levels] == [False, True, False, True]
+    whole = StepPolicy.of(None, (), plan)
+    assert all(map(whole.applies_guidance, levels)) and not any(map(whole.is_cached, levels))
+
+
+# Description and command line
 
 
 def test_the_description_shows_the_plan(cut: Callable[..., Path]) -> None:

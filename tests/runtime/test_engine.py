@@ -1,6 +1,7 @@
-"""An engine takes any number of rows, whatever its graph is fixed to, and passes no NaN on."""
+"""An engine takes any number of rows, even of a fixed graph, and rejects NaN."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime import backends
 from latentforge.runtime.backends import LayerTime
-from latentforge.runtime.engine import Engine
+from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
@@ -17,7 +18,7 @@ Array = NDArray[np.generic]
 
 
 class Doubling:
-    """A session that gives 2 x + t, and notes how many rows it saw in each run."""
+    """Session that computes 2 x + t, and records the rows of each run."""
 
     def __init__(self, component: Component) -> None:
         self.component = component
@@ -83,26 +84,51 @@ T = {"t": np.ones(1, np.float32)}
 def test_any_number_of_rows(
     batch: int | str, count: int, max_rows: int | None, seen: list[int]
 ) -> None:
-    ours, session = engine(batch, max_rows=max_rows)
-    output = ours.run({"x": rows(count)}, T)["y"]
+    loaded, session = engine(batch, max_rows=max_rows)
+    output = loaded.run({"x": rows(count)}, T)["y"]
     np.testing.assert_array_equal(output, 2 * rows(count) + 1)
     assert session.seen == seen
 
 
+def test_a_call_can_have_its_own_limit() -> None:
+    loaded, session = engine("batch", max_rows=4)
+    output = loaded.run({"x": rows(5)}, T, max_rows=2)["y"]
+    np.testing.assert_array_equal(output, 2 * rows(5) + 1)
+    assert session.seen == [2, 2, 1] and loaded.max_rows == 4
+    loaded.run({"x": rows(5)}, T)
+    assert session.seen[3:] == [4, 1]
+
+
+def test_engines_load_on_demand_and_once() -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, options: Any) -> Engine:
+        calls.append((name, dict(options)))
+        return engine("batch")[0]
+
+    loaded = Engines(load, ["denoiser"], {"threads": 1})
+    assert list(loaded) == ["denoiser"] and "vae_encoder" not in loaded
+    assert loaded.load("vae_encoder") is loaded.load("vae_encoder") is loaded["vae_encoder"]
+    assert calls == [("denoiser", {"threads": 1}), ("vae_encoder", {"threads": 1})]
+    copy = loaded.reload(profile=True)
+    assert calls[2:] == [("denoiser", {"threads": 1, "profile": True})]
+    assert copy["denoiser"] is not loaded["denoiser"]
+
+
 def test_gives_float32_whatever_the_engine_gives() -> None:
-    ours, _ = engine("batch", "float16")
-    output = ours.run({"x": rows(2)}, T)["y"]
+    loaded, _ = engine("batch", "float16")
+    output = loaded.run({"x": rows(2)}, T)["y"]
     assert output.dtype == np.float32
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_passes_no_nan_on(dtype: str, bad: float) -> None:
-    ours, _ = engine("batch", dtype)
+    loaded, _ = engine("batch", dtype)
     x = rows(3)
     x[2, 1] = bad
-    with pytest.raises(BackendError, match="unet: output y holds NaN"):
-        ours.run({"x": x}, T)
+    with pytest.raises(BackendError, match="denoiser: output y holds NaN"):
+        loaded.run({"x": x}, T)
 
 
 def test_passes_nothing_on_that_is_too_large_for_float32() -> None:
@@ -117,9 +143,9 @@ def test_passes_nothing_on_that_is_too_large_for_float32() -> None:
 
 
 def test_nan_in_the_padding_does_not_matter_for_what_is_kept() -> None:
-    ours, _ = engine(2)
+    loaded, _ = engine(2)
     x = rows(2)
-    assert ours.run({"x": x[:1]}, T)["y"].shape == (1, 2)
+    assert loaded.run({"x": x[:1]}, T)["y"].shape == (1, 2)
 
 
 @pytest.mark.parametrize("batch", ["batch", 1, 2])
@@ -134,31 +160,31 @@ def test_refuses_inputs_of_different_lengths(batch: int | str) -> None:
         inputs={"x": spec, "z": spec},
         outputs={"y": spec},
     )
-    ours = Engine("denoiser", part, backends.get("null").load(Path("m"), part, {}))
-    assert ours.run({"x": rows(3), "z": rows(3)})["y"].shape == (3, 2)
+    loaded = Engine("denoiser", part, backends.get("null").load(Path("m"), part, {}))
+    assert loaded.run({"x": rows(3), "z": rows(3)})["y"].shape == (3, 2)
     for x, z in ((3, 2), (2, 3), (0, 1)):
-        with pytest.raises(ShapeError, match=f"unet: .*x {x}, z {z}"):
-            ours.run({"x": rows(x), "z": rows(z)})
+        with pytest.raises(ShapeError, match=f"denoiser: .*x {x}, z {z}"):
+            loaded.run({"x": rows(x), "z": rows(z)})
 
 
 def test_refuses_no_rows() -> None:
-    ours, _ = engine("batch")
+    loaded, _ = engine("batch")
     for nothing in ({}, {"x": rows(0)}):
         with pytest.raises(ShapeError, match="denoiser"):
-            ours.run(nothing, T)
+            loaded.run(nothing, T)
 
 
 def test_refuses_an_input_that_is_not_there() -> None:
-    ours, _ = engine("batch")
+    loaded, _ = engine("batch")
     with pytest.raises(ShapeError, match="'sample'"):
-        ours.run({"sample": rows(1)}, T)
+        loaded.run({"sample": rows(1)}, T)
     with pytest.raises(ShapeError, match="engine takes x, t; got x"):
-        ours.run({"x": rows(1)})
+        loaded.run({"x": rows(1)})
 
 
 def test_loads_on_the_components_backend(tmp_path: Path) -> None:
-    ours = Engine.load("denoiser", component("batch"), tmp_path, {})
-    assert not ours.run({"x": rows(3)}, T)["y"].any()
+    loaded = Engine.load("denoiser", component("batch"), tmp_path, {})
+    assert not loaded.run({"x": rows(3)}, T)["y"].any()
     with pytest.raises(BackendError, match="no backend 'os'; there are null, onnxruntime"):
         Engine.load("denoiser", component("batch", backend="os"), tmp_path, {})
 
@@ -171,9 +197,9 @@ def test_splits_and_pads_for_onnxruntime(tmp_path: Path, batch: int | str) -> No
     m (float[{batch}, 2] x, float[1] t) => (float[{batch}, 2] y)
     {{ z = Add(x, x)  y = Add(z, t) }}"""
     ir.save(ir.from_onnx_text(text), tmp_path / "m.onnx")
-    ours = Engine.load("denoiser", component(batch, backend="onnxruntime"), tmp_path, {})
+    loaded = Engine.load("denoiser", component(batch, backend="onnxruntime"), tmp_path, {})
     for count in (1, 2, 3, 5):
-        output = ours.run({"x": rows(count)}, T)["y"]
+        output = loaded.run({"x": rows(count)}, T)["y"]
         np.testing.assert_array_equal(output, 2 * rows(count) + 1)
     with pytest.raises(BackendError, match="NaN"):
-        ours.run({"x": rows(3) * np.float32(np.nan)}, T)
+        loaded.run({"x": rows(3) * np.float32(np.nan)}, T)

@@ -1,4 +1,4 @@
-"""The whole loop, on engines so simple that what comes out is known in closed form."""
+"""The whole loop, on engines so simple that the result is known in closed form."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +66,7 @@ def noise(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def factor(ids: list[int]) -> float:
-    """What UNET multiplies the sample with for a prompt of these tokens."""
+    """Return the factor of the sample in UNET for a prompt of these tokens."""
     return float(np.mean(ids)) / 20 - 1
 
 
@@ -81,13 +81,13 @@ def ddim(
     return x
 
 
-def test_load_is_the_front_door(handmade: Handmade) -> None:
+def test_load_returns_a_pipeline(handmade: Handmade) -> None:
     with latentforge.load(str(handmade())) as pipe:
         assert isinstance(pipe, latentforge.Pipeline)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_network_that_sees_nothing(handmade: Handmade, prediction: str) -> None:
+def test_a_network_that_outputs_zero(handmade: Handmade, prediction: str) -> None:
     pipe = load(handmade(prediction=prediction))
     result = pipe("a red apple", steps=6, seed=3)
     expected = noise(3, (1, 4, 4, 6)).astype(np.float64)
@@ -125,7 +125,7 @@ def test_with_rescaled_guidance(simple: Pipeline) -> None:
     np.testing.assert_allclose(result.latents, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_negative_prompt_is_the_other_end(simple: Pipeline) -> None:
+def test_the_negative_prompt_replaces_the_empty_one(simple: Pipeline) -> None:
     settings: dict[str, Any] = {"steps": 3, "seed": 5, "guidance_scale": 2}
     same = simple("a red apple", negative_prompt="a red apple", **settings)
     alone = simple("a red apple", **{**settings, "guidance_scale": 1})
@@ -148,7 +148,7 @@ def test_prompts_and_images_come_in_order(simple: Pipeline) -> None:
     assert len(result.images) == 6 and result.settings.count == 6
 
 
-def test_pictures_are_the_scaled_latents(simple: Pipeline) -> None:
+def test_images_are_the_scaled_latents(simple: Pipeline) -> None:
     result = simple("a red apple", steps=2, seed=5, guidance_scale=1)
     pixels = np.asarray(result.images[0], np.float32)[::8, ::8] / 127.5 - 1
     shown = np.clip(result.latents[0, :3] / 0.5, -1, 1).transpose(1, 2, 0)
@@ -159,7 +159,7 @@ def test_pictures_are_the_scaled_latents(simple: Pipeline) -> None:
 
 
 def fixed(directory: Path, batch: int) -> Path:
-    """Say in the manifest that the UNet takes only this batch, of only this size."""
+    """Restrict the denoiser in the manifest to this batch and to one size."""
     content = json.loads((directory / "manifest.json").read_text())
     sizes = {"batch": batch, "latent_height": 4, "latent_width": 6}
     part = content["components"]["denoiser"]
@@ -176,8 +176,8 @@ def test_engines_of_a_fixed_batch_serve_any_request(handmade: Handmade, batch: i
     bound = load(fixed(handmade("fixed", onnx=NETWORKS), batch), threads=1)
     for prompts in (["a"], ["a", "red", "apple"]):
         settings: dict[str, Any] = {"steps": 2, "seed": 1}
-        ours, theirs = bound(prompts, **settings), free(prompts, **settings)
-        np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-6, atol=1e-6)
+        result, expected = bound(prompts, **settings), free(prompts, **settings)
+        np.testing.assert_allclose(result.latents, expected.latents, rtol=1e-6, atol=1e-6)
     with pytest.raises(ShapeError, match="make images of 32x48 pixels .* not 64x48"):
         bound("a", height=64)
     with pytest.raises(ShapeError, match="make images of 32x48 pixels .* not 32x32"):
@@ -186,8 +186,8 @@ def test_engines_of_a_fixed_batch_serve_any_request(handmade: Handmade, batch: i
 
 def test_a_row_at_a_time_gives_the_same(simple: Pipeline) -> None:
     frugal = load(simple.directory, threads=1, max_rows=1)
-    ours, theirs = frugal(["a", "red"], steps=2, seed=1), simple(["a", "red"], steps=2, seed=1)
-    np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-6, atol=1e-6)
+    result, expected = (p(["a", "red"], steps=2, seed=1) for p in (frugal, simple))
+    np.testing.assert_allclose(result.latents, expected.latents, rtol=1e-6, atol=1e-6)
     with pytest.raises(SettingsError, match="max_rows"):
         load(simple.directory, max_rows=0)
 
@@ -208,7 +208,7 @@ def test_stream_gives_every_step(simple: Pipeline) -> None:
     np.testing.assert_array_equal(steps[-1].latents, whole.latents)
 
 
-def test_a_step_can_be_looked_at(simple: Pipeline) -> None:
+def test_a_step_has_a_preview(simple: Pipeline) -> None:
     step = next(simple.stream("a red apple", steps=3, seed=2, images_per_prompt=2))
     first, second = step.preview()
     assert first.size == second.size == (48, 32)
@@ -220,7 +220,7 @@ def test_a_step_can_be_looked_at(simple: Pipeline) -> None:
     assert result.settings.steps == 3 and result.seed == 2
 
 
-def test_nothing_is_computed_that_nobody_asked_for(
+def test_nothing_is_computed_ahead_of_the_caller(
     still: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
@@ -245,21 +245,21 @@ def test_settings_are_checked_before_the_first_step(still: Pipeline) -> None:
         still.stream("a", steps=0)
     with pytest.raises(SettingsError, match="no setting"):
         still.stream("a", colour="red")  # type: ignore[call-arg]
-    with pytest.raises(ShapeError, match="height is a multiple of 16 for this model, not 40"):
+    with pytest.raises(ShapeError, match="height must be a multiple of 16 for this model, not 40"):
         still.stream("a", height=40)
 
 
 # Seeds
 
 
-def test_a_seed_names_the_image(simple: Pipeline) -> None:
+def test_a_seed_determines_the_image(simple: Pipeline) -> None:
     once, again, other = (simple("a red apple", steps=3, seed=seed) for seed in (1, 1, 2))
     assert once.latents.tobytes() == again.latents.tobytes()
     assert once.images[0].tobytes() == again.images[0].tobytes()
     assert once.latents.tobytes() != other.latents.tobytes()
 
 
-def test_an_unnamed_seed_is_recorded(simple: Pipeline) -> None:
+def test_a_random_seed_is_recorded(simple: Pipeline) -> None:
     first, second = simple("a", steps=2), simple("a", steps=2)
     assert first.seed != second.seed
     again = simple("a", steps=2, seed=first.seed)
@@ -285,7 +285,7 @@ def test_threads_share_a_pipeline(simple: Pipeline) -> None:
         assert [run.latents.tobytes() for run in runs] == alone
 
 
-def test_two_streams_do_not_meet(simple: Pipeline) -> None:
+def test_two_streams_do_not_interfere(simple: Pipeline) -> None:
     alone = simple("a red apple", steps=3, seed=1).latents.tobytes()
     pairs = zip(
         simple.stream("a red apple", steps=3, seed=1),
@@ -310,12 +310,12 @@ def test_leaving_the_block_frees_the_engines(handmade: Handmade) -> None:
 
 def test_repr(still: Pipeline) -> None:
     assert repr(still) == (
-        "<Pipeline handmade (stable_diffusion) text_encoder=null/fp32 unet=null/fp32 "
-        "vae_decoder=null/fp32>"
+        "<Pipeline handmade (stable_diffusion) denoiser=null/fp32 "
+        "text_encoder=null/fp32 vae_decoder=null/fp32>"
     )
 
 
-def test_timings_say_where_the_time_went(simple: Pipeline) -> None:
+def test_timings_by_stage(simple: Pipeline) -> None:
     timings = simple("a red apple", steps=3).timings
     assert {name: len(calls) for name, calls in timings.stages.items()} == {
         "text_encoder": 1,
@@ -334,7 +334,7 @@ def test_defaults_come_from_the_manifest(handmade: Handmade) -> None:
     assert result.latents.shape == (1, 4, 2, 4)
 
 
-# Directories that are whole, and no use
+# Directories that cannot be used
 
 
 def test_a_directory_without_a_component(handmade: Handmade) -> None:
@@ -356,7 +356,7 @@ def test_a_network_that_gives_nan(handmade: Handmade) -> None:
     broken = UNET.replace("Mul(sample, factor)", "Div(sample, zero)")
     broken = broken.replace("float one = {1}", "float one = {1}, float zero = {0}")
     pipe = load(handmade(onnx={"denoiser": broken}))
-    with pytest.raises(BackendError, match="unet: output out_sample holds NaN or infinity"):
+    with pytest.raises(BackendError, match="denoiser: output out_sample holds NaN or infinity"):
         pipe("a", steps=2, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""A request is complete and possible, or refused in words that name what is wrong with it."""
+"""A request is complete and possible, or rejected with a message that names the mistake."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def request(prompt: Any = "a fox", **settings: Any) -> Settings:
     return resolve(DEFAULTS, prompt, settings)  # type: ignore[arg-type]
 
 
-def test_defaults_fill_in_what_is_left_out() -> None:
+def test_defaults_complete_a_request() -> None:
     settings = request()
     assert settings.prompts == ("a fox",) and settings.negative_prompts == ()
     assert (settings.sampler, settings.steps, settings.guidance_scale) == ("ddim", 20, 7.5)
@@ -29,8 +29,8 @@ def test_defaults_fill_in_what_is_left_out() -> None:
     assert request(steps=None, height=None, seed=None).steps == 20
 
 
-def test_what_is_given_wins() -> None:
-    given = {
+def test_the_request_overrides_the_defaults() -> None:
+    expected = {
         "images_per_prompt": 2,
         "sampler": "euler",
         "steps": 1,
@@ -40,8 +40,8 @@ def test_what_is_given_wins() -> None:
         "width": 72,
         "seed": 0,
     }
-    settings = request(**given)
-    assert {key: getattr(settings, key) for key in given} == given
+    settings = request(**expected)
+    assert {key: getattr(settings, key) for key in expected} == expected
 
 
 def test_prompts() -> None:
@@ -53,7 +53,11 @@ def test_prompts() -> None:
 
 
 def test_guidance_is_on_above_one() -> None:
-    assert [request(guidance_scale=scale).guided for scale in (0, 1, 1.01)] == [False, False, True]
+    assert [request(guidance_scale=scale).uses_guidance for scale in (0, 1, 1.01)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_seeds_differ_and_are_kept() -> None:
@@ -77,12 +81,12 @@ BAD = [
 @pytest.mark.parametrize(("name", "values"), BAD, ids=[name for name, _ in BAD])
 def test_refuses(name: str, values: tuple[object, ...]) -> None:
     for value in values:
-        with pytest.raises(SettingsError, match=f"^{name} is a") as caught:
+        with pytest.raises(SettingsError, match=f"^{name} must be a") as caught:
             request(**{name: value})
         assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
-CHEAPER = [
+ACCELERATION = [
     ("timesteps", ((), (999.5, 3, 0)), ("9", [9, "9"], (math.nan,), (True,), (-1,), (HUGE,), 3)),
     ("timesteps", ((5, 4, 3),), ((3, 3, 3), (3, 4, 5), (5, 4), (5, 4, 3, 2))),
     (
@@ -94,7 +98,7 @@ CHEAPER = [
     ("guidance_interval", (), ((math.nan, 1), (0, HUGE), ("0", 1), "01", 0.5, True, {0: 1})),
     ("cache_interval", (1, 2, 3), (0, -1, 4, 1.5, True, "2", HUGE)),
     (
-        "denoiser",
+        "variant",
         ("denoiser", "denoiser_reduced"),
         ("denoiser_cached", "vae_decoder", "", 3, ["denoiser"]),
     ),
@@ -102,8 +106,8 @@ CHEAPER = [
 ]
 
 
-@pytest.mark.parametrize(("name", "good", "bad"), CHEAPER)
-def test_cheaper_evaluations(name: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize(("name", "good", "bad"), ACCELERATION)
+def test_acceleration_settings(name: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
     for value in good:
         request(steps=3, **{name: value})
     for value in bad:
@@ -120,40 +124,40 @@ def test_lists_of_json_are_taken() -> None:
     assert settings.cached_steps == (1,) and settings.guidance_interval == (0.2, 0.5)
 
 
-def test_what_is_cheaper_than_the_sampler_asks_for() -> None:
+def test_accelerated_requests() -> None:
     same: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0, 1)}, {"cache_interval": 1})
     less = ({"timesteps": (9, 3)}, {"guidance_interval": (0.2, 1)}, {"cache_interval": 2})
     assert not any(request(**settings).accelerated for settings in same)
     assert all(
-        request(**settings).accelerated for settings in (*less, {"denoiser": "denoiser_reduced"})
+        request(**settings).accelerated for settings in (*less, {"variant": "denoiser_reduced"})
     )
 
 
 PLAN = AccelerationPlan(sampler="unipc", steps=8, guidance_interval=(0.2, 0.9), cached_steps=(1, 3))
 
 
-@pytest.mark.parametrize("asked", [{}, {"steps": 8}, {"sampler": "unipc", "guidance_scale": 3}])
-def test_a_plan_is_followed(asked: dict[str, Any]) -> None:
-    settings = resolve(DEFAULTS, "a", asked, PLAN)  # type: ignore[arg-type]
+@pytest.mark.parametrize("request_", [{}, {"steps": 8}, {"sampler": "unipc", "guidance_scale": 3}])
+def test_a_plan_applies_to_a_request(request_: dict[str, Any]) -> None:
+    settings = resolve(DEFAULTS, "a", request_, PLAN)  # type: ignore[arg-type]
     assert {name: getattr(settings, name) for name in PLAN.request} == PLAN.request
-    assert settings.guidance_scale == asked.get("guidance_scale", DEFAULTS.guidance_scale)
+    assert settings.guidance_scale == request_.get("guidance_scale", DEFAULTS.guidance_scale)
     exact = resolve(DEFAULTS, "a", {"unaccelerated": True, "seed": settings.seed}, PLAN)
     assert (exact.sampler, exact.steps, exact.cached_steps) == ("ddim", 20, ())
 
 
-@pytest.mark.parametrize("asked", [{"steps": 9}, {"sampler": "ddim"}, {"steps": HUGE}])
-def test_a_plan_is_for_one_schedule(asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("request_", [{"steps": 9}, {"sampler": "ddim"}, {"steps": HUGE}])
+def test_a_plan_is_for_one_schedule(request_: dict[str, Any]) -> None:
     with pytest.raises(
-        SettingsError, match="plan is for 'unipc' of 8 steps, not .*--unaccelerated"
+        SettingsError, match="plan is for 'unipc' with 8 steps, not .*--unaccelerated"
     ) as e:
-        resolve(DEFAULTS, "a", asked, PLAN)  # type: ignore[arg-type]
+        resolve(DEFAULTS, "a", request_, PLAN)  # type: ignore[arg-type]
     assert len(str(e.value)) < 250 and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["height", "width"])
 def test_refuses_a_size(name: str) -> None:
     for value in (0, -64, 64.0, True, math.nan, "64", 2**40, HUGE):
-        with pytest.raises(ShapeError, match=f"^{name} is 1 to 16384 pixels, not "):
+        with pytest.raises(ShapeError, match=f"^{name} must be 1 to 16384 pixels, not "):
             request(**{name: value})
 
 
@@ -165,7 +169,9 @@ def test_an_unknown_sampler_lists_them_all(name: object) -> None:
 
 
 def test_an_unknown_setting_lists_them_all() -> None:
-    with pytest.raises(SettingsError, match="no setting 'stepz'; there are negative_prompt, ") as e:
+    with pytest.raises(
+        SettingsError, match="no setting 'stepz': choose from negative_prompt, "
+    ) as e:
         request(stepz=20)
     assert all(f" {known}" in str(e.value) for known in ("steps", "seed", "height", "sampler"))
 
@@ -173,18 +179,18 @@ def test_an_unknown_setting_lists_them_all() -> None:
 @pytest.mark.parametrize(
     ("prompt", "negative", "message"),
     [
-        ([], "", "no prompt was given"),
-        ((), [], "no prompt was given"),
+        ([], "", "no prompt: give at least one"),
+        ((), [], "no prompt: give at least one"),
         (["a", "b"], ["c"], "1 negative prompts for 2 prompts"),
         ("a", ["b", "c"], "2 negative prompts for 1 prompts"),
-        (None, "", "a prompt is text, or a list of texts, not NoneType"),
-        (3, "", "a prompt is text, or a list of texts, not int"),
-        ("a", 3, "a prompt is text, or a list of texts, not int"),
-        ({"a": 1}, "", "a prompt is text, or a list of texts, not dict"),
-        ([None], "", "a prompt is text, not NoneType"),
-        (b"abc", "", "a prompt is text, not int"),
-        ([["a"]], "", "a prompt is text, not list"),
-        ("a", [3], "a prompt is text, not int"),
+        (None, "", "a prompt must be a string, or a list of strings, not NoneType"),
+        (3, "", "a prompt must be a string, or a list of strings, not int"),
+        ("a", 3, "a prompt must be a string, or a list of strings, not int"),
+        ({"a": 1}, "", "a prompt must be a string, or a list of strings, not dict"),
+        ([None], "", "a prompt must be a string, not NoneType"),
+        (b"abc", "", "a prompt must be a string, not int"),
+        ([["a"]], "", "a prompt must be a string, not list"),
+        ("a", [3], "a prompt must be a string, not int"),
         ("\udcff", "", "not valid UTF-8"),
         ("a", "\ud83d", "not valid UTF-8"),
     ],

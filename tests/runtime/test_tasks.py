@@ -1,4 +1,4 @@
-"""Starting from a picture, from part of one, or from latents: what is kept, and what is refused."""
+"""Image-to-image, inpainting and continuing from latents: what is kept, and what is rejected."""
 
 import json
 import subprocess
@@ -64,17 +64,17 @@ def clean(image: Image.Image) -> NDArray[np.float32]:
     return np.concatenate([means, 0 * means[:, :1]], axis=1) * np.float32(0.5)
 
 
-# What a picture does
+# Effects of an image
 
 
-def test_the_size_is_the_picture_s(pipe: Pipeline) -> None:
+def test_the_size_defaults_to_the_image(pipe: Pipeline) -> None:
     for size in ((48, 32), (32, 64), (16, 16)):
         assert pipe("a fox", image=picture(*size), steps=2).images[0].size == size
     assert pipe("a fox", image=picture(40, 50), steps=2).images[0].size == (32, 48)
     assert pipe("a fox", image=picture(), height=16, width=32, steps=2).images[0].size == (32, 16)
 
 
-def test_strength_says_how_many_steps(pipe: Pipeline) -> None:
+def test_strength_sets_the_number_of_steps(pipe: Pipeline) -> None:
     for strength, count in ((0.25, 1), (0.5, 2), (0.99, 3), (1.0, 4)):
         steps = list(pipe.stream("a fox", image=picture(), steps=4, strength=strength))
         assert [step.index for step in steps] == list(range(count)) and steps[0].count == count
@@ -91,7 +91,7 @@ def test_little_strength_changes_little(pipe: Pipeline) -> None:
     assert far[0] < far[1] < far[2]
 
 
-def test_the_encoder_is_loaded_when_a_picture_comes(pipe: Pipeline) -> None:
+def test_the_encoder_is_loaded_for_the_first_image(pipe: Pipeline) -> None:
     pipe("a fox", steps=1)
     assert "vae_encoder" not in pipe.engines
     result = pipe("a fox", image=picture(), steps=2)
@@ -100,7 +100,9 @@ def test_the_encoder_is_loaded_when_a_picture_comes(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler_ancestral", "heun", "dpmpp_2m"])
-def test_what_the_mask_keeps_is_kept(pipe: Pipeline, sampler: str, strength: float) -> None:
+def test_the_image_is_kept_outside_of_the_mask(
+    pipe: Pipeline, sampler: str, strength: float
+) -> None:
     request: dict[str, Any] = {"steps": 4, "strength": strength, "sampler": sampler, "seed": 1}
     result = pipe("a red apple", image=picture(), mask=half_mask(), **request)
     given = clean(picture())
@@ -108,7 +110,7 @@ def test_what_the_mask_keeps_is_kept(pipe: Pipeline, sampler: str, strength: flo
     assert np.abs(result.latents[..., 3:] - given[..., 3:]).min() > 1e-3
 
 
-def test_a_picture_for_each_prompt(pipe: Pipeline) -> None:
+def test_an_image_for_each_prompt(pipe: Pipeline) -> None:
     pictures = [picture(), Image.new("RGB", (48, 32), "navy")]
     request: dict[str, Any] = {"steps": 4, "strength": 0.5, "images_per_prompt": 2}
     result = pipe(["a", "red"], image=pictures, mask=Image.new("L", (48, 32)), **request)
@@ -116,7 +118,7 @@ def test_a_picture_for_each_prompt(pipe: Pipeline) -> None:
         np.testing.assert_allclose(row, clean(pictures[given])[0], atol=1e-6)
 
 
-def test_a_run_in_two_parts_is_the_run(pipe: Pipeline) -> None:
+def test_two_parts_equal_the_whole_run(pipe: Pipeline) -> None:
     request: dict[str, Any] = {"steps": 8, "seed": 3, "sampler": "euler"}
     whole = pipe("a red apple", **request)
     first = pipe("a red apple", denoising_end=0.5, **request)
@@ -125,7 +127,7 @@ def test_a_run_in_two_parts_is_the_run(pipe: Pipeline) -> None:
     assert len(first.timings.stages["denoiser"]) + len(second.timings.stages["denoiser"]) == 8
 
 
-def test_modes_of_a_picture(pipe: Pipeline) -> None:
+def test_image_modes(pipe: Pipeline) -> None:
     """Grey, transparent and paletted pictures are what they look like."""
     mask = Image.new("L", (64, 64))
     for mode in ("RGBA", "P", "LA", "L"):
@@ -139,40 +141,48 @@ def test_modes_of_a_picture(pipe: Pipeline) -> None:
     assert to_mask(half_mask().convert("RGBA")).tolist() == to_mask(half_mask()).tolist()
 
 
-# What is refused
+# Rejected requests
 
 NAN = np.full((1, 4, 4, 6), np.nan, np.float32)
 LATENTS = np.zeros((1, 4, 4, 6), np.float32)
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"image": picture(), "strength": -0.1}, SettingsError, "strength is a number from 0 to 1"),
-    ({"image": picture(), "strength": 1.5}, SettingsError, "strength is a number from 0 to 1"),
-    ({"image": picture(), "strength": float("nan")}, SettingsError, "strength is a number"),
-    ({"image": picture(), "strength": 0.0}, SettingsError, "strength 0 of 4 steps leaves none"),
-    ({"image": picture(), "strength": 0.2}, SettingsError, "strength 0.2 of 4 steps leaves none"),
+    (
+        {"image": picture(), "strength": -0.1},
+        SettingsError,
+        "strength must be a number from 0 to 1",
+    ),
+    ({"image": picture(), "strength": 1.5}, SettingsError, "strength must be a number from 0 to 1"),
+    ({"image": picture(), "strength": float("nan")}, SettingsError, "strength must be a number"),
+    ({"image": picture(), "strength": 0.0}, SettingsError, "strength 0 of 4 steps leaves no step"),
+    (
+        {"image": picture(), "strength": 0.2},
+        SettingsError,
+        "strength 0.2 of 4 steps leaves no step",
+    ),
     ({"strength": 0.5}, SettingsError, "give image too"),
     ({"mask": half_mask()}, SettingsError, "give image too"),
-    ({"image": picture(), "mask": half_mask(32)}, ShapeError, "32x32 and the picture 48x32"),
-    ({"image": picture(), "mask": "mask.png"}, SettingsError, "mask is a picture .*, not str"),
-    ({"image": "cat.png"}, SettingsError, "image is a picture .*, not str"),
-    ({"image": [1, 2]}, SettingsError, "image is a picture .*, not int"),
-    ({"image": []}, SettingsError, "image is a picture"),
-    ({"image": 3}, SettingsError, "image is a picture .*, not int"),
-    ({"image": [picture()] * 3}, SettingsError, "3 pictures for 1 prompts"),
-    ({"image": picture(8, 8)}, ShapeError, "8x8 pixels, and 16x16 is the least"),
-    ({"image": picture(), "denoising_start": 0.5}, SettingsError, "goes on from latents"),
-    ({"image": LATENTS, "mask": half_mask()}, SettingsError, "a mask needs a picture"),
-    ({"image": LATENTS[0]}, ShapeError, "latents are"),
+    ({"image": picture(), "mask": half_mask(32)}, ShapeError, "32x32 and the image 48x32"),
+    ({"image": picture(), "mask": "mask.png"}, SettingsError, "mask must be a PIL image, not str"),
+    ({"image": "cat.png"}, SettingsError, "image must be a PIL image, not str"),
+    ({"image": [1, 2]}, SettingsError, "image must be a PIL image, not int"),
+    ({"image": []}, SettingsError, "image must be a PIL image"),
+    ({"image": 3}, SettingsError, "image must be a PIL image, not int"),
+    ({"image": [picture()] * 3}, SettingsError, "3 images for 1 prompts"),
+    ({"image": picture(8, 8)}, ShapeError, "8x8 pixels, and this model needs at least 16x16"),
+    ({"image": picture(), "denoising_start": 0.5}, SettingsError, "continues from latents"),
+    ({"image": LATENTS, "mask": half_mask()}, SettingsError, "a mask needs an image"),
+    ({"image": LATENTS[0]}, ShapeError, "latents must be"),
     ({"image": LATENTS[:, :3]}, ShapeError, r"shape \(1, 3, 4, 6\) .* \(1, 4, 4, 6\)"),
     ({"image": NAN, "denoising_start": 0.5}, SettingsError, "finite"),
     ({"image": LATENTS.astype(int)}, SettingsError, "floating"),
-    ({"denoising_start": 0.6, "denoising_end": 0.5}, SettingsError, "comes before"),
-    ({"denoising_end": 1.5}, SettingsError, "denoising_end is a number from 0 to 1"),
+    ({"denoising_start": 0.6, "denoising_end": 0.5}, SettingsError, "must be below"),
+    ({"denoising_end": 1.5}, SettingsError, "denoising_end must be a number from 0 to 1"),
     ({"denoising_end": 0.0}, SettingsError, "denoising_end 0"),
-    ({"original_size": (1, 2, 3)}, ShapeError, "original_size is two whole numbers"),
-    ({"crop": (-1, 0)}, ShapeError, "crop is two whole numbers"),
-    ({"target_size": 512}, ShapeError, "target_size is two whole numbers"),
-    ({"aesthetic_score": 11}, SettingsError, "aesthetic_score is a number from 0 to 10"),
+    ({"original_size": (1, 2, 3)}, ShapeError, "original_size must be two integers"),
+    ({"crop": (-1, 0)}, ShapeError, "crop must be two integers"),
+    ({"target_size": 512}, ShapeError, "target_size must be two integers"),
+    ({"aesthetic_score": 11}, SettingsError, "aesthetic_score must be a number from 0 to 10"),
 ]
 
 
@@ -180,7 +190,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_refuses(
     pipe: Pipeline, request_: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """At once: before a step is asked for."""
+    """Requests are rejected at once, before a step is requested."""
     with pytest.raises(error, match=message) as caught:
         pipe.stream("a fox", steps=4, **request_)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
@@ -241,12 +251,12 @@ def test_run_from_a_picture_and_a_mask(engines: Path, tmp_path: Path) -> None:
     request = ["--image", "in.png", "--mask", "mask.png", "--steps", "4", "--seed", "1"]
     result = run(tmp_path, "engines", "a red apple", *request, "-o", "out.png")
     assert result.returncode == 0, result.stderr
-    ours, given = Image.open(tmp_path / "out.png"), picture()
-    assert ours.size == given.size
+    output, image = Image.open(tmp_path / "out.png"), picture()
+    assert output.size == image.size
     left = (0, 0, 24, 32)
-    error = np.asarray(ours.crop(left), np.int32) - np.asarray(given.crop(left), np.int32)
+    error = np.asarray(output.crop(left), np.int32) - np.asarray(image.crop(left), np.int32)
     assert np.abs(error).max() <= 1
-    assert json.loads(ours.text["latentforge"])["strength"] == 1.0  # type: ignore[attr-defined]
+    assert json.loads(output.text["latentforge"])["strength"] == 1.0  # type: ignore[attr-defined]
 
 
 def test_run_with_a_refiner(engines: Path, tmp_path: Path) -> None:
@@ -266,9 +276,9 @@ def test_run_with_a_refiner(engines: Path, tmp_path: Path) -> None:
         (["--image", "in.png", "--mask", "small.png"], ["mask is 32x32", "48x32"]),
         (["--image", "in.png", "--strength", "1.2"], ["strength", "1.2"]),
         (["--image", "in.png", "--strength", "-1"], ["strength", "-1"]),
-        (["--image", "text.png"], ["text.png is no picture"]),
+        (["--image", "text.png"], ["text.png as an image"]),
         (["--image", "none.png"], ["none.png", "No such file"]),
-        (["--image", "engines"], ["engines is no picture"]),
+        (["--image", "engines"], ["engines as an image"]),
         (["--mask", "mask.png"], ["give image too"]),
         (["--refiner", "nowhere"], ["nowhere"]),
         (["--refiner", "engines", "--refine-from", "1"], ["--refine-from", "1"]),

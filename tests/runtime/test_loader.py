@@ -1,0 +1,93 @@
+"""Loading of engine directories: wrapped sessions, limits of rows, second copies."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Handmade
+from numpy.typing import NDArray
+
+from latentforge.runtime.backends import LayerTime, Session
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.loader import load, load_component
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.tensor import Feeds
+
+
+class Recorder:
+    """Session that records the rows of each run."""
+
+    def __init__(self, session: Session) -> None:
+        self.rows: list[int] = []
+        self._session = session
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
+        self.rows.append(len(next(iter(feeds.values()))))
+        return self._session.run(feeds)
+
+    def layers(self) -> list[LayerTime]:
+        return self._session.layers()
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def test_every_session_is_wrapped_once(handmade: Handmade) -> None:
+    recorders: dict[str, Recorder] = {}
+
+    def wrap(name: str, session: Session) -> Session:
+        assert name not in recorders
+        recorders[name] = Recorder(session)
+        return recorders[name]
+
+    with load(handmade(), wrap_session=wrap) as pipeline:
+        assert set(recorders) == {"text_encoder", "denoiser", "vae_decoder"}
+        pipeline("a", steps=3)
+        assert recorders["denoiser"].rows == [2, 2, 2]
+        assert pipeline.engines["denoiser"].session is recorders["denoiser"]
+
+
+def test_a_stream_can_have_its_own_limit_of_rows(handmade: Handmade) -> None:
+    recorders: dict[str, Recorder] = {}
+
+    def wrap(name: str, session: Session) -> Session:
+        return recorders.setdefault(name, Recorder(session))
+
+    with load(handmade(), wrap_session=wrap) as pipeline:
+        for _ in pipeline.stream("a", steps=2, max_rows=1):
+            pass
+        assert recorders["denoiser"].rows == [1, 1, 1, 1]
+        pipeline("a", steps=1)
+        assert recorders["denoiser"].rows[4:] == [2]
+
+
+def test_limits_of_rows(handmade: Handmade) -> None:
+    """The VAE always runs one image at a time; text encoders have no limit."""
+    limits: list[tuple[dict[str, Any], int | None]]
+    limits = [({}, None), ({"max_rows": 3}, 3), ({"low_memory": True}, 1)]
+    directory = handmade()
+    for options, expected in limits:
+        engines = load(directory, **options).engines
+        assert engines["denoiser"].max_rows == expected
+        assert engines["vae_decoder"].max_rows == 1 and engines["text_encoder"].max_rows is None
+    with pytest.raises(SettingsError, match="max_rows must be an integer of at least 1, not 0"):
+        load(directory, max_rows=0)
+
+
+def test_engines_cannot_be_replaced(handmade: Handmade) -> None:
+    pipeline = load(handmade())
+    engine: Any = pipeline.engines["denoiser"]
+    engines: Any = pipeline.engines
+    with pytest.raises(TypeError):
+        engines["denoiser"] = engine
+    for name in ("session", "max_rows", "component"):
+        with pytest.raises(AttributeError):
+            setattr(engine, name, None)
+
+
+def test_one_component(handmade: Handmade, tmp_path: Path) -> None:
+    directory = handmade()
+    engine = load_component(Manifest.read(directory), "vae_decoder", directory)
+    pixels = engine.run({"latent_sample": np.zeros((2, 4, 4, 6), np.float32)})["sample"]
+    assert engine.name == "vae_decoder" and pixels.shape == (2, 3, 32, 48)
