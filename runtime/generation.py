@@ -22,7 +22,7 @@ from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.engine import Engines
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.request import ResolvedRequest
+from latentforge.runtime.resolved_request import ResolvedRequest
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.sampling.sampler import SamplerStep
 from latentforge.runtime.settings import Settings

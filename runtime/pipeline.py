@@ -21,7 +21,7 @@ from latentforge.runtime.generation import DenoisingStep, Model, Result, generat
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT, Benchmark, Profile
-from latentforge.runtime.request import ResolvedRequest, check_size, warn_of_calibration
+from latentforge.runtime.resolved_request import ResolvedRequest, check_size, warn_of_calibration
 from latentforge.runtime.settings import Request, Settings, resolve
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The image of the engines is the one that diffusers makes: same seed, every sampler."""
+"""Images of the engines equal those of diffusers, for the same seed and every sampler."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def tiny_eager(tiny_checkpoint: Path) -> Any:
 
 
 def distance(pipe: latentforge.Pipeline, eager: Any, **request: Any) -> float:
-    """PSNR of the worst picture of a request, in dB."""
+    """Return the PSNR of the worst image of a request, in dB."""
     prompts = request.pop("prompts", ["red apple on a blue background", "owl"])
     ours = pipe(prompts, **request)
     reference = eager(ours.settings)
@@ -53,7 +53,7 @@ def test_same_image(pipe: latentforge.Pipeline, eager: Any, sampler: str) -> Non
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_same_image_where_noise_is_predicted(
+def test_same_image_with_epsilon_prediction(
     tiny_engines: Path, tiny_eager: Any, sampler: str
 ) -> None:
     """The tiny checkpoint predicts epsilon and has Stable Diffusion 1.5's scheduler file."""
@@ -75,14 +75,14 @@ def test_same_image_where_noise_is_predicted(
     ],
     ids=str,
 )
-def test_same_image_whatever_is_asked(
+def test_same_image_for_various_requests(
     pipe: latentforge.Pipeline, eager: Any, request_: dict[str, Any]
 ) -> None:
     assert distance(pipe, eager, **{"steps": 4, "seed": 5, **request_}) >= 40
 
 
 def test_another_seed_is_another_image(tiny_engines: Path) -> None:
-    """So that the figures above mean something. (The demo's pictures hardly mind the seed.)"""
+    """This gives the figures above a meaning. (The demo's images hardly depend on the seed.)"""
     with latentforge.load(tiny_engines) as pipeline:
         a, b = (pipeline("owl", steps=4, seed=seed) for seed in (1, 2))
     assert psnr(to_array(a.images), to_array(b.images), peak=2.0) < 30

@@ -72,7 +72,7 @@ def test_table_is_torchs(beta_kind: BetaKind, ends: tuple[float, float], train_s
 
 
 @pytest.mark.parametrize("beta_kind", BETA_KINDS)
-def test_rescaled_table_is_torchs_but_for_square_roots(beta_kind: BetaKind) -> None:
+def test_rescaled_table_is_torchs_except_for_square_roots(beta_kind: BetaKind) -> None:
     """MKL's square root, which torch takes here, is not always rounded to nearest."""
     case = but(beta_kind=beta_kind, zero_terminal_snr=True)
     expected = reference("DDIMScheduler", case).alphas_cumprod.numpy()
@@ -188,7 +188,7 @@ def test_squeezes_like_deci(planner: Planner, expected: list[int]) -> None:
 
 @pytest.mark.parametrize("beta_kind", BETA_KINDS)
 def test_squeezes_the_timesteps_of_diffusers(beta_kind: BetaKind) -> None:
-    """Those that it finds itself, with the noisiest clipped; 16 steps are Deci's own."""
+    """diffusers computes the same timesteps with the noisiest clipped; Deci uses 16 steps."""
     case = but(beta_kind=beta_kind, spacing="linspace")
     scheduler = reference("DPMSolverMultistepScheduler", case, lambda_min_clipped=-7.5)
     for steps in range(7, 100):
@@ -207,7 +207,7 @@ STRENGTHS = [0.05, 0.29, 0.5, 0.58, 0.999, 1]
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_strength_counts_like_diffusers(name: str, spacing: Spacing) -> None:
-    """By the very method of its image to image pipeline."""
+    """Compared with the method of its image-to-image pipeline."""
     pipelines = pytest.importorskip("diffusers", exc_type=ImportError)
     planner, kind, options = REFERENCES[name]
     scheduler = reference(kind, but(spacing=spacing), **options)
@@ -230,7 +230,7 @@ def test_strength_counts_like_diffusers(name: str, spacing: Spacing) -> None:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"heun"}))
 def test_fractions_count_like_diffusers(name: str, spacing: Spacing) -> None:
-    """By the method of its refiner, and by what its base pipeline says in the middle of a loop."""
+    """Compared with the method of its refiner, and with the loop of its base pipeline."""
     pipelines = pytest.importorskip("diffusers", exc_type=ImportError)
     planner, kind, options = REFERENCES[name]
     case = but(spacing=spacing)
@@ -328,13 +328,13 @@ def test_refuses_steps_that_do_not_fit(plan: Callable[[], NoisePlan], message: s
         ({"beta_kind": "explicit", "betas": (0.1, 2.0), "train_steps": 2}, "every beta"),
     ],
 )
-def test_refuses_nonsense(changes: dict[str, Any], message: str) -> None:
+def test_rejects_invalid_fields(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         but(**changes)
 
 
 def test_is_plain_data() -> None:
-    """Reading the table leaves nothing behind that a manifest would write."""
+    """The cached table is not a field that a manifest would store."""
     case = but(beta_kind="explicit", betas=(0.1, 0.2), train_steps=2)
     assert case.alphas_cumprod is case.alphas_cumprod
     assert not case.alphas_cumprod.flags.writeable

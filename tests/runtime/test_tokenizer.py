@@ -1,4 +1,4 @@
-"""Prompts become the ids that transformers' CLIPTokenizer gives, whatever is in them."""
+"""Token ids equal those of transformers' CLIPTokenizer for any text."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ Written = tuple[Path, TokenizerEntry]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """The demo's tokenizer as export writes it."""
+    """Write the demo's tokenizer as export does."""
     pytest.importorskip("transformers", exc_type=ImportError)
     from latentforge.export.checkpoint import open_checkpoint
     from latentforge.export.tokenizers import write_tokenizer
@@ -74,7 +74,7 @@ PIECES = [
 
 
 def text(rng: random.Random) -> str:
-    """A string of any kind; most are short, as prompts are."""
+    """Return a random string of any kind; most are short, as prompts are."""
     kind = rng.random()
     if kind < 0.02:
         return rng.choice(["", " ", "\n\t ", "\u3000", "a" * 500, "word " * 200, "\U0001f98a" * 99])
@@ -103,7 +103,7 @@ def test_ten_thousand_strings(tokenizer: Tokenizer, caplog: pytest.LogCaptureFix
     assert len({tuple(ids) for ids in expected}) > 9_000  # they really are varied
 
 
-def test_one_by_one_is_as_all_at_once(tokenizer: Tokenizer) -> None:
+def test_a_batch_equals_single_prompts(tokenizer: Tokenizer) -> None:
     prompts = ["a red apple", "", "fox " * 4]
     alone = np.concatenate([tokenizer([prompt]) for prompt in prompts])
     np.testing.assert_array_equal(tokenizer(prompts), alone)
@@ -118,13 +118,13 @@ def cut(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, *prompts: str) -
     return [record.getMessage() for record in caplog.records]
 
 
-def test_says_what_it_cuts_off(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_of_truncation(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     assert cut(tokenizer, caplog, "a red apple", "") == []
     messages = cut(tokenizer, caplog, "a " * 22 + "Blaue Äpfel\n<|x|>", "fox")
-    assert messages == ["prompt cut at 24 tokens; not seen: 'Blaue Äpfel\\n<|x|>'"]
+    assert messages == ["prompt truncated to 24 tokens; ignored: 'Blaue Äpfel\\n<|x|>'"]
 
 
-def test_says_it_shortly(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_is_short(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     (message,) = cut(tokenizer, caplog, "a " * 22 + "zebra " * 1000)
     assert message.endswith("...'") and len(message) < 110 and "endoftext" not in message
 
@@ -146,18 +146,18 @@ NO_TOKENIZERS = [b"", b"{", b"{}", b"null", b"[" * 100_000, b"\xff" * 99, b'{"ve
 
 
 @pytest.mark.parametrize("content", NO_TOKENIZERS, ids=range(len(NO_TOKENIZERS)))
-def test_refuses_what_is_no_tokenizer(written: Written, tmp_path: Path, content: bytes) -> None:
+def test_rejects_an_invalid_file(written: Written, tmp_path: Path, content: bytes) -> None:
     refused(written, tmp_path, content)
 
 
-def test_refuses_a_cut_file(written: Written, tmp_path: Path) -> None:
+def test_rejects_a_truncated_file(written: Written, tmp_path: Path) -> None:
     content = written[0].read_bytes()
     for size in (100, 1000, len(content) // 2, len(content) - 10):
         refused(written, tmp_path, content[:size])
 
 
 def test_refuses_a_missing_file(written: Written, tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"gone\.json is no tokenizer file"):
+    with pytest.raises(ManifestError, match=r"gone\.json is not a valid tokenizer file"):
         Tokenizer(tmp_path / "gone.json", written[1])
 
 
@@ -194,7 +194,7 @@ def test_refuses_a_tokenizer_that_does_not_fit(
     refused(written, tmp_path, json.dumps(content).encode())
 
 
-def test_refuses_another_length_than_the_manifest_says(written: Written, tmp_path: Path) -> None:
+def test_rejects_another_length_than_in_the_manifest(written: Written, tmp_path: Path) -> None:
     message = refused(written, tmp_path, written[0].read_bytes(), max_length=77)
     assert "77" in message
 

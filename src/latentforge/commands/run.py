@@ -1,4 +1,4 @@
-"""latentforge run: images of prompts."""
+"""latentforge run: generate images of prompts."""
 
 from __future__ import annotations
 
@@ -19,62 +19,83 @@ __all__ = ["add"]
 
 T = TypeVar("T")
 
-_HANDED_ON = ("steps", "sampler", "seed", "timesteps")  # what a base and its refiner share
+_SHARED = ("steps", "sampler", "seed", "timesteps")  # settings that a refiner takes from the base
+
+_EXAMPLES = """examples:
+  latentforge run engines "a red apple" -o apple.png
+  latentforge run engines "a red apple" "an owl" --images 2 --seed 7 -o out.png
+  latentforge run engines "a red apple" --sampler dpmpp_2m --steps 20 -o apple.png
+  latentforge run engines "oil painting" --image photo.jpg --strength 0.6 -o out.png
+  latentforge run engines "a hat" --image photo.jpg --mask head.png -o out.png"""
 
 
 def add(commands: Any) -> None:
+    """Add the command and its arguments."""
     from latentforge.runtime.sampling import SAMPLERS
 
     parser = arguments.command(
         commands,
         "run",
         _run,
-        "Make images of prompts, without torch",
-        "What is not given comes from the engines' manifest.",
+        "Generate images of prompts, without torch",
+        "Settings that are omitted come from the engines' acceleration plan, if build --fast found "
+        "one, and from the defaults of the checkpoint. Each image stores its settings; the same "
+        "settings and seed give the same image again.",
     )
-    arguments.add_table(parser, "samplers", {name: each.summary for name, each in SAMPLERS.items()})
-    parser.add_argument("engines", type=Path, metavar="ENGINES", help="what build wrote")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one or more")
+    samplers = {name: sampler.summary for name, sampler in SAMPLERS.items()}
+    arguments.add_table(parser, "samplers", samplers, _EXAMPLES)
+    parser.add_argument(
+        "engines", type=Path, metavar="ENGINES", help="engine directory, written by build"
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="one or several prompts")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="IMAGE",
-        help="a .png, .jpg or .webp file; several images are numbered",
+        help="file to write: .png, .jpg or .webp; several images are numbered",
     )
     arguments.add_request(parser)
-    parser.add_argument("--negative", metavar="TEXT", help="what not to paint")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same image as diffusers")
-    parser.add_argument("--images", type=int, metavar="N", help="for each prompt (default: 1)")
-    _add_plan_arguments(parser)
-    _add_picture_arguments(parser)
+    parser.add_argument("--negative", metavar="TEXT", help="negative prompt: what to avoid")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="seed of the noise (default: random); gives the same image as in diffusers",
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="number of images per prompt (default: 1)"
+    )
+    _add_acceleration_arguments(parser)
+    _add_image_arguments(parser)
     arguments.add_threads(parser)
     parser.add_argument(
         "--low-memory",
         action="store_true",
-        help="one row at a time and no second copy of the weights: about half the memory, slower",
+        help="run one row at a time and keep one copy of the weights: about half the memory, slower",
     )
 
 
-def _add_plan_arguments(parser: Any) -> None:
-    said = (
-        "Engines of build --fast bring a plan for this, which is followed unless the image is to "
-        "be exact. What is given here takes the place of the plan's."
+def _add_acceleration_arguments(parser: Any) -> None:
+    text = (
+        "Ways to evaluate the denoiser less often, at the cost of a different image. Engines of build "
+        "--fast have a plan for this with measured quality; these options override it."
     )
-    group = parser.add_argument_group("doing less for an image", arguments.wrapped(said))
+    group = parser.add_argument_group("acceleration", arguments.wrapped(text))
     arguments.add_unaccelerated(group)
     group.add_argument(
         "--guidance-interval",
         type=_interval,
         metavar="LOW:HIGH",
-        help="guidance only where the share of noise, 0 to 1, lies between these",
+        help="apply classifier-free guidance only at noise levels with sigma, the share of noise, "
+        "between these, such as 0.2:0.9; other steps run one row per image instead of two",
     )
     group.add_argument(
         "--cache-interval",
         type=int,
         metavar="N",
-        help="make only every Nth evaluation whole; the others go on from its deep layers",
+        help="evaluate the whole denoiser only in every Nth step; the others reuse the cached "
+        "feature of its deep blocks (DeepCache)",
     )
 
 
@@ -82,39 +103,45 @@ def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"LOW:HIGH, such as 0.2:0.9, not {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected LOW:HIGH such as 0.2:0.9, not {text!r}"
+        ) from None
     return low, high
 
 
-def _add_picture_arguments(parser: Any) -> None:
+def _add_image_arguments(parser: Any) -> None:
     group = parser.add_argument_group(
-        "starting from a picture",
-        "Its size becomes the image's, cut to what the model can do, unless --height and --width "
-        "say otherwise.",
+        "image-to-image and inpainting",
+        "The result has the size of the initial image, rounded down to what the model\n"
+        "supports, unless --height and --width are given.",
     )
-    group.add_argument("--image", type=Path, metavar="FILE", help="the picture to start from")
+    group.add_argument("--image", type=Path, metavar="FILE", help="initial image")
     group.add_argument(
         "--mask",
         type=Path,
         metavar="FILE",
-        help="of the same size: light where to paint, dark what to keep",
+        help="image of the same size: light where to paint, dark where to keep the initial image",
     )
     group.add_argument(
         "--strength",
         type=float,
         metavar="S",
-        help="how much to change, up to 1 (default: 0.8, and 1 with a mask)",
+        help="amount of change, 0 to 1: the fraction of the steps that is run (default: 0.8, or 1 "
+        "with a mask)",
     )
-    group = parser.add_argument_group("handing over to a refiner")
+    group = parser.add_argument_group("refiner")
     group.add_argument(
-        "--refiner", type=Path, metavar="ENGINES", help="engines that do the last steps"
+        "--refiner",
+        type=Path,
+        metavar="ENGINES",
+        help="engine directory of a second model that runs the last steps",
     )
     group.add_argument(
         "--refine-from",
         type=float,
         default=0.8,
-        metavar="SHARE",
-        help="of the way at which it takes over (default: 0.8)",
+        metavar="FRACTION",
+        help="fraction of the schedule after which the refiner continues (default: 0.8)",
     )
 
 
@@ -122,54 +149,54 @@ def _run(options: argparse.Namespace) -> None:
     from latentforge.runtime.image import check_image_path, open_image, save_image
 
     check_image_path(options.output)
-    given = {
+    images = {
         name: open_image(path)
         for name, path in (("image", options.image), ("mask", options.mask))
         if path is not None
     }
-    request: dict[str, Any] = {**arguments.request_of(options), **given}
-    result = _refined(options, request) if options.refiner else _painted(options, request)
+    request: dict[str, Any] = {**arguments.request_of(options), **images}
+    result = _refined(options, request) if options.refiner else _generated(options, request)
     for index, image in enumerate(result.images):
         prompt = result.settings.prompts[index // result.settings.images_per_prompt]
         path = _numbered(options.output, index, len(result.images))
-        save_image(image, path, {**_plain(result.settings), "prompt": prompt, "index": index})
+        save_image(image, path, {**_metadata(result.settings), "prompt": prompt, "index": index})
         print(path)
     print(f"seed {result.seed}, {result.timings}", file=sys.stderr)
 
 
-def _painted(options: argparse.Namespace, request: dict[str, Any]) -> Result:
-    return _finished(options.engines, options, request, "denoising", lambda step: step.result())
+def _generated(options: argparse.Namespace, request: dict[str, Any]) -> Result:
+    return _last_step(options.engines, options, request, "denoising", lambda step: step.result())
 
 
 def _refined(options: argparse.Namespace, request: dict[str, Any]) -> Result:
-    """The base's part of the steps, then the refiner's; one of them is in memory at a time."""
-    share = options.refine_from
-    if not 0 < share < 1:
-        raise SettingsError(f"--refine-from lies between 0 and 1, not {share:g}")
-    first = {**request, "denoising_end": share}
-    base = _finished(options.engines, options, first, "denoising", lambda step: step)
-    spent = ("image", "mask", "strength", "height", "width")
-    second = {name: value for name, value in request.items() if name not in spent}
-    second |= {name: getattr(base.settings, name) for name in _HANDED_ON}
-    second |= {"image": base.latents, "denoising_start": share}
-    return _finished(options.refiner, options, second, "refining", lambda step: step.result())
+    """Run the base model's steps, then the refiner's, with one of them in memory at a time."""
+    fraction = options.refine_from
+    if not 0 < fraction < 1:
+        raise SettingsError(f"--refine-from must be between 0 and 1, not {fraction:g}")
+    first = {**request, "denoising_end": fraction}
+    base = _last_step(options.engines, options, first, "denoising", lambda step: step)
+    used = ("image", "mask", "strength", "height", "width")
+    second = {name: value for name, value in request.items() if name not in used}
+    second |= {name: getattr(base.settings, name) for name in _SHARED}
+    second |= {"image": base.latents, "denoising_start": fraction}
+    return _last_step(options.refiner, options, second, "refining", lambda step: step.result())
 
 
-def _finished(
+def _last_step(
     engines: Path,
     options: argparse.Namespace,
     request: dict[str, Any],
-    what: str,
+    label: str,
     finish: Callable[[DenoisingStep], T],
 ) -> T:
-    """Run a request to its last step, and make of that what is wanted while engines are loaded."""
+    """Run a request, and apply `finish` to its last step while the engines are loaded."""
     from latentforge.runtime.loader import load
     from latentforge.runtime.progress import Progress
 
     with load(engines, threads=options.threads, low_memory=options.low_memory) as pipeline:
         with Progress(1, quiet=False) as progress:
             for step in pipeline.stream(options.prompts, **request):
-                progress.advance(what, total=step.count)
+                progress.advance(label, total=step.count)
         return finish(step)
 
 
@@ -177,7 +204,7 @@ def _numbered(path: Path, index: int, count: int) -> Path:
     return path if count == 1 else path.with_stem(f"{path.stem}-{index + 1}")
 
 
-def _plain(settings: Any) -> dict[str, Any]:
+def _metadata(settings: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {"latentforge": __version__, **asdict(settings)}
