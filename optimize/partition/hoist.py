@@ -174,13 +174,15 @@ class _Partitioner:
     def _live_ins(self, outputs: Iterable[ir.Value], time: BindingTime) -> list[ir.Value]:
         """Return the values that a partition reads from earlier ones, in the graph's order.
 
-        This is a backward liveness analysis from the partition's outputs. It stops at values that
-        an earlier partition passes on, and goes on through those which the partition has to
-        compute again since they cannot cross:
+        This is a backward liveness analysis from the partition's outputs. It ends at values that
+        an earlier partition can pass on. Values that cannot cross, such as shapes and values with
+        other rows than the sample, are computed again from values further up that can:
 
-            denoiser_prompt   to_k ─► Cast ─► live-in
-                                                 │
-            denoiser          sample ─► Conv ─► Add ─► output
+            context ─► MatMul ─► k (b, t, c)          k crosses: a live-in of the step
+                                 │
+                              Reshape (b*h, t, d)     cannot cross: copied into the step
+                                 │
+            sample ─► MatMul ─► MatMul ─► output      belongs to the step
         """
         live, live_ins = set(outputs), set()
         for node in reversed(self._model.graph):

@@ -78,10 +78,10 @@ def mlps(graph: ir.Graph, exclude: Sequence[str] = ()) -> list[Mlp]:
         exclude: fnmatch patterns of the names of layers to leave out.
     """
     linear = {layer.node: layer for layer in layers(graph) if layer.linear}
-    found = (_mlp(layer, linear) for layer in linear.values() if len(layer.input.shape or ()) > 2)
+    matched = (_mlp(layer, linear) for layer in linear.values() if len(layer.input.shape or ()) > 2)
     return [
         mlp
-        for mlp in found
+        for mlp in matched
         if mlp is not None
         and not any(matches(layer.name, exclude) for layer in (mlp.first, mlp.second))
     ]
@@ -164,17 +164,17 @@ def prune_channels(
         feeds: recorded inputs of the graph.
         multiple: the number of remaining channels is rounded up to a multiple of this.
     """
-    found = [
+    candidates = [
         mlp
         for mlp in mlps(model.graph, exclude)
         if _remaining(mlp.hidden, fraction, multiple) < mlp.hidden
     ]
-    if not found:
+    if not candidates:
         return []
     check_feeds(feeds, "pruning of channels")
-    squares = mean_squares(model, {str(m.second.input.name): -1 for m in found}, feeds)
+    squares = mean_squares(model, {str(m.second.input.name): -1 for m in candidates}, feeds)
     removed = []
-    for mlp in found:
+    for mlp in candidates:
         scores = squares[str(mlp.second.input.name)] * _norms(mlp.second)
         remaining = _remaining(mlp.hidden, fraction, multiple)
         order = np.argsort(-scores, kind="stable")

@@ -8,18 +8,17 @@ The matchers start from the output projection. Fused:
 
 Separate operators, where b, t, h, d are batch, tokens, heads and size of a head:
 
-    x ─► q ─► Reshape ─► Transpose ─► Mul(scale) ─┐
-              (b,t,h,d)  (b,h,t,d)                MatMul ─► Add(mask) ─► Softmax ─┐
-    c ─► k ─► Reshape ─► Transpose ───────────────┘         (optional)            │
-              (b,t,h,d)  (b,h,d,t)                                              MatMul ─► Transpose ─►
-    c ─► v ─► Reshape ─► Transpose ───────────────────────────────────────────────┘       (b,t,h,d)
-              (b,t,h,d)  (b,h,t,d)
-                                                            ─► Reshape ─► output ─► y
-                                                               (b,t,h*d)
+    x ─► q ─► Reshape ─► Transpose ─► Mul(scale) ─┬─► MatMul ─► Add(mask) ─► Softmax ─┐
+              (b,t,h,d)  (b,h,t,d)                │             (optional)            │
+    c ─► k ─► Reshape ─► Transpose ───────────────┘                                   │
+              (b,t,h,d)  (b,h,d,t)                                                    │
+    c ─► v ─► Reshape ─► Transpose ─┬─────────────────────────────────────────────────┘
+              (b,t,h,d)  (b,h,t,d)  │
+                                    └─► MatMul ─► Transpose ─► Reshape ─► output ─► y
+                                                  (b,t,h,d)    (b,t,h*d)
 
-To remove a head is to remove its d columns of each projection and its d rows of the output
-projection. The number of heads is an attribute of the fused node, and a size in the Reshapes
-otherwise.
+Removing a head removes its d columns of each projection and its d rows of the output projection.
+The number of heads is an attribute of the fused node, and a size in the Reshapes otherwise.
 """
 
 from collections.abc import Sequence
@@ -84,10 +83,10 @@ def attentions(graph: ir.Graph, exclude: Sequence[str] = ()) -> list[Attention]:
         exclude: fnmatch patterns of the names of layers to leave out.
     """
     linear = {layer.node: layer for layer in layers(graph) if layer.linear}
-    found = [_attention(layer, linear) for layer in linear.values()]
+    candidates = [_attention(layer, linear) for layer in linear.values()]
     return [
         attention
-        for attention in found
+        for attention in candidates
         if attention is not None
         and not any(
             matches(layer.name, exclude)
@@ -259,14 +258,16 @@ def prune_heads(
         exclude: fnmatch patterns of the names of layers that are not pruned.
         feeds: recorded inputs of the graph.
     """
-    found = [a for a in attentions(model.graph, exclude) if _remaining(a.heads, fraction) < a.heads]
-    if not found:
+    candidates = [
+        a for a in attentions(model.graph, exclude) if _remaining(a.heads, fraction) < a.heads
+    ]
+    if not candidates:
         return []
     check_feeds(feeds, "pruning of heads")
-    heads = {str(a.output.input.name): a.heads for a in found}
+    heads = {str(a.output.input.name): a.heads for a in candidates}
     measured = head_gram_matrices(model, heads, feeds)
     removed = []
-    for attention in found:
+    for attention in candidates:
         scores = _scores(attention, measured[str(attention.output.input.name)])
         remaining = _remaining(attention.heads, fraction)
         order = np.argsort(-scores, kind="stable")
@@ -275,7 +276,7 @@ def prune_heads(
         common.RemoveUnusedNodesPass()(model)
         count, cost = before - parameters(model.graph), float(scores[order[remaining:]].sum())
         removed.append(Removed(kind="heads", name=attention.name, score=cost, parameters=count))
-    if any(attention.splits for attention in found):
+    if any(attention.splits for attention in candidates):
         common.ShapeInferencePass()(model)
     return removed
 
@@ -316,7 +317,7 @@ def _narrow(graph: ir.Graph, attention: Attention, heads: Indices) -> None:
 
 
 def _channels(width: int, count: int, heads: Indices) -> Indices:
-    """Return the channels of some heads.
+    """Return the channels of a subset of the heads.
 
     Args:
         width: number of channels of all heads.

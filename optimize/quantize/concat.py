@@ -4,14 +4,13 @@ Li et al. (2023), "Q-Diffusion", arXiv 2302.04304, section 4.2: the two halves o
 in a UNet's up blocks differ in magnitude, and a range that covers both leaves few steps to the
 smaller one. A convolution is linear in its input channels, so it may be split in two:
 
-    before                                        after
+    before    h ────┬─► Concat ─► norm ─► SiLU ─► Conv(w) ─► y
+              skip ─┘
 
-    h ────┐                                       h ────┐
-          Concat ─► norm ─► SiLU ─► Conv ─► y           Concat ─► norm ─► SiLU ─► Split
-    skip ─┘                                       skip ─┘                        │     │
-                                                                    Conv(w[:, :c])     Conv(w[:, c:])
-                                                                                 └ Add ┘
-                                                                                    └─► y
+    after     h ────┬─► Concat ─► norm ─► SiLU ─► Split ─┬─► Conv(w[:, :c]) ─┬─► Add ─► y
+              skip ─┘                                    └─► Conv(w[:, c:]) ─┘
+
+where c is the number of channels of h. The input of each new convolution has its own range.
 """
 
 from collections.abc import Iterator, Sequence

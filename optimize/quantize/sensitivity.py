@@ -3,15 +3,14 @@
 Each layer is quantized alone, over a whole denoising run. One graph holds both versions of every
 layer and a switch per layer, so that nothing has to be loaded again:
 
-    before                        after
+    before    x ─► Conv(w) ─► y
 
-    x ─► Conv(w) ─► y             x ─┬──────────────────────────────┐
-                                     └─► Quantize ─► Dequantize ─► mix ─► Conv ─► ... ─► y
-                                                                    ▲
-                                  int8_layers (layers,) ─► Gather(i) ┘
+    after     x ─┬─► QuantizeLinear ─► DequantizeLinear ─┬─► mix ─► Conv ─► y
+                 └───────────────────────────────────────┤
+              int8_layers (layers,) ─► Gather(index) ────┘
 
-where mix = x + switch * (rounded x - x); the weight, and the output where the format quantizes it,
-are mixed alike.
+where mix(x, rounded, switch) = x + switch * (rounded - x). The weight is mixed in the same way, and
+so is the output if the format quantizes it.
 """
 
 import json
