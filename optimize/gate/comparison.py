@@ -1,6 +1,6 @@
 """Comparison of optimized engines with their source: component outputs, latents and images.
 
-The source's runs come recorded (stage/recording.py); gate.py checks the figures measured here.
+The source's runs come recorded (optimize/recording.py); gate.py checks the figures measured here.
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,10 +2,10 @@
 
 This is the entry of int8 calibration. The data passes through
 
-    stage/recording.py   record()           runs the source engines, keeps the inputs of each call
-    calibration.py       collect_ranges()   runs the graph on those inputs, measures activations
-    ranges.py            choose_grid()      turns a range into scale and zero point
-    qdq.py               plan_layers()      does so for each layer, before write.py rewrites it
+    optimize/recording.py   record()           runs the source engines, keeps the inputs of each call
+    calibration.py          collect_ranges()   runs the graph on those inputs, measures activations
+    ranges.py               choose_grid()      turns a range into scale and zero point
+    qdq.py                  plan_layers()      does so for each layer, before write.py rewrites it
 
 Recipes set the number of recorded prompts and calls in ``[calibration]`` and the method in
 ``int8.ranges``; a manifest names the runs in ``CalibratedFor``.

@@ -59,9 +59,9 @@ def recording(tiny_engines: Path) -> CallRecording:
         return record(
             tiny_engines,
             ["red apple"],
-            request={"steps": 2, "sampler": "ddim"},
+            settings={"steps": 2, "sampler": "ddim"},
             progress=progress,
-            what="",
+            activity="",
         )
 
 
