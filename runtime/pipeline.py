@@ -14,7 +14,7 @@ from PIL import Image
 from latentforge.runtime import backends
 from latentforge.runtime.conditioning.encode import ConditioningInputs
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
-from latentforge.runtime.denoising.initial_latents import Picture, image_size
+from latentforge.runtime.denoising.initial_latents import ImageInput, image_size
 from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.generation import DenoisingStep, Model, Result, generate
@@ -67,7 +67,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         mask: Image.Image | None = None,
         **settings: Unpack[Request],
     ) -> Result:
@@ -100,7 +100,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         mask: Image.Image | None = None,
         max_rows: int | None = None,
         **settings: Unpack[Request],
@@ -125,7 +125,7 @@ class Pipeline:
         self,
         settings: Settings,
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         mask: Image.Image | None = None,
         conditioning: ConditioningInputs | None = None,
     ) -> Result:
@@ -159,7 +159,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         mask: Image.Image | None = None,
         **settings: Unpack[Request],
     ) -> Settings:

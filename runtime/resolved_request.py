@@ -11,7 +11,7 @@ from PIL import Image
 from latentforge.runtime import sampling
 from latentforge.runtime.acceleration import StepPolicy
 from latentforge.runtime.conditioning.encode import ConditioningInputs
-from latentforge.runtime.denoising.initial_latents import InitImage, Picture
+from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.manifest import Component, Latent, Manifest
@@ -50,7 +50,7 @@ class ResolvedRequest:
         manifest: Manifest,
         engines: Mapping[str, Engine],
         *,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         mask: Image.Image | None = None,
         conditioning: ConditioningInputs | None = None,
         max_rows: int | None = None,

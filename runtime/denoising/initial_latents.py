@@ -22,10 +22,10 @@ from latentforge.runtime.sampling.sampler import MaskBlend
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.vae import Draw
 
-__all__ = ["InitImage", "InitialState", "LatentInitializer", "Picture", "image_size"]
+__all__ = ["InitImage", "InitialState", "LatentInitializer", "ImageInput", "image_size"]
 
 Array = NDArray[np.float32]
-Picture: TypeAlias = "Image.Image | Sequence[Image.Image] | Array"
+ImageInput: TypeAlias = "Image.Image | Sequence[Image.Image] | Array"
 """Initial image: one for all prompts, one per prompt, or latents (images, channels, h, w)."""
 
 _LANCZOS = Image.Resampling.LANCZOS
@@ -47,7 +47,7 @@ class InitImage:
 
     @classmethod
     def of(
-        cls, image: Picture | None, mask: Image.Image | None, settings: Settings, latent: Latent
+        cls, image: ImageInput | None, mask: Image.Image | None, settings: Settings, latent: Latent
     ) -> InitImage:
         """Check an image and a mask, and resize them to the request's size.
 
@@ -84,7 +84,7 @@ class InitialState:
     mask_blend: MaskBlend | None = None
 
 
-def image_size(image: Picture, latent: Latent) -> tuple[int, int]:
+def image_size(image: ImageInput, latent: Latent) -> tuple[int, int]:
     """Return the height and width in pixels to work at: the image's, rounded down as needed.
 
     Raises:

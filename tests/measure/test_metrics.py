@@ -406,7 +406,7 @@ def test_encoding_and_running_on_it_is_running(tiny_engines: Path) -> None:
             )
             rows = pipeline.encode(settings)
             assert {len(array) for array in rows.values()} == {2 if guidance == 1 else 4}
-            usual, told = pipeline.run(settings), pipeline.run(settings, rows=rows)
+            usual, told = pipeline.run(settings), pipeline.run(settings, conditioning=rows)
             assert np.array_equal(usual.latents, told.latents)
             assert told.timings.stages.keys() < usual.timings.stages.keys()
 
