@@ -68,7 +68,7 @@ def load(
         name for name in manifest.required_components if name not in manifest.components
     ]:
         raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
-    backends.check_known(
+    backends.check_option_names(
         options, {manifest.components[n].backend for n in manifest.required_components}
     )
     tokenizers = {

@@ -1,7 +1,7 @@
-"""What engines on a GPU need of CUDA, through cuda-bindings, with every status looked at.
+"""CUDA for engines on a GPU: device, streams, graphs and buffers, with every status checked.
 
-The GPU is the first that CUDA shows; CUDA_VISIBLE_DEVICES says which that is. Nothing is imported
-before it is asked for, so that plans and errors can be made where there is no CUDA.
+The GPU is the first that CUDA lists; set CUDA_VISIBLE_DEVICES to select another. cuda-bindings is
+imported at the first call only, so that plans and errors can be made on machines without CUDA.
 
 Names and semantics: CUDA Runtime API, https://docs.nvidia.com/cuda/cuda-runtime-api/.
 """
@@ -18,19 +18,20 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import BackendError, DeviceError
 
-__all__ = ["Buffer", "Gpu", "CudaGraph", "Stream", "found", "free_memory", "gpu"]
+__all__ = ["Buffer", "CudaGraph", "Gpu", "Stream", "find_gpu", "free_memory", "require_gpu"]
 
 _DEVICE = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU, and what its driver can do.
+    """GPU and its driver.
 
     Attributes:
-        capability: its compute capability, such as ``8.9``.
-        driver: the newest version of CUDA that the driver knows, such as ``13.0``.
-        memory: bytes that it has.
+        name: of the product.
+        capability: compute capability, such as ``8.9``.
+        driver: newest version of CUDA that the driver supports, such as ``13.0``.
+        memory: size in bytes.
     """
 
     name: str
@@ -39,29 +40,29 @@ class Gpu:
     memory: int
 
 
-def gpu() -> Gpu | None:
-    """The GPU, or None where there is none, or no cuda-bindings to reach it."""
+def find_gpu() -> Gpu | None:
+    """Return the GPU, or None if there is none or cuda-bindings is not installed."""
     try:
-        return found()
+        return require_gpu()
     except BackendError:
         return None
 
 
 def free_memory() -> int | None:
-    """Bytes of the GPU's memory that nobody uses, or None where there is no GPU."""
+    """Return the bytes of free memory on the GPU, or None without a GPU."""
     try:
-        found()
+        require_gpu()
         free, _ = _call("cudaMemGetInfo")
     except BackendError:
         return None
     return int(free)
 
 
-def found() -> Gpu:
-    """The GPU.
+def require_gpu() -> Gpu:
+    """Return the GPU.
 
     Raises:
-        DeviceError: there is none, no driver for it, or no cuda-bindings.
+        DeviceError: there is no GPU, no driver, or no cuda-bindings.
     """
     cuda = _library()
     driver = cuda.cudaDriverGetVersion()[1]
@@ -79,7 +80,7 @@ def found() -> Gpu:
 
 
 class Stream:
-    """A queue of work for the GPU, done in order. ``int()`` of it is what libraries take."""
+    """CUDA stream: work for the GPU, done in order. ``int()`` gives the handle for libraries."""
 
     def __init__(self) -> None:
         _call("cudaSetDevice", _DEVICE)
@@ -89,34 +90,38 @@ class Stream:
         return int(self._handle)
 
     def synchronize(self) -> None:
-        """Wait until all of it is done; says so if some of it failed."""
-        _call("cudaStreamSynchronize", self._handle)
-
-    def captured(self, work: Callable[[], None]) -> "CudaGraph":
-        """A graph of what some work would put into this stream; nothing of it is done.
+        """Wait until all work is done.
 
         Raises:
-            BackendError: the work is of a kind that cannot be captured.
+            BackendError: some of the work failed.
+        """
+        _call("cudaStreamSynchronize", self._handle)
+
+    def capture(self, work: Callable[[], None]) -> "CudaGraph":
+        """Return a graph of the work that a function puts into this stream; nothing is executed.
+
+        Raises:
+            BackendError: work of this kind cannot be captured.
         """
         cuda = _library()
-        # other threads may go on to allocate meanwhile
+        # in this mode other threads may allocate meanwhile
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _call("cudaStreamBeginCapture", self._handle, mode)
         try:
             work()
         except BaseException:
-            cuda.cudaStreamEndCapture(self._handle)  # which the stream needs to go on
+            cuda.cudaStreamEndCapture(self._handle)  # or the stream stays in capture mode
             cuda.cudaGetLastError()
             raise
         return CudaGraph(_call("cudaStreamEndCapture", self._handle), self)
 
     def close(self) -> None:
-        """Give it back."""
+        """Free it."""
         _release("cudaStreamDestroy", self._handle)
 
 
 class CudaGraph:
-    """Captured work, which one call repeats."""
+    """Captured work that one call replays."""
 
     def __init__(self, captured: Any, stream: Stream) -> None:
         self._stream = stream
@@ -126,18 +131,18 @@ class CudaGraph:
             _release("cudaGraphDestroy", captured)
 
     def launch(self) -> None:
-        """Put the work into the stream that it was captured from."""
+        """Replay the work in the stream that it was captured from."""
         _call("cudaGraphLaunch", self._handle, self._stream._handle)
 
     def close(self) -> None:
-        """Give it back."""
+        """Free it."""
         _release("cudaGraphExecDestroy", self._handle)
 
 
 class Buffer:
-    """Memory on the GPU, and as much that is locked in the host's, to copy from and to.
+    """Memory on the GPU, with page-locked host memory of the same size to copy from and to.
 
-    Copies between locked memory and the GPU need no intermediate one and do not block.
+    Copies between page-locked memory and the GPU need no intermediate buffer and do not block.
 
     Attributes:
         address: of the memory on the GPU.
@@ -154,23 +159,23 @@ class Buffer:
         self._size = size
 
     def array(self, dtype: str, shape: Sequence[int]) -> NDArray[Any]:
-        """The first bytes of the host's memory as an array, not a copy."""
+        """Return the beginning of the host memory as an array that shares the memory."""
         assert self._host is not None
         memory: Any = (ctypes.c_char * self._size).from_address(self._host)
         return np.ndarray(shape, dtype, memory)
 
     def upload(self, size: int, stream: Stream) -> None:
-        """Put a copy of the host's first bytes to the GPU into a stream."""
+        """Enqueue a copy of the first ``size`` bytes from the host to the GPU."""
         kind = _library().cudaMemcpyKind.cudaMemcpyHostToDevice
         _call("cudaMemcpyAsync", self.address, self._host, size, kind, stream._handle)
 
     def download(self, size: int, stream: Stream) -> None:
-        """Put a copy of the GPU's first bytes to the host into a stream."""
+        """Enqueue a copy of the first ``size`` bytes from the GPU to the host."""
         kind = _library().cudaMemcpyKind.cudaMemcpyDeviceToHost
         _call("cudaMemcpyAsync", self._host, self.address, size, kind, stream._handle)
 
     def close(self) -> None:
-        """Give both back. Arrays of it must be gone."""
+        """Free both. Arrays from array() must not be used afterwards."""
         _release("cudaFree", self.address)
         if self._host is not None:
             _release("cudaFreeHost", self._host)
@@ -186,17 +191,21 @@ def _library() -> Any:
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA runtime, and return what it returns beside its status."""
+    """Call a function of the CUDA runtime and return its results without the status.
+
+    Raises:
+        BackendError: the status is an error.
+    """
     cuda = _library()
     status, *values = getattr(cuda, name)(*arguments)
     if status != cuda.cudaError_t.cudaSuccess:
-        cuda.cudaGetLastError()  # or the next call would be told of it again
+        cuda.cudaGetLastError()  # or the next call would report it again
         raise BackendError(f"{name}: {_text(cuda, status)}")
     return values[0] if len(values) == 1 else values
 
 
 def _release(name: str, handle: Any) -> None:
-    """Give something back; a failure of earlier work, which is told again here, changes nothing."""
+    """Free a handle; errors of earlier work, which CUDA reports again here, are ignored."""
     with suppress(BackendError):
         _call(name, handle)
 

@@ -1,31 +1,31 @@
-"""ONNX Runtime on NVIDIA GPUs, by its providers for CUDA, TensorRT, and TensorRT for RTX.
+"""ONNX Runtime on NVIDIA GPUs: its providers for CUDA, TensorRT, and TensorRT for RTX.
 
-The engine is the ONNX file. TensorRT builds what it runs when a session is loaded, and keeps that
-in a folder beside the engine, ENGINE.cache, which may be deleted at any time; where it cannot be
-written, each load builds anew. Of several ranges of sizes, TensorRT for RTX builds for each, and
-TensorRT for one that holds them all.
+The engine is the ONNX file. TensorRT builds its own engines when a session is loaded, and keeps
+them in a folder beside the ONNX file, ENGINE.cache, which may be deleted at any time; if it cannot
+be written, each load builds anew. With several ranges of sizes, TensorRT for RTX builds for each,
+and TensorRT for one range that encloses them all.
 
-Nothing runs on the CPU but arithmetic on shapes: a graph with other operators that a provider
-lacks is refused.
+Only shape arithmetic runs on the CPU: a graph with other operators that a provider lacks is
+refused.
 
 Options of all three:
 
-* gpu: the GPU's number (0).
-* graphs: False launches each kernel by itself instead of replaying a recording of them. One is made
-  for each size, of which the last few are kept.
-* threads, profile: as on the CPU. While layers are timed there are no graphs.
+* gpu: number of the GPU (0).
+* graphs: False launches each kernel separately instead of replaying CUDA graphs. One graph is
+  captured for each size; the last few are kept.
+* threads, profile: as on the CPU. Profiling disables CUDA graphs.
 
-Each provider takes its own of these and overlooks the others:
+Options of one provider, which the others ignore:
 
-* CUDA: nhwc (channels last), search (of convolutions: EXHAUSTIVE, HEURISTIC or DEFAULT),
-  most_workspace (False lets them use 32 MB alone), tf32, memory (MB of weights and activations),
-  tight (memory grows by what is asked for instead of doubling).
-* TensorRT: level (of the builder's optimization, 0 to 5), workspace (MB), sparse,
-  hardware_compatible (with GPUs from Ampere on).
-* TensorRT for RTX: workspace (MB), weight_streaming (what weights may take of the GPU's memory,
-  such as 512M or 50%).
+* CUDA: nhwc (channels last), search (of convolution algorithms: EXHAUSTIVE, HEURISTIC or DEFAULT),
+  most_workspace (False limits their workspace to 32 MB), tf32, memory (limit in MB for weights and
+  activations), tight (the arena grows by the requested size instead of doubling).
+* TensorRT: level (builder optimization, 0 to 5), workspace (MB), sparse, hardware_compatible (with
+  GPUs from Ampere on).
+* TensorRT for RTX: workspace (MB), weight_streaming (budget of GPU memory for weights, such as
+  512M or 50%).
 
-Sources: the provider options of ONNX Runtime's documentation, and tensorrt_rtx_provider_options.h
+Sources: the provider options in ONNX Runtime's documentation, and tensorrt_rtx_provider_options.h
 of the package onnxruntime-ep-nv-tensorrt-rtx.
 """
 
@@ -42,19 +42,11 @@ from typing import Any
 
 import onnxruntime as ort
 
-from latentforge.runtime.backends import (
-    BACKENDS,
-    CACHE,
-    Options,
-    Report,
-    check_options,
-)
-from latentforge.runtime.backends.ort.library import (
+from latentforge.runtime.backends import BACKENDS, CACHE, Options, Report, check_options
+from latentforge.runtime.backends.ort.device_session import GPU_LOCK, DeviceSession, Place
+from latentforge.runtime.backends.ort.ort_session import (
     LOG_NOTHING,
-    TURN,
-    DeviceSession,
     LayerRecording,
-    Place,
     copy_graph,
     error_message,
     fixed_sizes,
@@ -69,9 +61,9 @@ __all__ = [
     "OPTIONS",
     "SUFFIX",
     "compile",
-    "left_over",
     "load",
     "provider_options",
+    "unsupported_operators",
 ]
 
 OPTIONS: dict[str, type] = {
@@ -96,7 +88,7 @@ SUFFIX = ".onnx"
 _log = logging.getLogger(__name__)
 
 _SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
-_MOST_LEVEL = 5
+_MAX_LEVEL = 5
 _MEGABYTES = ("memory", "workspace")
 _SHAPE_OPERATORS = frozenset(
     """
@@ -105,21 +97,22 @@ _SHAPE_OPERATORS = frozenset(
     Unsqueeze Where
     """.split()
 )
-"""What ONNX Runtime leaves on the CPU of its own accord: CUDA has all of these for real tensors."""
+"""Shape arithmetic, which ONNX Runtime leaves on the CPU; CUDA has all of these for real tensors."""
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Provider:
-    """One of the three.
+    """Execution provider of ONNX Runtime.
 
     Attributes:
-        name: that ONNX Runtime knows it by.
-        options: its names for ours.
-        cache: its options for the folder, and those that are set where there is one.
-        profiles: the beginning of its options for ranges of sizes; nothing for one that takes any.
-        several: whether it builds for each of several ranges by itself.
+        name: in ONNX Runtime.
+        options: names of our options in the provider's options.
+        cache: provider options that take the cache folder.
+        cache_switches: provider options to turn on with a cache folder.
+        profiles: prefix of the provider options for ranges of sizes; empty if it takes any size.
+        multiple_profiles: True if it builds for each of several ranges.
     """
 
     name: str
@@ -127,7 +120,7 @@ class _Provider:
     cache: tuple[str, ...] = ()
     cache_switches: tuple[str, ...] = ()
     profiles: str = ""
-    several: bool = False
+    multiple_profiles: bool = False
 
 
 _PROVIDERS: Mapping[str, _Provider] = {
@@ -166,36 +159,36 @@ _PROVIDERS: Mapping[str, _Provider] = {
         },
         cache=("nv_runtime_cache_path",),
         profiles="nv_profile",
-        several=True,
+        multiple_profiles=True,
     ),
 }
 
 
 def provider_options(component: Component, options: Options, folder: Path | None) -> dict[str, str]:
-    """What a provider is told, in its own words.
+    """Translate our options into those of a provider.
 
     Args:
-        component: its backend says which provider.
+        component: its backend selects the provider.
         options: ours.
-        folder: for what it builds; None where it cannot keep anything.
+        folder: cache folder for the provider's own engines; None if there is none.
 
     Raises:
-        SettingsError: a provider that has to know of ranges is not told of one.
+        SettingsError: the provider needs a range for a free dimension, and there is none.
     """
     provider = _PROVIDERS[component.backend]
-    told = {
-        name: _text(ours, options[ours])
-        for ours, name in provider.options.items()
-        if ours in options
+    translated = {
+        name: _text(option, options[option])
+        for option, name in provider.options.items()
+        if option in options
     }
     if component.backend == "onnxruntime-cuda" and options.get("tight"):
-        told["arena_extend_strategy"] = "kSameAsRequested"
+        translated["arena_extend_strategy"] = "kSameAsRequested"
     if component.backend == "onnxruntime-tensorrt":
-        told |= _precisions(component.precision)
+        translated |= _precisions(component.precision)
     if folder is not None:
-        told |= dict.fromkeys(provider.cache, str(folder))
-        told |= dict.fromkeys(provider.cache_switches, "1")
-    return told | (_profiles(component, provider) if provider.profiles else {})
+        translated |= dict.fromkeys(provider.cache, str(folder))
+        translated |= dict.fromkeys(provider.cache_switches, "1")
+    return translated | (_profiles(component, provider) if provider.profiles else {})
 
 
 def _text(name: str, value: Any) -> str:
@@ -205,40 +198,40 @@ def _text(name: str, value: Any) -> str:
 
 
 def _precisions(precision: str) -> dict[str, str]:
-    """Permission to compute as a graph says: without it, this provider computes in float32."""
+    """Return the options that allow the graph's precision; the provider's default is float32."""
     return {f"trt_{kind}_enable": "1" for kind in ("fp16", "int8") if kind in precision}
 
 
 def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
-    """The least, usual and most sizes of the inputs that have any freedom left."""
-    known = {name for shapes in component.shapes for name in shapes}
-    if missing := [name for name in component.free_dimensions if name not in known]:
+    """Return the min, opt and max shapes of the inputs that have free dimensions."""
+    ranged = {name for shapes in component.shapes for name in shapes}
+    if missing := [name for name in component.free_dimensions if name not in ranged]:
         raise SettingsError(
-            f"{component.file}: nothing says how large its {missing[0]} is, which "
-            f"{component.backend} has to know: compile it for sizes"
+            f"{component.file}: dimension {missing[0]} has no range, and {component.backend} needs "
+            "one: compile it for sizes"
         )
     if not component.free_dimensions:
         return {}
-    every = component.shapes if provider.several else (bounding_range(component.shapes),)
-    kinds = {"min": "min", "opt": "opt", "max": "max"}
-    told = {
-        f"{provider.profiles}_{kind}_shapes": ",".join(_inputs_at(component, every, which))
-        for kind, which in kinds.items()
+    separate = provider.multiple_profiles
+    profiles = component.shapes if separate else (bounding_range(component.shapes),)
+    options = {
+        f"{provider.profiles}_{bound}_shapes": ",".join(_inputs_at(component, profiles, bound))
+        for bound in ("min", "opt", "max")
     }
-    return told | ({"nv_multi_profile_enable": "1"} if len(every) > 1 else {})
+    return options | ({"nv_multi_profile_enable": "1"} if len(profiles) > 1 else {})
 
 
-def _inputs_at(component: Component, every: Sequence[Shapes], which: str) -> list[str]:
-    """Inputs as ``name:1x4x64x64``, for each of the ranges in turn."""
+def _inputs_at(component: Component, profiles: Sequence[Shapes], bound: str) -> list[str]:
+    """Return inputs as ``name:1x4x64x64``, for one profile after the other."""
     free = {
         name: spec
         for name, spec in component.inputs.items()
         if any(isinstance(size, str) for size in spec.shape)
     }
-    sizes = [{name: getattr(r, which) for name, r in shapes.items()} for shapes in every]
+    sizes = [{name: getattr(r, bound) for name, r in shapes.items()} for shapes in profiles]
     return [
-        f"{name}:{'x'.join(map(str, spec.resolve(each)))}"
-        for each in sizes
+        f"{name}:{'x'.join(map(str, spec.resolve(profile)))}"
+        for profile in sizes
         for name, spec in free.items()
     ]
 
@@ -246,24 +239,28 @@ def _inputs_at(component: Component, every: Sequence[Shapes], which: str) -> lis
 def compile(
     onnx: Path, target: Path, component: Component, options: Options, report: Report
 ) -> Mapping[str, str]:
-    """Copy the graph and its weights, and make the folder for what is built of them at load."""
+    """Copy the graph and its weights, and make the cache folder for the provider's engines.
+
+    Raises:
+        SettingsError: there is no such option, or no range for a free dimension.
+    """
     check_options(options, OPTIONS)
     _check_values(options)
     provider_options(component, options, None)
     copy_graph(onnx, target, component)
-    _folder(target, component)
+    _cache_folder(target, component)
     return {}
 
 
 def _check_values(options: Options) -> None:
     if (search := options.get("search", "DEFAULT")) not in _SEARCHES:
-        raise SettingsError(f"backend option search is one of {', '.join(_SEARCHES)}, not {search}")
-    if (level := options.get("level", 0)) > _MOST_LEVEL:
-        raise SettingsError(f"backend option level is at most {_MOST_LEVEL}, not {level}")
+        raise SettingsError(f"backend option search must be {' or '.join(_SEARCHES)}, not {search}")
+    if (level := options.get("level", 0)) > _MAX_LEVEL:
+        raise SettingsError(f"backend option level must be at most {_MAX_LEVEL}, not {level}")
 
 
-def _folder(engine: Path, component: Component) -> Path | None:
-    """The folder for what a provider builds of an engine, where it builds and that can be kept."""
+def _cache_folder(engine: Path, component: Component) -> Path | None:
+    """Return the cache folder beside an engine; None if the provider has none or it is read-only."""
     if not _PROVIDERS[component.backend].cache:
         return None
     folder = engine.with_name(engine.name + CACHE)
@@ -277,7 +274,7 @@ def _folder(engine: Path, component: Component) -> Path | None:
 
 
 def load(path: Path, component: Component, options: Options) -> DeviceSession:
-    """Load an ONNX file on a GPU; TensorRT builds it, unless the folder beside it has it already.
+    """Load an ONNX file on a GPU; TensorRT builds its engine unless the cache folder has it.
 
     Raises:
         BackendError: the provider is not installed, or refuses the graph.
@@ -287,29 +284,29 @@ def load(path: Path, component: Component, options: Options) -> DeviceSession:
     check_options(options, OPTIONS)
     _check_values(options)
     graphs = options.get("graphs", True) and not options.get("profile")
-    folder = _folder(path, component)
-    told = provider_options(component, {**options, "graphs": graphs}, folder)
+    folder = _cache_folder(path, component)
+    provider = provider_options(component, {**options, "graphs": graphs}, folder)
     _check_installed(component.backend)
     _check_gpu(component.backend, options.get("gpu", 0))
     _load_libraries(component.backend)
-    with TURN:
+    with GPU_LOCK:
         try:
-            return _opened(path, component, options, told, graphs=graphs)
+            return _open(path, component, options, provider, graphs=graphs)
         except BackendError as error:
             if not graphs or "graph capture" not in str(error):
                 raise
-        _log.info("%s: no graphs can be recorded of it, so kernels are launched singly", path)
-        off = provider_options(component, {**options, "graphs": False}, folder)
-        return _opened(path, component, options, off, graphs=False)
+        _log.info("%s: CUDA graphs cannot capture it, so kernels are launched one by one", path)
+        provider = provider_options(component, {**options, "graphs": False}, folder)
+        return _open(path, component, options, provider, graphs=False)
 
 
-def _opened(
-    path: Path, component: Component, options: Options, told: Mapping[str, str], *, graphs: bool
+def _open(
+    path: Path, component: Component, options: Options, provider: Mapping[str, str], *, graphs: bool
 ) -> DeviceSession:
     settings = new_settings(options)
     for name, size in fixed_sizes(path, component).items():
         settings.add_free_dimension_override_by_name(name, size)
-    place, providers = _provide(settings, component.backend, options.get("gpu", 0), told)
+    place, providers = _configure(settings, component.backend, options.get("gpu", 0), provider)
     record = LayerRecording(settings) if options.get("profile") else None
     try:
         session = open_session(path, settings, providers)
@@ -318,43 +315,45 @@ def _opened(
         if record is not None:
             record.layers(None)
         if "disabled by the user" in str(error):
-            raise BackendError(f"{_not_started(component)}; or {_left_over(component)}") from error
+            raise BackendError(
+                f"{_not_started(component)}; or {_unsupported(component)}"
+            ) from error
         raise
     return DeviceSession(session, component, place, graphs=graphs, record=record)
 
 
-def _provide(
-    settings: ort.SessionOptions, backend: str, index: int, told: Mapping[str, str]
+def _configure(
+    settings: ort.SessionOptions, backend: str, index: int, provider: Mapping[str, str]
 ) -> tuple[Place, list[Any]]:
-    """Set a session up for a provider: where its tensors lie, and what to open it with."""
-    if _PROVIDERS[backend].profiles:  # what TensorRT gets is to be as it is, and whole
+    """Configure settings for a provider; return the device of its tensors and the provider list."""
+    if _PROVIDERS[backend].profiles:  # TensorRT must get the whole graph, unchanged
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    else:  # shapes are computed on the CPU, so that cannot be switched off: see left_over
+    else:  # shapes are computed on the CPU, so the fallback stays on: see unsupported_operators()
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if backend != "onnxruntime-tensorrt-rtx":
-        return Place(index=index), [(_PROVIDERS[backend].name, dict(told))]
+        return Place(index=index), [(_PROVIDERS[backend].name, dict(provider))]
     device = _plugin_device(index)
-    settings.add_provider_for_devices([device], dict(told))
+    settings.add_provider_for_devices([device], dict(provider))
     return Place(memory=device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)), []
 
 
 def _check_nodes(session: ort.InferenceSession, component: Component) -> None:
-    """Raise unless the provider started, and got all of the graph but arithmetic on shapes."""
+    """Raise unless the provider started and runs all of the graph except shape arithmetic."""
     provider = _PROVIDERS[component.backend]
     if provider.name not in session.get_providers():
         raise DeviceError(_not_started(component))
-    if not provider.profiles and (lacking := left_over(session, provider.name)):
-        raise BackendError(_left_over(component, ", ".join(lacking)))
+    if not provider.profiles and (operators := unsupported_operators(session, provider.name)):
+        raise BackendError(_unsupported(component, ", ".join(operators)))
 
 
-def left_over(session: ort.InferenceSession, provider: str) -> list[str]:
-    """The operators that another provider got, but for those that compute shapes.
+def unsupported_operators(session: ort.InferenceSession, provider: str) -> list[str]:
+    """Return the operators that other providers run, except shape arithmetic.
 
-    The session has to record that: ``session.record_ep_graph_assignment_info``.
+    The session must record assignments: ``session.record_ep_graph_assignment_info``.
     """
-    parts = session.get_provider_graph_assignment_info()
-    nodes = [node for part in parts if part.ep_name != provider for node in part.get_nodes()]
+    subgraphs = session.get_provider_graph_assignment_info()
+    nodes = [node for part in subgraphs if part.ep_name != provider for node in part.get_nodes()]
     return sorted({node.op_type for node in nodes} - _SHAPE_OPERATORS)
 
 
@@ -366,16 +365,16 @@ def _not_started(component: Component) -> str:
     )
 
 
-def _left_over(component: Component, what: str = "operators") -> str:
+def _unsupported(component: Component, operators: str = "operators") -> str:
     target = component.backend.removeprefix("onnxruntime-")
     return (
-        f"{component.file} has {what} that {component.backend} would leave to the CPU: optimize "
-        f"the exported engines with --target {target}, and by another recipe if that was done"
+        f"{component.file} has {operators} that {component.backend} would run on the CPU: optimize "
+        f"the exported engines with --target {target}, or with another recipe if they are"
     )
 
 
 def _check_installed(backend: str) -> None:
-    ort.set_default_logger_severity(LOG_NOTHING)  # which says on its own what is missing
+    ort.set_default_logger_severity(LOG_NOTHING)  # it would print what is missing
     if backend == "onnxruntime-tensorrt-rtx":
         _plugin(backend)
     elif _PROVIDERS[backend].name not in ort.get_available_providers():
@@ -386,14 +385,14 @@ def _check_installed(backend: str) -> None:
 
 
 def _check_gpu(backend: str, index: int) -> None:
-    count = _count()
+    count = _gpu_count()
     if count <= index:
-        there = f"there are {count}" if count else "there is none here"
-        raise DeviceError(f"{backend} needs an NVIDIA GPU {index} with its driver, and {there}")
+        available = f"there are {count}" if count else "there is none here"
+        raise DeviceError(f"{backend} needs an NVIDIA GPU {index} with its driver, and {available}")
 
 
-def _count() -> int:
-    """How many GPUs the driver sees."""
+def _gpu_count() -> int:
+    """Return the number of GPUs that the driver sees."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -404,10 +403,10 @@ def _count() -> int:
 
 
 def _load_libraries(backend: str) -> None:
-    """Load CUDA, cuDNN and TensorRT where pip put them: the provider looks there only by luck."""
+    """Load CUDA, cuDNN and TensorRT from pip's packages, where the provider does not search."""
     if backend == "onnxruntime-tensorrt-rtx":
-        return  # brings its own
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        return  # the plugin brings its own
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints which libraries it does not find
         ort.preload_dlls(directory="")
     if backend == "onnxruntime-tensorrt":
         with contextlib.suppress(ImportError):
@@ -424,7 +423,7 @@ def _plugin(backend: str) -> Any:
 
 @cache
 def _registered() -> str:
-    """Make ONNX Runtime know the plugin, once in a process; returns its provider's name."""
+    """Register the plugin with ONNX Runtime, once per process, and return its provider's name."""
     plugin = _plugin("onnxruntime-tensorrt-rtx")
     name = str(plugin.get_ep_name())
     try:
@@ -439,7 +438,7 @@ def _plugin_device(index: int) -> Any:
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if index >= len(devices):
         raise DeviceError(
-            f"TensorRT for RTX can use {len(devices)} of the GPUs here, and GPU {index} is "
-            "asked for: it serves GeForce RTX 30 and later, and onnxruntime-tensorrt the others"
+            f"TensorRT for RTX can use {len(devices)} of the GPUs here, and GPU {index} was "
+            "requested: it supports GeForce RTX 30 and later; use onnxruntime-tensorrt for others"
         )
     return devices[index]

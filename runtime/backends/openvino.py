@@ -1,21 +1,22 @@
 """OpenVINO: the engine is its IR, a graph (.xml) and the weights that belong to it (.bin).
 
-An engine of several shapes is compiled for each of them at load: where a run takes milliseconds,
-known sizes make it about 1.25 times as fast; where it takes seconds, they gain nothing. Each
-compiled graph holds its own copy of the weights, in the order that its kernels want, so that memory
-grows by the weights with every shape. Threads do not spin between runs.
+An engine of several shapes is compiled for each of them at load. Where a run takes milliseconds,
+fixed sizes make it about 1.25 times as fast; where it takes seconds, they gain nothing. Each
+compiled graph has its own copy of the weights, in the layout of its kernels, so that memory grows
+by the size of the weights with every shape. Threads do not spin between runs.
 
 Options:
-    threads: of one run; 0 lets OpenVINO take every core.
-    profile: record what each layer takes.
+    threads: of one run; 0 lets OpenVINO use every core.
+    profile: record the time of each layer.
     device: CPU, GPU, NPU or AUTO, where OpenVINO finds one.
     hint: ``latency`` gives one run all threads; ``throughput`` lets several run side by side.
-    precision: to compute in, f32 unless f16 or bf16 is asked for. OpenVINO's own choice depends on
-        the processor, and so would the picture. A processor that lacks f16 computes in f32.
+    precision: of the computation, f32 by default, or f16 or bf16. OpenVINO's own default depends
+        on the processor, and so would the image. A processor that lacks f16 computes in f32.
     dynamic_quantization: let layers of 8-bit weights round their inputs to 8 bits, in groups of
-        32. That is less exact, and meant to be faster; OpenVINO would do it unasked.
-    cache: keep the compiled graphs, without weights, in a folder beside the engine. That saves half
-        of the load of a small engine, and a second of a large one's; a load writes nothing unasked.
+        32. This is less exact and meant to be faster; OpenVINO's own default is on.
+    cache: keep the compiled graphs, without weights, in a folder beside the engine. This halves
+        the load time of a small engine and saves a second of a large one's. Off by default: a load
+        writes nothing.
     compress: when compiling, store float32 weights in half precision.
 """
 
@@ -29,25 +30,24 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from numpy.typing import NDArray
 from openvino.frontend import FrontEndManager
 
 from latentforge.runtime.backends import (
     CACHE,
     NO_MEMORY,
-    LayerTime,
     Options,
     Report,
     check_options,
     return_memory,
 )
+from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import ANY, Shapes, bounding_range
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
-__all__ = ["OPTIONS", "SUFFIX", "compile", "load"]
+__all__ = ["OPTIONS", "SUFFIX", "OpenVinoSession", "compile", "load"]
 
 OPTIONS: dict[str, type] = {
     "threads": int,
@@ -63,58 +63,61 @@ SUFFIX = ".xml"
 
 _CHOICES = {"hint": ("latency", "throughput"), "precision": ("f32", "f16", "bf16")}
 _MAX_THREADS = 256
-_GROUP = 32
-_UNBOUNDED = 1 << 20  # sizes from here on come of ANY: a bound so large would be allocated for
+_QUANTIZATION_GROUP = 32
+_UNBOUNDED = 1 << 20  # larger sizes come from ANY: OpenVINO would allocate for such a bound
 
-_UNKNOWN = re.compile(r"No conversion rule found for operations: (.+)")
+_UNSUPPORTED = re.compile(r"No conversion rule found for operations: (.+)")
 _NOISE = re.compile(
     r"Exception from |Check '.*' failed at |FrontEnd API failed with |Loading input"
 )
 _NO_MEMORY = re.compile(r"bad_alloc|cannot allocate memory|not enough memory", re.IGNORECASE)
 
 
-class OpenVinoSession:
+class OpenVinoSession(CheckedSession):
+    """Session of OpenVINO: one compiled graph for each of the component's shapes."""
+
     def __init__(self, path: Path, component: Component, options: Options) -> None:
-        self.component = component
+        super().__init__(component)
         settings = _settings(options)
         for file in (path, path.with_suffix(".bin")):
-            if not file.is_file():  # a pipe, for one, would be waited for
+            if not file.is_file():  # the library would wait for a pipe, for example
                 raise BackendError(f"openvino finds no file {file}: compile the engine again")
         try:
             model = _read(path, "ir")
             _check_signature(model, component, path)
-            self._graphs: list[_Graph] | None = [
-                _Graph(_compiled(_fitted(model, component, shapes), path, options, settings))
+            self._engine = [
+                _Graph(_compiled(_reshaped(model, component, shapes), path, options, settings))
                 for shapes in (component.shapes or ({},))
             ]
         except BackendError:
             raise
-        except Exception as error:  # the library's errors share no base class of their own
+        except Exception as error:  # the library's errors share no base class
             raise BackendError(f"openvino refuses {path}: {_reason(error)}") from error
         self._recording = bool(options.get("profile"))
 
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
-        graphs = self._graphs  # another thread may close it meanwhile
-        if graphs is None:
-            raise BackendError(f"{self.component.file} is closed")
-        _, index = self.component.fit(feeds)
-        try:
-            return graphs[index or 0].run(feeds, self.component.outputs)
-        except Exception as error:
-            raise BackendError(f"{self.component.file} failed: {_reason(error)}") from error
-
     def layers(self) -> list[LayerTime]:
+        """Return the time of each layer: see Session.layers()."""
         recording, self._recording = self._recording, False
-        graphs = self._graphs if recording else None
+        graphs = self._engine if recording else None
         return [layer for graph in graphs or () for layer in graph.layers()]
 
     def close(self) -> None:
-        self._graphs = None
+        """Free the engine: see Session.close()."""
+        super().close()
         return_memory()
+
+    def _run(
+        self, engine: Any, feeds: Feeds, sizes: Mapping[str, int], index: int | None
+    ) -> Outputs:
+        outputs: Outputs = engine[index or 0].run(feeds, self.component.outputs)
+        return outputs
+
+    def _reason(self, error: BaseException) -> str:
+        return _reason(error)
 
 
 class _Graph:
-    """One compiled graph, and as many requests as ever ran at once."""
+    """Compiled graph with a pool of inference requests, which grows to the number of parallel runs."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -124,25 +127,25 @@ class _Graph:
         self._runs = 0
         self._lock = threading.Lock()
 
-    def run(self, feeds: Feeds, names: Iterable[str]) -> dict[str, NDArray[np.generic]]:
-        given = {self._inputs[name]: array for name, array in feeds.items()}
+    def run(self, feeds: Feeds, names: Iterable[str]) -> Outputs:
+        inputs = {self._inputs[name]: array for name, array in feeds.items()}
         with self._request() as request:
-            # Inputs are copied, which costs next to nothing: a graph of free sizes that was given
-            # arrays in place, and copies before, was seen to reach for them when they were gone.
-            values = request.infer(given).to_tuple()
+            # Inputs are copied, which costs next to nothing: a graph of free sizes that first got
+            # copies and then shared arrays was seen to read shared arrays after they were freed.
+            values = request.infer(inputs).to_tuple()
         with self._lock:
             self._runs += 1
         return {name: values[self._outputs[name]] for name in names}
 
     def layers(self) -> list[LayerTime]:
-        """OpenVINO gives the mean over all runs of a layer, whichever request is asked."""
+        """Return layer times; OpenVINO reports means over all runs, the same for every request."""
         with self._lock:
             runs = self._runs
         with self._request() as request:
-            seen = request.get_profiling_info()
+            profile = request.get_profiling_info()
         return [
             LayerTime(layer.node_name, layer.node_type, layer.real_time.total_seconds() * runs)
-            for layer in seen
+            for layer in profile
             if layer.status == ov.ProfilingInfo.Status.EXECUTED
         ]
 
@@ -164,35 +167,39 @@ def _core() -> Any:
 
 
 def _read(path: Path, framework: str) -> Any:
-    """Read a graph by the named reader alone; the library would try all it has, in turn."""
+    """Read a graph with one frontend; the library on its own would try every frontend in turn."""
     reader = FrontEndManager().load_by_framework(framework)
     return reader.convert(reader.load(str(path)))
 
 
-def _check(options: Options) -> None:
+def _check_options(options: Options) -> None:
     check_options(options, OPTIONS)
     if (threads := options.get("threads", 0)) > _MAX_THREADS:
-        raise SettingsError(f"backend option threads is at most {_MAX_THREADS}, not {threads}")
+        raise SettingsError(f"backend option threads must be at most {_MAX_THREADS}, not {threads}")
     for key, choices in _CHOICES.items():
         if (value := options.get(key, choices[0])) not in choices:
-            raise SettingsError(f"backend option {key} is {' or '.join(choices)}, not {value!r}")
+            raise SettingsError(
+                f"backend option {key} must be {' or '.join(choices)}, not {value!r}"
+            )
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    """The options in OpenVINO's words, as far as the device knows them."""
-    _check(options)
+    """Return the options as OpenVINO's properties, without those that the device lacks."""
+    _check_options(options)
     device = _device(options)
     settings = {
         "INFERENCE_NUM_THREADS": options.get("threads", 0),
         "PERF_COUNT": options.get("profile", False),
         "PERFORMANCE_HINT": options.get("hint", "latency").upper(),
         "INFERENCE_PRECISION_HINT": options.get("precision", "f32"),
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if options.get("dynamic_quantization") else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _QUANTIZATION_GROUP
+        if options.get("dynamic_quantization")
+        else 0,
     }
-    if device == "AUTO":  # which hands on what is not its own
+    if device == "AUTO":  # which passes the others on to the device that it selects
         return settings
-    known = _core().get_property(device, "SUPPORTED_PROPERTIES")
-    return {key: value for key, value in settings.items() if key in known}
+    supported = _core().get_property(device, "SUPPORTED_PROPERTIES")
+    return {key: value for key, value in settings.items() if key in supported}
 
 
 def _device(options: Options) -> str:
@@ -200,31 +207,33 @@ def _device(options: Options) -> str:
     here = _core().available_devices  # GPU.0 and GPU.1 where there are two
     if device not in {"AUTO", *here, *(name.partition(".")[0] for name in here)}:
         names = ", ".join(["AUTO", *here])
-        raise DeviceError(f"openvino finds no device {device!r} here; there are {names}")
+        raise DeviceError(f"openvino finds no device {device!r} here; available devices: {names}")
     return device
 
 
 def _check_signature(model: Any, component: Component, path: Path) -> None:
-    """Raise BackendError unless a graph takes and gives what its component says."""
+    """Raise BackendError unless a graph has the inputs and outputs that its component describes."""
     for kind, ports, specs in (
         ("input", model.inputs, component.inputs),
         ("output", model.outputs, component.outputs),
     ):
         indices = _indices(ports)
         for name, spec in specs.items():
-            if name not in indices or not _agrees(ports[indices[name]], spec):
-                found = f"has {_described(ports[indices[name]])}" if name in indices else "has none"
-                raise BackendError(f"{path}: {kind} {name} is to be {spec}, and the graph {found}")
+            if name not in indices or not _matches(ports[indices[name]], spec):
+                actual = _described(ports[indices[name]]) if name in indices else "none"
+                raise BackendError(
+                    f"{path}: {kind} {name}: expected {spec}, the graph has {actual}"
+                )
         if kind == "input" and len(ports) != len(specs):
-            raise BackendError(f"{path}: the graph has {len(ports)} inputs, and not {len(specs)}")
+            raise BackendError(f"{path}: expected {len(specs)} inputs, the graph has {len(ports)}")
 
 
 def _indices(ports: Sequence[Any]) -> dict[str, int]:
-    """Where each name stands; a tensor may have several."""
+    """Return the position of each name; a tensor may have several names."""
     return {name: index for index, port in enumerate(ports) for name in port.names}
 
 
-def _agrees(port: Any, spec: TensorSpec) -> bool:
+def _matches(port: Any, spec: TensorSpec) -> bool:
     shape = ov.PartialShape([size if isinstance(size, int) else -1 for size in spec.shape])
     same = port.element_type.to_dtype() == np.dtype(spec.dtype)
     return same and bool(port.partial_shape.compatible(shape))
@@ -234,8 +243,8 @@ def _described(port: Any) -> str:
     return f"{port.element_type.to_dtype()}{port.partial_shape}"
 
 
-def _fitted(model: Any, component: Component, shapes: Shapes) -> Any:
-    """The graph itself, its inputs now of the sizes and bounds that these shapes have."""
+def _reshaped(model: Any, component: Component, shapes: Shapes) -> Any:
+    """Return the graph itself, its inputs changed to the sizes and bounds of these shapes."""
     indices = _indices(model.inputs)
     free = {name: shapes.get(name, ANY) for name in component.free_dimensions}
     model.reshape({indices[name]: _bounds(spec, free) for name, spec in component.inputs.items()})
@@ -243,24 +252,25 @@ def _fitted(model: Any, component: Component, shapes: Shapes) -> Any:
 
 
 def _bounds(spec: TensorSpec, free: Shapes) -> Any:
-    least = spec.resolve({name: allowed.min for name, allowed in free.items()})
-    most = spec.resolve({name: allowed.max for name, allowed in free.items()})
-    sizes = zip(least, most, strict=True)
-    return ov.PartialShape([ov.Dimension(a, b if b < _UNBOUNDED else -1) for a, b in sizes])
+    lower = spec.resolve({name: allowed.min for name, allowed in free.items()})
+    upper = spec.resolve({name: allowed.max for name, allowed in free.items()})
+    bounds = zip(lower, upper, strict=True)
+    return ov.PartialShape([ov.Dimension(a, b if b < _UNBOUNDED else -1) for a, b in bounds])
 
 
 def _compiled(model: Any, path: Path, options: Options, settings: Mapping[str, Any]) -> Any:
     device = options.get("device", "CPU")
     if options.get("cache"):
-        with suppress(Exception):  # no cache is worth a failure
+        with suppress(Exception):  # a failing cache must not fail the load
             return _cached(model, path, device, settings)
     return _core().compile_model(model, device, settings)
 
 
 def _cached(model: Any, path: Path, device: str, settings: Mapping[str, Any]) -> Any:
-    """Compile by way of a folder, whose files are taken for what they are only if they are whole.
+    """Compile with a cache folder, after deleting files in it whose hashes are wrong.
 
-    OpenVINO finds them by the graph, the settings and its own version, but takes damaged ones.
+    OpenVINO looks files up by the graph, the settings and its own version, but does not notice
+    damage.
     """
     folder = path.with_suffix(CACHE)
     folder.mkdir(exist_ok=True)
@@ -268,12 +278,12 @@ def _cached(model: Any, path: Path, device: str, settings: Mapping[str, Any]) ->
         if not _digest_file(blob).is_file() or _digest_file(blob).read_text() != hash_file(blob):
             blob.unlink()
             _digest_file(blob).unlink(missing_ok=True)
-    where = {
+    cache = {
         "CACHE_DIR": str(folder),
-        "CACHE_MODE": "OPTIMIZE_SIZE",  # without the weights, which are taken from the engine
+        "CACHE_MODE": "OPTIMIZE_SIZE",  # without the weights, which are read from the engine
         "WEIGHTS_PATH": str(path.with_suffix(".bin")),
     }
-    compiled = _core().compile_model(model, device, {**settings, **where})
+    compiled = _core().compile_model(model, device, {**settings, **cache})
     for blob in folder.glob("*.blob"):
         if not _digest_file(blob).is_file():
             _digest_file(blob).write_text(hash_file(blob))
@@ -284,14 +294,14 @@ def _digest_file(blob: Path) -> Path:
     return blob.with_suffix(".sha256")
 
 
-def _reason(error: Exception) -> str:
-    """What the library says, on one line, without the places in its sources."""
+def _reason(error: BaseException) -> str:
+    """Return the library's message on one line, without locations in its sources."""
     text = str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return NO_MEMORY
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if not _NOISE.match(line)]
-    return " ".join(said or lines) or type(error).__name__
+    reasons = [line for line in lines if not _NOISE.match(line)]
+    return " ".join(reasons or lines) or type(error).__name__
 
 
 def compile(
@@ -299,21 +309,26 @@ def compile(
 ) -> Mapping[str, str]:
     """Convert an ONNX file to OpenVINO's IR: target, and its weights in a .bin beside it.
 
-    Weights stay as the graph has them, in half or in 8 bits. Sizes that the component fixes become
-    fixed in the graph, and ranges become its bounds.
+    Weights keep their precision, half or 8 bits too. Sizes that the component fixes become fixed in
+    the graph, and ranges become its bounds.
+
+    Raises:
+        BackendError: the library refuses the graph, or it is not as the component describes.
+        DeviceError: OpenVINO does not find the device in the options.
+        SettingsError: there is no such option, or it has another value.
     """
-    _check(options)
+    _check_options(options)
     try:
         report("reading the graph", 0, 3)
         model = _read(onnx, "onnx")
         _check_signature(model, component, onnx)
         report("setting the sizes", 1, 3)
         _check_signature(
-            _fitted(model, component, bounding_range(component.shapes)), component, onnx
+            _reshaped(model, component, bounding_range(component.shapes)), component, onnx
         )
         report("writing the engine", 2, 3)
         ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
-        _read(target, "ir")  # a disk that is full is no error to the library
+        _read(target, "ir")  # the library does not report a full disk
         report("writing the engine", 3, 3)
     except BaseException as error:
         for file in (target, target.with_suffix(".bin")):
@@ -325,14 +340,20 @@ def compile(
 
 
 def _refusal(onnx: Path, error: Exception) -> BackendError:
-    if unknown := _UNKNOWN.search(str(error)):
+    if unsupported := _UNSUPPORTED.search(str(error)):
         return BackendError(
-            f"{onnx}: openvino does not know {unknown[1].strip()}: optimize the exported engines "
-            "with --target openvino"
+            f"{onnx}: openvino does not support the operators {unsupported[1].strip()}: optimize "
+            "the exported engines with --target openvino"
         )
     return BackendError(f"openvino refuses {onnx}: {_reason(error)}")
 
 
 def load(path: Path, component: Component, options: Options) -> OpenVinoSession:
-    """Load an IR; its weights are mapped from the .bin beside it, and no other file is read."""
+    """Load an IR; its weights are memory-mapped from the .bin beside it, and no other file is read.
+
+    Raises:
+        BackendError: a file is missing or refused, or is not the engine of the component.
+        DeviceError: OpenVINO does not find the device in the options.
+        SettingsError: there is no such option, or it has another value.
+    """
     return OpenVinoSession(path, component, options)

@@ -235,8 +235,8 @@ def _part(
     name: str, manifest: Manifest, backend: str, options: Mapping[str, Any], sizes: Sizes
 ) -> CompileTask:
     before = manifest.components[name]
-    wanted = _sizes_of(name, BACKENDS[backend].free, manifest, sizes)
-    rows = None if BACKENDS[backend].free else _ROWS
+    wanted = _sizes_of(name, BACKENDS[backend].any_size, manifest, sizes)
+    rows = None if BACKENDS[backend].any_size else _ROWS
     shapes = wanted.shapes(before.free_dimensions, manifest.latent.downscale, rows)
     if len(shapes) > _MOST_SHAPES:
         raise SettingsError(f"{len(shapes)} sizes are too many: give at most {_MOST_SHAPES}")
@@ -246,7 +246,7 @@ def _part(
         backend=backend,
         options={key: value for key, value in options.items() if key in known},
     )
-    if not BACKENDS[backend].free:
+    if not BACKENDS[backend].any_size:
         _check_ranges(name, component)
     return CompileTask(name=name, before=before, component=component)
 

@@ -362,7 +362,7 @@ def _steps(
     )
     for name in compiled:
         backend = TARGETS[name].backend
-        default = "any size" if backends.BACKENDS[backend].free else "the model's default size"
+        default = "any size" if backends.BACKENDS[backend].any_size else "the model's default size"
         sizes = ", ".join(f"{key} {value}" for key, value in request.sizes.asdict().items())
         yield f"compile with {backend} for {sizes or default}"
     if len(targets) > 1:

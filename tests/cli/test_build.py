@@ -116,7 +116,7 @@ def check_that_damage_is_reported(directory: Path) -> None:
         with pytest.raises(ManifestError, match=message):
             load(directory)
     path.write_bytes(content)
-    if cuda.gpu() is None:
+    if cuda.find_gpu() is None:
         with pytest.raises(DeviceError, match="text_encoder: this needs an NVIDIA GPU"):
             load(directory)
 

@@ -189,11 +189,11 @@ def test_a_closed_session(load: Load) -> None:
     ("options", "message"),
     [
         ({"turbo": True}, "no backend option 'turbo'; there are"),
-        ({"threads": "2"}, "threads is of type int"),
-        ({"threads": 2.0}, "threads is of type int"),
-        ({"threads": True}, "threads is of type int"),
-        ({"threads": -1}, "threads is not negative"),
-        ({"profile": 1}, "profile is of type bool"),
+        ({"threads": "2"}, "threads must be of type int"),
+        ({"threads": 2.0}, "threads must be of type int"),
+        ({"threads": True}, "threads must be of type int"),
+        ({"threads": -1}, "threads must not be negative, got -1"),
+        ({"profile": 1}, "profile must be of type bool"),
     ],
 )
 def test_refuses_options(load: Load, options: dict[str, Any], message: str) -> None:
@@ -365,6 +365,35 @@ def test_an_engine_that_is_not_as_described(name: str, load: Load) -> None:
 
 
 @real
+@pytest.mark.parametrize(
+    ("outputs", "key", "found"),
+    [
+        ({"y": TensorSpec("float32", ("batch", 4, 1))}, "y", "rank"),
+        ({"y": TensorSpec("float16", ("batch", 4))}, "y", "dtype"),
+        ({"y": TensorSpec("float32", ("batch", 5))}, "y", "size"),
+        ({"z": TensorSpec("float32", ("batch", "n*3"))}, "z", "size that only a run shows"),
+        ({"y": TensorSpec("float32", ("n", 4))}, "y", "rows"),
+        ({"missing": ROW}, "missing", "name"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_outputs_that_are_not_as_described(
+    name: str, load: Load, outputs: dict[str, TensorSpec], key: str, found: str
+) -> None:
+    """Found when the engine is compiled, or loaded, or at the latest when it runs."""
+    part = component(name, outputs=OUTPUTS | outputs)
+    with pytest.raises(BackendError, match=rf"m\.\w+.*\b{key}\b") as caught:
+        load(MODEL, part).run(feeds(2, 3))
+    message = str(caught.value)
+    assert "\n" not in message
+    if found != "name":
+        spec = outputs[key]
+        shape = list(spec.resolve({"batch": 2, "n": 3}))
+        assert f"output {key}: expected {spec.dtype}{shape}" in message or str(spec) in message
+        assert "float32[2, " in message or re.search(r"has .*f.*32\[\?,4\]", message)
+
+
+@real
 def test_an_engine_that_fails(name: str, load: Load, capfd: pytest.CaptureFixture[str]) -> None:
     model = """<ir_version: 9, opset_import: ["" : 17]>
     m (float[batch, 4] x) => (float[batch, 4] y)
@@ -378,7 +407,7 @@ def test_an_engine_that_fails(name: str, load: Load, capfd: pytest.CaptureFixtur
 
 @real
 def test_too_many_threads(load: Load) -> None:
-    with pytest.raises(SettingsError, match="threads is at most 256, not 1000000"):
+    with pytest.raises(SettingsError, match="threads must be at most 256, not 1000000"):
         load(threads=1_000_000)
 
 

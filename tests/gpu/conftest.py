@@ -10,6 +10,6 @@ from latentforge.runtime.errors import DeviceError
 def gpu() -> cuda.Gpu:
     """The GPU that is here."""
     try:
-        return cuda.found()
+        return cuda.require_gpu()
     except DeviceError as error:
         pytest.skip(str(error))

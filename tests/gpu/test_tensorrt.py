@@ -18,8 +18,7 @@ from test_tensorrt import LIBRARIES, RTX, Watch, component, node, specs, write
 
 from latentforge.runtime import backends
 from latentforge.runtime.backends import cuda
-from latentforge.runtime.backends.trt import builder as trt_builder
-from latentforge.runtime.backends.trt import session as trt_session
+from latentforge.runtime.backends.trt import engine_builder, trt_session
 from latentforge.runtime.errors import BackendError, DeviceError, ShapeError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Range, Shapes
@@ -45,8 +44,10 @@ TOLERANCE = 2e-2  # TF32 is allowed to products
 def name(request: pytest.FixtureRequest, gpu: cuda.Gpu) -> str:
     """Each of the two that is installed and serves this GPU."""
     library = pytest.importorskip(backends.BACKENDS[request.param].library, exc_type=ImportError)
-    if request.param == RTX and gpu.capability not in trt_builder.known_capabilities(library):
-        pytest.skip(f"{RTX} does not serve {gpu.name}, of compute capability {gpu.capability}")
+    if request.param == RTX and gpu.capability not in engine_builder.supported_capabilities(
+        library
+    ):
+        pytest.skip(f"{RTX} does not support {gpu.name}, of compute capability {gpu.capability}")
     return str(request.param)
 
 
@@ -110,11 +111,11 @@ def test_any_size_of_any_profile(
 
 def test_sizes_beyond_what_stays_ready_are_made_again(load: Load) -> None:
     session = load()
-    most = len(SHAPES) + trt_session._SPARE
+    most = len(SHAPES) + trt_session._EXTRA_CONTEXTS
     for n in (*range(1, 9), 1):
         given = feeds(2, n)
         check(session.run(given), given)
-        assert len(session._ready) <= most
+        assert len(session._contexts) <= most
 
 
 def test_captures_a_graph(name: str, load: Load, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,10 +123,10 @@ def test_captures_a_graph(name: str, load: Load, caplog: pytest.LogCaptureFixtur
         pytest.skip("TensorRT for RTX captures by itself")
     caplog.set_level(logging.INFO)
     session = load()
-    assert len(session._ready) == len(SHAPES)
-    assert all(ready.graph is not None for ready in session._ready.values())
+    assert len(session._contexts) == len(SHAPES)
+    assert all(ready.graph is not None for ready in session._contexts.values())
     assert "without a CUDA graph" not in caplog.text
-    assert all(ready.graph is None for ready in load(graphs=False)._ready.values())
+    assert all(ready.graph is None for ready in load(graphs=False)._contexts.values())
 
 
 def test_a_read_only_input_is_sent_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
         (["--backend", "null", "--option", "level"], "KEY=VALUE"),
         (["--backend", "null", "--option", "level=3"], "no backend option 'level'"),
         (["--backend", "null", "--option", "threads=3"], "not kept in them"),
-        (["--backend", "onnxruntime", "--option", "prepack=maybe"], "prepack is of type bool"),
+        (["--backend", "onnxruntime", "--option", "prepack=maybe"], "prepack must be of type bool"),
         (["--backend", "null", "--height", "33"], "height is a multiple of 4 "),
         (["--backend", "null", "--height", "512:64"], "MIN:OPT:MAX"),
         (["--backend", "null", "--batch", "0"], "from 1 up"),

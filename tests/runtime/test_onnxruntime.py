@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from latentforge.runtime import backends
 from latentforge.runtime.backends import onnxruntime as cpu
 from latentforge.runtime.backends import onnxruntime_gpu
-from latentforge.runtime.backends.onnxruntime_gpu import left_over, provider_options
-from latentforge.runtime.backends.ort import library as ort_library
-from latentforge.runtime.backends.ort.library import (
-    DeviceSession,
-    LayerRecording,
-    Place,
-    fixed_sizes,
-)
+from latentforge.runtime.backends.onnxruntime_gpu import provider_options, unsupported_operators
+from latentforge.runtime.backends.ort import device_session, ort_session
+from latentforge.runtime.backends.ort.device_session import DeviceSession, Place
+from latentforge.runtime.backends.ort.onnx_header import input_dimensions
+from latentforge.runtime.backends.ort.ort_session import LayerRecording, fixed_sizes
 from latentforge.runtime.errors import (
     BackendError,
     DeviceError,
@@ -209,7 +208,7 @@ def test_an_engine_of_another_machine_is_refused(graph: Path, name: str) -> None
 
 
 def test_the_processor_is_told_apart() -> None:
-    words = cpu._here()["cpu"].split()
+    words = cpu._host_device()["cpu"].split()
     flags = Path("/proc/cpuinfo").read_text().split() if os.path.exists("/proc/cpuinfo") else []
     assert words[0] in ("x86_64", "aarch64", "arm64")
     assert ("avx2" in words) == ("avx2" in flags)
@@ -315,6 +314,64 @@ def test_reading_a_graph_that_is_damaged(graph: Path) -> None:
     assert fixed_sizes(path.with_name("nowhere"), fixed) == {}
 
 
+def header(path: Path, content: bytes) -> list[tuple[str, list[str]]]:
+    path.write_bytes(content)
+    return input_dimensions(path)
+
+
+NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable())
+DIMENSIONS = st.lists(st.one_of(NAMES, st.integers(1, 2**40), st.none()), max_size=6)
+
+
+@given(inputs=st.dictionaries(NAMES, DIMENSIONS, max_size=5), weights=st.binary(max_size=300))
+def test_the_header_of_a_graph(
+    inputs: dict[str, list[str | int | None]], weights: bytes, tmp_path_factory: Any
+) -> None:
+    """As the onnx package reads it, whatever the names, sizes and weights are."""
+    infos = [onnx.helper.make_tensor_value_info(name, 1, dims) for name, dims in inputs.items()]
+    weight = onnx.TensorProto(name="w", data_type=2, dims=[len(weights)], raw_data=weights)
+    graph = onnx.helper.make_graph([], "m", infos, [], [weight])
+    content = onnx.helper.make_model(graph).SerializeToString()
+    expected = [
+        (name, [size if isinstance(size, str) else "" for size in dims])
+        for name, dims in inputs.items()
+    ]
+    assert header(tmp_path_factory.getbasetemp() / "header.onnx", content) == expected
+
+
+@given(st.data())
+def test_the_header_of_a_damaged_graph(data: st.DataObject, tmp_path_factory: Any) -> None:
+    """Bytes that are inserted, replaced or cut off give some names or none, and no error."""
+    info = onnx.helper.make_tensor_value_info("x", 1, ["batch", 4])
+    graph = onnx.helper.make_graph([], "m", [info], [])
+    content = onnx.helper.make_model(graph).SerializeToString()
+    start = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(start, len(content)))
+    damaged = content[:start] + data.draw(st.binary(max_size=40)) + content[end:]
+    for name, dimensions in header(tmp_path_factory.getbasetemp() / "header.onnx", damaged):
+        assert isinstance(name, str) and all(isinstance(size, str) for size in dimensions)
+
+
+@given(st.binary(max_size=2000))
+def test_the_header_of_any_bytes(tmp_path_factory: Any, content: bytes) -> None:
+    header(tmp_path_factory.getbasetemp() / "header.onnx", content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80" * 1000,  # a number that never ends
+        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",  # a graph of 2^63 bytes
+        b"\x3a\x05\x5a",  # a graph that ends after the file
+        b"\x3b",  # a group, which ONNX has not
+    ],
+)
+def test_a_file_that_is_no_graph_has_no_header(tmp_path: Path, content: bytes) -> None:
+    assert header(tmp_path / "m.onnx", content) == []
+    assert input_dimensions(tmp_path) == []  # a directory
+
+
 # The session of the GPU providers, on the CPU
 
 
@@ -337,9 +394,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
         node = onnx.helper.make_node
         nodes = [node("Add", ["x", "t"], ["y"]), node("Add", ["n", "n"], ["m"])]
         save(tmp_path / "m.onnx", nodes, {}, adding())
-        settings = ort_library.new_settings({})
+        settings = ort_session.new_settings({})
         record = LayerRecording(settings) if profile else None
-        session = ort_library.open_session(tmp_path / "m.onnx", settings, ["CPUExecutionProvider"])
+        session = ort_session.open_session(tmp_path / "m.onnx", settings, ["CPUExecutionProvider"])
         opened = DeviceSession(
             session, part or adding(), Place(kind="cpu"), graphs=graphs, record=record
         )
@@ -365,7 +422,7 @@ def test_a_device_session_takes_any_size(make: Make) -> None:
         outputs = session.run(added(rows, value=rows))
         assert outputs["y"].shape == (rows, 3) and (outputs["y"] == rows + 2).all()
         assert outputs["m"].tolist() == [2 * rows]
-    assert len(session._buffers) == ort_library._KEPT
+    assert len(session._buffers) == device_session._MAX_KEPT_SIZES
 
 
 def test_outputs_of_a_device_session_are_the_callers(make: Make) -> None:
@@ -492,12 +549,12 @@ def test_layers_of_a_device_session(
 
 
 def test_each_size_has_a_graph_of_its_own() -> None:
-    settings = ort_library._run_settings(3, 1)
+    settings = device_session._run_settings(3, 1)
     assert settings.get_run_config_entry("gpu_graph_id") == "3"
     assert settings.get_run_config_entry("cuda_graph_annotation_id") == "3"
     assert settings.get_run_config_entry("nv_profile_index") == "1"
     with pytest.raises(RuntimeError):
-        ort_library._run_settings(None, None).get_run_config_entry("gpu_graph_id")
+        device_session._run_settings(None, None).get_run_config_entry("gpu_graph_id")
 
 
 def test_graphs_are_never_taken_for_each_other(make: Make) -> None:
@@ -581,7 +638,7 @@ def test_options_of_tensorrt_for_rtx() -> None:
 
 @pytest.mark.parametrize("backend", GPUS[1:])
 def test_a_range_for_every_free_dimension(backend: str) -> None:
-    with pytest.raises(SettingsError, match=r"m\.engine: nothing says how large its side is"):
+    with pytest.raises(SettingsError, match=r"m\.engine: dimension side has no range"):
         provider_options(batched(backend, shapes=({"batch": Range(1, 2, 2)},)), {}, None)
     fixed = batched(backend, shapes=()).specialize(({"batch": Range.of(1), "side": Range.of(8)},))
     assert provider_options(fixed, {}, None) == {}
@@ -590,9 +647,9 @@ def test_a_range_for_every_free_dimension(backend: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search": "FASTEST"}, "search is one of EXHAUSTIVE, HEURISTIC, DEFAULT, not FASTEST"),
-        ({"level": 6}, "level is at most 5, not 6"),
-        ({"graphs": 1}, "graphs is of type bool"),
+        ({"search": "FASTEST"}, "search must be EXHAUSTIVE or HEURISTIC or DEFAULT, not FASTEST"),
+        ({"level": 6}, "level must be at most 5, not 6"),
+        ({"graphs": 1}, "graphs must be of type bool"),
         ({"prepack": True}, "no backend option 'prepack'"),
     ],
 )
@@ -637,15 +694,19 @@ def opened(graph: Path) -> ort.InferenceSession:
 
 
 def test_operators_that_another_provider_got_are_named(graph: Path) -> None:
-    assert left_over(opened(graph), "CPUExecutionProvider") == []
-    assert left_over(opened(graph), "CUDAExecutionProvider") == ["Conv", "MatMul", "Relu"]
+    assert unsupported_operators(opened(graph), "CPUExecutionProvider") == []
+    assert unsupported_operators(opened(graph), "CUDAExecutionProvider") == [
+        "Conv",
+        "MatMul",
+        "Relu",
+    ]
 
 
 def test_arithmetic_on_shapes_may_stay_on_the_cpu(tmp_path: Path) -> None:
     spec = {"x": TensorSpec("float32", ("a", "b"))}
     part = component(inputs=spec, outputs={"y": TensorSpec("int64", (2,))})
     save(tmp_path / "m.onnx", [onnx.helper.make_node("Shape", ["x"], ["y"])], {}, part)
-    assert left_over(opened(tmp_path / "m.onnx"), "CUDAExecutionProvider") == []
+    assert unsupported_operators(opened(tmp_path / "m.onnx"), "CUDAExecutionProvider") == []
 
 
 def test_a_provider_that_did_not_start(graph: Path) -> None:

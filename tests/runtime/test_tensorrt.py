@@ -17,9 +17,7 @@ import pytest
 
 from latentforge.runtime import backends
 from latentforge.runtime.backends import cuda, tensorrt
-from latentforge.runtime.backends.trt import builder as trt_builder
-from latentforge.runtime.backends.trt import library as trt_library
-from latentforge.runtime.backends.trt import session as trt_session
+from latentforge.runtime.backends.trt import engine_builder, trt_common, trt_session
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.manifest import Component, FileEntry
 from latentforge.runtime.shapes import Range, Shapes
@@ -30,7 +28,7 @@ RTX = "tensorrt-rtx"
 
 onnx = pytest.importorskip("onnx")
 
-no_gpu = pytest.mark.skipif(cuda.gpu() is not None, reason="is about machines without a GPU")
+no_gpu = pytest.mark.skipif(cuda.find_gpu() is not None, reason="is about machines without a GPU")
 
 ROW = TensorSpec("float32", ("batch", 4))
 SHAPES: tuple[Shapes, ...] = (
@@ -99,7 +97,7 @@ PRODUCT = [node("MatMul", "w x", "y")]
 def name(request: pytest.FixtureRequest) -> str:
     """Each of the two that is installed and can build here."""
     pytest.importorskip(backends.BACKENDS[request.param].library, exc_type=ImportError)
-    if request.param != RTX and cuda.gpu() is None:
+    if request.param != RTX and cuda.find_gpu() is None:
         pytest.skip(f"{request.param} builds on the GPU that it is to run on, and there is none")
     return str(request.param)
 
@@ -293,11 +291,14 @@ def test_interrupting_ends_the_build(
         ({"version_compatible": True}, "does not take version_compatible: .* build again"),
         ({"strip": True}, "strip needs a GPU to build with, .* or leave strip out"),
         ({"refit": True}, "refit needs a GPU to build with"),
-        ({"hardware_compatible": "all"}, r"hardware_compatible is same or ampere\+, not 'all'"),
-        ({"kernels": "soon"}, "kernels is lazy or eager or none, not 'soon'"),
-        ({"level": 6}, "level is from 0 to 5, not 6"),
-        ({"workspace": 0}, "workspace is in megabytes, from 1 up"),
-        ({"graphs": 1}, "graphs is of type bool"),
+        (
+            {"hardware_compatible": "all"},
+            r"hardware_compatible must be same or ampere\+, not 'all'",
+        ),
+        ({"kernels": "soon"}, "kernels must be lazy or eager or none, not 'soon'"),
+        ({"level": 6}, "level must be from 0 to 5, not 6"),
+        ({"workspace": 0}, "workspace must be at least 1 megabyte"),
+        ({"graphs": 1}, "graphs must be of type bool"),
         ({"turbo": True}, "no backend option 'turbo'; there are threads, profile"),
         ({"capabilities": "9.0"}, "'9.0', only 7.5, 8.0, .* Hopper, 9.0, with .* tensorrt"),
         ({"capabilities": "8.6,nine"}, "compute capability 'nine'"),
@@ -323,7 +324,7 @@ def test_builds_for_the_capabilities_asked_for(tmp_path: Path) -> None:
 @no_gpu
 def test_tensorrt_builds_on_a_gpu_alone() -> None:
     with pytest.raises(SettingsError, match="tensorrt does not take capabilities: it builds on"):
-        tensorrt._gpu_for("tensorrt", {"capabilities": "8.6"})
+        tensorrt._build_gpu("tensorrt", {"capabilities": "8.6"})
     with pytest.raises(DeviceError, match="CUDA finds none here: .*; tensorrt-rtx builds without"):
         tensorrt._capabilities(None, "tensorrt", {}, None)
 
@@ -331,8 +332,8 @@ def test_tensorrt_builds_on_a_gpu_alone() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ((), "nothing says how large its batch is, which .* has to know"),
-        (({"n": Range(1, 1, 1)},), "nothing says how large its batch is"),
+        ((), "dimension batch has no range, and .* needs one"),
+        (({"n": Range(1, 1, 1)},), "dimension batch has no range"),
     ],
 )
 def test_a_free_dimension_without_a_range(
@@ -346,7 +347,7 @@ def test_sizes_that_contradict_the_graph(name: str, tmp_path: Path) -> None:
     write(tmp_path / "m.onnx", DOUBLED, X, Y)
     free = specs(x="float32 batch n"), specs(y="float32 batch n")
     shapes = ({"batch": Range(1, 2, 4), "n": Range(2, 4, 8)},)
-    with pytest.raises(SettingsError, match=r"m\.onnx: x .* sizes 2 to 8, .* fixed to 4: export"):
+    with pytest.raises(SettingsError, match=r"m\.onnx: x: sizes 2 to 8 .* fixed to 4: export"):
         build(tmp_path, component(name, *free, shapes))
 
 
@@ -362,12 +363,20 @@ def test_sizes_that_the_library_cannot_reconcile(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
     [
-        (specs(other="float32 batch 4"), Y, "inputs are x, and the manifest says other"),
-        (X, specs(y="float32 batch 4", z="float32 1"), "outputs are y, .* says y, z"),
-        (specs(x="float16 batch 4"), Y, r"x is float32\[-1, 4\], .* says float16\[batch, 4\]"),
-        (specs(x="float32 batch 5"), Y, r"x is float32\[-1, 4\], .* says float32\[batch, 5\]"),
-        (specs(x="float32 batch"), Y, r"x is float32\[-1, 4\]"),
-        (X, specs(y="int64 batch 4"), r"y is float32\[-1, 4\], .* says int64"),
+        (specs(other="float32 batch 4"), Y, "inputs: expected other .*, found x: "),
+        (X, specs(y="float32 batch 4", z="float32 1"), "outputs: expected y, z .*, found y: "),
+        (
+            specs(x="float16 batch 4"),
+            Y,
+            r"x: expected float16\[batch, 4\] .*, found float32\[-1, 4\]",
+        ),
+        (
+            specs(x="float32 batch 5"),
+            Y,
+            r"x: expected float32\[batch, 5\] .*, found float32\[-1, 4\]",
+        ),
+        (specs(x="float32 batch"), Y, r"x: expected float32\[batch\] .*, found float32\[-1, 4\]"),
+        (X, specs(y="int64 batch 4"), r"y: expected int64\[batch, 4\] .*, found float32\[-1, 4\]"),
     ],
 )
 def test_a_graph_that_is_not_as_described(
@@ -381,7 +390,7 @@ def test_a_graph_that_is_not_as_described(
 def test_double_precision_is_not_quietly_single(name: str, tmp_path: Path) -> None:
     x, y = specs(x="float64 batch 4"), specs(y="float64 batch 4")
     write(tmp_path / "m.onnx", DOUBLED, x, y)
-    with pytest.raises(BackendError, match=r"x is float32\[-1, 4\], .* says float64"):
+    with pytest.raises(BackendError, match=r"x: expected float64.*, found float32\[-1, 4\]"):
         build(tmp_path, component(name, x, y, ROWS))
 
 
@@ -498,8 +507,8 @@ def test_a_link_within_the_directory_is_none_of_ours(name: str, tmp_path: Path) 
     ],
 )
 def test_reasons_that_mean_too_little_memory(reason: str) -> None:
-    assert trt_builder._MEMORY.search(reason)
-    assert not trt_builder._MEMORY.search("requires workspace memory greater than 0")
+    assert engine_builder._MEMORY.search(reason)
+    assert not engine_builder._MEMORY.search("requires workspace memory greater than 0")
 
 
 # Loading, as far as it goes without a GPU
@@ -546,7 +555,7 @@ def test_a_damaged_engine(
 ) -> None:
     path = tmp_path / "m.engine"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(BackendError, match=r"m\.engine is no engine of tensorrt_rtx") as caught:
+    with pytest.raises(BackendError, match=r"m\.engine is not an engine of tensorrt_rtx") as caught:
         load(tmp_path, engine)
     assert not isinstance(caught.value, DeviceError)
     assert capfd.readouterr() == ("", "")
@@ -640,21 +649,21 @@ def test_a_library_that_is_not_installed() -> None:
 
 @no_gpu
 def test_plans_know_of_no_gpu() -> None:
-    assert cuda.gpu() is None and cuda.free_memory() is None
+    assert cuda.find_gpu() is None and cuda.free_memory() is None
 
 
 def test_cuda_bindings_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(DeviceError, match=r"without cuda-bindings \(.*\): pip install"):
-        cuda.found()
-    assert cuda.gpu() is None and cuda.free_memory() is None
+        cuda.require_gpu()
+    assert cuda.find_gpu() is None and cuda.free_memory() is None
 
 
 # The session's reckoning
 
 
 def test_phases_within_phases() -> None:
-    phases = trt_builder.Phases()
+    phases = engine_builder.Phases()
     phases.start("build", None, 2)
     phases.start("optimize", "build", 4)
     assert phases.reached == 0
@@ -686,11 +695,11 @@ def test_profiles_and_buffers_follow_the_shapes() -> None:
         {"batch": Range.of(1), "h": Range.of(32)},
     )
     part = component(RTX, inputs, outputs, shapes)
-    assert trt_library.profiles(part) == (
+    assert trt_common.profiles(part) == (
         {"x": ((1, 4, 8), (2, 4, 16), (4, 4, 16)), "t": ((1,),) * 3, "s": ((),) * 3},
         {"x": ((1, 4, 32),) * 3, "t": ((1,),) * 3, "s": ((),) * 3},
     )
-    assert trt_library.buffer_sizes(part) == {
+    assert trt_common.buffer_sizes(part) == {
         "x": 2 * 4 * 4 * 16,
         "t": 8,
         "s": 4,
@@ -705,8 +714,8 @@ def test_what_the_gpu_has_already() -> None:
     kept.setflags(write=False)
     twin = array.view()
     twin.setflags(write=False)
-    assert trt_session.is_there({"x": kept}, "x", kept)
-    assert not trt_session.is_there({"x": kept}, "x", twin)
-    assert not trt_session.is_there({"x": array}, "x", array)  # it may have changed meanwhile
-    assert not trt_session.is_there({"x": None}, "x", kept)
-    assert not trt_session.is_there({"y": kept}, "x", kept)
+    assert trt_session.is_uploaded({"x": kept}, "x", kept)
+    assert not trt_session.is_uploaded({"x": kept}, "x", twin)
+    assert not trt_session.is_uploaded({"x": array}, "x", array)  # it may have changed meanwhile
+    assert not trt_session.is_uploaded({"x": None}, "x", kept)
+    assert not trt_session.is_uploaded({"y": kept}, "x", kept)

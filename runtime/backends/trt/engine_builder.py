@@ -1,4 +1,4 @@
-"""A TensorRT engine being built: the network, its sizes, and how far it has come."""
+"""Building of TensorRT engines: network, optimization profiles, settings, and progress."""
 
 import re
 import threading
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentforge.runtime.backends import NO_MEMORY, Options, Report
-from latentforge.runtime.backends.trt.library import (
+from latentforge.runtime.backends.trt.trt_common import (
     CHOICES,
     RTX,
     Log,
@@ -16,16 +16,18 @@ from latentforge.runtime.backends.trt.library import (
     check_links,
     check_signature,
     dtype_of,
-    implemented,
+    implement,
     profiles,
     write_cache,
 )
 from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.manifest import Component
 
-__all__ = ["PARTS", "Build", "Phases", "check_range", "known_capabilities"]
+__all__ = ["PARTS", "EngineBuilder", "Phases", "check_range", "supported_capabilities"]
 
-PARTS = 1000  # of a progress bar
+PARTS = 1000
+"""Units of the progress that a build reports."""
+
 _FLAGS = {
     "sparse": "SPARSE_WEIGHTS",
     "weight_streaming": "WEIGHT_STREAMING",
@@ -36,8 +38,8 @@ _FLAGS = {
 _MEMORY = re.compile(r"out ?of ?memory|bad_alloc|alloc\w* failed|map file to memory", re.IGNORECASE)
 
 
-class Build:
-    """A parsed network, and what it is to become."""
+class EngineBuilder:
+    """Parsed network with the settings of its build."""
 
     def __init__(self, library: Any, onnx: Path, component: Component, options: Options) -> None:
         self._library = library
@@ -57,8 +59,8 @@ class Build:
         check_links(self._onnx.parent)
         parser = self._parser = self._library.OnnxParser(self._network, self._log.sink)
         if not parser.parse_from_file(str(self._onnx)):
-            found = parser.get_error(0) if parser.num_errors else None
-            node = f"{found.node_operator()} {found.node_name()}".strip() if found else ""
+            error = parser.get_error(0) if parser.num_errors else None
+            node = f"{error.node_operator()} {error.node_name()}".strip() if error else ""
             raise self._refused(f"{node}: " if node else "")
 
     def _check_tensors(self) -> None:
@@ -69,8 +71,8 @@ class Build:
             ("input", self._component.inputs, self._inputs),
             ("output", self._component.outputs, outputs),
         ):
-            found = {t.name: (dtype_of(t.dtype), tuple(t.shape)) for t in tensors}
-            check_signature(f"{self._onnx}: {kind}", specs, found)
+            signature = {t.name: (dtype_of(t.dtype), tuple(t.shape)) for t in tensors}
+            check_signature(f"{self._onnx}: {kind}", specs, signature)
 
     def _configure(self, options: Options) -> None:
         library, config = self._library, self._config
@@ -92,8 +94,8 @@ class Build:
 
     def _check_ranges(self, shapes: "Profile") -> None:
         for tensor in self._inputs:
-            least, _, most = shapes[tensor.name]
-            check_range(f"{self._onnx}: {tensor.name}", tuple(tensor.shape), least, most)
+            lower, _, upper = shapes[tensor.name]
+            check_range(f"{self._onnx}: {tensor.name}", tuple(tensor.shape), lower, upper)
 
     def _add_profile(self, shapes: "Profile") -> None:
         profile = self._builder.create_optimization_profile()
@@ -103,19 +105,30 @@ class Build:
         if self._config.add_optimization_profile(profile) < 0:
             raise self._refused("sizes: ")
 
-    def aim_at(self, capabilities: tuple[str, ...]) -> None:
-        """Build for GPUs of these compute capabilities."""
-        known = known_capabilities(self._library)
+    def set_capabilities(self, capabilities: tuple[str, ...]) -> None:
+        """Build for GPUs of these compute capabilities.
+
+        Raises:
+            BackendError: the library refuses one of them.
+        """
+        values = supported_capabilities(self._library)
         self._config.num_compute_capabilities = len(capabilities)
-        for index, each in enumerate(capabilities):
-            if not self._config.set_compute_capability(known[each], index):
-                raise self._refused(f"compute capability {each}: ")
+        for index, capability in enumerate(capabilities):
+            if not self._config.set_compute_capability(values[capability], index):
+                raise self._refused(f"compute capability {capability}: ")
 
     def run(self, timing: Path, report: Report) -> Any:
-        """Build, and return the engine as a buffer of the library's.
+        """Build, and return the engine as a buffer that the library owns.
 
-        In a thread of its own, so that Ctrl-C is heard here and not inside the library. What
-        report raises ends the build, too.
+        The library runs in another thread, so that Ctrl-C is handled here at once. An exception
+        from report ends the build, too.
+
+        Args:
+            timing: cache file with kernel timings of earlier builds on this GPU.
+            report: called with the progress, in PARTS.
+
+        Raises:
+            BackendError: the library refuses the network, or memory runs out.
         """
         ended: list[BaseException] = []
         self._config.progress_monitor = _monitor(self._library, report, ended)
@@ -138,49 +151,53 @@ class Build:
         return plan
 
     def _refused(self, what: str = "") -> BackendError:
-        reason = self._log.said() or "it does not say why"
+        reason = self._log.take_errors() or "without giving a reason"
         if _MEMORY.search(reason):
             reason = f"{reason}: {NO_MEMORY}"
         return BackendError(f"{self._library.__name__} refuses {self._onnx}: {what}{reason}")
 
 
-def known_capabilities(library: Any) -> dict[str, Any]:
-    """The library's values by compute capability: SM120 is 12.0."""
+def supported_capabilities(library: Any) -> dict[str, Any]:
+    """Return the library's values by compute capability: ``SM120`` is ``12.0``."""
     members = library.ComputeCapability.__members__.items()
-    return {f"{key[2:-1]}.{key[-1]}": each for key, each in members if key.startswith("SM")}
+    return {f"{key[2:-1]}.{key[-1]}": value for key, value in members if key.startswith("SM")}
 
 
 def check_range(
-    what: str, shape: tuple[int, ...], least: tuple[int, ...], most: tuple[int, ...]
+    what: str, shape: tuple[int, ...], lower: tuple[int, ...], upper: tuple[int, ...]
 ) -> None:
-    """Refuse to build for sizes of a dimension that the graph has fixed to another."""
-    for size, low, high in zip(shape, least, most, strict=True):
+    """Refuse a range of a dimension that is fixed to another size in the graph.
+
+    Raises:
+        SettingsError: a fixed dimension has another size, or a range of them.
+    """
+    for size, low, high in zip(shape, lower, upper, strict=True):
         if size != -1 and not low == size == high:
             raise SettingsError(
-                f"{what} is to be built for sizes {low} to {high}, and the graph is fixed to "
-                f"{size}: export it again with that dimension free, or build for {size}"
+                f"{what}: sizes {low} to {high} are requested, and the graph is fixed to {size}: "
+                f"export it again with that dimension free, or build for {size}"
             )
 
 
 def _read_timing(config: Any, path: Path) -> None:
-    """Take kernels' times from an earlier build on this GPU, or begin anew."""
+    """Reuse kernel timings of an earlier build on this GPU, or start from an empty cache."""
     try:
-        known = path.read_bytes()
+        content = path.read_bytes()
     except OSError:
-        known = b""
-    cache = config.create_timing_cache(known)
+        content = b""
+    cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 class Phases:
-    """How far nested phases of a build have come together, as one number that never falls.
+    """Progress of a build with nested phases, as one number that never decreases.
 
-    How many phases a step has is known only afterwards, so each of them takes half of what is
-    left of it.
+    The number of inner phases of a step is unknown in advance, so each of them accounts for half
+    of the step's remaining progress.
 
     Attributes:
-        reached: from 0 to 1.
+        reached: progress from 0 to 1.
     """
 
     def __init__(self) -> None:
@@ -188,18 +205,18 @@ class Phases:
         self._open: dict[str, _Phase] = {}
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase begins, within a step of its parent."""
+        """Record that a phase begins, within a step of its parent."""
         phase = self._open[name] = _Phase(self._open.get(parent or ""), max(1, steps))
         self.reached = max(self.reached, phase.reach())
 
     def step(self, name: str, index: int) -> None:
-        """A phase has done the step of this index, from 0."""
+        """Record that a phase has finished the step of this index, from 0."""
         if phase := self._open.get(name):
             phase.done, phase.filled = index + 1, 0.0
             self.reached = max(self.reached, phase.reach())
 
     def finish(self, name: str) -> None:
-        """A phase has ended, with all of its steps or without."""
+        """Record that a phase has ended, with or without all of its steps."""
         phase = self._open.pop(name, None)
         if phase and phase.parent:
             phase.parent.filled += (1 - phase.parent.filled) / 2
@@ -207,7 +224,7 @@ class Phases:
 
 @dataclass
 class _Phase:
-    """``filled`` is how much of the current step its inner phases have done."""
+    """One open phase; ``filled`` is the share of the current step that its inner phases have done."""
 
     parent: "_Phase | None"
     steps: int
@@ -223,30 +240,30 @@ class _Phase:
 
 
 def _monitor(library: Any, report: Report, ended: list[BaseException]) -> Any:
-    """What tells of progress; with anything in ended, it ends the build at the next step."""
-    phases, lock = Phases(), threading.Lock()  # several threads of the library may report
+    """Return a progress monitor, which ends the build at the next step if ``ended`` has an item."""
+    phases, lock = Phases(), threading.Lock()  # the library may report from several threads
 
-    def tell(name: str) -> None:
+    def publish(name: str) -> None:
         try:
             report(name, min(int(phases.reached * PARTS), PARTS - 1), PARTS)
-        except BaseException as error:  # which the library would print, and go on
+        except BaseException as error:  # the library would only print it
             ended.append(error)
 
     def start(name: str, parent: str | None, steps: int) -> None:
         with lock:
             phases.start(name, parent, steps)
-            tell(name)
+            publish(name)
 
     def step(name: str, index: int) -> bool:
         with lock:
             phases.step(name, index)
-            tell(name)
+            publish(name)
         return not ended
 
     def finish(name: str) -> None:
         with lock:
             phases.finish(name)
 
-    return implemented(
+    return implement(
         library.IProgressMonitor, phase_start=start, step_complete=step, phase_finish=finish
     )

@@ -1,4 +1,4 @@
-"""A TensorRT engine on the GPU: memory, execution contexts, graphs, and what stays between runs."""
+"""Session of TensorRT: device memory, execution contexts, CUDA graphs, and inputs kept on the GPU."""
 
 import logging
 import mmap
@@ -14,14 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentforge.runtime.backends import (
-    CACHE,
-    LayerTime,
-    Options,
-    cuda,
-    differences,
-)
-from latentforge.runtime.backends.trt.library import (
+from latentforge.runtime.backends import CACHE, Options, cuda, differences
+from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs
+from latentforge.runtime.backends.trt.trt_common import (
     CHOICES,
     RTX,
     Log,
@@ -30,9 +25,9 @@ from latentforge.runtime.backends.trt.library import (
     check_links,
     check_signature,
     dtype_of,
-    implemented,
+    implement,
+    profile_sizes,
     ranges,
-    sizes_of,
     write_cache,
 )
 from latentforge.runtime.errors import BackendError
@@ -40,21 +35,23 @@ from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
 from latentforge.runtime.text import one_line
 
-__all__ = ["TensorrtSession", "is_there"]
+__all__ = ["TensorrtSession", "is_uploaded"]
 
-_SPARE = 4  # sizes that stay ready beside the usual ones
+_EXTRA_CONTEXTS = 4  # contexts kept in addition to one per profile
 _logger = logging.getLogger(__name__)
 _Key = tuple[int, tuple[tuple[str, int], ...]]
 
 
-def is_there(sent: Mapping[str, NDArray[Any] | None], name: str, array: NDArray[Any]) -> bool:
-    """Whether the GPU has an input already: the same array as before, that cannot have changed."""
-    return sent.get(name) is array and not array.flags.writeable
+def is_uploaded(
+    uploaded: Mapping[str, NDArray[Any] | None], name: str, array: NDArray[Any]
+) -> bool:
+    """Return True if the GPU has this very array from an earlier run and it cannot have changed."""
+    return uploaded.get(name) is array and not array.flags.writeable
 
 
 @dataclass
-class _Ready:
-    """A context for one size, and its captured work; ``capture`` says to try that once."""
+class _SizedContext:
+    """Execution context for one size, and its CUDA graph; ``capture`` is True until one was tried."""
 
     context: Any
     capture: bool
@@ -65,32 +62,31 @@ class _Ready:
             self.graph.close()
 
 
-class TensorrtSession:
-    """An engine on the GPU.
+class TensorrtSession(CheckedSession):
+    """Session of a TensorRT engine on the GPU.
 
-    An input that may not be written to (``flags.writeable`` is False) and that is the very array
-    of the run before is not copied to the GPU again: embeddings of a prompt stay there from step
-    to step. The session holds such an array until another takes its place.
+    A read-only input (``flags.writeable`` is False) that is the same array object as in the run
+    before is not uploaded again: prompt embeddings stay on the GPU from step to step. The session
+    holds a reference to such an array until another one replaces it.
 
-    Every size that is run keeps an execution context, and a CUDA graph of its own, until others
-    push it out; all of them share the memory that one run takes.
+    Each size that was run keeps an execution context and a CUDA graph until it is the least
+    recently used one; all contexts share the scratch memory of one run.
     """
 
     def __init__(self, library: Any, path: Path, component: Component, options: Options) -> None:
-        self.component = component
+        super().__init__(component)
         self._library = library
         self._options = options
         self._log = Log(library)
         self._lock = threading.Lock()
-        self._held = ExitStack()
-        self._ready: OrderedDict[_Key, _Ready] = OrderedDict()
-        self._sent: dict[str, NDArray[Any] | None] = {}
+        self._resources = ExitStack()
+        self._contexts: OrderedDict[_Key, _SizedContext] = OrderedDict()
+        self._uploaded: dict[str, NDArray[Any] | None] = {}
         self._times: defaultdict[str, float] = defaultdict(float)
         self._recording = bool(options.get("profile"))
-        self._engine: Any = None
         self._config: Any = None
         self._cache: _Cache | None = None
-        weakref.finalize(self, self._held.close)
+        weakref.finalize(self, self._resources.close)
         try:
             self._open(path)
         except BaseException as error:
@@ -100,45 +96,47 @@ class TensorrtSession:
                 raise
             raise BackendError(f"{path} does not load: {reason}") from error
 
-    def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
-        with self._lock:
-            if self._engine is None:
-                raise BackendError(f"{self.component.file} is closed")
-            sizes, index = self.component.fit(feeds)
-            try:
-                return self._run(index or 0, sizes, feeds)
-            except BaseException as error:
-                self._sent.clear()
-                with suppress(BackendError):
-                    self._stream.synchronize()  # buffers may be written again only then
-                if not isinstance(error, Exception):
-                    raise
-                reason = self._reason(error)
-                raise BackendError(f"{self.component.file} failed: {reason}") from error
-
     def layers(self) -> list[LayerTime]:
+        """Return the time of each layer: see Session.layers()."""
         with self._lock:
             times = self._times if self._recording else {}
             self._recording = False
             return [LayerTime(name, "", seconds) for name, seconds in times.items()]
 
     def close(self) -> None:
+        """Free the engine: see Session.close()."""
         with self._lock:
             if self._cache is not None:
                 self._cache.write()
             self._cache = None
-            self._held.close()
-            self._sent.clear()
+            self._resources.close()
+            self._uploaded.clear()
             self._config = self._engine = None
 
+    def _run(
+        self, engine: Any, feeds: Feeds, sizes: Mapping[str, int], index: int | None
+    ) -> Outputs:
+        with self._lock:
+            if self._engine is None:  # closed while this run waited for the lock
+                raise self._closed()
+            try:
+                return self._execute(index or 0, sizes, feeds)
+            except BaseException as error:
+                self._uploaded.clear()
+                with suppress(BackendError):
+                    self._stream.synchronize()  # only then may buffers be written again
+                if not isinstance(error, Exception):
+                    raise
+                raise self._failed(error) from error  # with the lock: the log is shared
+
     def _reason(self, error: BaseException) -> str:
-        """What an error says, and what the library logged of it, in one line."""
-        said = one_line(error, limit=None)
-        return "; ".join(text for text in (said, self._log.said()) if text)
+        """Return the error's message and what the library logged about it, on one line."""
+        message = one_line(error, limit=None)
+        return "; ".join(text for text in (message, self._log.take_errors()) if text)
 
     def _open(self, path: Path) -> None:
         self._stream = cuda.Stream()
-        self._held.callback(self._stream.close)
+        self._resources.callback(self._stream.close)
         self._engine = self._deserialized(path)
         self._inputs, self._outputs = self._signatures()
         sizes = buffer_sizes(self.component)
@@ -148,16 +146,16 @@ class TensorrtSession:
         if self.component.backend == RTX:
             self._config = self._runtime_config(path)
         record = self._times
-        self._profiler = implemented(
+        self._profiler = implement(
             self._library.IProfiler,
             report_layer_time=lambda name, ms: record.__setitem__(name, record[name] + ms / 1e3),
         )
-        self._held.callback(_let_go, self._ready)
+        self._resources.callback(_close_all, self._contexts)
         self._warm_up()
 
     def _buffer(self, size: int, *, host: bool = True) -> cuda.Buffer:
         buffer = cuda.Buffer(size, host=host)
-        self._held.callback(buffer.close)
+        self._resources.callback(buffer.close)
         return buffer
 
     def _deserialized(self, path: Path) -> Any:
@@ -171,8 +169,8 @@ class TensorrtSession:
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             driver = {k: v for k, v in self.component.device.items() if k == "driver"}
-            found = differences(driver, {"driver": cuda.found().driver})
-            raise BackendError(f"{self._library.__name__} refuses it{found and f'; {found}'}")
+            mismatch = differences(driver, {"driver": cuda.require_gpu().driver})
+            raise BackendError(f"{self._library.__name__} refuses it{mismatch and f'; {mismatch}'}")
         if self._options.get("strip"):
             self._refit(engine, path.with_suffix(".onnx"))
         if self._options.get("weight_streaming"):
@@ -180,7 +178,7 @@ class TensorrtSession:
         return engine
 
     def _refit(self, engine: Any, onnx: Path) -> None:
-        """Fill in weights that were left out."""
+        """Load the weights that the engine was built without."""
         check_links(onnx.parent)
         refitter = self._library.Refitter(engine, self._log.sink)
         parser = self._library.OnnxParserRefitter(refitter, self._log.sink)
@@ -188,29 +186,31 @@ class TensorrtSession:
             raise BackendError(f"its weights cannot be taken from {onnx}")
 
     def _signatures(self) -> tuple[list[str], list[str]]:
-        """The engine's inputs and outputs, which are the component's."""
-        engine, found = self._engine, (dict[str, Any](), dict[str, Any]())
+        """Return the names of the engine's inputs and outputs, once they match the component's."""
+        engine, tensors = self._engine, (dict[str, Any](), dict[str, Any]())
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             is_output = engine.get_tensor_mode(name) == self._library.TensorIOMode.OUTPUT
             kind, shape = dtype_of(engine.get_tensor_dtype(name)), engine.get_tensor_shape(name)
-            found[is_output][name] = kind, tuple(shape)
-        # an input that the graph makes nothing of may be gone
+            tensors[is_output][name] = kind, tuple(shape)
+        # the library may have removed an input that the graph does not use
         inputs = {
-            name: self.component.inputs[name] for name in self.component.inputs.keys() & found[0]
+            name: self.component.inputs[name] for name in self.component.inputs.keys() & tensors[0]
         }
-        check_signature("input", inputs, found[0])
-        check_signature("output", self.component.outputs, found[1])
+        check_signature("input", inputs, tensors[0])
+        check_signature("output", self.component.outputs, tensors[1])
         if engine.num_optimization_profiles != len(ranges(self.component)):
-            raise BackendError("it was built for other sizes than the manifest says: compile again")
-        return list(found[0]), list(found[1])
+            raise BackendError(
+                "it was built for other sizes than the manifest records: compile again"
+            )
+        return list(tensors[0]), list(tensors[1])
 
     def _runtime_config(self, path: Path) -> Any:
-        """How TensorRT for RTX is to run: with graphs of its own, which wait for its kernels."""
+        """Return TensorRT for RTX's runtime settings; it captures CUDA graphs itself, after its kernels."""
         library, config = self._library, self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(
             library.ExecutionContextAllocationStrategy.USER_MANAGED
         )
-        if self._wants_graphs():
+        if self._uses_graphs():
             config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if kernels := self._options.get("kernels"):
             strategies = library.DynamicShapesKernelSpecializationStrategy
@@ -220,29 +220,27 @@ class TensorrtSession:
         self._cache = _Cache(config, path.with_name(path.name + CACHE))
         return config
 
-    def _wants_graphs(self) -> bool:
-        """Layers are not timed within a graph, and weights are not streamed there."""
+    def _uses_graphs(self) -> bool:
+        """Return True if CUDA graphs are to be used; profiling and weight streaming exclude them."""
         options = self._options
         prevented = self._recording or options.get("weight_streaming")
         return bool(options.get("graphs", True)) and not prevented
 
     def _warm_up(self) -> None:
-        """Run the usual size of each profile, so that no later run waits for preparations."""
+        """Run the optimal size of each profile once, so that no later run waits for preparations."""
         for index, shapes in enumerate(ranges(self.component)):
-            usual = sizes_of(shapes)[1]
+            sizes = profile_sizes(shapes)[1]
             specs = self.component.inputs.items()
-            self._run(index, usual, {n: np.zeros(s.resolve(usual), s.dtype) for n, s in specs})
+            self._execute(index, sizes, {n: np.zeros(s.resolve(sizes), s.dtype) for n, s in specs})
         self._times.clear()
-        self._log.said()  # a cache that was refused is no matter for later errors
+        self._log.take_errors()  # such as of a refused cache: not to be reported with later errors
         if self._cache is not None:
             self._cache.write()
 
-    def _run(
-        self, index: int, sizes: Mapping[str, int], feeds: Feeds
-    ) -> dict[str, NDArray[np.generic]]:
+    def _execute(self, index: int, sizes: Mapping[str, int], feeds: Feeds) -> Outputs:
         for name in self._inputs:
             self._upload(name, feeds[name])
-        self._launch(self._ready_for(index, sizes))
+        self._launch(self._context_for(index, sizes))
         specs = {name: self.component.outputs[name] for name in self._outputs}
         for name, spec in specs.items():
             self._buffers[name].download(byte_count(spec, sizes), self._stream)
@@ -253,53 +251,53 @@ class TensorrtSession:
         }
 
     def _upload(self, name: str, array: NDArray[Any]) -> None:
-        if is_there(self._sent, name, array):
+        if is_uploaded(self._uploaded, name, array):
             return
-        self._sent[name] = None
+        self._uploaded[name] = None
         np.copyto(self._buffers[name].array(array.dtype.name, array.shape), array)
         self._buffers[name].upload(array.nbytes, self._stream)
         if not array.flags.writeable:
-            self._sent[name] = array
+            self._uploaded[name] = array
 
-    def _launch(self, ready: _Ready) -> None:
+    def _launch(self, ready: _SizedContext) -> None:
         if ready.graph is not None:
             ready.graph.launch()
             return
         self._enqueue(ready.context)
-        if ready.capture:  # only now, as TensorRT prepares itself in the first run of a size
+        if ready.capture:  # after the first run of a size, in which TensorRT initializes itself
             ready.capture = False
             try:
-                ready.graph = self._stream.captured(lambda: self._enqueue(ready.context))
+                ready.graph = self._stream.capture(lambda: self._enqueue(ready.context))
             except BackendError as error:
-                self._log.said()
+                self._log.take_errors()
                 _logger.info("%s runs without a CUDA graph: %s", self.component.file, error)
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(int(self._stream)):
-            raise BackendError("the library does not run it")
+            raise BackendError("the library refuses to run it")
 
-    def _ready_for(self, index: int, sizes: Mapping[str, int]) -> _Ready:
-        """What runs a size: kept from before, or made in place of the longest unused."""
+    def _context_for(self, index: int, sizes: Mapping[str, int]) -> _SizedContext:
+        """Return the context of a size: kept, or new in place of the least recently used one."""
         key = index, tuple(sorted(sizes.items()))
-        if key not in self._ready:
-            while len(self._ready) >= len(ranges(self.component)) + _SPARE:
-                self._ready.popitem(last=False)[1].close()
-            capture = self._config is None and self._wants_graphs()
-            self._ready[key] = _Ready(self._context(index, sizes), capture)
-        self._ready.move_to_end(key)
-        return self._ready[key]
+        if key not in self._contexts:
+            while len(self._contexts) >= len(ranges(self.component)) + _EXTRA_CONTEXTS:
+                self._contexts.popitem(last=False)[1].close()
+            capture = self._config is None and self._uses_graphs()
+            self._contexts[key] = _SizedContext(self._context(index, sizes), capture)
+        self._contexts.move_to_end(key)
+        return self._contexts[key]
 
     def _context(self, index: int, sizes: Mapping[str, int]) -> Any:
-        """An execution context that is bound to one size, for as long as it lives.
+        """Return a new execution context that is bound to one size for its lifetime.
 
-        A captured graph holds on to state of its context, so that no two may share one.
+        A captured graph refers to state of its context, so that no two graphs may share one.
         """
         strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(
             strategy if self._config is None else self._config
         )
         if context is None:
-            raise BackendError("the library makes no execution context")
+            raise BackendError("the library cannot create an execution context")
         context.set_device_memory(self._scratch.address, self._scratch_size)
         done = [context.set_optimization_profile_async(index, int(self._stream))]
         self._stream.synchronize()
@@ -308,9 +306,12 @@ class TensorrtSession:
         for name in (*self._inputs, *self._outputs):
             done.append(context.set_tensor_address(name, self._buffers[name].address))
         for name in self._outputs:
-            given, said = context.get_tensor_shape(name), self.component.outputs[name]
-            if tuple(given) != said.resolve(sizes):
-                raise BackendError(f"output {name} is {list(given)}, and the manifest says {said}")
+            shape, spec = context.get_tensor_shape(name), self.component.outputs[name]
+            if tuple(shape) != spec.resolve(sizes):
+                expected = list(spec.resolve(sizes))
+                raise BackendError(
+                    f"output {name}: expected {expected} (manifest: {spec}), found {list(shape)}"
+                )
         if not all(done):
             raise BackendError("the library refuses the size")
         if self._recording:
@@ -318,32 +319,33 @@ class TensorrtSession:
         return context
 
 
-def _let_go(ready: OrderedDict[_Key, _Ready]) -> None:
-    for each in ready.values():
-        each.close()
-    ready.clear()
+def _close_all(contexts: OrderedDict[_Key, _SizedContext]) -> None:
+    for context in contexts.values():
+        context.close()
+    contexts.clear()
 
 
 class _Cache:
-    """Kernels that TensorRT for RTX compiled for this GPU, in a file beside the engine.
+    """File beside an engine with the kernels that TensorRT for RTX compiled for this GPU.
 
-    The library checks what it reads, and begins anew where that is damaged or of another GPU.
+    The library validates the file, and starts from an empty cache if it is damaged or belongs to
+    another GPU.
     """
 
     def __init__(self, config: Any, path: Path) -> None:
         self._path = path
         self._cache = config.create_runtime_cache()
         try:
-            self._known = path.read_bytes()
+            self._content = path.read_bytes()
         except OSError:
-            self._known = b""
-        if self._known and not self._cache.deserialize(self._known):
-            self._known = b""
+            self._content = b""
+        if self._content and not self._cache.deserialize(self._content):
+            self._content = b""
         config.set_runtime_cache(self._cache)
 
     def write(self) -> None:
-        """Write the file, if there is anything new to write."""
+        """Write the file if the cache has changed."""
         content = self._cache.serialize()
-        if content is not None and (now := bytes(content)) != self._known:
-            self._known = now
+        if content is not None and (now := bytes(content)) != self._content:
+            self._content = now
             write_cache(self._path, now)

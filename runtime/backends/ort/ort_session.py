@@ -1,0 +1,129 @@
+"""Sessions of ONNX Runtime: settings, opening, profiling, and what a copied graph needs."""
+
+import json
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from latentforge.runtime.backends import NO_MEMORY, Options
+from latentforge.runtime.backends.ort.onnx_header import input_dimensions
+from latentforge.runtime.backends.session import LayerTime
+from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.manifest import Component
+from latentforge.runtime.text import one_line
+
+__all__ = [
+    "LOG_NOTHING",
+    "LayerRecording",
+    "copy_graph",
+    "error_message",
+    "fixed_sizes",
+    "new_settings",
+    "open_session",
+]
+
+LOG_NOTHING = 4
+"""Log severity above all errors: each error reaches us as an exception and is reported once."""
+
+_MAX_THREADS = 256
+
+
+class LayerRecording:
+    """Time of each layer of a session, which the library writes to a temporary folder.
+
+    Reading the recording deletes the folder: read it once, even if nobody needs it.
+    """
+
+    def __init__(self, settings: ort.SessionOptions) -> None:
+        self._folder: Path | None = Path(tempfile.mkdtemp(prefix="latentforge-profile-"))
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(self._folder / "events")
+
+    def layers(self, session: ort.InferenceSession | None) -> list[LayerTime]:
+        """End the recording and return it; empty the second time, or without a session.
+
+        Raises:
+            BackendError: the library's recording is missing or cannot be read.
+        """
+        folder, self._folder = self._folder, None
+        if folder is None:
+            return []
+        try:
+            events = json.loads(Path(session.end_profiling()).read_bytes()) if session else []
+            return _layer_times(events)
+        except (OSError, ValueError) as error:
+            raise BackendError(
+                f"cannot read the profile that onnxruntime recorded: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:
+    """Sum ONNX Runtime's kernel events, in microseconds, by node."""
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            seconds[name, event["args"]["op_name"]] += event["dur"] / 1e6
+    return [LayerTime(name, operator, total) for (name, operator), total in seconds.items()]
+
+
+def new_settings(options: Options) -> ort.SessionOptions:
+    """Return settings of a session that prints nothing, with the number of threads in the options.
+
+    Raises:
+        SettingsError: there are too many threads.
+    """
+    if (threads := options.get("threads", 0)) > _MAX_THREADS:
+        raise SettingsError(f"backend option threads must be at most {_MAX_THREADS}, not {threads}")
+    settings = ort.SessionOptions()
+    settings.log_severity_level = LOG_NOTHING
+    settings.intra_op_num_threads = threads
+    return settings
+
+
+def open_session(
+    path: Path, settings: ort.SessionOptions, providers: Sequence[Any]
+) -> ort.InferenceSession:
+    """Load a graph on these execution providers, without a fallback to others.
+
+    Raises:
+        BackendError: the library refuses the file.
+    """
+    try:
+        # with the fallback on, some errors are printed and others end in a session on the CPU
+        return ort.InferenceSession(path, settings, providers=providers, enable_fallback=0)
+    except Exception as error:  # the library's errors share no base class
+        raise BackendError(f"onnxruntime refuses {path}: {error_message(error)}") from error
+
+
+def error_message(error: BaseException) -> str:
+    """Return the message of one of the library's errors on one line; NO_MEMORY if it is that."""
+    text = one_line(error, limit=None)
+    return NO_MEMORY if "bad_alloc" in text or "Failed to allocate memory" in text else text
+
+
+def copy_graph(onnx: Path, target: Path, component: Component) -> None:
+    """Copy a graph, and its external weights beside the copy under their own names."""
+    shutil.copyfile(onnx, target)
+    for entry in component.data:
+        name = Path(entry.file).name
+        shutil.copyfile(onnx.parent / name, target.parent / name)
+
+
+def fixed_sizes(onnx: Path, component: Component) -> dict[str, int]:
+    """Return the dimensions that are free in a graph but have a fixed size in the component."""
+    sizes: dict[str, int] = {}
+    for name, dimensions in input_dimensions(onnx):
+        spec = component.inputs.get(name)
+        if spec is None or len(spec.shape) != len(dimensions):
+            continue  # compiling or running it is refused later, with a better message
+        pairs = zip(dimensions, spec.shape, strict=True)
+        sizes |= {free: size for free, size in pairs if free and isinstance(size, int)}
+    return sizes

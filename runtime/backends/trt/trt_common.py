@@ -1,0 +1,197 @@
+"""Shared by building and running TensorRT engines: profiles, signatures, the log, files."""
+
+import math
+import os
+import re
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentforge.runtime.backends import CACHE
+from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.manifest import Component
+from latentforge.runtime.shapes import Shapes
+from latentforge.runtime.tensor import TensorSpec
+
+__all__ = [
+    "CHOICES",
+    "RTX",
+    "Log",
+    "Profile",
+    "Signature",
+    "buffer_sizes",
+    "byte_count",
+    "check_links",
+    "check_signature",
+    "dtype_of",
+    "implement",
+    "profile_sizes",
+    "profiles",
+    "ranges",
+    "write_cache",
+]
+
+RTX = "tensorrt-rtx"
+CHOICES = {
+    "hardware_compatible": {"same": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"},
+    "kernels": {"lazy": "LAZY", "eager": "EAGER", "none": "NONE"},
+}
+_DTYPES = {
+    "BOOL": "bool",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "HALF": "float16",
+    "FLOAT": "float32",
+}
+_NOISE = re.compile(r"--- \w+ node ---|While parsing node|catchCudaError")
+_PLACE = re.compile(r"^(ERROR: )?\w+\.cpp:\d+:? | In \w+ at \S+?:\d+")
+Signature = dict[str, tuple[str, tuple[int, ...]]]
+Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+class Log:
+    """Collector of the errors that the library logs, for our own messages."""
+
+    def __init__(self, library: Any) -> None:
+        self._lines: deque[str] = deque(maxlen=100)
+        self._max_severity = int(library.ILogger.Severity.ERROR)
+        self.sink = implement(library.ILogger, log=self._record)
+
+    def _record(self, severity: Any, message: str) -> None:
+        text = _PLACE.sub("", " ".join(message.split()))
+        if int(severity) <= self._max_severity and not _NOISE.search(text):
+            self._lines.append(text)
+
+    def take_errors(self) -> str:
+        """Return the first two errors since the last call; later ones are consequences of them."""
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        return "; ".join(dict.fromkeys(line[:400] for line in lines[:2]))
+
+
+def implement(interface: Any, **functions: Callable[..., Any]) -> Any:
+    """Return an object that implements a library's interface by these functions."""
+
+    def initialize(self: Any) -> None:
+        interface.__init__(self)
+
+    methods = {name: staticmethod(function) for name, function in functions.items()}
+    return type(interface.__name__, (interface,), {"__init__": initialize, **methods})()
+
+
+def profiles(component: Component) -> tuple[Profile, ...]:
+    """Return (min, opt, max) of every input's shape, for each of the component's shapes.
+
+    Raises:
+        SettingsError: a free dimension has no range.
+    """
+    return tuple(
+        {
+            name: (spec.resolve(smallest), spec.resolve(optimal), spec.resolve(largest))
+            for name, spec in component.inputs.items()
+        }
+        for smallest, optimal, largest in map(profile_sizes, ranges(component))
+    )
+
+
+def ranges(component: Component) -> tuple[Shapes, ...]:
+    """Return a range for each free dimension, one mapping per optimization profile.
+
+    Raises:
+        SettingsError: a free dimension has no range.
+    """
+    ranges = component.shapes or ({},)
+    for name in component.free_dimensions:
+        if any(name not in shapes for shapes in ranges):
+            raise SettingsError(
+                f"{component.file}: dimension {name} has no range, and {component.backend} needs "
+                "one: give a range, or export with fixed sizes"
+            )
+    return ranges
+
+
+def profile_sizes(shapes: Shapes) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Return the min, opt and max size of every dimension."""
+    return (
+        {name: allowed.min for name, allowed in shapes.items()},
+        {name: allowed.opt for name, allowed in shapes.items()},
+        {name: allowed.max for name, allowed in shapes.items()},
+    )
+
+
+def buffer_sizes(component: Component) -> dict[str, int]:
+    """Return the largest size in bytes of each input and output over all profiles."""
+    largest = [profile_sizes(shapes)[2] for shapes in ranges(component)]
+    specs = {**component.inputs, **component.outputs}
+    return {name: max(byte_count(spec, sizes) for sizes in largest) for name, spec in specs.items()}
+
+
+def byte_count(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of a tensor, given the size of each free dimension."""
+    return math.prod(spec.resolve(sizes)) * np.dtype(spec.dtype).itemsize
+
+
+def check_links(directory: Path) -> None:
+    """Refuse links that lead out of a directory: the parser would read weights through them.
+
+    Raises:
+        BackendError: there is such a link.
+    """
+    inside = directory.resolve()
+    for path in directory.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise BackendError(
+                f"{path} is a link to a file outside of {directory}, whose content is not "
+                "checked: replace the link by the file, or remove it"
+            )
+
+
+def check_signature(what: str, specs: Mapping[str, TensorSpec], tensors: Signature) -> None:
+    """Refuse tensors that do not fit the manifest's specs.
+
+    Args:
+        what: ``input`` or ``output``, with the place in front of it if there is one.
+        specs: expected tensors by name.
+        tensors: dtype and shape by name; -1 stands for a free size.
+
+    Raises:
+        BackendError: names, dtypes, ranks or sizes differ.
+    """
+    if specs.keys() != tensors.keys():
+        raise BackendError(
+            f"{what}s: expected {', '.join(specs)} (manifest), found "
+            f"{', '.join(tensors) or 'none'}: export again"
+        )
+    for name, (dtype, shape) in tensors.items():
+        spec = specs[name]
+        same_kind = dtype == spec.dtype and len(shape) == len(spec.shape)
+        pairs = zip(shape, spec.shape, strict=False)
+        if not same_kind or any(-1 != a != b for a, b in pairs if isinstance(b, int)):
+            raise BackendError(
+                f"{what} {name}: expected {spec} (manifest), found {dtype}{list(shape)}: export again"
+            )
+
+
+def dtype_of(data_type: Any) -> str:
+    """Return numpy's name of a library's data type; its own, in lower case, if numpy has none."""
+    name = str(data_type.name)
+    return _DTYPES.get(name, name.lower())
+
+
+def write_cache(path: Path, content: Any) -> None:
+    """Replace a cache file atomically; do nothing if its directory cannot be written."""
+    with suppress(OSError):
+        handle, name = tempfile.mkstemp(suffix=CACHE, dir=path.parent)
+        try:
+            with open(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
