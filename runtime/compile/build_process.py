@@ -1,19 +1,21 @@
-"""One engine, built in a process of its own.
+"""Build of one engine in a process of its own.
 
-A build takes gigabytes, and a library that runs out of memory ends its process: neither is to be
-the caller's. ``python -m latentforge.runtime.compile.build_process`` reads a
-BuildOrder as JSON from standard input, and writes JSON lines (runtime/process.py) to standard
-output: progress, and finally a BuiltEngine or an error.
+A build takes gigabytes, and a library that runs out of memory ends its process: the caller must not
+share either. ``python -m latentforge.runtime.compile.build_process`` reads a BuildOrder as JSON from
+standard input, and writes JSON lines (runtime/process.py) to standard output:
+
+    {"activity": "optimizing", "done": 0, "total": 1}      progress, any number of times
+    {"device": {}, "seconds": 1.5, "peak_memory": N}       a BuiltEngine; the process ends
+    {"error": "BackendError", "message": "why"}            in place of it; the process ends
 """
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -24,16 +26,22 @@ from latentforge.runtime import backends, errors
 from latentforge.runtime.errors import BackendError, LatentforgeError
 from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.process import send, take_stdout
+from latentforge.runtime.process import parse_message, send, take_stdout
 from latentforge.runtime.record import Record
 
-__all__ = ["BuiltEngine", "BuildOrder", "build", "main"]
+__all__ = ["BuildOrder", "BuiltEngine", "build", "main"]
 
-_EVERY = 0.05  # seconds between two reports: more nobody can see
+_MIN_INTERVAL = 0.05  # seconds between two progress messages: more would not be visible
 
 
 class BuildOrder(Record, frozen=True, kw_only=True):
-    """What to build: component.backend says by whom, and component.options how."""
+    """Order to build one engine.
+
+    Attributes:
+        onnx: path of the graph.
+        target: path of the engine to write.
+        component: description of the engine, with the backend and its options.
+    """
 
     onnx: str
     target: str
@@ -41,7 +49,13 @@ class BuildOrder(Record, frozen=True, kw_only=True):
 
 
 class BuiltEngine(Record, frozen=True, kw_only=True):
-    """What came of it: what the engine is bound to, and what making it took, in bytes."""
+    """Result of a build.
+
+    Attributes:
+        device: what the engine is bound to, by name: see Backend.compile().
+        seconds: duration of the build.
+        peak_memory: of the build's process, in bytes.
+    """
 
     device: dict[str, str]
     seconds: float
@@ -49,74 +63,77 @@ class BuiltEngine(Record, frozen=True, kw_only=True):
 
 
 def build(order: BuildOrder, report: backends.Report) -> BuiltEngine:
-    """Build an engine in a process of its own.
+    """Build an engine in another process and wait for it.
+
+    Args:
+        order: the engine to build.
+        report: called with the progress.
 
     Raises:
-        LatentforgeError: the backend's own error, or a BackendError when the process died.
+        LatentforgeError: the backend's own error, or a BackendError if the process died.
     """
     command = [sys.executable, "-m", "latentforge.runtime.compile.build_process"]
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # the answer that is missing says why
+            with contextlib.suppress(BrokenPipeError):  # the process died: see _raise_died()
                 process.stdin.write(msgspec.json.encode(order).decode())
                 process.stdin.close()
-            answer = _answer(process.stdout, report)
+            answer = _read_answer(process.stdout, report)
         finally:
-            process.stdout.close()  # which ends one that still wants to say something
+            process.stdout.close()  # so that a process that still writes ends
             if sys.exc_info()[0] is not None:
                 process.kill()
             process.wait()
-        return _built(answer) if answer else _dead(process.returncode, said, order)
+        return _result(answer) if answer else _raise_died(process.returncode, log, order)
 
 
-def _answer(lines: IO[str], report: backends.Report) -> dict[str, Any] | None:
-    """The last line, once the others are passed on."""
-    for line in lines:
-        message: dict[str, Any] = json.loads(line)
-        if "doing" not in message:
+def _read_answer(lines: Iterable[str], report: backends.Report) -> dict[str, Any] | None:
+    """Report the progress messages, and return the first other message."""
+    for message in map(parse_message, lines):
+        if message is None or "activity" not in message:
             return message
-        report(message["doing"], message["done"], message["total"])
+        report(message["activity"], message["done"], message["total"])
     return None
 
 
-def _built(answer: dict[str, Any]) -> BuiltEngine:
+def _result(answer: dict[str, Any]) -> BuiltEngine:
     if "error" in answer:
         raise getattr(errors, answer["error"])(answer["message"])
     return msgspec.convert(answer, BuiltEngine)
 
 
-def _dead(status: int, said: IO[str], order: BuildOrder) -> BuiltEngine:
-    """Say what is known of a process that ended without an answer."""
-    said.seek(0)
-    words = said.read().strip().splitlines() or ["no message"]
+def _raise_died(status: int, log: IO[str], order: BuildOrder) -> BuiltEngine:
+    """Raise a BackendError about a process that ended without an answer."""
+    log.seek(0)
+    lines = log.read().strip().splitlines() or ["no message"]
     name = Path(order.target).stem
-    if status in (-signal.SIGKILL, -signal.SIGABRT) or "bad_alloc" in words[-1]:
+    if status in (-signal.SIGKILL, -signal.SIGABRT) or "bad_alloc" in lines[-1]:
         raise BackendError(
             f"the build of {name} was ended by the system, most likely {backends.NO_MEMORY}"
         )
-    raise BackendError(f"the build of {name} ended early ({status}): {words[-1]}")
+    raise BackendError(f"the build of {name} ended early ({status}): {lines[-1]}")
 
 
 def main() -> None:
-    """Build what standard input asks for."""
-    tell = partial(send, take_stdout())
+    """Build the engine that standard input orders."""
+    answer = partial(send, take_stdout())
     try:
         order = msgspec.json.decode(sys.stdin.buffer.read(), type=BuildOrder)
-        tell(_work(order, _patient(tell)))
+        answer(_compile(order, _throttled(answer)))
     except LatentforgeError as error:
-        tell({"error": type(error).__name__, "message": str(error)})
+        answer({"error": type(error).__name__, "message": str(error)})
     except MemoryError:
-        tell({"error": "BackendError", "message": backends.NO_MEMORY})
+        answer({"error": "BackendError", "message": backends.NO_MEMORY})
     except OSError as error:
         message = f"{error.filename or order.target}: {error.strerror or error}"
-        tell({"error": "TargetError", "message": message})
+        answer({"error": "TargetError", "message": message})
 
 
-def _work(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
+def _compile(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
     start = time.perf_counter()
     component = order.component
     backend = backends.get(component.backend)
@@ -131,16 +148,16 @@ def _work(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
     return dict(msgspec.to_builtins(built))
 
 
-def _patient(tell: Callable[[dict[str, Any]], None]) -> backends.Report:
-    """Reports that come too fast to be seen are left out, but for the last of each kind."""
+def _throttled(answer: Callable[[dict[str, Any]], None]) -> backends.Report:
+    """Return a report that skips progress too fast to be visible, but never the last unit."""
     last = 0.0
 
-    def report(doing: str, done: int, total: int) -> None:
+    def report(activity: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _EVERY or done == total:
+        if now - last >= _MIN_INTERVAL or done == total:
             last = now
-            tell({"doing": doing, "done": done, "total": total})
+            answer({"activity": activity, "done": done, "total": total})
 
     return report
 

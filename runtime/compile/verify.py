@@ -1,6 +1,6 @@
-"""Is an engine directory sound, here and now?"""
+"""Verification of engine directories: file hashes, loading, and an image of one step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +16,20 @@ from latentforge.runtime.shapes import ANY
 
 __all__ = ["compare", "trial", "trial_settings", "verify"]
 
-_PIXELS = 256
-_ALIKE = 20.0  # dB that pictures of other precisions reach at least by another backend
+_MAX_PIXELS = 256
+_MIN_PSNR = 20.0  # dB between backends, for precisions without a bound in SAME_IMAGE_PSNR
 _PROMPT = "a photo of a cat"
 
 
 def verify(directory: Path) -> Iterator[str]:
-    """Check an engine directory part by part, giving one line for each that is sound.
+    """Verify an engine directory, yielding a line for each check that passes.
 
-    Hashes, then every engine by loading it, then an image of one step.
+    The checks are file sizes and hashes, loading every engine, and an image of one step.
 
     Raises:
-        ManifestError: the directory is not what its manifest says.
+        ManifestError: the directory does not match its manifest.
         BackendError: an engine does not load or run on this machine.
-        GateError: the image is of one colour.
+        GateError: the image has a single colour.
     """
     manifest = Manifest.read(directory)
     files = list(manifest.files)
@@ -43,71 +43,88 @@ def verify(directory: Path) -> Iterator[str]:
 
 
 def compare(source: Path, directory: Path) -> dict[str, float]:
-    """A picture of one step by the engines of two directories, and how close they are.
+    """Compare an image of one step by compiled engines with that of their source.
+
+    Args:
+        source: engine directory that was compiled; its image is the reference.
+        directory: compiled engines.
 
     Returns:
         ``latents_psnr`` and ``psnr`` (of the pixels), in dB.
 
     Raises:
-        DeviceError: one of them needs a device that is not here.
+        DeviceError: one of them needs a device that this machine lacks.
         ManifestError: one of them lacks a component.
-        GateError: they are farther apart than backends may be.
+        GateError: the images differ more than backends may.
     """
     with load(directory, hashes=False, low_memory=True) as pipeline:
-        ours = trial(pipeline, steps=1)
+        candidate = trial(pipeline, steps=1)
         precision = pipeline.manifest.components["denoiser"].precision
     with load(source, hashes=False, low_memory=True) as pipeline:
-        theirs = pipeline.run(ours.settings)
-    pixels = [to_array(result.images) for result in (theirs, ours)]
-    close = {
-        "latents_psnr": psnr(theirs.latents, ours.latents),
+        reference = pipeline.run(candidate.settings)
+    pixels = [to_array(result.images) for result in (reference, candidate)]
+    figures = {
+        "latents_psnr": psnr(reference.latents, candidate.latents),
         "psnr": psnr(*pixels, peak=2.0),
     }
-    needed = SAME_IMAGE_PSNR.get(precision, _ALIKE)
-    for name, value in close.items():
-        if not value >= needed:
+    _check_figures(figures, SAME_IMAGE_PSNR.get(precision, _MIN_PSNR), precision, source)
+    return figures
+
+
+def _check_figures(
+    figures: Mapping[str, float], minimum: float, precision: str, source: Path
+) -> None:
+    for name, value in figures.items():
+        if not value >= minimum:  # NaN fails, too
             raise GateError(
-                f"{name} of one step is {value:.1f} dB to the picture of {source}, and {precision} "
-                f"engines have to reach {needed:g}"
+                f"{name} of one step is {value:.1f} dB to the image of {source}, and {precision} "
+                f"engines must reach {minimum:g} dB"
             )
-    return close
 
 
 def trial(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Result:
-    """A small image that takes every engine of text to image: see trial_settings()."""
+    """Generate a small image, which runs every engine of text to image: see trial_settings()."""
     settings = trial_settings(pipeline, steps=steps, height=height, width=width)
-    return pipeline.run(settings)  # whatever schedule engines were calibrated for
+    return pipeline.run(settings)
 
 
 def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Settings:
-    """A request that any engines can fulfil, and no larger than need be.
+    """Return settings that any engines support, for an image no larger than necessary.
 
     Args:
-        pipeline: of engines that may be built for some sizes alone.
-        steps: of Euler's method, which every schedule and model can do.
-        height, width: in pixels; 0 for what the engines are built for, or 256 at most.
+        pipeline: its engines may be built for certain sizes only.
+        steps: of Euler's method, which suits every schedule and model.
+        height: in pixels; 0 for a size that the engines are built for, or at most 256.
+        width: in pixels, likewise.
     """
     manifest = pipeline.manifest
     unit = manifest.latent.downscale * manifest.latent.multiple
-    limit = max(_PIXELS, unit)
+    limit = max(_MAX_PIXELS, unit)
     sides = manifest.latent.image_sizes(pipeline.engines["denoiser"].component)
     built = [0 if side == ANY else side.opt for side in sides[0]] if sides else [0, 0]
-    usual = (manifest.defaults.height, manifest.defaults.width)
-    tall, wide = (
-        given or size or min(default, limit) // unit * unit
-        for given, size, default in zip((height, width), built, usual, strict=True)
+    defaults = (manifest.defaults.height, manifest.defaults.width)
+    height, width = (
+        size or built_size or min(default, limit) // unit * unit
+        for size, built_size, default in zip((height, width), built, defaults, strict=True)
     )
     return pipeline.settings(
-        _PROMPT, sampler="euler", steps=steps, seed=0, height=tall, width=wide, unaccelerated=True
+        _PROMPT,
+        sampler="euler",
+        steps=steps,
+        seed=0,
+        height=height,
+        width=width,
+        unaccelerated=True,
     )
 
 
 def _one_step(directory: Path) -> str:
     with load(directory, hashes=False, low_memory=True) as pipeline:
         result = trial(pipeline, steps=1)
-    picture = to_array(result.images)
-    if np.ptp(picture) == 0:
-        raise GateError(f"{directory}: one step gives an image of a single colour")
+    if np.ptp(to_array(result.images)) == 0:
+        raise GateError(
+            f"{directory}: the image of one step has a single colour: export and compile it again"
+        )
     return (
         f"image: one step runs in {result.timings.total:.2f} s, {result.images[0].size[0]} px wide"
     )

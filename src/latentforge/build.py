@@ -27,7 +27,8 @@ from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.stage.stage import optimize_into
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
-from latentforge.runtime.compile import stage as compiler
+from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
+from latentforge.runtime.compile.stage import compile_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
 from latentforge.runtime.files import staged_directory
 from latentforge.runtime.kernels import library
@@ -149,14 +150,15 @@ def _build_target(exported: Path, directory: Path, request: BuildRequest) -> Man
     optimized.mkdir()
     try:
         optimize_into(job, optimized)
-        plan = compiler.plan(
-            optimized,
+        compilation = CompileRequest(
             backend=target.backend,
             options=request.options,
             sizes=request.sizes,
-            recorded={"target": request.optimization.target},
+            quiet=request.optimization.quiet,
         )
-        manifest = compiler.compile_into(plan, directory, quiet=request.optimization.quiet)
+        origin = {"target": request.optimization.target}
+        plan = plan_compilation(optimized, compilation, origin=origin)
+        manifest = compile_into(plan, directory)
     except GateError:
         _move_missing(optimized, directory)
         raise

@@ -13,7 +13,8 @@ from latentforge.optimize.search.backends import select_backends, tune_rows
 from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.runtime import backends
 from latentforge.runtime.backends import cuda
-from latentforge.runtime.compile.stage import compile_into, plan
+from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
+from latentforge.runtime.compile.stage import compile_into
 from latentforge.runtime.errors import (
     BackendError,
     DeviceError,
@@ -207,7 +208,13 @@ def test_the_faster_component_is_selected(tiny_engines: Path, tmp_path: Path, co
     real, nothing = (Path(copy(tiny_engines)), tmp_path / "nothing")  # type: ignore[operator]
     nothing.mkdir()
     with pytest.raises(GateError):
-        compile_into(plan(real, backend="onnxruntime", others={"vae_decoder": "null"}), nothing)
+        compile_into(
+            plan_compilation(
+                real,
+                CompileRequest(backend="onnxruntime", component_backends={"vae_decoder": "null"}),
+            ),
+            nothing,
+        )
     assert Manifest.read(nothing).components["vae_decoder"].backend == "null"
     target = tmp_path / "chosen"
     target.mkdir()

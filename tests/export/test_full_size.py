@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from latentforge.commands.describe import changes
+from latentforge.runtime.compile.plan import CompileRequest
 from latentforge.runtime.compile.stage import compile_engines
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.shapes import Range, Sizes
@@ -134,7 +135,7 @@ def test_openvino_makes_the_same_image(
     if name not in COMPILED:
         pytest.skip("not compiled at full size")
     target = engines[0].parent / f"openvino-{sizes}"
-    compile_engines(engines[0], target, backend="openvino", sizes=SIZES[sizes])
+    compile_engines(engines[0], target, CompileRequest(backend="openvino", sizes=SIZES[sizes]))
     made = by_side("engines", name, target, engines[0])
     shutil.rmtree(target)
     figures = {key: psnr(picture[key], made[key]) for key in ("latents", "pixels")}
@@ -160,7 +161,7 @@ def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -
     )
     optimize(engines[0], optimized, request)
     manifest = compile_engines(
-        optimized, target, backend="tensorrt-rtx", options=["capabilities=8.6"]
+        optimized, target, CompileRequest(backend="tensorrt-rtx", options=("capabilities=8.6",))
     )
     print("\n".join(changes(manifest.history[-1])))
     half = 2 * CASES[name].unet

@@ -18,7 +18,8 @@ import pytest
 from latentforge.__main__ import main
 from latentforge.runtime import backends
 from latentforge.runtime.compile.build_process import BuildOrder, build
-from latentforge.runtime.compile.stage import compile_engines, plan
+from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
+from latentforge.runtime.compile.stage import compile_engines
 from latentforge.runtime.errors import (
     BackendError,
     ForeignEngineError,
@@ -52,7 +53,9 @@ def sizes(**texts: str) -> Sizes:
 def test_a_compiled_directory_is_whole(tiny_engines: Path, tmp_path: Path) -> None:
     before = contents(tiny_engines)
     target = tmp_path / "compiled"
-    compile_engines(tiny_engines, target, backend="onnxruntime", sizes=sizes(batch="2"))
+    compile_engines(
+        tiny_engines, target, CompileRequest(backend="onnxruntime", sizes=sizes(batch="2"))
+    )
     assert contents(tiny_engines) == before
     manifest = Manifest.read(target)
     assert manifest.components["denoiser"].file == "engines/onnxruntime/denoiser.onnx"
@@ -74,9 +77,11 @@ def test_components_may_have_backends_of_their_own(tiny_engines: Path, tmp_path:
     compile_engines(
         tiny_engines,
         target,
-        backend="onnxruntime",
-        others={"denoiser": "openvino"},
-        options=["hint=latency"],
+        CompileRequest(
+            backend="onnxruntime",
+            component_backends={"denoiser": "openvino"},
+            options=("hint=latency",),
+        ),
     )
     manifest = Manifest.read(target)
     assert {n: c.backend for n, c in manifest.components.items() if n != "denoiser"}.keys() == {
@@ -98,8 +103,7 @@ def test_buckets_choose_and_refuse(tiny_engines: Path, tmp_path: Path) -> None:
     compile_engines(
         tiny_engines,
         target,
-        backend="onnxruntime",
-        sizes=sizes(height="32,64", width="32", batch="1,2"),
+        CompileRequest(backend="onnxruntime", sizes=sizes(height="32,64", width="32", batch="1,2")),
     )
     unet = Manifest.read(target).components["denoiser"]
     assert unet.inputs["sample"].shape[3] == 16 and len(unet.shapes) == 4
@@ -123,7 +127,10 @@ def test_the_plan_says_what_it_takes(
 
 def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
-    parts = {p.name: p.component for p in plan(tiny_engines, backend="tensorrt-rtx").parts}
+    parts = {
+        p.name: p.component
+        for p in plan_compilation(tiny_engines, CompileRequest(backend="tensorrt-rtx")).tasks
+    }
     assert parts["denoiser"].inputs["sample"].shape[2:] == (16, 16)  # the model's own
     assert parts["denoiser"].shapes == ({"batch": Range(1, 2, 2)},)
     assert parts["vae_decoder"].inputs["latent_sample"].shape == (1, 4, 16, 16)
@@ -139,9 +146,9 @@ def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
         (["--backend", "null", "--backend", "decoder=null"], "no component 'decoder'"),
         (["--backend", "null", "--option", "level"], "KEY=VALUE"),
         (["--backend", "null", "--option", "level=3"], "no backend option 'level'"),
-        (["--backend", "null", "--option", "threads=3"], "not kept in them"),
+        (["--backend", "null", "--option", "threads=3"], "not stored in them"),
         (["--backend", "onnxruntime", "--option", "prepack=maybe"], "prepack must be of type bool"),
-        (["--backend", "null", "--height", "33"], "height is a multiple of 4 "),
+        (["--backend", "null", "--height", "33"], "height must be a multiple of 4 "),
         (["--backend", "null", "--height", "512:64"], "MIN:OPT:MAX"),
         (["--backend", "null", "--batch", "0"], "from 1 up"),
         (["--backend", "null", "--batch", ",".join(map(str, range(1, 40)))], "39 sizes are too"),
@@ -167,7 +174,7 @@ def test_what_is_not_installed_says_what_to_install(tiny_engines: Path, tmp_path
     for name in missing:
         extra = backends.BACKENDS[name].extra
         with pytest.raises(BackendError, match=rf"pip install 'latentforge\[{extra}\]'"):
-            compile_engines(tiny_engines, tmp_path / "out", backend=name)
+            compile_engines(tiny_engines, tmp_path / "out", CompileRequest(backend=name))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,20 +193,22 @@ def test_graphs_with_a_size_of_their_own(tiny_engines: Path, tmp_path: Path, cop
     components = {**manifest.components, "denoiser": unet}
     msgspec.structs.replace(manifest, components=components).write(directory)
     with pytest.raises(ShapeError, match="height 64 contradicts the graphs, which are fixed to 32"):
-        plan(directory, backend="onnxruntime", sizes=sizes(height="64"))
+        plan_compilation(directory, CompileRequest(backend="onnxruntime", sizes=sizes(height="64")))
     with pytest.raises(ShapeError, match="height 32,64 contradicts"):
-        plan(directory, backend="onnxruntime", sizes=sizes(height="32,64"))
-    plan(directory, backend="onnxruntime", sizes=sizes(height="32"))
+        plan_compilation(
+            directory, CompileRequest(backend="onnxruntime", sizes=sizes(height="32,64"))
+        )
+    plan_compilation(directory, CompileRequest(backend="onnxruntime", sizes=sizes(height="32")))
 
 
 def test_nothing_is_compiled_twice(tiny_engines: Path, tmp_path: Path) -> None:
-    compile_engines(tiny_engines, tmp_path / "once", backend="onnxruntime")
+    compile_engines(tiny_engines, tmp_path / "once", CompileRequest(backend="onnxruntime"))
     with pytest.raises(ManifestError, match="compiled already"):
-        compile_engines(tmp_path / "once", tmp_path / "twice", backend="null")
+        compile_engines(tmp_path / "once", tmp_path / "twice", CompileRequest(backend="null"))
     with pytest.raises(TargetError, match="the directory to read"):
-        compile_engines(tiny_engines, tiny_engines, backend="null", overwrite=True)
+        compile_engines(tiny_engines, tiny_engines, CompileRequest(backend="null", overwrite=True))
     with pytest.raises(TargetError, match="--overwrite"):
-        compile_engines(tiny_engines, tmp_path / "once", backend="null")
+        compile_engines(tiny_engines, tmp_path / "once", CompileRequest(backend="null"))
     assert sorted(os.listdir(tmp_path)) == ["once"]
 
 
@@ -211,14 +220,14 @@ def test_graphs_for_another_target(tiny_engines: Path, tmp_path: Path) -> None:
     optimize(tiny_engines, tmp_path / "cpu", request)
     if importable("openvino"):
         with pytest.raises(SettingsError, match="openvino lacks: .* --target openvino"):
-            plan(tmp_path / "cpu", backend="openvino")
-    plan(tmp_path / "cpu", backend="onnxruntime")
+            plan_compilation(tmp_path / "cpu", CompileRequest(backend="openvino"))
+    plan_compilation(tmp_path / "cpu", CompileRequest(backend="onnxruntime"))
 
 
 def test_another_picture_is_rejected(tiny_engines: Path, tmp_path: Path) -> None:
     """A backend that computes nothing is as wrong as one can be."""
     with pytest.raises(GateError, match=r"psnr of one step is .* dB .* kept as .*rejected"):
-        compile_engines(tiny_engines, tmp_path / "out", backend="null")
+        compile_engines(tiny_engines, tmp_path / "out", CompileRequest(backend="null"))
     assert sorted(os.listdir(tmp_path)) == ["out.rejected"]
 
 
@@ -228,14 +237,14 @@ def test_a_graph_that_no_library_takes(tiny_engines: Path, tmp_path: Path, copy:
     path = directory / "denoiser.onnx"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ManifestError, match="the file was truncated"):
-        compile_engines(directory, tmp_path / "out", backend="onnxruntime")
+        compile_engines(directory, tmp_path / "out", CompileRequest(backend="onnxruntime"))
     manifest = json.loads((directory / "manifest.json").read_text())
 
     manifest["components"]["denoiser"] |= {"bytes": 1000, "sha256": hash_file(path)}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     before = contents(directory)
     with pytest.raises(BackendError, match=r"denoiser\.onnx"):
-        compile_engines(directory, tmp_path / "out", backend="onnxruntime")
+        compile_engines(directory, tmp_path / "out", CompileRequest(backend="onnxruntime"))
     assert contents(directory) == before
     assert not (tmp_path / "out").exists()
 
@@ -359,9 +368,9 @@ def test_engines_for_another_device_say_how_to_build_them(
     compile_engines(
         tiny_engines,
         target,
-        backend="onnxruntime",
-        options=["optimized=true"],
-        sizes=sizes(height="32,64"),
+        CompileRequest(
+            backend="onnxruntime", options=("optimized=true",), sizes=sizes(height="32,64")
+        ),
     )
     foreign(target, {"library": "onnxruntime 0.9", "cpu": "sse9"})
     with pytest.raises(ForeignEngineError) as caught:
@@ -382,17 +391,17 @@ def test_engines_for_another_device_say_how_to_build_them(
 
 def test_timings_of_kernels_survive_a_build(tiny_engines: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    compile_engines(tiny_engines, target, backend="onnxruntime")
+    compile_engines(tiny_engines, target, CompileRequest(backend="onnxruntime"))
     cache = target / "engines" / "onnxruntime" / f"timing{backends.CACHE}"
     cache.write_bytes(b"measured")
-    compile_engines(tiny_engines, target, backend="onnxruntime", overwrite=True)
+    compile_engines(tiny_engines, target, CompileRequest(backend="onnxruntime", overwrite=True))
     assert cache.read_bytes() == b"measured"
     Manifest.read(target)
 
 
 def test_a_manifest_cannot_set_what_is_the_users(tiny_engines: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    compile_engines(tiny_engines, target, backend="onnxruntime")
+    compile_engines(tiny_engines, target, CompileRequest(backend="onnxruntime"))
     manifest = Manifest.read(target)
     components = {
         name: msgspec.structs.replace(component, options={"profile": True, "threads": 10**9})

@@ -339,7 +339,7 @@ def test_the_header_of_a_graph(
     assert header(tmp_path_factory.getbasetemp() / "header.onnx", content) == expected
 
 
-@given(st.data())
+@given(data=st.data())
 def test_the_header_of_a_damaged_graph(data: st.DataObject, tmp_path_factory: Any) -> None:
     """Bytes that are inserted, replaced or cut off give some names or none, and no error."""
     info = onnx.helper.make_tensor_value_info("x", 1, ["batch", 4])
@@ -352,7 +352,7 @@ def test_the_header_of_a_damaged_graph(data: st.DataObject, tmp_path_factory: An
         assert isinstance(name, str) and all(isinstance(size, str) for size in dimensions)
 
 
-@given(st.binary(max_size=2000))
+@given(content=st.binary(max_size=2000))
 def test_the_header_of_any_bytes(tmp_path_factory: Any, content: bytes) -> None:
     header(tmp_path_factory.getbasetemp() / "header.onnx", content)
 
@@ -683,8 +683,8 @@ def test_compile_for_gpus_copies_the_graph(graph: Path, backend: str) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     part = batched("onnxruntime-tensorrt")
     (tmp_path / "m.engine.cache").write_bytes(b"a file in the way")
-    assert onnxruntime_gpu._folder(tmp_path / "m.engine", part) is None
-    assert onnxruntime_gpu._folder(tmp_path / "nowhere" / "m.engine", part) is None
+    assert onnxruntime_gpu._cache_folder(tmp_path / "m.engine", part) is None
+    assert onnxruntime_gpu._cache_folder(tmp_path / "nowhere" / "m.engine", part) is None
 
 
 def opened(graph: Path) -> ort.InferenceSession:

@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from latentforge.runtime import backends
+from latentforge.runtime.compile.plan import CompileRequest
 from latentforge.runtime.compile.stage import compile_engines
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.image import psnr, to_array
@@ -502,7 +503,7 @@ def test_the_demo_gives_the_picture_of_onnxruntime(
     demo_engines: Path, tmp_path: Path, sizes: Sizes
 ) -> None:
     target = tmp_path / "openvino"
-    compile_engines(demo_engines, target, backend="openvino", sizes=sizes)
+    compile_engines(demo_engines, target, CompileRequest(backend="openvino", sizes=sizes))
     with load_directory(target) as ours, load_directory(demo_engines) as theirs:
         results = [pipe("owl on a pink background", steps=2, seed=1) for pipe in (theirs, ours)]
     assert psnr(results[0].latents, results[1].latents) >= 40

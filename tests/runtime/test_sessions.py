@@ -65,8 +65,8 @@ def test_outputs_that_fit_are_returned() -> None:
         ({"y": np.zeros((1, 6), np.float16)}, r"output y: .* returned float16\[1, 6\]"),
         ({"z": np.zeros((), np.int64)}, r"output z: expected int64\[1\] .* returned int64\[\]"),
         ({"y": None}, r"expected outputs y, z, and the engine returned z \(y differs\)"),
-        ({"w": np.zeros(1)}, r"returned y, z, w \(w differs\): compile it again"),
-        ({"y": None, "z": None}, r"returned none \(y, z differs\)"),
+        ({"w": np.zeros(1)}, r".* returned y, z, w \(w differs\): compile it again"),
+        ({"y": None, "z": None}, r".* returned none \(y, z differs\)"),
     ],
 )
 def test_outputs_that_do_not_fit(changes: dict[str, Any], message: str) -> None:

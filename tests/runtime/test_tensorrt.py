@@ -323,7 +323,9 @@ def test_builds_for_the_capabilities_asked_for(tmp_path: Path) -> None:
 
 @no_gpu
 def test_tensorrt_builds_on_a_gpu_alone() -> None:
-    with pytest.raises(SettingsError, match="tensorrt does not take capabilities: it builds on"):
+    with pytest.raises(
+        SettingsError, match="tensorrt does not take capabilities: it builds for the GPU"
+    ):
         tensorrt._build_gpu("tensorrt", {"capabilities": "8.6"})
     with pytest.raises(DeviceError, match="CUDA finds none here: .*; tensorrt-rtx builds without"):
         tensorrt._capabilities(None, "tensorrt", {}, None)
@@ -568,13 +570,17 @@ def test_an_engine_that_is_not_there(engine: Component, tmp_path: Path) -> None:
 
 
 def test_code_on_the_host_is_only_run_when_asked_for(engine: Component, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="holds code that runs on the host: load it with host_"):
+    with pytest.raises(
+        BackendError, match="contains code that runs on the host: load it with host_"
+    ):
         load(tmp_path, engine, version_compatible=True)
     assert "host_code" in backends.ONLY_AT_LOAD  # no manifest can set it
 
 
 def test_an_engine_of_unknown_origin(engine: Component, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"m\.engine: the manifest does not say .* compile it"):
+    with pytest.raises(
+        BackendError, match=r"m\.engine: the manifest does not record .* compile it"
+    ):
         load(tmp_path, msgspec.structs.replace(engine, device={}))
 
 

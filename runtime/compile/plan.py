@@ -1,0 +1,293 @@
+"""Plans of the compile stage: which engines are built, for which sizes, and what that takes.
+
+A plan makes every check that is possible before work begins, so that a bad request costs nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from latentforge.runtime import backends
+from latentforge.runtime.backends import BACKENDS, ONLY_AT_LOAD
+from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
+from latentforge.runtime.machine import available_memory
+from latentforge.runtime.manifest import Component, Manifest
+from latentforge.runtime.shapes import Range, Sizes, format_shapes
+from latentforge.runtime.text import size_text
+
+__all__ = ["STAGE", "CompilePlan", "CompileRequest", "CompileTask", "plan_compilation"]
+
+STAGE = "compile"
+"""Name of the stage in a manifest's history."""
+
+_TIME_ROWS = Range(1, 20, 64)  # timesteps per run of denoiser_time; more take several runs
+_DENOISER_ROWS = Range(1, 2, 2)  # one image, with or without classifier-free guidance
+_MAX_SHAPES = 32
+_BASE_MEMORY = 500e6  # bytes of the libraries themselves, and of the kernels that they generate
+
+_CUSTOM_OPERATORS = {"cpu": ("onnxruntime", "onnxruntime-cuda"), "cuda": ("onnxruntime-cuda",)}
+"""Targets of optimize whose graphs have operators that only these backends support."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileRequest:
+    """Options of a compilation.
+
+    Attributes:
+        backend: name in BACKENDS, for all components that component_backends does not name.
+        component_backends: backend by component name.
+        options: of the backends, each as KEY=VALUE; every backend takes those that it knows.
+        sizes: to build for. If unset, backends that need ranges get the manifest's default size
+            and one image with guidance; others stay free.
+        overwrite: replace an existing engine directory.
+        quiet: show no progress.
+    """
+
+    backend: str
+    component_backends: Mapping[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    sizes: Sizes = field(default_factory=Sizes)
+    overwrite: bool = False
+    quiet: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileTask:
+    """One engine to build.
+
+    Attributes:
+        name: of the component.
+        source: component of the graph that is compiled.
+        component: description of the engine, except its files.
+    """
+
+    name: str
+    source: Component
+    component: Component
+
+    @property
+    def memory(self) -> int:
+        """Peak host memory of the build in bytes: an estimate from measured builds."""
+        return int(_BASE_MEMORY + BACKENDS[self.component.backend].memory * self.source.size)
+
+    def __str__(self) -> str:
+        engine = self.component
+        sizes = format_shapes(engine.shapes) if engine.shapes else "any size"
+        if not engine.free_dimensions:
+            sizes = "one size"
+        return (
+            f"{self.name}: {engine.backend}, {engine.precision}, for {sizes}; about "
+            f"{size_text(self.source.size)}, and up to {size_text(self.memory)} of memory to build"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilePlan:
+    """Checked plan of one compilation.
+
+    Attributes:
+        source: engine directory to read.
+        manifest: of the source.
+        tasks: engines to build, in order.
+        request: that the plan is for.
+        options: of the request, parsed.
+        origin: history entries about where the graphs came from, such as ``source``.
+    """
+
+    source: Path
+    manifest: Manifest
+    tasks: tuple[CompileTask, ...]
+    request: CompileRequest
+    options: Mapping[str, Any]
+    origin: Mapping[str, str]
+
+    @property
+    def space(self) -> int:
+        """Disk space of the engines in bytes: an upper estimate."""
+        return int(sum(BACKENDS[t.component.backend].space * t.source.size for t in self.tasks))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"compile {self.source}, {self.manifest.name}:"
+        yield from (f"  {task}" for task in self.tasks)
+        needed, free = max(task.memory for task in self.tasks), available_memory()
+        yield f"one engine at a time: up to {size_text(needed)} of memory{_of_free(free)}"
+        if free is not None and needed > free:
+            yield "WARNING: less memory is free: close other programs, or expect builds to fail"
+        yield from self._copies()
+        yield f"on the disk about {size_text(self.space)}"
+        yield from self._gpu_memory()
+
+    def _copies(self) -> Iterator[str]:
+        """Yield a line about OpenVINO, which holds the weights once for each size."""
+        tasks = [task for task in self.tasks if task.component.backend == "openvino"]
+        loaded = sum(task.source.size * max(1, len(task.component.shapes)) for task in tasks)
+        if loaded > sum(task.source.size for task in tasks):
+            yield f"loaded engines hold the weights once for each size: about {size_text(loaded)}"
+
+    def _gpu_memory(self) -> Iterator[str]:
+        tasks = [task for task in self.tasks if BACKENDS[task.component.backend].gpu]
+        if not tasks:
+            return
+        cuda = import_module("latentforge.runtime.backends.cuda")  # other backends don't need it
+        weights, free = sum(task.source.size for task in tasks), cuda.free_memory()
+        available = _of_free(free) if free is not None else "; this machine has no GPU"
+        yield f"on the GPU: {size_text(weights)} of weights, and the largest size's{available}"
+        if free is not None and weights > free:
+            yield "WARNING: less GPU memory is free: the engines will not load here"
+
+
+def _of_free(free: int | None) -> str:
+    return "" if free is None else f" of {size_text(free)} free"
+
+
+def plan_compilation(
+    source: Path, request: CompileRequest, *, origin: Mapping[str, str] | None = None
+) -> CompilePlan:
+    """Return a plan after all checks that are possible before work begins.
+
+    Args:
+        source: engine directory that export or optimize wrote.
+        request: backends, options and sizes.
+        origin: history entries about where the graphs came from, such as ``source``.
+
+    Raises:
+        ManifestError: the source is damaged, or compiled already.
+        SettingsError: there is no such option or component, or the backend lacks operators.
+        ShapeError: the model or its graphs cannot have one of the sizes.
+        BackendError: a backend does not exist or is not installed.
+    """
+    manifest = Manifest.read(source)
+    selected = _selected_backends(source, manifest, request)
+    _check_source(source, manifest, selected.values())
+    _check_sizes(manifest, request.sizes)
+    options = _parse_options(request.options, set(selected.values()))
+    return CompilePlan(
+        source=source,
+        manifest=manifest,
+        tasks=tuple(
+            _task(name, manifest, backend, options, request.sizes)
+            for name, backend in selected.items()
+        ),
+        request=request,
+        options=options,
+        origin=origin or {},
+    )
+
+
+def _selected_backends(source: Path, manifest: Manifest, request: CompileRequest) -> dict[str, str]:
+    """Return the backend of each component."""
+    if unknown := request.component_backends.keys() - manifest.components.keys():
+        names = ", ".join(manifest.components)
+        raise SettingsError(f"no component {min(unknown)!r} in {source}; there are {names}")
+    backend = request.backend
+    return {name: request.component_backends.get(name, backend) for name in manifest.components}
+
+
+def _check_source(source: Path, manifest: Manifest, selected: Iterable[str]) -> None:
+    if any(stage.name == STAGE for stage in manifest.history):
+        raise ManifestError(
+            f"{source} was compiled already: start from the output of export or optimize"
+        )
+    targets = [s.options["target"] for s in manifest.history if "target" in s.options]
+    for backend in selected:
+        backends.get(backend)  # raises with what to install
+        supported = _CUSTOM_OPERATORS.get(targets[-1], ()) if targets else ()
+        if supported and backend not in (*supported, "null"):
+            raise SettingsError(
+                f"{source} was optimized for {targets[-1]}, with operators that {backend} lacks: "
+                f"optimize the exported engines with --target {_target(backend)}"
+            )
+
+
+def _target(backend: str) -> str:
+    """Return the target of optimize for a backend."""
+    return backend.replace("onnxruntime-", "") if backend != "onnxruntime" else "cpu"
+
+
+def _check_sizes(manifest: Manifest, sizes: Sizes) -> None:
+    """Refuse sizes that the model cannot have, or that contradict fixed sizes of its graphs."""
+    unit = manifest.latent.downscale * manifest.latent.multiple
+    for name, ranges in (("height", sizes.height), ("width", sizes.width)):
+        for size in (s for each in ranges for s in (each.min, each.opt, each.max)):
+            if size % unit:
+                raise ShapeError(f"{name} must be a multiple of {unit} for this model, not {size}")
+    if "denoiser" not in manifest.components:
+        return
+    rows, _, height, width = manifest.components["denoiser"].inputs["sample"].shape
+    scale = manifest.latent.downscale
+    _check_fixed("batch", rows, sizes.batch)
+    _check_fixed("height", height, sizes.height, scale)
+    _check_fixed("width", width, sizes.width, scale)
+
+
+def _check_fixed(name: str, size: int | str, ranges: tuple[Range, ...], scale: int = 1) -> None:
+    if isinstance(size, int) and ranges and ranges != (Range.of(size * scale),):
+        raise ShapeError(
+            f"{name} {','.join(map(str, ranges))} contradicts the graphs, which are fixed to "
+            f"{size * scale}: export them again without --{name}"
+        )
+
+
+def _parse_options(texts: Sequence[str], selected: set[str]) -> dict[str, Any]:
+    """Parse options, each of which at least one of the backends has."""
+    types: dict[str, type] = {}
+    for backend in sorted(selected):
+        types |= backends.get(backend).OPTIONS
+    options = backends.parse_options(texts, types)
+    if refused := [name for name in ONLY_AT_LOAD if name in options]:
+        raise SettingsError(
+            f"option {refused[0]} is set when engines are loaded, and is not stored in them"
+        )
+    return options
+
+
+def _task(
+    name: str, manifest: Manifest, backend: str, options: Mapping[str, Any], sizes: Sizes
+) -> CompileTask:
+    source = manifest.components[name]
+    any_size = BACKENDS[backend].any_size
+    component_sizes = _component_sizes(name, any_size, manifest, sizes)
+    rows = None if any_size else _TIME_ROWS
+    shapes = component_sizes.shapes(source.free_dimensions, manifest.latent.downscale, rows)
+    if len(shapes) > _MAX_SHAPES:
+        raise SettingsError(f"{len(shapes)} sizes are too many: give at most {_MAX_SHAPES}")
+    types = backends.get(backend).OPTIONS
+    component = msgspec.structs.replace(
+        source.specialize(shapes),
+        backend=backend,
+        options={key: value for key, value in options.items() if key in types},
+    )
+    if not any_size:
+        _check_ranges(name, component)
+    return CompileTask(name=name, source=source, component=component)
+
+
+def _component_sizes(name: str, any_size: bool, manifest: Manifest, sizes: Sizes) -> Sizes:
+    """Return the sizes for a component; all but the denoiser run on one row at a time."""
+    if not any_size:
+        defaults = manifest.defaults
+        sizes = sizes.with_defaults(
+            Sizes(
+                height=(Range.of(defaults.height),),
+                width=(Range.of(defaults.width),),
+                batch=(_DENOISER_ROWS,),
+            )
+        )
+    one_row = not name.startswith("denoiser") and sizes.batch
+    return replace(sizes, batch=(Range.of(1),)) if one_row else sizes
+
+
+def _check_ranges(name: str, component: Component) -> None:
+    ranged = {dimension for shapes in component.shapes for dimension in shapes}
+    if missing := [size for size in component.free_dimensions if size not in ranged]:
+        raise ShapeError(
+            f"{name}: dimension {missing[0]} has no range, and {component.backend} needs one: "
+            "export with fixed sizes"
+        )
