@@ -1,4 +1,7 @@
-"""Compile the runtime's kernels on the way into a wheel, or do without."""
+"""Build hook of the package: compiles the kernels in runtime/kernels into the wheel.
+
+Without a C++ compiler the wheel has none, and the package uses ONNX Runtime's operators.
+"""
 
 import runpy
 import sysconfig
@@ -11,13 +14,13 @@ __all__ = ["NativeBuildHook"]
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
-    """Puts the library into the wheel where it can be built, which then is of this platform."""
+    """Hook that adds the compiled library to the wheel, which is then specific to this platform."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        native = runpy.run_path(str(Path(self.root) / "runtime" / "kernels" / "compiler.py"))
-        if failure := native["build"]():
+        compiler = runpy.run_path(str(Path(self.root) / "runtime" / "kernels" / "compiler.py"))
+        if failure := compiler["build"]():
             self.app.display_warning(
                 f"latentforge is installed without its own kernels and runs on ONNX Runtime's: "
                 f"{failure}"
@@ -26,4 +29,4 @@ class NativeBuildHook(BuildHookInterface[Any]):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
-        build_data["artifacts"].append(f"/runtime/kernels/{native['LIBRARY'].name}")
+        build_data["artifacts"].append(f"/runtime/kernels/{compiler['LIBRARY'].name}")

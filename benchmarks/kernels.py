@@ -1,10 +1,10 @@
-"""Our own operators beside ONNX Runtime's, in turns, at the sizes of Stable Diffusion 1.5.
+"""Compare our operators with ONNX Runtime's in interleaved runs, at the sizes of Stable Diffusion 1.5.
 
     python benchmarks/kernels.py [--repeats N] [--kernels avx2]
 
-prints how near the product comes to what the registers could do, and for each operator the paired
-ratio of seconds, with its range. ``--kernels`` takes those of fewer instructions than there are
-here; ONNX Runtime cannot be told so, and keeps all.
+prints how close the matrix product comes to the peak of the registers, and for each operator the
+paired ratio of durations, with its range. ``--kernels`` restricts ours to a smaller instruction set;
+ONNX Runtime has no such setting, and uses all that the processor has.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 
 from latentforge.optimize.passes.native.conv import pack
-from latentforge.runtime.kernels import DOMAIN, needed_library
+from latentforge.runtime.kernels import DOMAIN, required_library
 
 Array = np.ndarray[Any, Any]
 
@@ -53,22 +53,25 @@ def session(operator: str, domain: str, inputs: dict[str, Array], fixed: dict[st
               (("", 20), (DOMAIN, 1), ("com.microsoft", 1))]  # fmt: skip
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = ort.SessionOptions()
-    options.register_custom_ops_library(str(needed_library("this")))
+    options.register_custom_ops_library(str(required_library("this")))
     return ort.InferenceSession(model.SerializeToString(), options)
 
 
 def cases() -> Iterator[tuple[str, float, list[tuple[ort.InferenceSession, dict[str, Array]]]]]:
-    """A name, billions of multiplications, and ours and theirs with their inputs."""
+    """Yield a name, the work in GMAC, and the sessions of both operators with their inputs."""
     for n, side, c, k in CONVOLUTIONS:
         x, w = noise(n, side, side, c), noise(k, c, 3, 3) / np.float32(3 * c**0.5)
-        ours = {"channels": k, "pads": [1] * 4, "silu": 0, "stride": 1, "upsample": 1}
-        turned = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        attributes = {"channels": k, "pads": [1] * 4, "silu": 0, "stride": 1, "upsample": 1}
+        channels_first = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
         yield (
             f"Conv {n}x{side}x{side}, {c} to {k}",
             n * side**2 * c * k * 9e-9,
             [
-                (session("Conv", DOMAIN, {"x": x}, {"w": pack(w)}, ours), {"x": x}),
-                (session("Conv", "", {"x": turned}, {"w": w}, {"pads": [1] * 4}), {"x": turned}),
+                (session("Conv", DOMAIN, {"x": x}, {"w": pack(w)}, attributes), {"x": x}),
+                (
+                    session("Conv", "", {"x": channels_first}, {"w": w}, {"pads": [1] * 4}),
+                    {"x": channels_first},
+                ),
             ],
         )
     for rows, c, k in PRODUCTS:
@@ -87,22 +90,22 @@ def cases() -> Iterator[tuple[str, float, list[tuple[ort.InferenceSession, dict[
             n: noise(2, t, HEADS * size) for n, t in (("q", queries), ("k", keys), ("v", keys))
         }
         scale = size**-0.5
-        own, other = ({name: HEADS, "scale": scale} for name in ("heads", "num_heads"))
+        native, ort_attributes = ({n: HEADS, "scale": scale} for n in ("heads", "num_heads"))
         work = 4e-9 * queries * keys * HEADS * size
         yield f"Attention {queries} x {keys}, {HEADS} x {size}", work, [
-            (session("Attention", DOMAIN, feeds, {}, own), feeds),
-            (session("MultiHeadAttention", "com.microsoft", feeds, {}, other), feeds),
+            (session("Attention", DOMAIN, feeds, {}, native), feeds),
+            (session("MultiHeadAttention", "com.microsoft", feeds, {}, ort_attributes), feeds),
         ]  # fmt: skip
 
 
 def compare(pair: list[tuple[ort.InferenceSession, dict[str, Array]]], repeats: int) -> Array:
-    """Seconds of each in turns, after one uncounted run: (repeats, 2)."""
+    """Return the seconds of interleaved runs after one warm-up run: (repeats, 2)."""
     seconds = []
     for _ in range(repeats + 1):
         row = []
-        for each, feeds in pair:
+        for session, feeds in pair:
             start = time.perf_counter()
-            each.run(None, feeds)
+            session.run(None, feeds)
             row.append(time.perf_counter() - start)
         seconds.append(row)
     return np.array(seconds[1:])
@@ -117,23 +120,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.kernels:
         os.environ["LATENTFORGE_KERNELS"] = options.kernels
-    library = ctypes.CDLL(str(needed_library("this benchmark")))
+    library = ctypes.CDLL(str(required_library("this benchmark")))
     library.latentforge_kernels.restype = ctypes.c_char_p
     figures = [getattr(library, f"latentforge_{name}") for name in ("peak", "product")]
     for figure in figures:
         figure.restype = ctypes.c_double
     peak, product = (figure() for figure in figures)
-    print(f"{library.latentforge_kernels().decode()}: the product inside Conv does "
-          f"{product / 1e9:.1f} GMAC/s a thread, {product / peak:.0%} of the {peak / 1e9:.1f} that "
-          "registers can do")  # fmt: skip
-    print("| operator | ours, GMAC/s | ONNX Runtime's | ratio (range) |\n|---|---:|---:|---:|")
+    print(f"{library.latentforge_kernels().decode()}: the matrix product in Conv does "
+          f"{product / 1e9:.1f} GMAC/s per thread, {product / peak:.0%} of the registers' peak of "
+          f"{peak / 1e9:.1f}")  # fmt: skip
+    print(
+        "| operator | ours, GMAC/s | ONNX Runtime's, GMAC/s | ratio (range) |\n|---|---:|---:|---:|"
+    )
     for name, work, pair in cases():
         seconds = compare(pair, options.repeats)
-        ours, theirs = (work / median(column) for column in seconds.T)
+        native, reference = (work / median(column) for column in seconds.T)
         ratio = seconds[:, 1] / seconds[:, 0]
-        spread = f"{ratio.min():.2f} to {ratio.max():.2f}"
+        interval = f"{ratio.min():.2f} to {ratio.max():.2f}"
         print(
-            f"| {name} | {ours:.0f} | {theirs:.0f} | {median(ratio):.2f} ({spread}) |", flush=True
+            f"| {name} | {native:.0f} | {reference:.0f} | {median(ratio):.2f} ({interval}) |",
+            flush=True,
         )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.kernels import DOMAIN, needed_library
+from latentforge.runtime.kernels import DOMAIN, required_library
 from latentforge.runtime.text import one_line
 
 __all__ = [
@@ -207,7 +207,7 @@ def open_session(model: ir.Model, *, profile: str | None = None) -> ort.Inferenc
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
     if any(node.domain == DOMAIN for node in model.graph):
-        options.register_custom_ops_library(str(needed_library("the graph")))
+        options.register_custom_ops_library(str(required_library("the graph")))
     copy = model.clone()
     tidy(copy)  # ONNX Runtime rejects unused external initializers
     arrays = extract_initializers(copy.graph)

@@ -1,8 +1,12 @@
-"""Convolutions and group norms with channels last, as custom operators of ONNX Runtime.
+"""Kernels for CPUs: convolution, normalization, products and attention, as ONNX Runtime operators.
 
-The sources beside this file are compiled when the package is installed where there is a C++
-compiler, and without one the package does without: ``library()`` then is None, and no graph with
-these operators is made. Nothing here loads the library but ONNX Runtime itself.
+* Compiled: compiler.py builds the C++ sources beside this file into one library. hatch_build.py
+  runs it when the package is installed; ``python -m latentforge.runtime.kernels`` runs it later.
+* Loaded: runtime/backends/onnxruntime.py passes the library's path to ONNX Runtime, for components
+  with ``custom_ops`` in the manifest. Nothing else loads it.
+* Used: the passes in optimize/passes/native put the operators into graphs, if library() exists.
+
+Without a C++ compiler the package works without them. docs/kernels.md describes the operators.
 """
 
 from pathlib import Path
@@ -10,28 +14,31 @@ from pathlib import Path
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.kernels.compiler import LIBRARY
 
-__all__ = ["DOMAIN", "library", "needed_library"]
+__all__ = ["DOMAIN", "library", "required_library"]
 
 DOMAIN = "latentforge"
-"""That of the operators, in graphs."""
+"""Domain of the operators in graphs."""
 
 
 def library() -> Path | None:
-    """Where the library is, or None if it was not built."""
+    """Return the path of the library, or None if it was not compiled."""
     return LIBRARY if LIBRARY.is_file() else None
 
 
-def needed_library(user: str) -> Path:
-    """Where the library is, for a graph that needs it.
+def required_library(component: str) -> Path:
+    """Return the path of the library, for a component that needs it.
+
+    Args:
+        component: name of it, for the error message.
 
     Raises:
-        BackendError: it was not built.
+        BackendError: the library was not compiled.
     """
-    found = library()
-    if found is None:
+    path = library()
+    if path is None:
         raise BackendError(
-            f"{user} needs latentforge's own operators, which were not compiled here: install a "
-            "C++ compiler and run python -m latentforge.runtime.kernels, or build the engines anew "
-            "without them (they are left out where the library is not there)"
+            f"{component} needs latentforge's own operators, which are not compiled here: install "
+            "a C++ compiler and run python -m latentforge.runtime.kernels, or build the engines "
+            "again without the operators (which is the default where they are not compiled)"
         )
-    return found
+    return path

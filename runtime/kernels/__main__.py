@@ -1,4 +1,4 @@
-"""Compile the library in place: ``python -m latentforge.runtime.kernels``."""
+"""``python -m latentforge.runtime.kernels``: compile the kernels where they are installed."""
 
 import sys
 

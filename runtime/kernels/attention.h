@@ -1,8 +1,8 @@
-// Attention without its matrix of scores, which for 4096 tokens and 8 heads has half a gigabyte.
+// Attention without the matrix of scores, which has half a gigabyte for 4096 tokens and 8 heads.
 //
-// Dao et al. (2022), arXiv 2205.14135, algorithm 1: keys come in blocks, and what is summed up so
-// far is scaled down whenever a row meets a larger score. Dao (2023), arXiv 2307.08691, section
-// 3.1: the division by the row's sum comes last.
+// Dao et al. (2022), arXiv 2205.14135, algorithm 1: keys come in blocks, and the running sums of a
+// row are rescaled when a larger score appears. Dao (2023), arXiv 2307.08691, section 3.1: the
+// division by the row's sum comes last.
 #pragma once
 
 #include "kernels.h"
@@ -14,12 +14,12 @@ namespace {
 
 constexpr int64_t kQueries = 8 * kRows;  // rows of a task
 constexpr int64_t kKeys = 4 * kChunk;    // keys of a block
-constexpr int64_t kStep = 2 * kWidth;    // scores that are looked at together
-constexpr float kLeast = -3.0e38f;
+constexpr int64_t kStep = 2 * kWidth;    // scores that are processed together
+constexpr float kLowest = -3.0e38f;
 
-class Attending {
+class AttentionRun {
  public:
-  Attending(const Attention& attention, const Parallel& parallel)
+  AttentionRun(const Attention& attention, const Parallel& parallel)
       : a_(attention),
         parallel_(parallel),
         width_(a_.heads * a_.size),
@@ -45,18 +45,18 @@ class Attending {
   const int64_t width_, wide_, depth_, chunks_;
   float *keys_ = nullptr, *values_ = nullptr;
 
-  // Where a head of an image begins in a row of tokens.
+  // Returns the offset of a head's channels of a token.
   int64_t place(int64_t head, int64_t token, int64_t tokens) const {
     return (head / a_.heads * tokens + token) * width_ + head % a_.heads * a_.size;
   }
 
-  // Columns of a panel of values: three vectors at the end rather than one alone.
+  // Returns the columns of a panel of values; the last has three vectors rather than one.
   int64_t wide_of(int64_t panel) const {
     const int64_t left = wide_ - panel;
     return left == kWidth || left == 3 * kWidth ? left : 2 * kWidth;
   }
 
-  // kChunk keys as [panels][size][panel], and their values as [panels][keys][panel].
+  // Packs kChunk keys to [panels][size][panel], and their values to [panels][keys][panel].
   void pack(int64_t task) {
     const int64_t head = task / chunks_, first = task % chunks_ * kChunk;
     const int64_t count = smaller(kChunk, a_.keys - first);
@@ -76,24 +76,24 @@ class Attending {
     }
   }
 
-  // A block of queries of one head.
+  // Computes the output of a block of queries of one head.
   void attend(int64_t head, int64_t first) {
     const int64_t count = smaller(kQueries, a_.queries - first);
     float* query = scratch(kStrip, size_t(kQueries * depth_));
     float* scores = scratch(kProducts, size_t(kQueries * kKeys));
     float* sums = scratch(kRowsOfHead, size_t(kQueries * (wide_ + kWidth + 1)));
-    float *totals = sums + kQueries * wide_, *most = totals + kQueries * kWidth;
-    take_queries(head, first, count, query);
-    for (int64_t r = 0; r < count; ++r) most[r] = kLeast, store(totals + r * kWidth, Vec{});
+    float *totals = sums + kQueries * wide_, *maxima = totals + kQueries * kWidth;
+    scale_queries(head, first, count, query);
+    for (int64_t r = 0; r < count; ++r) maxima[r] = kLowest, store(totals + r * kWidth, Vec{});
     for (int64_t key = 0; key < a_.keys; key += kKeys) {
       const int64_t keys = smaller(kKeys, a_.keys - key);
       score(head, key, keys, count, query, scores);
       for (int64_t r = 0; r < count; ++r) {
-        const float now = most_of(scores + r * kChunk, count * kChunk, keys, most[r]);
-        if (key > 0 && now > most[r])
-          shrink(power_of_two(all(most[r] - now)), sums + r * wide_, totals + r * kWidth);
-        most[r] = now;
-        soften(scores + r * kChunk, count * kChunk, keys, now, totals + r * kWidth);
+        const float now = row_maximum(scores + r * kChunk, count * kChunk, keys, maxima[r]);
+        if (key > 0 && now > maxima[r])
+          rescale(power_of_two(all(maxima[r] - now)), sums + r * wide_, totals + r * kWidth);
+        maxima[r] = now;
+        exponentiate(scores + r * kChunk, count * kChunk, keys, now, totals + r * kWidth);
       }
       sum_values(head, key, keys, count, scores, sums);
     }
@@ -105,8 +105,8 @@ class Attending {
     }
   }
 
-  // Scaled, and for powers of two, as [chunks of the head's size][rows][kChunk].
-  void take_queries(int64_t head, int64_t first, int64_t count, float* out) const {
+  // Copies queries, scaled also by log2(e) for powers of two, to [chunks of the size][rows][kChunk].
+  void scale_queries(int64_t head, int64_t first, int64_t count, float* out) const {
     constexpr float kLog2 = 1.44269504f;
     for (int64_t r = 0; r < count; ++r) {
       const float* from = a_.query + place(head, first + r, a_.queries);
@@ -116,7 +116,7 @@ class Attending {
     }
   }
 
-  // To [chunks of keys][rows][kChunk]; past the last key, what becomes nothing.
+  // Writes scores to [chunks of keys][rows][kChunk]; scores beyond the last key become zero weights.
   void score(int64_t head, int64_t key, int64_t keys, int64_t count, const float* query,
              float* scores) const {
     for (int64_t chunk = 0; chunk * kChunk < keys; ++chunk) {
@@ -127,13 +127,13 @@ class Attending {
         multiply_panel(query, count * kChunk, packed + j * a_.size, a_.size, out + j, kChunk, count,
                        kPanel, false);
       for (int64_t r = 0; left < wide && r < count; ++r)
-        for (int64_t j = left; j < wide; ++j) out[r * kChunk + j] = kLeast;
+        for (int64_t j = left; j < wide; ++j) out[r * kChunk + j] = kLowest;
     }
   }
 
-  // The largest score of a row, or what was so before.
-  static float most_of(const float* scores, int64_t stride, int64_t keys, float most) {
-    Vec even = all(most), odd = even;
+  // Returns the largest score of a row, at least the maximum so far.
+  static float row_maximum(const float* scores, int64_t stride, int64_t keys, float maximum) {
+    Vec even = all(maximum), odd = even;
     for (; keys > 0; keys -= kChunk, scores += stride)
       for (int64_t i = 0; i < smaller(keys, kChunk); i += kStep) {
         even = larger(load(scores + i), even);
@@ -142,18 +142,18 @@ class Attending {
     return largest(larger(even, odd));
   }
 
-  void shrink(Vec factor, float* sums, float* totals) const {
+  void rescale(Vec factor, float* sums, float* totals) const {
     for (int64_t d = 0; d < wide_; d += kWidth) store(sums + d, load(sums + d) * factor);
     store(totals, load(totals) * factor);
   }
 
-  // A row of scores becomes 2^(score - most).
-  static void soften(float* scores, int64_t stride, int64_t keys, float most, float* totals) {
+  // Replaces a row of scores by 2^(score - maximum) and adds them to the row's totals.
+  static void exponentiate(float* scores, int64_t stride, int64_t keys, float maximum, float* totals) {
     Vec even = load(totals), odd{};
     for (; keys > 0; keys -= kChunk, scores += stride)
       for (int64_t i = 0; i < smaller(keys, kChunk); i += kStep) {
-        const Vec one = power_of_two(load(scores + i) - most);
-        const Vec other = power_of_two(load(scores + i + kWidth) - most);
+        const Vec one = power_of_two(load(scores + i) - maximum);
+        const Vec other = power_of_two(load(scores + i + kWidth) - maximum);
         store(scores + i, one);
         store(scores + i + kWidth, other);
         even += one;
@@ -174,7 +174,7 @@ class Attending {
 };
 
 void attend(const Attention& attention, const Parallel& parallel) {
-  Attending(attention, parallel).run();
+  AttentionRun(attention, parallel).run();
 }
 
 }  // namespace

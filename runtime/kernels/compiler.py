@@ -1,6 +1,7 @@
-"""Compile the kernels beside this file into one library; needs nothing but a C++ compiler.
+"""Compilation of the kernels beside this file into one library, with a C++ compiler alone.
 
-The package's build runs this file by its path, before anything of the package can be imported.
+hatch_build.py runs this file by its path when the package is built, so it imports nothing of the
+package. The library is loaded by runtime/backends/onnxruntime.py.
 """
 
 import os
@@ -15,7 +16,7 @@ __all__ = ["LIBRARY", "build", "compiler"]
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "liblatentforge.so"
-"""Where the library is, once it was built; loaders take that name on every POSIX system."""
+"""Path of the library once it is compiled; the suffix works on every POSIX system."""
 
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"),
@@ -28,23 +29,23 @@ _INSTRUCTIONS = {
         *("-mfma", "-mf16c"),
     ),
 }
-"""Flags of files that hold kernels for some instructions, by how their names end: which of them
-run is chosen when the library is loaded."""
+"""Compiler flags of the files for one instruction set, by the end of their names. kernels.cpp selects
+the instruction set when the library is loaded."""
 
 
 def compiler() -> list[str] | None:
-    """The command of a C++ compiler: what CXX says, or one that is there; None if none is."""
-    if words := shlex.split(os.environ.get("CXX", "")):
-        return words
-    found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return next(([path] for path in found if path), None)
+    """Return the command of a C++ compiler: $CXX, or an installed one; None if there is none."""
+    if command := shlex.split(os.environ.get("CXX", "")):
+        return command
+    paths = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return next(([path] for path in paths if path), None)
 
 
 def build() -> str | None:
-    """Write the library, or leave things as they are; return why that failed, in one line."""
+    """Compile the library; on failure, change nothing and return the reason on one line."""
     command = compiler()
     if command is None:
-        return "no C++ compiler is there"
+        return "no C++ compiler is installed"
     try:
         with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as folder:
             _compile(command, Path(folder))
@@ -57,14 +58,16 @@ def build() -> str | None:
 
 
 def _compile(command: list[str], folder: Path) -> None:
-    """Compile file by file, link, and put the result in its place in one step."""
+    """Compile each file, link them, and replace the library atomically."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = []
     for source in sorted(FOLDER.glob("*.cpp")):
-        special = next((f for end, f in _INSTRUCTIONS.items() if source.name.endswith(end)), ())
-        if special and not x86:
+        instructions = next(
+            (f for end, f in _INSTRUCTIONS.items() if source.name.endswith(end)), ()
+        )
+        if instructions and not x86:
             continue
-        flags = [*_FLAGS, *special, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
+        flags = [*_FLAGS, *instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
         objects.append(str(folder / f"{source.stem}.o"))
         _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
     linked = folder / LIBRARY.name

@@ -1,11 +1,12 @@
-// Convolution in two turns, for a block of output tiles after the other.
+// Convolution, in two steps for each block of output tiles:
 //
-// 1. Tiles of the input, activated, padded and transformed: [chunks][points][tiles][kChunk].
-// 2. For some output channels: their weights, transformed as they are needed from what lies in the
-//    file; a product for each point; the transform back, with all that is added.
+// 1. Read the input tiles, activate, pad and transform them: [chunks][points][tiles][kChunk].
+// 2. For a group of output channels: transform the weights from the memory-mapped file, multiply at
+//    each point, transform back, and add bias, row and residual.
 //
-// Transformed weights would be up to four times as large as the file's. Making them anew costs as
-// much as a few tiles, of which a block has dozens, and what is used stays in the cache.
+// Stored transformed weights would be up to four times as large as the file's. Transforming them
+// for each block costs as much as a few tiles, of which a block has dozens, and the transformed
+// weights stay in the cache.
 #pragma once
 
 #include "kernels.h"
@@ -16,41 +17,43 @@
 namespace latentforge {
 namespace {
 
-constexpr int64_t kSpan = 16;  // tiles of a row that are transformed together
+constexpr int64_t kSpan = 16;  // neighbouring tiles of a row that are transformed together
 
-// A distance between arrays of so many floats that is no power of 2: caches have sets.
+// Returns a stride for arrays of this many floats that is no power of 2, to avoid conflicts between
+// cache sets.
 constexpr int64_t spread(int64_t floats) { return floats + 16; }
 
-// Minimal filtering, by the transforms of a row.
+// Minimal filtering F(m x m, r x r), given its transforms of one row: see winograd.h.
 template <int Tile, int Step, int Window, int Points, int Lines, typename Row>
 struct Filtering {
   static constexpr int kTile = Tile, kWindow = Window, kSeen = Window * Window;
   static constexpr int kPoints = Points * Points;
-  static constexpr int kLines = Lines;  // rows of points whose weights are made together
+  static constexpr int kLines = Lines;  // rows of points whose weights are transformed together
   static constexpr int kParts = Points / Lines;
   static int64_t taps(const Conv&) { return 1; }
   static int64_t window(const Conv&) { return Window; }
   static int64_t step(const Conv&) { return Step; }
-  // The input that a product is of.
+  // Returns the transformed input that a product multiplies.
   static constexpr int64_t source(int64_t point) {
     return Row::source(point / Points) * Window + Row::source(point % Points);
   }
 
-  // One tile's and vector's window in a strip of so many columns, to out[point * stride].
+  // Transforms the window of one tile, for one vector of channels, in a strip that has this many
+  // columns, to out[point * stride].
   static void input(const float* strip, int64_t columns, int64_t, float* out, int64_t stride,
                     int64_t) {
-    Vec window[kSeen], made[kSeen];
+    Vec window[kSeen], transformed[kSeen];
 #pragma GCC unroll 8
     for (int y = 0; y < kWindow; ++y)
 #pragma GCC unroll 8
       for (int x = 0; x < kWindow; ++x)
         window[y * kWindow + x] = load(strip + (y * columns + x) * kChunk);
-    both_ways<kWindow, kWindow, Row::input>(window, made);
+    both_ways<kWindow, kWindow, Row::input>(window, transformed);
 #pragma GCC unroll 36
-    for (int point = 0; point < kSeen; ++point) store(out + point * stride, made[point]);
+    for (int point = 0; point < kSeen; ++point) store(out + point * stride, transformed[point]);
   }
 
-  // A part's rows of the transformed weights, of w(0) to w(8), to out[point * stride].
+  // Transforms the taps w(0) to w(8) to the kLines rows of points of a part, at out[point * stride].
   template <typename Taps>
   static void weights(const Taps& w, int64_t part, float* out, int64_t stride) {
     Vec taps[9];
@@ -59,13 +62,13 @@ struct Filtering {
 #pragma GCC unroll 2
     for (int y = 0; y < kLines; ++y) {
       const float* g = Row::kG[part * kLines + y];
-      Vec row[3], made[Points];
+      Vec row[3], transformed[Points];
 #pragma GCC unroll 4
       for (int x = 0; x < 3; ++x)
         row[x] = g[0] * taps[x] + g[1] * taps[3 + x] + g[2] * taps[6 + x];
-      Row::weights(row, made);
+      Row::weights(row, transformed);
 #pragma GCC unroll 8
-      for (int x = 0; x < Points; ++x) store(out + (y * Points + x) * stride, made[x]);
+      for (int x = 0; x < Points; ++x) store(out + (y * Points + x) * stride, transformed[x]);
     }
   }
 
@@ -77,18 +80,19 @@ struct Filtering {
   }
 };
 
-// With 3 x 3 weights and stride 1.
+// Winograd convolution: 3 x 3, stride 1.
 template <int Tile>
 struct Fast : Filtering<Tile, Tile, Tile + 2, Tile + 2, 2, Winograd<Tile>> {
   static int64_t enlarged(const Conv& conv) { return conv.upsample; }
 };
 
-// The same of an image enlarged by 2 with a pixel of padding before it, by the image as it is.
+// Winograd convolution of an image enlarged by 2, with one pixel of padding at the top and left,
+// computed from the image before it is enlarged.
 struct Raised : Filtering<4, 2, 4, 5, 1, Doubled> {
   static int64_t enlarged(const Conv&) { return 1; }
 };
 
-// What any other is done by: a tile is a pixel, and each tap a part of the sum.
+// Direct convolution, for all other cases: a tile is one pixel, and taps are summed.
 struct Plain : Distinct {
   static constexpr int kTile = 1, kSeen = 1, kPoints = 1, kParts = 1;
   static int64_t taps(const Conv& conv) { return conv.kernel * conv.kernel; }
@@ -111,7 +115,7 @@ struct Plain : Distinct {
   static void output(const float* products, int64_t, Vec* out) { out[0] = load(products); }
 };
 
-// How the work is cut: tiles of a block, output channels of a task, input channels of its weights.
+// Blocking: tiles per block, output channels per task, input channels per group of weights.
 struct Blocking {
   int64_t tiles, columns, depth;
 };
@@ -138,7 +142,7 @@ class Convolution {
   }
 
  private:
-  // A block of output tiles, and their inputs as they are multiplied.
+  // Block of output tiles, with their transformed inputs.
   struct Block {
     int64_t first, count, tile_stride, chunk_stride;
     float* inputs;
@@ -160,7 +164,7 @@ class Convolution {
 
   size_t floats(const Block& block) const { return size_t(block.chunk_stride * chunks_ * taps_); }
 
-  // Each thread makes blocks of its own and waits for no other.
+  // Threads work on separate blocks, without waiting for each other.
   void apart(int64_t total, int64_t threads) {
     const int64_t blocks = round_up(ceil_div(total, cut_.tiles), threads);
     parallel_(blocks, [&](int64_t task) {
@@ -174,7 +178,7 @@ class Convolution {
     });
   }
 
-  // Of few tiles: all threads share one block after the other, and divide output channels.
+  // With few tiles: all threads work on the same block, and divide its output channels.
   void together(int64_t total) {
     for (int64_t first = 0; first < total; first += cut_.tiles) {
       Block block(first, smaller(cut_.tiles, total - first));
@@ -185,7 +189,7 @@ class Convolution {
     }
   }
 
-  // Spans of neighbouring tiles, by chunk of channels.
+  // Returns the number of parts to transform: spans of neighbouring tiles, by chunk of channels.
   int64_t parts(const Block& block) const {
     const int64_t lines = ceil_div(block.first + block.count, across_) - block.first / across_;
     return lines * ceil_div(across_, kSpan) * chunks_;
@@ -217,7 +221,7 @@ class Convolution {
                       out + tile * kChunk + c, block.tile_stride, chunks_ * block.chunk_stride);
   }
 
-  // Pixels (rows, columns) from (y, x) on, which may lie outside, of so many channels.
+  // Copies activated pixels from (y, x) on, zero outside the image, to [rows][columns][kChunk].
   void fill_strip(float* strip, int64_t image, int64_t y, int64_t x, int64_t rows, int64_t columns,
                   int64_t c, int64_t wide) const {
     const int64_t upsample = Scheme::enlarged(conv_);
@@ -237,7 +241,7 @@ class Convolution {
       }
   }
 
-  // Of a 1 x 1 convolution, which needs no window.
+  // For 1 x 1 convolutions, which need no window.
   void activate_pixels(int64_t from, int64_t to, int64_t c, int64_t wide, float* out) const {
     const int64_t pixels = conv_.h * conv_.w;
     for (int64_t pixel = from; pixel < to; ++pixel, out += kChunk) {
@@ -256,7 +260,8 @@ class Convolution {
     }
   }
 
-  // Groups of output channels, so many that threads end together; pairs stay in one group.
+  // Divides output channels into a number of groups that keeps all threads busy to the end; a left
+  // and a right block of a gated product stay in one group.
   void multiply_weights(const Block& block) {
     const int64_t panel = conv_.gated ? kPair : kPanel;
     const int64_t panels = ceil_div(conv_.k, panel), each = cut_.columns / panel;
@@ -293,7 +298,7 @@ class Convolution {
     write_outputs(block, products, point_stride, k, columns);
   }
 
-  // A tap, or a row of points, as [points][panels][depth][panel].
+  // Transforms the weights of a tap, or of rows of points, to [points][panels][depth][panel].
   void transform_weights(int64_t k, int64_t columns, int64_t which, int64_t c, int64_t depth,
                          float* out) const {
     const int64_t taps = conv_.kernel * conv_.kernel;
@@ -335,7 +340,7 @@ class Convolution {
     }
   }
 
-  // Of tiles that are a pixel: k and columns are of whole pairs.
+  // For tiles of one pixel; k and columns are multiples of kPair.
   void write_gated(const Block& block, const float* products, int64_t k, int64_t columns) const {
     for (int64_t tile = 0; tile < block.count; ++tile, products += columns) {
       float* y = conv_.y + ((block.first + tile) * conv_.k + k) / 2;
@@ -366,20 +371,20 @@ class Convolution {
   }
 };
 
-// Weights and products of a task fit the second cache, inputs of a block the third. Without a
-// transform a task is wide, since memory takes long pieces of a row better than short ones.
+// Weights and products of a task fit into the L2 cache, inputs of a block into the L3 cache. Direct
+// convolution has wide tasks, since writing long pieces of a row is faster than short ones.
 template <typename Scheme>
 Blocking Convolution<Scheme>::blocking() const {
   constexpr bool kPlain = Scheme::kPoints == 1;
-  constexpr int64_t kFloats = 4 << 20, kMost = kPlain ? 32 : 8;
+  constexpr int64_t kFloats = 4 << 20, kMaxRows = kPlain ? 32 : 8;
   constexpr int64_t kColumns = kPlain ? 320 : 2 * kPanel, kDepth = kPlain ? 192 : 128;
-  static_assert(kColumns % kPair == 0 && kColumns % kPanel == 0, "a task has both of a pair");
-  static_assert(kDepth % kChunk == 0, "inputs lie in chunks");
+  static_assert(kColumns % kPair == 0 && kColumns % kPanel == 0, "a task has whole pairs");
+  static_assert(kDepth % kChunk == 0, "inputs are in chunks");
   const int64_t fitting = kFloats / (Scheme::kSeen * taps_ * conv_.c) / kRows;
-  return {larger<int64_t>(smaller(fitting, kMost), 2) * kRows, kColumns, kDepth};
+  return {larger<int64_t>(smaller(fitting, kMaxRows), 2) * kRows, kColumns, kDepth};
 }
 
-// About how much a scheme does: products, and what transforms cost in products.
+// Estimates the work of a scheme in multiply-adds; transforms count as some of them.
 template <typename Scheme>
 int64_t work(const Conv& conv) {
   const int64_t tiles =
@@ -395,12 +400,12 @@ void run(const Conv& conv, const Parallel& parallel) {
 }
 
 void convolve(const Conv& conv, const Parallel& parallel) {
-  struct Way {
+  struct Candidate {
     int64_t work;
     void (*run)(const Conv&, const Parallel&);
   };
-  Way best{work<Plain>(conv), run<Plain>};
-  const auto consider = [&](Way other) { best = other.work < best.work ? other : best; };
+  Candidate best{work<Plain>(conv), run<Plain>};
+  const auto consider = [&](Candidate other) { best = other.work < best.work ? other : best; };
   if (conv.kernel == 3 && conv.stride == 1) {
     consider({work<Fast<2>>(conv), run<Fast<2>>});
     consider({work<Fast<4>>(conv), run<Fast<4>>});

@@ -1,3 +1,4 @@
+// Choice of the instruction set, once per process.
 #include "kernels.h"
 
 #include <cstdlib>
@@ -6,10 +7,10 @@
 namespace latentforge {
 namespace {
 
-const Kernels& choose() {
-  const char* asked = std::getenv("LATENTFORGE_KERNELS");
-  const auto wanted = [asked](const Kernels& found) {
-    return asked == nullptr || std::strcmp(asked, found.name) == 0;
+const Kernels& select_kernels() {
+  const char* name = std::getenv("LATENTFORGE_KERNELS");
+  const auto allowed = [name](const Kernels& candidate) {
+    return name == nullptr || std::strcmp(name, candidate.name) == 0;
   };
 #ifndef LATENTFORGE_PORTABLE
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -17,8 +18,8 @@ const Kernels& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && wanted(kAvx512)) return kAvx512;
-  if (avx2 && wanted(kAvx2)) return kAvx2;
+  if (avx512 && allowed(kAvx512)) return kAvx512;
+  if (avx2 && allowed(kAvx2)) return kAvx2;
 #endif
   return kPortable;
 }
@@ -26,8 +27,8 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  static const Kernels& selected = select_kernels();
+  return selected;
 }
 
 }  // namespace latentforge

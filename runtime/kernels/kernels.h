@@ -1,7 +1,7 @@
-// What the kernels are asked to do. Every instruction set implements the same table.
+// Interface of the kernels: their arguments, and a table that every instruction set implements.
 //
 // Activations are float32 with channels last. Weights are packed as [blocks, c, taps, 16]: output
-// channel k is lane k % 16 of block k / 16, zero where there is none.
+// channel k is lane k % 16 of block k / 16; lanes beyond the last channel are zero.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,10 @@
 
 namespace latentforge {
 
-constexpr int64_t kLanes = 16;  // output channels of one block of packed weights
-constexpr int64_t kPair = 2 * kLanes;  // and of left and right of a gated product
+constexpr int64_t kLanes = 16;  // output channels of a block of packed weights
+constexpr int64_t kPair = 2 * kLanes;  // channels of a left and a right block of a gated product
 
-// Runs body(data, i) for every i below count, on as many threads as the host has.
+// Runs body(data, i) for every i below count on the threads of ONNX Runtime's session.
 struct Parallel {
   using Body = void (*)(void* data, size_t index);
   void (*run)(void* host, Body body, size_t count, void* data);
@@ -30,18 +30,18 @@ struct Conv {
   int64_t n, h, w, c;        // input
   int64_t out_h, out_w, k;   // output
   int64_t kernel, stride, pad_top, pad_left, upsample;
-  bool silu;                 // with scale and shift: x * scale + shift, then this, before padding
+  bool silu;                 // with scale and shift: silu(x * scale + shift), before padding
   bool half;                 // weights are float16
-  bool gated;                // blocks are left and right in turn, and y is left * gelu(right), of
-                             // k / 2 channels; of products alone, without row and residual
+  bool gated;                // blocks alternate left, right; y = left * gelu(right) has k / 2
+                             // channels. For 1 x 1 products only, without row and residual.
   const float* x;
   const void* weight;
-  const float* bias;         // [k], or none, as all of the following
+  const float* bias;         // [k], or null; likewise all of the following
   const float* scale;        // [n, c]
   const float* shift;        // [n, c]
   const float* row;          // [n or 1, k], added to every pixel of an image
-  int64_t row_stride;        // between images: k, or 0 for one row for all
-  const float* residual;     // like y
+  int64_t row_stride;        // between images: k, or 0 if all images share a row
+  const float* residual;     // same shape as y
   float* y;
 };
 
@@ -54,17 +54,17 @@ struct GroupNorm {
   const float* beta;         // [c]
   float* scale;              // [n, c]: the normalization is x * scale + shift
   float* shift;              // [n, c]
-  float* y;                  // like x; of group_norm alone
+  float* y;                  // same shape as x; written by group_norm only
 };
 
-// Softmax(query key^T * scale) value, for each head; heads lie next to each other in a row.
+// softmax(query key^T * scale) value for each head; a token's heads are adjacent in memory.
 struct Attention {
-  int64_t n, queries, keys, heads, size;  // size of a head
+  int64_t n, queries, keys, heads, size;  // size: channels of a head
   float scale;
   const float* query;        // [n, queries, heads * size]
   const float* key;          // [n, keys, heads * size]
-  const float* value;        // like key
-  float* y;                  // like query
+  const float* value;        // same shape as key
+  float* y;                  // same shape as query
 };
 
 struct Kernels {
@@ -73,8 +73,8 @@ struct Kernels {
   void (*attention)(const Attention&, const Parallel&);
   void (*group_scale)(const GroupNorm&, const Parallel&);
   void (*group_norm)(const GroupNorm&, const Parallel&);
-  double (*peak)();     // multiplications and additions a second of one thread's registers
-  double (*product)();  // and of the product inside conv
+  double (*peak)();     // multiply-adds per second of one thread on registers alone
+  double (*product)();  // multiply-adds per second of the matrix product inside conv
 };
 
 extern const Kernels kPortable;
@@ -83,7 +83,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// The fastest table whose instructions this processor has; LATENTFORGE_KERNELS names another.
+// Returns the fastest table that this processor supports, or the one that LATENTFORGE_KERNELS names.
 const Kernels& kernels();
 
 }  // namespace latentforge

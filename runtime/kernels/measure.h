@@ -1,4 +1,4 @@
-// How fast the product of product.h is, beside what the registers alone could do.
+// Measures the speed of the matrix product in product.h, and of multiply-adds on registers alone.
 #pragma once
 
 #include <ctime>
@@ -16,25 +16,25 @@ inline double now() {
   return double(time.tv_sec) + double(time.tv_nsec) * 1e-9;
 }
 
-// Multiplications and additions a second of one thread, in the best of some short runs.
+// Returns operations per second of one thread's CPU time, in the best of 50 short runs.
 template <typename Work>
-double rate(double each, Work work) {
+double rate(double operations, Work work) {
   double best = 0;
   for (int run = 0; run < 50; ++run) {
     const double start = now();
     work();
-    best = larger(best, each / (now() - start));
+    best = larger(best, operations / (now() - start));
   }
   return best;
 }
 
-// Of sums in registers, with nothing to load.
+// Multiply-adds per second without memory access.
 double peak() {
   constexpr int kSums = 12;
   constexpr int64_t kTimes = 200000;
   Vec sums[kSums] = {};
   Vec factor = all(1.0f), summand = all(1.0f);
-  const double found = rate(double(kTimes) * kSums * kWidth, [&] {
+  const double measured = rate(double(kTimes) * kSums * kWidth, [&] {
     for (int64_t time = 0; time < kTimes; ++time) {
       __asm__ volatile("" : "+g"(time));
 #pragma GCC unroll 12
@@ -43,10 +43,10 @@ double peak() {
   });
   Vec total{};
   for (const Vec& sum : sums) total += sum;
-  return total[0] < 0 ? 0 : found;
+  return total[0] < 0 ? 0 : measured;
 }
 
-// Of a product of the size that a convolution makes again and again.
+// Multiply-adds per second of a matrix product of the size that convolutions repeat.
 double product() {
   constexpr int64_t kTiles = 8 * kRows, kDepth = 3 * kChunk;
   Shared memory(size_t(kTiles * kDepth + kDepth * kPanel + kTiles * kPanel));

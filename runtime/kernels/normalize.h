@@ -1,4 +1,4 @@
-// Group normalization of images with channels last, as one scale and shift a channel and image.
+// Group normalization with channels last, as one scale and one shift per channel and image.
 //
 // Wu and He (2018), arXiv 1803.08494, equations 1 to 6.
 #pragma once
@@ -10,10 +10,10 @@
 namespace latentforge {
 namespace {
 
-constexpr int64_t kPart = 1024;  // pixels that one task sums up
-constexpr int64_t kRun = 16;     // of which float sums lose nothing to speak of
+constexpr int64_t kPart = 1024;  // pixels that one task sums
+constexpr int64_t kRun = 16;     // pixels summed in float32, few enough to lose no precision that matters
 
-// Adds the channels of some pixels and their squares to sums[2 * c], in double precision.
+// Sums the channels of some pixels, and their squares, into sums[2 * c] in double precision.
 inline void sum_pixels(const float* x, int64_t pixels, int64_t channels, double* sums) {
   std::memset(sums, 0, size_t(2 * channels) * sizeof(double));
   for (int64_t first = 0; first < pixels; first += kRun) {
@@ -34,8 +34,8 @@ inline void sum_pixels(const float* x, int64_t pixels, int64_t channels, double*
   }
 }
 
-// Of one image, from the sums of its parts.
-inline void settle(const GroupNorm& norm, int64_t image, const double* sums, int64_t parts) {
+// Computes scale and shift of one image from the sums of its parts.
+inline void set_scale_shift(const GroupNorm& norm, int64_t image, const double* sums, int64_t parts) {
   const int64_t each = norm.c / norm.groups;
   for (int64_t group = 0; group < norm.groups; ++group) {
     double sum = 0, squares = 0;
@@ -65,7 +65,7 @@ void group_scale(const GroupNorm& norm, const Parallel& parallel) {
     sum_pixels(x, smaller(kPart, norm.pixels - first), norm.c, sums + task * 2 * norm.c);
   });
   for (int64_t image = 0; image < norm.n; ++image)
-    settle(norm, image, sums + image * parts * 2 * norm.c, parts);
+    set_scale_shift(norm, image, sums + image * parts * 2 * norm.c, parts);
 }
 
 void group_norm(const GroupNorm& norm, const Parallel& parallel) {

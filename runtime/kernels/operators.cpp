@@ -1,4 +1,7 @@
-// The operators of the domain `latentforge`, for ONNX Runtime: docs/operators.md has what they do.
+// Custom operators of the domain `latentforge` for ONNX Runtime; docs/kernels.md describes them.
+//
+// Compiled by compiler.py beside this file. Loaded by ONNX Runtime, to which
+// runtime/backends/onnxruntime.py passes the library's path: it calls RegisterCustomOps() below.
 
 #include <algorithm>
 #include <atomic>
@@ -15,20 +18,20 @@
 namespace latentforge {
 namespace {
 
-const OrtApi* api = nullptr;  // of the one ONNX Runtime of this process
+const OrtApi* api = nullptr;  // of this process's ONNX Runtime
 
-// Raises what a function of the interface reports.
+// Throws if a function of the API reported an error.
 void check(OrtStatus* status) {
   if (status == nullptr) return;
   ort::release_status(*api, status);
   throw std::runtime_error("latentforge: ONNX Runtime refused a call");
 }
 
-void expect(bool sound, const char* what) {
-  if (!sound) throw std::invalid_argument(std::string("latentforge: ") + what);
+void expect(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(std::string("latentforge: ") + what);
 }
 
-// Exceptions end here: they must not cross into C.
+// Turns exceptions into a status, since they must not propagate into C code.
 template <typename Work>
 OrtStatus* guarded(Work work) {
   try {
@@ -47,8 +50,8 @@ int64_t integer(const OrtKernelInfo* info, const char* name) {
   return value;
 }
 
-// One that came later, or 0: graphs written before lack it.
-int64_t later_integer(const OrtKernelInfo* info, const char* name) {
+// Returns an attribute that graphs of earlier versions lack, or 0.
+int64_t optional_integer(const OrtKernelInfo* info, const char* name) {
   int64_t value = 0;
   OrtStatus* missing = ort::int_attribute(*api, info, name, &value);
   if (missing == nullptr) return value;
@@ -65,14 +68,14 @@ struct Tensor {
   const float* floats() const { return static_cast<const float*>(data); }
 };
 
-// What one run of an operator is given and gives.
+// Inputs and outputs of one run of an operator.
 class Run {
  public:
   explicit Run(OrtKernelContext* context) : context_(context) {
     check(ort::input_count(*api, context, &count_));
   }
 
-  // An input, or an empty one where it was left out.
+  // Returns an input, or an empty tensor if it was omitted.
   Tensor input(size_t index) const {
     const OrtValue* value = nullptr;
     if (index < count_) check(ort::input(*api, context_, index, &value));
@@ -109,7 +112,7 @@ class Run {
   OrtKernelContext* context_;
   size_t count_ = 0;
 
-  // What a thread throws is kept for the one that waits: the host's threads expect nothing.
+  // A task's exception is recorded for the calling thread: ONNX Runtime's threads cannot handle it.
   struct Work {
     Parallel::Body body;
     void* data;
@@ -119,8 +122,8 @@ class Run {
   static void run(void* context, Parallel::Body body, size_t count, void* data) {
     if (count == 1) return body(data, 0);
     Work work{body, data};
-    const auto one = [](void* given, size_t index) {
-      Work& work = *static_cast<Work*>(given);
+    const auto one = [](void* pointer, size_t index) {
+      Work& work = *static_cast<Work*>(pointer);
       try {
         work.body(work.data, index);
       } catch (const std::bad_alloc&) {
@@ -138,7 +141,7 @@ void expect_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const
 
 struct ConvOperator {
   static constexpr const char* kName = "Conv";
-  static constexpr size_t kInputs = 7, kNeeded = 2, kOutputs = 1;
+  static constexpr size_t kInputs = 7, kRequiredInputs = 2, kOutputs = 1;
   enum Input { kX, kWeight, kBias, kScale, kShift, kRow, kResidual };
 
   int64_t channels, stride, upsample, silu;
@@ -162,13 +165,13 @@ struct ConvOperator {
     const Tensor row = run.input(kRow), residual = run.input(kResidual);
     Conv conv = describe(x, weight);
     const std::vector<int64_t> shape = {conv.n, conv.out_h, conv.out_w, conv.k};
-    expect_shape(bias, {conv.k}, "Conv takes a bias of one number a channel");
-    expect_shape(scale, {conv.n, conv.c}, "Conv takes a scale of one number an image and channel");
-    expect_shape(shift, {conv.n, conv.c}, "Conv takes a shift of one number an image and channel");
+    expect_shape(bias, {conv.k}, "Conv takes a bias of one number per channel");
+    expect_shape(scale, {conv.n, conv.c}, "Conv takes a scale of one number per image and channel");
+    expect_shape(shift, {conv.n, conv.c}, "Conv takes a shift of one number per image and channel");
     expect(bool(scale) == bool(shift), "Conv takes scale and shift together");
     expect(!row || row.shape == std::vector<int64_t>{1, conv.k} ||
                row.shape == std::vector<int64_t>{conv.n, conv.k},
-           "Conv takes a row of one number a channel, for each image or for all");
+           "Conv takes a row of one number per channel, for each image or for all");
     expect_shape(residual, shape, "Conv takes a residual of the output's shape");
     conv.bias = bias.floats();
     conv.scale = scale.floats();
@@ -206,7 +209,7 @@ struct ConvOperator {
 };
 
 struct GroupNormBase {
-  static constexpr size_t kInputs = 3, kNeeded = 3;
+  static constexpr size_t kInputs = 3, kRequiredInputs = 3;
   int64_t groups;
   float epsilon = 0;
 
@@ -223,8 +226,8 @@ struct GroupNormBase {
     GroupNorm norm{};
     norm.n = shape.front(), norm.c = shape.back(), norm.pixels = 1;
     for (size_t i = 1; i + 1 < shape.size(); ++i) norm.pixels *= shape[i];
-    expect_shape(gamma, {norm.c}, "group normalization takes a gamma of one number a channel");
-    expect_shape(beta, {norm.c}, "group normalization takes a beta of one number a channel");
+    expect_shape(gamma, {norm.c}, "group normalization takes a gamma of one number per channel");
+    expect_shape(beta, {norm.c}, "group normalization takes a beta of one number per channel");
     expect(norm.c % groups == 0, "group normalization takes channels that groups divide");
     norm.groups = groups, norm.epsilon = epsilon;
     norm.x = x.floats(), norm.gamma = gamma.floats(), norm.beta = beta.floats();
@@ -266,11 +269,11 @@ struct GroupNormOperator : GroupNormBase {
 
 struct MatMulOperator {
   static constexpr const char* kName = "MatMul";
-  static constexpr size_t kInputs = 4, kNeeded = 2, kOutputs = 1;
+  static constexpr size_t kInputs = 4, kRequiredInputs = 2, kOutputs = 1;
   int64_t channels, gated;
 
   explicit MatMulOperator(const OrtKernelInfo* info)
-      : channels(integer(info, "channels")), gated(later_integer(info, "gated")) {
+      : channels(integer(info, "channels")), gated(optional_integer(info, "gated")) {
     expect(!gated || channels % kPair == 0, "a gated MatMul takes channels in pairs of 16");
   }
 
@@ -280,7 +283,7 @@ struct MatMulOperator {
     Conv conv = describe(x, weight);
     std::vector<int64_t> shape = x.shape;
     shape.back() = gated ? channels / 2 : channels;
-    expect_shape(bias, {channels}, "MatMul takes a bias of one number a channel");
+    expect_shape(bias, {channels}, "MatMul takes a bias of one number per channel");
     expect_shape(residual, shape, "MatMul takes a residual of the output's shape");
     expect(!gated || !residual, "a gated MatMul takes no residual");
     conv.bias = bias.floats(), conv.residual = residual.floats();
@@ -307,7 +310,7 @@ struct MatMulOperator {
 
 struct AttentionOperator {
   static constexpr const char* kName = "Attention";
-  static constexpr size_t kInputs = 3, kNeeded = 3, kOutputs = 1;
+  static constexpr size_t kInputs = 3, kRequiredInputs = 3, kOutputs = 1;
   int64_t heads;
   float scale = 0;
 
@@ -334,7 +337,7 @@ struct AttentionOperator {
   }
 };
 
-// Fills in the table by which ONNX Runtime knows an operator.
+// Table that describes an operator to ONNX Runtime.
 template <typename Operator>
 struct Entry : OrtCustomOp {
   Entry() : OrtCustomOp{} {
@@ -348,7 +351,7 @@ struct Entry : OrtCustomOp {
     };
     GetOutputType = [](const OrtCustomOp*, size_t) { return int(ort::kFloat); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-      return int(index < Operator::kNeeded ? ort::kRequired : ort::kOptional);
+      return int(index < Operator::kRequiredInputs ? ort::kRequired : ort::kOptional);
     };
     GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int(ort::kRequired); };
     GetInputMemoryType = [](const OrtCustomOp*, size_t) { return int(ort::kDefault); };
@@ -376,13 +379,13 @@ const Entry<MatMulOperator> kMatMul;
 const Entry<AttentionOperator> kAttention;
 
 void register_operators(OrtSessionOptions* options) {
-  static OrtCustomOpDomain* domain = [] {  // lives as long as the process: sessions refer to it
-    OrtCustomOpDomain* made = nullptr;
-    check(ort::create_domain(*api, "latentforge", &made));
+  static OrtCustomOpDomain* domain = [] {  // never freed: sessions refer to it
+    OrtCustomOpDomain* created = nullptr;
+    check(ort::create_domain(*api, "latentforge", &created));
     for (const OrtCustomOp* each : std::initializer_list<const OrtCustomOp*>{
              &kConv, &kGroupScale, &kGroupNorm, &kMatMul, &kAttention})
-      check(ort::add_to_domain(*api, made, each));
-    return made;
+      check(ort::add_to_domain(*api, created, each));
+    return created;
   }();
   check(ort::add_domain(*api, options, domain));
 }
@@ -396,7 +399,7 @@ LATENTFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                 const OrtApiBase* base) {
   namespace lf = latentforge;
   if (lf::api == nullptr) lf::api = base->GetApi(lf::ort::kVersion);
-  if (lf::api == nullptr) {  // an older library: version 1 can at least say so
+  if (lf::api == nullptr) {  // an older library: version 1 of the API can report it
     const OrtApi* oldest = base->GetApi(1);
     return lf::ort::create_status(*oldest, lf::ort::kFail,
                                   "latentforge's operators need onnxruntime 1.18 or newer");
@@ -404,10 +407,10 @@ LATENTFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
   return lf::guarded([&] { lf::register_operators(options); });
 }
 
-// The instruction set that the operators run on here: avx512, avx2 or portable.
+// Returns the instruction set that the operators use here: avx512, avx2 or portable.
 LATENTFORGE_EXPORT const char* latentforge_kernels() { return latentforge::kernels().name; }
 
-// Multiplications and additions a second of one thread here: what registers can do, and what the
-// product inside Conv does.
+// Return multiply-adds per second of one thread: on registers alone, and of the matrix product
+// inside Conv.
 LATENTFORGE_EXPORT double latentforge_peak() { return latentforge::kernels().peak(); }
 LATENTFORGE_EXPORT double latentforge_product() { return latentforge::kernels().product(); }

@@ -1,7 +1,7 @@
-// The part of ONNX Runtime's C interface that custom operators need, declared by hand.
+// Part of ONNX Runtime's C API that custom operators need, declared by hand.
 //
-// The interface is a table of functions to which every release only appends, so a function is its
-// place in it. GetApi() gives no table where the library is older than the version asked for.
+// The API is a table of functions to which releases only append, so that a function is identified by
+// its index. GetApi() returns null if the library is older than the requested version.
 #pragma once
 
 #include <cstddef>
@@ -56,18 +56,18 @@ struct OrtCustomOp {
 
 namespace latentforge::ort {
 
-constexpr uint32_t kVersion = 18;  // the first that has all of this, and more
+constexpr uint32_t kVersion = 18;  // the first with all functions used here
 
 enum ElementType { kAny = 0, kFloat = 1, kHalf = 10 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
 enum MemoryType { kDefault = 0 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
-// A function of the table: its place and its type.
-template <size_t Place, typename... Arguments>
+// Function of the API table, by index and type.
+template <size_t Index, typename... Arguments>
 struct Function {
   OrtStatus* operator()(const OrtApi& api, Arguments... arguments) const {
-    return reinterpret_cast<OrtStatus* (*)(Arguments...)>(api[Place])(arguments...);
+    return reinterpret_cast<OrtStatus* (*)(Arguments...)>(api[Index])(arguments...);
   }
 };
 

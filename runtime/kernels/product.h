@@ -1,4 +1,4 @@
-// The product of a few rows of activations with a panel of weights.
+// Matrix product of a few rows of activations with a panel of weights.
 #pragma once
 
 #include <utility>
@@ -8,13 +8,14 @@
 namespace latentforge {
 namespace {
 
-constexpr int64_t kChunk = 64;  // channels of activations that lie together
+constexpr int64_t kChunk = 64;  // adjacent channels of activations
 constexpr int64_t kPanel = kBlocks * 16;  // output channels of a panel
 
-// m[r][j] (+)= sum over c of a[r][c] * b[c][j], for so many rows and vectors of columns.
+// m[r][j] = (add ? m[r][j] : 0) + sum over c of a[r][c] * b[c][j], for a fixed number of rows and of
+// vectors of columns.
 //
-// a: [chunks][a_chunk], each chunk [rows][kChunk]; b: [depth][columns * kWidth], columns of b and
-// m next to each other; m: rows kept m_stride apart.
+// a: [chunks][a_chunk], each chunk [rows][kChunk]; b: [depth][columns * kWidth]; m: rows
+// m_stride apart.
 template <int Rows, int Columns>
 void multiply(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
               int64_t m_stride, bool add) {
@@ -54,16 +55,16 @@ struct Table<Columns, std::integer_sequence<int, Rows...>> {
   static constexpr Multiply entries[] = {multiply<Rows + 1, Columns>...};
 };
 
-// Rows of the tile of so many vectors of columns that fills the registers.
+// Rows of the tile that fills the registers, for this many vectors of columns.
 template <int Columns>
-constexpr int kTallest = kRows * int(kPanel) / kWidth / Columns;
+constexpr int kMaxTileRows = kRows * int(kPanel) / kWidth / Columns;
 
-// The same for any number of rows, cut into parts as equal as can be.
+// multiply() for any number of rows, in tiles of nearly equal height.
 template <int Columns>
 void multiply_rows(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
                    int64_t m_stride, int64_t rows, bool add) {
-  using T = Table<Columns, std::make_integer_sequence<int, kTallest<Columns>>>;
-  const int64_t parts = ceil_div(rows, kTallest<Columns>);
+  using T = Table<Columns, std::make_integer_sequence<int, kMaxTileRows<Columns>>>;
+  const int64_t parts = ceil_div(rows, kMaxTileRows<Columns>);
   for (int64_t part = 0, done = 0; part < parts; ++part) {
     const int64_t now = ceil_div(rows - done, parts - part);
     T::entries[now - 1](a + done * kChunk, a_chunk, b, depth, m + done * m_stride, m_stride, add);
@@ -71,7 +72,7 @@ void multiply_rows(const float* a, int64_t a_chunk, const float* b, int64_t dept
   }
 }
 
-// columns: of this panel, kPanel or one to three vectors.
+// multiply() for any number of rows; columns is kPanel, or one to three vectors.
 inline void multiply_panel(const float* a, int64_t a_chunk, const float* b, int64_t depth, float* m,
                            int64_t m_stride, int64_t rows, int64_t columns, bool add) {
   const auto run = columns == kPanel       ? multiply_rows<kPanel / kWidth>

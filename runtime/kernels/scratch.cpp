@@ -10,7 +10,7 @@
 namespace latentforge {
 namespace {
 
-constexpr size_t kHuge = size_t(2) << 20;  // a large page, of which a TLB needs fewer
+constexpr size_t kHuge = size_t(2) << 20;  // a huge page needs fewer TLB entries
 
 struct Buffer {
   float* data = nullptr;
@@ -28,22 +28,22 @@ Buffer allocate(size_t floats) {
   return {static_cast<float*>(memory), bytes / sizeof(float)};
 }
 
-struct Own {
+struct ThreadBuffers {
   Buffer buffers[kScratchUses];
-  ~Own() {
+  ~ThreadBuffers() {
     for (Buffer& buffer : buffers) std::free(buffer.data);
   }
 };
 
 std::mutex mutex;
-std::vector<Buffer>* idle = new std::vector<Buffer>;  // outlives every thread that may return one
+std::vector<Buffer>* idle = new std::vector<Buffer>;  // never freed: it outlives all threads that use it
 
 constexpr size_t kKept = 2;
 
 }  // namespace
 
 float* scratch(ScratchUse use, size_t floats) {
-  thread_local Own own;
+  thread_local ThreadBuffers own;
   Buffer& buffer = own.buffers[use];
   if (buffer.floats < floats) {
     std::free(buffer.data);

@@ -1,4 +1,4 @@
-// Memory to work in. It is kept for the next operator, so that pages are touched once.
+// Scratch memory, kept from operator to operator so that its pages are mapped once.
 #pragma once
 
 #include <cstddef>
@@ -7,11 +7,11 @@ namespace latentforge {
 
 enum ScratchUse { kInputs, kStrip, kWeights, kProducts, kRowsOfHead, kScratchUses };
 
-// At least so many floats of this thread's own, aligned to 64 bytes; what is in them is lost with
-// the next request for the same use. Throws std::bad_alloc.
+// Returns a buffer of at least this many floats that belongs to the calling thread, aligned to 64
+// bytes. The next call with the same use may free or overwrite it. Throws std::bad_alloc.
 float* scratch(ScratchUse use, size_t floats);
 
-// The same for one operator's threads together, until it goes out of scope.
+// Buffer shared by all threads of one operator; returned to a pool at the end of its scope.
 class Shared {
  public:
   explicit Shared(size_t floats);

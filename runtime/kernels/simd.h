@@ -1,7 +1,7 @@
-// Vectors of the instruction set that a file is compiled for.
+// Vectors of the instruction set that the including file is compiled for.
 //
-// Everything here and in the headers above it is in an unnamed namespace, and uses no inline
-// function of the standard library: the linker keeps one copy of those for all instruction sets.
+// Everything here and in the headers that include it is in an unnamed namespace and uses no inline
+// function of the standard library: the linker would keep one copy for all instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ constexpr int kWidth = 8, kRows = 6, kBlocks = 1;
 #else
 constexpr int kWidth = 4, kRows = 4, kBlocks = 1;
 #endif
-// kWidth floats are a vector; kRows x kBlocks * 16 accumulators are a tile of the product, which
-// fills the registers.
+// A vector has kWidth floats. A tile of the matrix product has kRows x (kBlocks * 16) accumulators,
+// which fill the registers.
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
@@ -39,7 +39,7 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Anywhere*>(p); 
 inline void store(float* p, Vec v) { *reinterpret_cast<Anywhere*>(p) = v; }
 inline Vec all(float value) { return value - Vec{}; }
 
-// The first count floats, and zeros.
+// Loads the first count floats, followed by zeros.
 inline Vec load_some(const float* p, int64_t count) {
   if (count >= kWidth) return load(p);
   float values[kWidth] = {};
@@ -79,7 +79,7 @@ inline Vec load_half(const uint16_t* p) {
 #endif
 }
 
-// a > b ? a : b, which is b where one is no number.
+// a > b ? a : b, which is b if either is NaN.
 inline Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return Vec(_mm512_max_ps(__m512(a), __m512(b)));
@@ -90,7 +90,7 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// The largest lane.
+// Returns the largest lane.
 inline float largest(Vec v) {
   float lanes[kWidth];
   store(lanes, v);
@@ -109,11 +109,11 @@ inline float sum_of(Vec v) {
 
 inline Vec pick(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
-// e^x by 2^n e^f with |f| <= ln 2 / 2 and a polynomial for e^f, to 2 ulp, between e^-87 and e^88.
+// e^x = 2^n e^f with |f| <= ln 2 / 2 and a polynomial for e^f, to 2 ulp; x is clamped to -87..88.
 inline Vec exponential(Vec x) {
   x = pick(x < all(-87.0f), all(-87.0f), x);
   x = pick(x > all(88.0f), all(88.0f), x);
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x * 1.44269504f + magic;
   const Vec n = shifted - magic;
   const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -127,8 +127,8 @@ inline Vec exponential(Vec x) {
   return Vec(IntVec(p) + (IntVec(shifted) << 23));
 }
 
-// 2^x for x <= 0, and 2^-125 for all below -125: 2^n 2^f with |f| <= 1/2, and for 2^f the polynomial
-// of degree 5 with the least relative error (7.5e-8), by Remez' algorithm.
+// 2^x for x <= 0, clamped to 2^-125 from below: 2^n 2^f with |f| <= 1/2, and for 2^f the minimax
+// polynomial of degree 5 (relative error 7.5e-8), by the Remez algorithm.
 inline Vec power_of_two(Vec x) {
   x = larger(all(-125.0f), x);
   const Vec magic = all(12582912.0f);
@@ -144,7 +144,7 @@ inline Vec power_of_two(Vec x) {
 
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
 
-// x / 2 (1 + erf(x / sqrt 2)), with erf by Abramowitz and Stegun 7.1.26: off by at most 1.5e-7.
+// x / 2 (1 + erf(x / sqrt 2)), with erf by Abramowitz and Stegun 7.1.26 (absolute error at most 1.5e-7).
 inline Vec gelu(Vec x) {
   const Vec z = pick(x < all(0.0f), -x, x) * 0.70710678f;
   const Vec t = 1.0f / (1.0f + 0.3275911f * z);

@@ -1,7 +1,7 @@
-// Minimal filtering F(m x m, 3 x 3): m x m outputs from (m + 2)^2 products a channel.
+// Minimal filtering F(m x m, 3 x 3): m x m outputs from (m + 2)^2 products per channel.
 //
-// Lavin and Gray (2015), arXiv 1509.09308, sections 4.1 and 4.3, whose matrices these are:
-// output = A^T [(G w G^T) * (B^T d B)] A. Images that are enlarged first have a scheme of their own.
+// Lavin and Gray (2015), arXiv 1509.09308, sections 4.1 and 4.3, with these matrices:
+// output = A^T [(G w G^T) * (B^T d B)] A. Images that are enlarged first have a separate scheme.
 #pragma once
 
 #include "simd.h"
@@ -9,7 +9,7 @@
 namespace latentforge {
 namespace {
 
-// Each product is of an input of its own.
+// Scheme in which every product has a different input.
 struct Distinct {
   static constexpr int64_t source(int64_t point) { return point; }
 };
@@ -76,22 +76,22 @@ struct Winograd<4> : Distinct {
   }
 };
 
-// A row of 4 outputs, of 4 pixels a, b, c, d each of which stands twice: a window of a b b c c d.
+// Row of 4 outputs from 4 pixels a, b, c, d of an enlarged image: a window of a b b c c d.
 //
-// Outputs of even places are F(2, 2) of w0 and w1 + w2, those of odd places of w0 + w1 and w2, and
-// each of the two takes 3 products. At the points 0, 1, -1 and infinity they share that at 1, which
-// makes 5 of them, of 4 different inputs: those of F(2 x 2, 3 x 3) for pixels that stand once.
+// Even outputs are F(2, 2) of w0 and w1 + w2, odd ones of w0 + w1 and w2, and each takes 3 products.
+// With the points 0, 1, -1 and infinity they share the product at 1. This leaves 5 products of 4
+// different inputs, which are those of F(2 x 2, 3 x 3) for the image before it is enlarged.
 struct Doubled {
   static inline void input(const Vec* d, Vec* out) { Winograd<2>::input(d, out); }
   static constexpr int64_t source(int64_t point) { return point < 3 ? point : point - 1; }
   static constexpr float kG[5][3] = {
       {1, 0, 0}, {0.5f, 0.5f, 0.5f}, {-0.5f, 0.5f, 0.5f}, {0.5f, 0.5f, -0.5f}, {0, 0, 1}};
   static inline void weights(const Vec* w, Vec* out) {
-    const Vec all = 0.5f * (w[0] + w[1] + w[2]);
+    const Vec half_sum = 0.5f * (w[0] + w[1] + w[2]);
     out[0] = w[0];
-    out[1] = all;
-    out[2] = all - w[0];
-    out[3] = all - w[2];
+    out[1] = half_sum;
+    out[2] = half_sum - w[0];
+    out[3] = half_sum - w[2];
     out[4] = w[2];
   }
   static inline void output(const Vec* m, Vec* out) {
@@ -102,18 +102,18 @@ struct Doubled {
   }
 };
 
-// Applies a transform of In values to rows and columns: Out x Out of In x In.
+// Applies a transform to columns, then rows: Out x Out values from In x In.
 template <int In, int Out, void (*Transform)(const Vec*, Vec*)>
 inline void both_ways(const Vec* values, Vec* out) {
   Vec half[Out * In];
 #pragma GCC unroll 8
   for (int x = 0; x < In; ++x) {
-    Vec column[In], made[Out];
+    Vec column[In], transformed[Out];
 #pragma GCC unroll 8
     for (int y = 0; y < In; ++y) column[y] = values[y * In + x];
-    Transform(column, made);
+    Transform(column, transformed);
 #pragma GCC unroll 8
-    for (int y = 0; y < Out; ++y) half[y * In + x] = made[y];
+    for (int y = 0; y < Out; ++y) half[y * In + x] = transformed[y];
   }
 #pragma GCC unroll 8
   for (int y = 0; y < Out; ++y) Transform(half + y * In, out + y * Out);

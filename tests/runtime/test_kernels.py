@@ -405,4 +405,4 @@ def test_says_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None
     assert compiler() is None
     run = [sys.executable, "-m", "latentforge.runtime.kernels"]
     done = subprocess.run(run, capture_output=True, text=True, env={"PATH": "/nowhere"})
-    assert (done.returncode, done.stderr) == (2, "latentforge: no C++ compiler is there\n")
+    assert (done.returncode, done.stderr) == (2, "latentforge: no C++ compiler is installed\n")
