@@ -138,7 +138,7 @@ class CompilePlan:
         cuda = import_module("latentforge.runtime.backends.cuda")  # other backends don't need it
         weights, free = sum(task.source.size for task in tasks), cuda.free_memory()
         available = _of_free(free) if free is not None else "; this machine has no GPU"
-        yield f"on the GPU: {size_text(weights)} of weights, and the largest size's{available}"
+        yield f"on the GPU: {size_text(weights)} of weights plus activations{available}"
         if free is not None and weights > free:
             yield "WARNING: less GPU memory is free: the engines will not load here"
 
