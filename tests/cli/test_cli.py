@@ -192,7 +192,7 @@ def test_optimize_and_gate(tiny_engines: Path, tmp_path: Path) -> None:
     options = ["--recipe", "fp16", "--steps", "2", "--repeats", "1", "--gate", "images=1"]
     result = latentforge("optimize", tiny_engines, "out", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "class A: the same pictures" in result.stdout and "denoiser step" in result.stdout
+    assert "class A: same images" in result.stdout and "denoiser step" in result.stdout
     assert "denoiser/hoist-prompt: " in latentforge("inspect", "out", cwd=tmp_path).stdout
     strict = [*options, "--gate", "psnr=199"]
     failed = latentforge("optimize", tiny_engines, "strict", *strict, cwd=tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentforge.commands.describe import changes
+from latentforge.commands.describe import stage_lines
 from latentforge.runtime.compile.plan import CompileRequest
 from latentforge.runtime.compile.stage import compile_engines
 from latentforge.runtime.image import psnr, to_array
@@ -163,7 +163,7 @@ def test_tensorrt_rtx_builds_its_engines(name: str, engines: tuple[Path, int]) -
     manifest = compile_engines(
         optimized, target, CompileRequest(backend="tensorrt-rtx", options=("capabilities=8.6",))
     )
-    print("\n".join(changes(manifest.history[-1])))
+    print("\n".join(stage_lines(manifest.history[-1])))
     half = 2 * CASES[name].unet
     assert (
         half < sum(c.size for n, c in manifest.components.items() if "denoiser" in n) < 1.2 * half

@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 
 import onnx_ir as ir
 
-from latentforge.commands.describe import changes
+from latentforge.commands.describe import stage_lines
 from latentforge.optimize.graph import layers, open_session
 from latentforge.optimize.partition.graph_analysis import ancestors, infer_shapes, macs
 from latentforge.optimize.partition.hoist import GraphPartition, hoist
@@ -392,7 +392,7 @@ def test_its_history_has_the_level_and_the_cost(unet: Unet, tmp_path: Path) -> N
     assert written.defaults.height == 16 * written.latent.downscale
     cost = [macs(each.model, each.inputs, sizes) for each in split(part, 0)]
     assert stage.measured[CACHED_STEP]["macs_share"] == pytest.approx(cost[1] / cost[0], abs=1e-4)
-    (line,) = changes(stage)
+    (line,) = stage_lines(stage)
     assert line.startswith(f"{CACHED_STEP}: macs_share {cost[1] / cost[0]:.3g}")
     assert 0.02 < stage.measured[CACHED_STEP]["macs_share"] < 0.3
 

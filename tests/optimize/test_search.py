@@ -11,7 +11,7 @@ import pytest
 
 from latentforge.__main__ import main
 from latentforge.build import with_demo_metrics
-from latentforge.commands.describe import changes
+from latentforge.commands.describe import stage_lines
 from latentforge.measure.quality.inputs import Gallery
 from latentforge.measure.results import ConfidenceInterval
 from latentforge.optimize.search import search as SEARCH
@@ -263,8 +263,8 @@ def test_the_manifest_has_the_plan_and_its_figures(planned: Path) -> None:
     assert any(found["steps"] == plan.steps for found in stage.options["timesteps"])
     lines = list(summary_lines(manifest))
     assert stage.options["plan"] in lines[0] and "class B" in lines[1]
-    (line,) = changes(stage)
-    assert line.endswith(f"taken: {stage.options['plan']}")
+    (line,) = stage_lines(stage)
+    assert line.endswith(f"selected: {stage.options['plan']}")
 
 
 def test_only_the_components_of_the_plan_are_kept(planned: Path) -> None:

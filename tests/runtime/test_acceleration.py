@@ -672,7 +672,9 @@ def test_the_description_shows_the_plan(cut: Callable[..., Path]) -> None:
     assert (
         "plan        euler, 4 steps at 900, 600.5, 300, 20; guidance for sigma from 0.4 to" in text
     )
-    assert "shallow evaluations 1, 3; others by denoiser_reduced: class B, unless exact" in text
+    assert (
+        "cached steps 1, 3; full steps by denoiser_reduced: class B, unless unaccelerated" in text
+    )
     assert "speedup 2.12" in text
     assert "plan " not in describe(Manifest.read(cut("bare")))
 

@@ -156,11 +156,11 @@ def _search_request(
 
 def _print_result(manifest: Manifest) -> None:
     """Print what the last stage changed in the graphs, and the outcome of the search."""
-    from latentforge.commands.describe import changes
+    from latentforge.commands.describe import stage_lines
     from latentforge.optimize.search.search import STAGES, summary_lines
 
     *_, last = (stage for stage in manifest.history if stage.name not in STAGES)
-    print("\n".join(changes(last)))
+    print("\n".join(stage_lines(last)))
     if manifest.history[-1] is not last:
         print("\n".join(summary_lines(manifest)))
 

@@ -1,6 +1,6 @@
-"""What is in an engine directory, for people."""
+"""Descriptions of engine directories and of the stages that made them, as text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -10,83 +10,104 @@ from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, 
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["changes", "describe"]
+__all__ = ["describe", "stage_lines"]
 
 _SHOWN = 6  # tensors of a component, and layers kept in float
+_NAME = 18  # columns of a component's name
 
 
 def describe(manifest: Manifest) -> str:
-    """The manifest in words and tables."""
+    """Return a description of a manifest in lines and tables."""
     return "\n".join(_lines(manifest))
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:
+    yield from _model_lines(manifest)
+    if manifest.acceleration is not None:
+        yield from _acceleration_lines(manifest.acceleration)
+    yield ""
+    yield from _component_lines(manifest)
+    for stage in manifest.history:
+        tools = ", ".join(f"{name} {version}" for name, version in stage.tools.items())
+        yield ""
+        yield f"{stage.name}: {stage.seconds:.0f} s with {tools}"
+        yield from stage_lines(stage)
+
+
+def _model_lines(manifest: Manifest) -> Iterator[str]:
     latent, defaults, schedule = manifest.latent, manifest.defaults, manifest.schedule
     license = manifest.source.license or "unknown"
+    encoders = " + ".join(encoder.component for encoder in manifest.conditioning.encoders)
     yield f"{manifest.name} ({manifest.family}), format {manifest.format}"
-    yield f"source      {manifest.source.checkpoint}, licence {license}"
+    yield f"source      {manifest.source.checkpoint}, license {license}"
     yield (
         f"latents     {latent.channels} channels, 1/{latent.downscale} of the image's side; "
-        f"sides are multiples of {latent.downscale * latent.multiple} pixels"
+        f"image sides are multiples of {latent.downscale * latent.multiple} pixels"
     )
-    encoders = " + ".join(encoder.component for encoder in manifest.conditioning.encoders)
-    tasks = "text to image, image to image, inpainting"
-    if "vae_encoder" not in manifest.components:
-        tasks = "text to image"
-    elif "vae_encoder" in manifest.required_components:
-        tasks = "inpainting"
     yield f"prompts     {encoders}"
-    yield f"tasks       {tasks}"
-    yield f"schedule    {manifest.prediction}, {schedule.beta_kind}, {schedule.train_steps} steps"
+    yield f"tasks       {_tasks(manifest)}"
+    yield (
+        f"schedule    {manifest.prediction}, {schedule.beta_kind}, "
+        f"{schedule.train_steps} training steps"
+    )
     yield (
         f"defaults    {defaults.sampler}, {defaults.steps} steps, guidance "
         f"{defaults.guidance_scale:g} (rescale {defaults.guidance_rescale:g}), "
         f"{defaults.width}x{defaults.height}"
     )
-    if manifest.acceleration is not None:
-        yield from _plan(manifest.acceleration)
-    yield ""
-    against = "against input" if len(manifest.history) > 1 else "against torch"
-    yield f"{'component':<16}{'backend':<14}{'precision':<13}{'size':>11}  {against}"
-    for name, component in manifest.components.items():
-        yield _row(name, component, manifest)
-    yield ""
-    for name, component in manifest.components.items():
-        yield from _bound(name, component)
-        yield f"{name}: {_signature(component.inputs)} -> {_signature(component.outputs)}"
-    if "image" in manifest.quality:
-        yield f"image {against}: {_figures(manifest.quality['image'])}"
-    for stage in manifest.history:
-        tools = ", ".join(f"{name} {version}" for name, version in stage.tools.items())
-        yield ""
-        yield f"{stage.name}: {stage.seconds:.0f} s with {tools}"
-        yield from changes(stage)
 
 
-def _plan(plan: AccelerationPlan) -> Iterator[str]:
-    """What a request does less of unless it is exact, and what that was measured to be."""
+def _tasks(manifest: Manifest) -> str:
+    if "vae_encoder" not in manifest.components:
+        return "text to image"
+    if "vae_encoder" in manifest.required_components:
+        return "inpainting"
+    return "text to image, image to image, inpainting"
+
+
+def _acceleration_lines(plan: AccelerationPlan) -> Iterator[str]:
     times = ", ".join(f"{timestep:g}" for timestep in plan.timesteps)
     parts = [f"{plan.sampler}, {plan.steps} steps" + (f" at {times}" if times else "")]
     if plan.guidance_interval is not None:
         parts.append("guidance for sigma from {:g} to {:g}".format(*plan.guidance_interval))
     if plan.cached_steps:
-        parts.append(f"shallow evaluations {', '.join(map(str, plan.cached_steps))}")
+        parts.append(f"cached steps {', '.join(map(str, plan.cached_steps))}")
     if plan.variant != "denoiser":
-        parts.append(f"others by {plan.variant}")
-    yield f"plan        {'; '.join(parts)}: class B, unless exact"
+        parts.append(f"full steps by {plan.variant}")
+    yield f"plan        {'; '.join(parts)}: class B, unless unaccelerated"
     if plan.measured:
         yield f"{'':<12}{_figures(plan.measured)}"
 
 
-def _bound(name: str, component: Component) -> Iterator[str]:
-    """What an engine was built for."""
+def _component_lines(manifest: Manifest) -> Iterator[str]:
+    reference = "against input" if len(manifest.history) > 1 else "against torch"
+    yield f"{'component':<{_NAME}}{'backend':<14}{'precision':<13}{'size':>11}  {reference}"
+    for name, component in manifest.components.items():
+        yield _component_row(name, component, manifest.quality.get(name, {}))
+    yield ""
+    for name, component in manifest.components.items():
+        yield from _restrictions(name, component)
+        yield f"{name}: {_signature(component.inputs)} -> {_signature(component.outputs)}"
+    if "image" in manifest.quality:
+        yield f"image {reference}: {_figures(manifest.quality['image'])}"
+
+
+def _component_row(name: str, component: Component, quality: Mapping[str, float]) -> str:
+    size, error = component.size / 1e6, quality.get("max_relative_error")
+    parity = "" if error is None else f"within {error:.0e}"
+    row = f"{name:<{_NAME}}{component.backend:<14}{component.precision:<13}{size:8.1f} MB  {parity}"
+    return row.rstrip()
+
+
+def _restrictions(name: str, component: Component) -> Iterator[str]:
+    """Yield the shapes, device and options that an engine was built for."""
     if component.shapes:
         yield f"{name}: for {format_shapes(component.shapes)}"
     if component.max_rows is not None:
-        yield f"{name}: fastest with {component.max_rows} rows at once"
-    for what in (component.device, component.options):
-        if what:
-            yield f"{name}: {', '.join(f'{key} {value}' for key, value in what.items())}"
+        yield f"{name}: fastest with {component.max_rows} rows per run"
+    for values in (component.device, component.options):
+        if values:
+            yield f"{name}: {', '.join(f'{key} {value}' for key, value in values.items())}"
 
 
 def _signature(specs: Mapping[str, TensorSpec]) -> str:
@@ -102,59 +123,37 @@ def _figures(figures: Mapping[str, float]) -> str:
     )
 
 
-def changes(stage: Stage) -> Iterator[str]:
-    """What a stage did to its input, and what was measured of both, line by line."""
-    if "chosen" in stage.options and "ratios" in stage.options:
-        yield from _choice(stage)
-        return
-    if "backends" in stage.options:
-        yield from _compiled(stage)
-        return
-    if "plans" in stage.options:
-        yield from _searched(stage)
-        return
-    if "recipe" in stage.options:
-        yield f"recipe {stage.options['recipe']} for {stage.options['target']}"
-    yield from (f"  {name}: {count}" for name, count in stage.passes.items())
-    parts = {n: m for n, m in stage.measured.items() if "bytes_before" in m}
-    if parts:
-        yield f"{'component':<16}{'nodes':>14}{'size in MB':>20}{'':>8}{'error':>9}{'PSNR':>11}"
-    for name, measured in parts.items():
-        yield _change(name, measured)
-    added = {n: m for n, m in stage.measured.items() if n not in (*parts, "image")}
-    yield from (f"{name}: {_figures(measured)}" for name, measured in added.items())
-    totals = [sum(m[f"bytes_{when}"] for m in parts.values()) for when in ("before", "after")]
-    if parts:
-        yield f"{'together':<30}{_megabytes(*totals)}"
-    yield from _verdict(stage)
+def stage_lines(stage: Stage) -> Iterator[str]:
+    """Yield what a stage changed and measured, line by line."""
+    yield from _STAGE_LINES.get(stage.name, _graph_lines)(stage)
 
 
-def _choice(stage: Stage) -> Iterator[str]:
-    """Which candidate each component is of, and how fast the others were."""
+def _select_lines(stage: Stage) -> Iterator[str]:
+    """Yield the candidate of each component, and the speed of the other candidates."""
     reference = stage.options["reference"]
-    yield from (f"{name}: {taken}" for name, taken in stage.options["chosen"].items())
+    yield from (f"{name}: {candidate}" for name, candidate in stage.options["chosen"].items())
     for name, ratios in stage.options["ratios"].items():
-        shown = ", ".join(f"{part} {ratio:.2f}" for part, ratio in ratios.items())
-        yield f"{name}, times faster than {reference}: {shown}"
+        shown = ", ".join(f"{part} {ratio:.2f}x" for part, ratio in ratios.items())
+        yield f"{name}, speedup over {reference}: {shown}"
     yield from (f"{name} was refused: {why}" for name, why in stage.options["refused"].items())
 
 
-def _searched(stage: Stage) -> Iterator[str]:
-    """How many plans were judged, and which was taken."""
+def _search_lines(stage: Stage) -> Iterator[str]:
+    """Yield the number of plans that were tried, and the selected one."""
     count, gate = len(stage.options["plans"]), stage.options["gate"]
-    taken = stage.options["plan"] or "none, the engines stay exact"
-    yield f"{count} plans judged by {gate}; taken: {taken}"
+    plan = stage.options["plan"] or "none, the engines stay unaccelerated"
+    yield f"{count} plans judged by {gate}; selected: {plan}"
 
 
-def _compiled(stage: Stage) -> Iterator[str]:
-    """What was built, of what size, and how long that took."""
-    yield f"{'component':<16}{'backend':<26}{'size in MB':>20}{'':>8}{'build':>10}{'memory':>12}"
+def _compile_lines(stage: Stage) -> Iterator[str]:
+    """Yield a table of the compiled engines, and the difference from the input if measured."""
+    yield f"{'component':<{_NAME}}{'backend':<26}{'size in MB':>20}{'':>8}{'build':>10}{'memory':>12}"
     for name, backend in stage.options["backends"].items():
-        made = stage.measured[name]
-        size = _megabytes(made["bytes_before"], made["bytes_after"])
-        took = f"{made['build_seconds']:.1f} s"
-        memory = f"{made['build_memory'] / 1e6:.0f} MB"
-        yield f"{name:<16}{backend:<26}{size}{took:>10}{memory:>12}"
+        figures = stage.measured[name]
+        size = _megabytes(figures["bytes_before"], figures["bytes_after"])
+        seconds = f"{figures['build_seconds']:.1f} s"
+        memory = f"{figures['build_memory'] / 1e6:.0f} MB"
+        yield f"{name:<{_NAME}}{backend:<26}{size}{seconds:>10}{memory:>12}"
     image = stage.measured.get("image")
     if image is None:
         yield "not run on this machine"
@@ -162,11 +161,35 @@ def _compiled(stage: Stage) -> Iterator[str]:
         yield f"one step against the input: {_figures(image)}"
 
 
-def _change(name: str, measured: Mapping[str, float]) -> str:
-    nodes = f"{measured['nodes_before']:.0f} -> {measured['nodes_after']:.0f}"
-    row = f"{name:<16}{nodes:>14}{_megabytes(measured['bytes_before'], measured['bytes_after'])}"
-    if "psnr" in measured:
-        row += f"{measured['max_relative_error']:>9.0e}{measured['psnr']:>8.1f} dB"
+def _graph_lines(stage: Stage) -> Iterator[str]:
+    """Yield what a stage did to graphs: passes, sizes, errors and speed."""
+    if "recipe" in stage.options:
+        yield f"recipe {stage.options['recipe']} for {stage.options['target']}"
+    yield from (f"  {name}: {count}" for name, count in stage.passes.items())
+    parts = {name: figures for name, figures in stage.measured.items() if "bytes_before" in figures}
+    if parts:
+        yield f"{'component':<{_NAME}}{'nodes':>14}{'size in MB':>20}{'':>8}{'error':>9}{'PSNR':>11}"
+    for name, figures in parts.items():
+        yield _graph_row(name, figures)
+    for name, figures in stage.measured.items():
+        if name not in (*parts, "image"):
+            yield f"{name}: {_figures(figures)}"
+    if parts:
+        totals = [sum(f[f"bytes_{when}"] for f in parts.values()) for when in ("before", "after")]
+        yield f"{'total':<{_NAME + 14}}{_megabytes(*totals)}"
+    yield from _quality_lines(stage)
+    yield from _speed_lines(stage)
+    for name, figures in stage.options.get("candidates", {}).items():
+        yield _candidate_row(name, figures, chosen=name == stage.options["chosen"])
+    yield from _float_layers(stage.options.get("layers", []))
+
+
+def _graph_row(name: str, figures: Mapping[str, float]) -> str:
+    nodes = f"{figures['nodes_before']:.0f} -> {figures['nodes_after']:.0f}"
+    size = _megabytes(figures["bytes_before"], figures["bytes_after"])
+    row = f"{name:<{_NAME}}{nodes:>14}{size}"
+    if "psnr" in figures:
+        row += f"{figures['max_relative_error']:>9.0e}{figures['psnr']:>8.1f} dB"
     return row
 
 
@@ -174,12 +197,17 @@ def _megabytes(before: float, after: float) -> str:
     return f"{f'{before / 1e6:.1f} -> {after / 1e6:.1f}':>20}{after / before:>8.1%}"
 
 
-def _verdict(stage: Stage) -> Iterator[str]:
-    """How the pictures came out, and what they took."""
+def _quality_lines(stage: Stage) -> Iterator[str]:
     image = stage.measured.get("image", {})
     if "psnr" in image:
         shown = {k: image[k] for k in ("psnr", "psnr_worst", "ssim", "perceptual") if k in image}
-        yield f"{image['images']:.0f} images at equal seeds: {_figures(shown)}; {_class(stage)}"
+        same = image["psnr"] >= required_psnr(stage.options["settings"])
+        speed_class = "class A: same images" if same else "class B: other images, within its gate"
+        yield f"{image['images']:.0f} images at equal seeds: {_figures(shown)}; {speed_class}"
+
+
+def _speed_lines(stage: Stage) -> Iterator[str]:
+    image = stage.measured.get("image", {})
     if "speedup" in image:
         ratio = image["speedup"]
         change = (
@@ -192,9 +220,6 @@ def _verdict(stage: Stage) -> Iterator[str]:
         )
     elif "image" in stage.measured or any("bytes_before" in m for m in stage.measured.values()):
         yield "not timed"
-    for name, figures in stage.options.get("candidates", {}).items():
-        yield _candidate(name, figures, chosen=name == stage.options["chosen"])
-    yield from _kept(stage.options.get("layers", []))
 
 
 def _interval(image: Mapping[str, float]) -> str:
@@ -205,35 +230,28 @@ def _interval(image: Mapping[str, float]) -> str:
     return f" ({low:.2f} to {high:.2f}, {level(confidence)} interval)"
 
 
-def _class(stage: Stage) -> str:
-    """Class A: the same picture. Class B: another one, of the same thing if the gate is right."""
-    wanted = required_psnr(stage.options["settings"])
-    same = stage.measured["image"]["psnr"] >= wanted
-    return "class A: the same pictures" if same else "class B: judged by its gate"
-
-
-def _candidate(name: str, figures: Mapping[str, Any], *, chosen: bool) -> str:
+def _candidate_row(name: str, figures: Mapping[str, Any], *, chosen: bool) -> str:
     mark = "*" if chosen else " "
     if "failures" in figures:
-        return f"{mark} {name}: not good enough: {figures['failures'][0]}"
+        return f"{mark} {name}: fails its gate: {figures['failures'][0]}"
     return f"{mark} {name}: {figures['speedup']:.2f}x, psnr {figures['psnr']:.1f} dB"
 
 
-def _kept(layers: list[Mapping[str, Any]]) -> Iterator[str]:
-    """The layers that stayed in float, the worst first."""
+def _float_layers(layers: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the layers that stayed in float, largest error first."""
     kept = [layer for layer in layers if layer["kept_float"]]
     if layers:
         yield f"{len(layers)} layers measured one by one, {len(kept)} kept in float"
     for layer in kept[:_SHOWN]:
         yield (
             f"  {layer['name']}: error {layer['error']:.1e}, would save {layer['bytes'] / 1e3:.0f} "
-            f"kB and {layer['seconds'] * 1e3:.2f} ms a step"
+            f"kB and {layer['seconds'] * 1e3:.2f} ms per step"
         )
 
 
-def _row(name: str, component: Component, manifest: Manifest) -> str:
-    size = component.size / 1e6
-    error = manifest.quality.get(name, {}).get("max_relative_error")
-    parity = "" if error is None else f"within {error:.0e}"
-    row = f"{name:<16}{component.backend:<14}{component.precision:<13}{size:8.1f} MB  {parity}"
-    return row.rstrip()
+_STAGE_LINES: Mapping[str, Callable[[Stage], Iterator[str]]] = {
+    "compile": _compile_lines,
+    "select": _select_lines,
+    "search": _search_lines,
+}
+"""Stages that do not change graphs; all others are described by _graph_lines."""

@@ -1,4 +1,4 @@
-"""latentforge inspect: what is in an engine directory."""
+"""latentforge inspect: describe an engine directory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ def add(commands: Any) -> None:
         commands,
         "inspect",
         _inspect,
-        "Say what is in an engine directory",
-        "Sizes, precisions, signatures, how close each engine is to torch, and its history.",
+        "Describe an engine directory",
+        "Prints sizes, precisions and signatures of all components, their difference from torch, and "
+        "the stages that made the directory.",
     )
     parser.add_argument("engines", type=Path, metavar="ENGINES")
     parser.add_argument(
-        "--layers", type=int, nargs="?", const=20, metavar="N", help="run it, and list the hottest"
+        "--layers",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="N",
+        help="also run the engines, and list the N slowest layers (default: 20)",
     )
-    parser.add_argument("--json", metavar="FILE", help="the same as JSON; - for standard output")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the manifest as JSON; - for standard output"
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -39,5 +47,5 @@ def _inspect(options: argparse.Namespace) -> None:
         with load(options.engines, hashes=False) as pipeline:
             profile = pipeline.profile(sampler="euler", steps=2, unaccelerated=True)
         data["layers"] = [layer._asdict() for layer in profile.layers]
-        text += f"\n\nhottest layers of an image of 2 steps\n{profile.top(options.layers)}"
+        text += f"\n\nslowest layers of an image of 2 steps\n{profile.top(options.layers)}"
     output.emit(data, options.json, text)

@@ -105,6 +105,6 @@ def print_next_step(engines: Path) -> None:
 
 def print_changes(manifest: Manifest) -> None:
     """Print what the last stage changed in the graphs."""
-    from latentforge.commands.describe import changes
+    from latentforge.commands.describe import stage_lines
 
-    print("\n".join(changes(manifest.history[-1])))
+    print("\n".join(stage_lines(manifest.history[-1])))

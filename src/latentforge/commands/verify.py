@@ -1,4 +1,4 @@
-"""latentforge verify: whether an engine directory is sound here."""
+"""latentforge verify: check an engine directory on this machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def add(commands: Any) -> None:
         commands,
         "verify",
         _verify,
-        "Check that an engine directory is sound, here and now",
-        "Sizes and hashes of all files, loading every engine, and an image of one step: worth "
-        "doing after a copy, a new driver or a new library version.",
+        "Check an engine directory on this machine",
+        "Compares sizes and hashes of all files, loads every engine, and generates an image of one "
+        "step. Useful after copying a directory, or with a new driver or library version.",
     )
     parser.add_argument("engines", type=Path, metavar="ENGINES")
 
@@ -28,7 +28,11 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def verify_engines(engines: Path) -> None:
-    """Check them, with a line for each thing that holds."""
+    """Check an engine directory, and print a line for each check that passes.
+
+    Raises:
+        LatentforgeError: a check fails.
+    """
     from latentforge.runtime.compile.verify import verify
 
     for line in verify(engines):
