@@ -1,4 +1,4 @@
-"""Engine directories to test with: handmade ones, and those of a tiny checkpoint and the demo."""
+"""Engine directories for tests: handmade, from a tiny checkpoint, and from the demo."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ SIGNATURES = {
         {"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
     ),
 }
-# Each token id t becomes (t/20, t/20), so that the mean of an embedding tells its prompt.
+# Each token id t becomes (t/20, t/20), so that the mean of an embedding identifies its prompt.
 TEXT_ENCODER = """<ir_version: 9, opset_import: ["" : 17]>
 m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
 <float scale = {0.05}, int64[1] axis = {2}>
@@ -71,10 +71,10 @@ TEXT_TO_IMAGE = ("text_encoder", "denoiser", "vae_decoder")
 
 @pytest.fixture
 def handmade(tmp_path: Path) -> Handmade:
-    """A function that writes a sound engine directory, without torch and in milliseconds.
+    """A function that writes a valid engine directory, without torch and in milliseconds.
 
-    It has what text to image needs, and what is given as ONNX text by its name; what isn't
-    given computes nothing.
+    It has the components that text to image needs, and those passed as ONNX text by name. Components
+    without ONNX text use the null backend.
     """
 
     def made(name: str = "handmade", *, onnx: dict[str, str] | None = None, **changes: Any) -> Path:
@@ -158,12 +158,12 @@ def _entry(directory: Path, path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion of random weights: images of 32 x 32 pixels from latents of 16 x 16."""
+    """A Stable Diffusion checkpoint with random weights: images of 32 x 32 pixels from 16 x 16 latents."""
     return _shared(tmp_path_factory, "checkpoint/tiny", lambda path: _written("sd", path))
 
 
 def _written(name: str, path: Path) -> Path:
-    """A tiny checkpoint of a family, see tiny.py."""
+    """Write the tiny checkpoint of a family, see tiny.py."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from checkpoints import write
     from tiny import TINY
@@ -176,7 +176,7 @@ def _written(name: str, path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that gives the tiny checkpoint of a family, written once."""
+    """A function that returns the tiny checkpoint of a family, written once."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def checkpoint(name: str) -> Path:
@@ -188,7 +188,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engines of the tiny checkpoint, all dimensions free. Copy them before changing them."""
+    """Engines of the tiny checkpoint, with all dimensions free. Copy them before changing them."""
     from latentforge.export.stage import export
 
     checkpoint = str(tiny_checkpoint)
@@ -197,7 +197,7 @@ def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The engines of the embedded demo. Costs a minute: for what only real pictures show."""
+    """Engines of the embedded demo. They take a minute: for tests that need real images."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.stage import export
 
@@ -205,7 +205,7 @@ def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _shared(factory: pytest.TempPathFactory, place: str, make: Callable[[Path], object]) -> Path:
-    """A directory that is made once, also where several processes share the tests."""
+    """Return a directory that is made once, also if several processes share the tests."""
     from filelock import FileLock
 
     base = factory.getbasetemp()
@@ -219,7 +219,7 @@ def _shared(factory: pytest.TempPathFactory, place: str, make: Callable[[Path], 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Copy:
-    """A function that copies a directory to a fresh place, where it may be damaged."""
+    """A function that copies a directory to a new place, where a test may damage it."""
 
     def copied(directory: Path) -> Path:
         return Path(shutil.copytree(directory, tmp_path / f"copy-{directory.name}"))

@@ -1,4 +1,4 @@
-"""Checkpoints of every family, so small that exporting one takes seconds; weights are random."""
+"""Tiny checkpoints of every family with random weights, exported in seconds."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -66,7 +66,7 @@ _UNET_XL = {
     "projection_class_embeddings_input_dim": 48 + 6 * 8,
 }
 
-_FLAT = {  # of one level, for what the others show already
+_FLAT = {  # one level, for checkpoints whose other levels are covered elsewhere
     "block_out_channels": (32,),
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
@@ -148,7 +148,7 @@ def _up(layers: str, *, resample: bool) -> BlockStructure:
 
 
 def _flexible(**changes: Any) -> FlexibleStructure:
-    """As wide as norms of 32 groups allow, and otherwise like the published ones."""
+    """Return the published structure, as narrow as group norms of 32 groups allow."""
     blocks: dict[str, Any] = {
         "down": (_down(32, "RA", resample=True), _down(32, "RAA", resample=True)),
         "mid": BlockStructure(in_channels=32, out_channels=32, layers="RAR", resample=True),

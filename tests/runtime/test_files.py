@@ -1,4 +1,4 @@
-"""What a stage writes is there whole or not at all, however it ends."""
+"""A stage writes its directory completely or not at all, however it ends."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_success(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "1" and names(target.parent) == ["new"]
 
 
-def test_the_result_is_as_open_as_other_directories(tmp_path: Path) -> None:
+def test_the_result_has_the_mode_of_other_directories(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     with staged_directory(tmp_path / "new"):
         pass
@@ -49,7 +49,7 @@ def test_an_early_end_leaves_nothing(tmp_path: Path, error: type[BaseException])
     assert names(tmp_path) == []
 
 
-def test_an_early_end_leaves_the_old_one(tmp_path: Path) -> None:
+def test_an_early_end_leaves_the_old_directory(tmp_path: Path) -> None:
     target = engines(tmp_path / "old")
     with pytest.raises(KeyboardInterrupt), staged_directory(target, overwrite=True) as partial:
         (partial / "a").write_text("1")
@@ -60,14 +60,14 @@ def test_an_early_end_leaves_the_old_one(tmp_path: Path) -> None:
 def fail_the_gate(target: Path, text: str) -> str:
     with pytest.raises(GateError) as caught, staged_directory(target) as partial:
         (partial / "denoiser.onnx").write_text(text)
-        raise GateError("unet: too far off")
+        raise GateError("denoiser: too far off")
     return str(caught.value)
 
 
-def test_what_fails_a_gate_is_kept_aside(tmp_path: Path) -> None:
+def test_a_rejected_directory_is_kept(tmp_path: Path) -> None:
     message = fail_the_gate(tmp_path / "new", "first")
     rejected = tmp_path / "new.rejected"
-    assert message == f"unet: too far off; kept as {rejected}"
+    assert message == f"denoiser: too far off; kept as {rejected}"
     assert (
         names(tmp_path) == ["new.rejected"] and (rejected / "denoiser.onnx").read_text() == "first"
     )
@@ -77,7 +77,7 @@ def test_what_fails_a_gate_is_kept_aside(tmp_path: Path) -> None:
     )
 
 
-def test_what_fails_a_gate_replaces_nothing_of_the_users(tmp_path: Path) -> None:
+def test_a_rejected_directory_replaces_no_other_files(tmp_path: Path) -> None:
     (tmp_path / "new.rejected").mkdir()
     (tmp_path / "new.rejected" / "diary").touch()
     (tmp_path / "other.rejected").touch()
@@ -96,7 +96,7 @@ def test_an_existing_target(tmp_path: Path) -> None:
     assert names(target) == ["b"] and names(tmp_path) == ["old"]
 
 
-def test_an_empty_directory_is_no_hindrance(tmp_path: Path) -> None:
+def test_an_empty_directory_is_replaced(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "new") as partial:
         (partial / "b").touch()
         (tmp_path / "new").mkdir()
@@ -114,7 +114,7 @@ def test_overwrites_engine_directories_only(tmp_path: Path) -> None:
     check_target(tmp_path / "engines", overwrite=True)
 
 
-def test_does_not_overwrite_what_came_meanwhile(tmp_path: Path) -> None:
+def test_does_not_overwrite_a_directory_that_appeared_meanwhile(tmp_path: Path) -> None:
     target = tmp_path / "new"
     with pytest.raises(TargetError, match="--overwrite"), staged_directory(target) as partial:
         (partial / "b").touch()
@@ -131,7 +131,7 @@ def test_an_unwritable_parent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [230, 300, 5000])
 def test_a_name_too_long(tmp_path: Path, length: int) -> None:
-    if length < 255:  # fits, but not with what is added to it
+    if length < 255:  # fits, but not with the suffix of the sibling
         length = 254
     with (
         pytest.raises(TargetError, match="cannot write"),
@@ -155,7 +155,7 @@ with staged_directory(Path(sys.argv[1])) as partial:
 
 
 def holding(target: Path) -> subprocess.Popen[str]:
-    """A process in the middle of writing target."""
+    """Return a process that is writing target."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(target)], stdout=subprocess.PIPE, text=True
     )
@@ -169,7 +169,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("name", ["new", "odd [*]"])
-def test_removes_what_a_killed_process_left(tmp_path: Path, name: str) -> None:
+def test_removes_the_leftovers_of_a_killed_process(tmp_path: Path, name: str) -> None:
     end(holding(tmp_path / name), signal.SIGKILL)
     assert len(names(tmp_path)) == 1 and names(tmp_path)[0].startswith(f".{name}.partial-")
     with staged_directory(tmp_path / name) as partial:
@@ -180,28 +180,28 @@ def test_removes_what_a_killed_process_left(tmp_path: Path, name: str) -> None:
 def test_leaves_a_live_process_alone(tmp_path: Path) -> None:
     process = holding(tmp_path / "new")
     try:
-        theirs = names(tmp_path)
+        partial = names(tmp_path)
         with staged_directory(tmp_path / "new"):
-            assert set(theirs) < set(names(tmp_path))
-        assert (tmp_path / theirs[0] / "a").read_text() == "1"
+            assert set(partial) < set(names(tmp_path))
+        assert (tmp_path / partial[0] / "a").read_text() == "1"
     finally:
         end(process, signal.SIGKILL)
 
 
-@pytest.mark.timeout(20)  # a pipe that is opened waits for ever
-def test_leaves_alone_what_only_looks_like_a_leftover(tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "diary").touch()
-    (tmp_path / ".new.partial-link").symlink_to(mine)
+@pytest.mark.timeout(20)  # opening a pipe blocks
+def test_leaves_files_alone_that_only_look_like_leftovers(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "diary").touch()
+    (tmp_path / ".new.partial-link").symlink_to(folder)
     (tmp_path / ".new.partial-file").touch()
     os.mkfifo(tmp_path / ".new.partial-pipe")
     before = len(os.listdir("/proc/self/fd"))
     with staged_directory(tmp_path / "new"):
         pass
-    assert names(mine) == ["diary"]
+    assert names(folder) == ["diary"]
     left = [f".new.partial-{kind}" for kind in ("file", "link", "pipe")]
-    assert names(tmp_path) == [*left, "mine", "new"]
+    assert names(tmp_path) == [*left, "folder", "new"]
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -210,7 +210,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_target_or_none(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_leaves_a_complete_target_or_none(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
@@ -239,7 +239,7 @@ while True:
     assert names(tmp_path) == ["new"] and names(target) == ["c"]
 
 
-# Full disks: a limit on the size of a file ends writing as a full disk does, as an OSError.
+# Full disks: exceeding a limit on file sizes is an OSError, as on a full disk.
 
 FILL = """
 import resource, signal, sys
@@ -263,7 +263,7 @@ except TargetError as error:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_no_room_to_write(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "new"
     result = subprocess.run(
         [sys.executable, "-c", FILL, str(target), kind], capture_output=True, text=True, check=True
@@ -302,7 +302,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["directory"]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_of_one_file_do_not_interfere(tmp_path: Path) -> None:
     target = tmp_path / "a.png"
     with staged_file(target) as first, staged_file(target) as second:
         assert first != second
