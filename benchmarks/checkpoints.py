@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py sd15 sd15
 
 The architectures equal the published ones in every dimension, so that times, memory and file sizes
-are realistic; the images are noise. The tokenizer is the embedded demo checkpoint's.
+are realistic; the images are noise. The tokenizer is the demo checkpoint's.
 """
 
 import argparse

@@ -197,7 +197,7 @@ def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Engines of the embedded demo. They take a minute: for tests that need real images."""
+    """Engines of the demo checkpoint. They take a minute: for tests that need real images."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.stage import export
 

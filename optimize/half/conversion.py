@@ -3,12 +3,12 @@
 The precision of every operator is written into the graph by Casts, so that the graph is strongly
 typed, as TensorRT 11 requires. ONNX Runtime has a converter too (onnxruntime.transformers.float16).
 It can keep operator types and named nodes in float32, but does not see what a node is computed
-from, so that a time path has to be listed by name. On the embedded checkpoint's UNet, with the same
+from, so that a time path has to be listed by name. On the demo checkpoint's UNet, with the same
 operators left in float32, it inserts 154 Casts instead of 116, 45 of them of constants, in an order
 that the ONNX checker rejects.
 
 ONNX Runtime's CPU kernels compute a half graph in float32 and drop pairs of Casts, so its results
-are closer to float32 than a GPU's: on the embedded checkpoint's UNet the error is 0.03 to 0.2 %,
+are closer to float32 than a GPU's: on the demo checkpoint's UNet the error is 0.03 to 0.2 %,
 and twice that where each result is rounded, as in onnx.reference.
 
 ``compute_half`` is not for graphs whose values leave the range of half: components that the

@@ -61,14 +61,14 @@ class Int8Settings(Record, frozen=True, kw_only=True):
         smoothquant_insert_mul: apply SmoothQuant to the other linear layers too, with a Mul before
             each. Channels that calibration saw only as small values are then scaled up to the
             size of all others, and clipped where they are larger: with 4 calibration prompts on
-            the embedded checkpoint and alpha 0.8, images of other prompts reach 31 dB against the
+            the demo checkpoint and alpha 0.8, images of other prompts reach 31 dB against the
             float ones instead of 45.
         split_concat: split a convolution that reads the concatenation with a skip connection if
             the largest magnitudes of the concatenated tensors differ by more than this factor; 0
             never splits.
         symmetric: place the zero point in the middle of every activation's grid, as TensorRT
             requires. The ``onnxruntime`` format can do without, since outputs of SiLU are nearly
-            all positive; on the embedded checkpoint that gains nothing (45.0 dB against 45.6).
+            all positive; on the demo checkpoint that gains nothing (45.0 dB against 45.6).
         reduce_range: 7-bit weights in the ``onnxruntime`` format. Its kernels for processors with
             AVX2 and without VNNI add pairs of products in 16 bits, which saturates; with 7-bit
             weights engines compute the same images on all processors.

@@ -11,6 +11,7 @@ from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.loader import load, load_component
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.shapes import ANY
 
@@ -18,7 +19,6 @@ __all__ = ["compare", "trial", "trial_settings", "verify"]
 
 _MAX_PIXELS = 256
 _MIN_PSNR = 20.0  # dB between backends, for precisions without a bound in SAME_IMAGE_PSNR
-_PROMPT = "a photo of a cat"
 
 
 def verify(directory: Path) -> Iterator[str]:
@@ -108,7 +108,7 @@ def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: in
         for size, built_size, default in zip((height, width), built, defaults, strict=True)
     )
     return pipeline.settings(
-        _PROMPT,
+        PROMPT,
         sampler="euler",
         steps=steps,
         seed=0,

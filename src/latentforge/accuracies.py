@@ -35,7 +35,9 @@ def demo_accuracies(
     Raises:
         SettingsError: the package does not hold the training images.
     """
-    if checkpoint != "demo":
+    from latentforge.export.checkpoint import DEMO
+
+    if checkpoint != DEMO:
         return {}
     from latentforge.export.demo import score
 

@@ -16,11 +16,11 @@ from latentforge.measure.results import Results
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Request, Settings, resolve
 
-__all__ = ["PROMPT", "BenchRequest", "benchmark", "diffusers_scheduler"]
+__all__ = ["BenchRequest", "benchmark", "diffusers_scheduler"]
 
-PROMPT = "a photo of a cat"
 
 _MAX_REPEATS = 1000
 _CORRECTED_OPTIONS: Sequence[str] = ("steps_offset", "clip_sample")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentforge.accuracies import demo_accuracies
-from latentforge.export.checkpoint import Checkpoint, open_checkpoint
+from latentforge.export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from latentforge.export.families import Family, family_of
 from latentforge.export.onnx import Dimensions
 from latentforge.export.optimum import is_exported
@@ -53,7 +53,6 @@ AUTO = "auto"
 
 _EXPORT_MEMORY = 2.2  # as a multiple of the weights in fp32; 1.3 to 2.2 were measured
 _CANDIDATES = ("cpu", "openvino")
-_DEMO = "demo"
 _DEMO_PROMPTS = 3000  # enough for the three sets of the largest gate
 _ACCURACIES = ("colour", "retrieval")
 
@@ -259,7 +258,7 @@ def with_demo_metrics(
         SettingsError: the gate names an accuracy that cannot be measured for these images.
     """
     prompts = request.prompts
-    if checkpoint == _DEMO and not prompts:
+    if checkpoint == DEMO and not prompts:
         from latentforge.export.demo import prompts as demo_prompts  # an optional package
 
         prompts = tuple(demo_prompts(_DEMO_PROMPTS, seed=0))
@@ -272,7 +271,7 @@ def with_demo_metrics(
 
 def _missing(checkpoint: str, accuracies: Mapping[str, Accuracy]) -> str:
     """Return why an accuracy cannot be measured, and what to do."""
-    if checkpoint != _DEMO:
+    if checkpoint != DEMO:
         return "is for images of the demo checkpoint: use psnr, ssim or perceptual"
     if not accuracies:
         return "needs prompts of the demo, such as: owl on a pink background"

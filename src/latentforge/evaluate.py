@@ -131,8 +131,10 @@ def _prompts(request: EvalRequest, manifest: Manifest) -> list[str]:
     """Return the prompts, each once."""
     if request.prompts is not None:
         return mlperf.read_captions(request.prompts)
-    if manifest.source.checkpoint == "demo":
-        from latentforge.export.demo import prompts
+    from latentforge.export.checkpoint import DEMO
+
+    if manifest.source.checkpoint == DEMO:
+        from latentforge.export.demo import prompts  # an optional package
 
         return prompts(request.images or _IMAGES, request.seed)
     return read_prompts()

@@ -466,7 +466,7 @@ def test_build_fast(
 ) -> None:
     target = tmp_path / "out"
     command = ["build", str(tiny_checkpoint), str(target), "--fast", "--effort", "2"]
-    assert main([*command, "--gate", "psnr=5", "--gate", "images=1", "--repeats", "1"]) == 0
+    assert main([*command, "--gate", "psnr=5", "--gate", "images=1", "--repeats", "6"]) == 0
     manifest, said = Manifest.read(target), capsys.readouterr().out
     assert manifest.history[1].name == "optimize" and manifest.history[-1].name == "search"
     assert manifest.history[1].options["settings"]["gate"]["psnr"] == 40  # the recipe's own

@@ -6,7 +6,7 @@ their projections by the meaning of their axes, so that Reshape, Transpose and s
 any order.
 
 CPU time without the fusion to time with it, ONNX Runtime 1.32, interleaved runs: 1.03 (quartiles
-1.01 to 1.04, 100 runs) for the UNet of the embedded demo, 1.10 (1.07 to 1.12, 2 runs) for Stable
+1.01 to 1.04, 100 runs) for the UNet of the demo checkpoint, 1.10 (1.07 to 1.12, 2 runs) for Stable
 Diffusion 1.5's at 512x512 with one row. Attention alone, one thread: 1.41 for 4096 tokens in 8
 heads of 40 channels; in the VAE's one head of 512 channels 1.09 for 4096 tokens, but 0.82 for 1024.
 """

@@ -6,7 +6,7 @@ own.
 
 ONNX Runtime's CPU provider has the operator, but there one node took more time than the two. CPU
 time of one thread without the fusion to time with it, medians over 300 and 100 interleaved runs,
-ONNX Runtime 1.32, the embedded demo: text encoder 0.87 (quartiles 0.83 to 0.91), UNet 0.95 (0.94
+ONNX Runtime 1.32, the demo checkpoint: text encoder 0.87 (quartiles 0.83 to 0.91), UNet 0.95 (0.94
 to 0.97). So only the target ``cuda`` runs the pass.
 """
 

@@ -117,7 +117,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from latentforge.benchmark import PROMPT, BenchRequest, benchmark
+    from latentforge.benchmark import BenchRequest, benchmark
     from latentforge.measure.bench.summary import summary
 
     output.check_result_files(options)
@@ -126,7 +126,7 @@ def _bench(options: argparse.Namespace) -> None:
         against=options.against,
         checkpoint=options.checkpoint,
         pythons=_pairs("--python", options.python),
-        prompt=options.prompt or PROMPT,
+        **({"prompt": options.prompt} if options.prompt else {}),
         settings=arguments.request_of(options),
         batches=options.batches,
         sizes=options.sizes,

@@ -136,7 +136,7 @@ def _search_request(
 ) -> SearchRequest | None:
     """Return the request of --fast; None without it."""
     from latentforge.build import with_demo_metrics
-    from latentforge.optimize.search.request import MIN_REPEATS, SearchRequest
+    from latentforge.optimize.search.request import SearchRequest
 
     values = {name: getattr(options, name) for name in ("effort", "network", "retrieval")}
     given = {name: value for name, value in values.items() if value is not None}
@@ -145,10 +145,11 @@ def _search_request(
             raise SettingsError(f"--{next(iter(given))} is for the search of a plan: add --fast")
         return None
     training_images = given.pop("retrieval", None)
+    if options.repeats is not None:
+        given["repeats"] = options.repeats
     request = SearchRequest(
         gate=optimization.gate,
         prompts=optimization.prompts,
-        repeats=max(optimization.repeats, MIN_REPEATS),
         **given,
     )
     return with_demo_metrics(options.checkpoint, request, training_images)
