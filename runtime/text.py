@@ -26,8 +26,8 @@ def near_miss(word: str, choices: Iterable[str]) -> str:
     """Return a suggestion for a mistyped word, if a choice is close to it, and the list of all."""
     words = list(choices)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    return f"{meant}there are {', '.join(words)}"
+    suggestion = f"did you mean {close[0]!r}? " if close else ""
+    return f"{suggestion}choose from {', '.join(words)}"
 
 
 def size_text(count: float) -> str:

@@ -185,7 +185,7 @@ def test_every_peer_has_a_program() -> None:
         assert (peer.name, peer.command[0]) == (name, "/there/python")
         assert Path(peer.command[1]).is_file() or peer.command[1] == "-m"
         assert peer.model == str(DEMO.resolve()) and peer.install.startswith("pip install '")
-    message = "no peer 'sdcpp': did you mean 'sd-cpp'\\? there are eager, compile"
+    message = "no peer 'sdcpp': did you mean 'sd-cpp'\\? choose from eager, compile"
     with pytest.raises(SettingsError, match=message):
         participant("sdcpp", DEMO)
 
