@@ -1,4 +1,4 @@
-"""latentforge's own operators in numpy and float64, from their definitions: the tests' oracle."""
+"""Reference implementation of latentforge's operators in numpy and float64."""
 
 import math
 from typing import Any
@@ -12,12 +12,12 @@ Array = np.ndarray[Any, Any]
 
 
 def silu(x: Array) -> Array:
-    """x * sigmoid(x)."""
+    """Return x * sigmoid(x)."""
     return x / (1 + np.exp(-x))
 
 
 def gelu(x: Array) -> Array:
-    """x / 2 (1 + erf(x / sqrt 2)), in float64."""
+    """Return x / 2 (1 + erf(x / sqrt 2)), in float64."""
     tails = [math.erfc(-value / math.sqrt(2)) for value in x.astype(np.float64).flat]
     return x * np.reshape(tails, x.shape) / 2
 
@@ -37,7 +37,7 @@ def convolution(
     stride: int = 1,
     upsample: int = 1,
 ) -> Array:
-    """What Conv gives, in float64; weights are packed."""
+    """Return the output of Conv in float64, for packed weights."""
     x = x.astype(np.float64)
     if scale is not None and shift is not None:
         x = x * scale[:, None, None].astype(np.float64) + shift[:, None, None]
@@ -58,7 +58,7 @@ def convolution(
 def group_scale(
     x: Array, gamma: Array, beta: Array, *, groups: int, epsilon: float
 ) -> tuple[Array, Array]:
-    """Scale and shift of a group normalization, in float64."""
+    """Return scale and shift of a group normalization, in float64."""
     n, _, _, c = x.shape
     cut = x.astype(np.float64).reshape(n, -1, groups, c // groups)
     mean, variance = cut.mean((1, 3)), cut.var((1, 3))
@@ -67,7 +67,7 @@ def group_scale(
 
 
 def attention(query: Array, key: Array, value: Array, *, heads: int, scale: float) -> Array:
-    """Softmax attention of each head, in float64."""
+    """Return the softmax attention of each head, in float64."""
     q, k, v = (
         each.astype(np.float64).reshape(*each.shape[:2], heads, -1).swapaxes(1, 2)
         for each in (query, key, value)
@@ -81,7 +81,7 @@ def product(
     x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None,
     *, channels: int, gated: bool = False,
 ) -> Array:  # fmt: skip
-    """What MatMul gives, in float64: a 1 x 1 convolution of tokens."""
+    """Return the output of MatMul in float64: a 1 x 1 convolution of tokens."""
     tokens = x.reshape(1, 1, -1, x.shape[-1])
     y = convolution(tokens, weight, bias, channels=channels).reshape(*x.shape[:-1], channels)
     if gated:

@@ -1,4 +1,4 @@
-"""Every backend keeps the same contract, on the same tiny engine."""
+"""Contract of all backends, on one small engine."""
 
 import os
 import re
@@ -64,7 +64,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def no_report(what: str, done: int, total: int) -> None:
-    """For builds that nobody watches."""
+    """Ignore the progress of a build."""
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_runs_any_size(load: Load) -> None:
         assert all(value.dtype == np.float32 and not value.any() for value in output.values())
 
 
-def test_outputs_belong_to_the_caller(load: Load) -> None:
+def test_the_caller_owns_outputs(load: Load) -> None:
     session = load()
     inputs = feeds()
     first = session.run(inputs)
@@ -117,7 +117,7 @@ def test_takes_arrays_that_are_not_contiguous(load: Load) -> None:
     assert session.run(inputs)["y"].shape == (2, 4)
 
 
-def test_takes_arrays_that_may_not_be_written(load: Load) -> None:
+def test_takes_read_only_arrays(load: Load) -> None:
     session = load()
     inputs = feeds(2)
     for value in inputs.values():
@@ -125,7 +125,7 @@ def test_takes_arrays_that_may_not_be_written(load: Load) -> None:
     assert not session.run(inputs)["y"].any()
 
 
-def test_picks_among_the_shapes_it_was_built_for(name: str, load: Load) -> None:
+def test_selects_one_of_its_shapes(name: str, load: Load) -> None:
     part = component(name).specialize(({"batch": Range.of(1)}, {"batch": Range.of(4)}))
     session = load(MODEL, part)
     for batch, n in ((1, 2), (4, 3), (1, 5)):
@@ -137,7 +137,7 @@ def test_picks_among_the_shapes_it_was_built_for(name: str, load: Load) -> None:
     assert not session.run(feeds(4))["y"].any()
 
 
-def test_holds_to_the_range_it_was_built_for(name: str, load: Load) -> None:
+def test_refuses_sizes_outside_its_range(name: str, load: Load) -> None:
     session = load(MODEL, component(name).specialize(({"batch": Range(2, 2, 3)},)))
     for batch in (2, 3):
         assert session.run(feeds(batch))["y"].shape == (batch, 4)
@@ -146,7 +146,7 @@ def test_holds_to_the_range_it_was_built_for(name: str, load: Load) -> None:
             session.run(feeds(batch))
 
 
-def test_holds_to_the_size_it_was_built_for(name: str, load: Load) -> None:
+def test_refuses_other_sizes_than_its_fixed_one(name: str, load: Load) -> None:
     session = load(MODEL, component(name).specialize(({"batch": Range.of(2)},)))
     assert session.run(feeds(2, 5))["z"].shape == (2, 10)
     with pytest.raises(ShapeError, match=r"x: engine takes float32\[2, 4\]"):
@@ -166,7 +166,7 @@ def test_holds_to_the_size_it_was_built_for(name: str, load: Load) -> None:
         ({"mask": np.ones(1, np.float32)}, "got x, w, t, mask"),
     ],
 )
-def test_refuses_what_the_engine_cannot_take(
+def test_refuses_wrong_feeds(
     load: Load, changes: dict[str, NDArray[np.generic] | None], message: str
 ) -> None:
     session = load()
@@ -258,7 +258,7 @@ def test_layers(name: str, load: Load) -> None:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_a_recording_leaves_no_file(
+def test_profiling_leaves_no_file(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     scratch = tmp_path / "scratch"
@@ -272,7 +272,7 @@ def test_a_recording_leaves_no_file(
     assert list(scratch.iterdir()) == []
 
 
-def test_get_names_the_backends_there_are() -> None:
+def test_an_unknown_backend() -> None:
     for bad in ("cuda", "", "null.os", "../null", "__init__"):
         with pytest.raises(BackendError, match="there are null, onnxruntime"):
             backends.get(bad)
@@ -301,7 +301,7 @@ def test_threads_get_their_own_results(name: str, load: Load) -> None:
 
 
 @real
-def test_constant_outputs_belong_to_the_caller(name: str, load: Load) -> None:
+def test_the_caller_owns_constant_outputs(name: str, load: Load) -> None:
     model = """<ir_version: 9, opset_import: ["" : 17]>
     m (float[batch, 4] x) => (float[2] c) <float[2] c = {1, 2}> { }"""
     part = component(name, inputs={"x": ROW}, outputs={"c": TensorSpec("float32", (2,))})
@@ -377,7 +377,7 @@ def test_an_engine_that_is_not_as_described(name: str, load: Load) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_outputs_that_are_not_as_described(
+def test_outputs_that_differ_from_the_manifest(
     name: str, load: Load, outputs: dict[str, TensorSpec], key: str, found: str
 ) -> None:
     """Found when the engine is compiled, or loaded, or at the latest when it runs."""
@@ -436,7 +436,7 @@ def test_external_weights_outside_the_directory(
 
 
 @real
-def test_compile_takes_external_weights_along(name: str, tmp_path: Path) -> None:
+def test_compile_includes_external_weights(name: str, tmp_path: Path) -> None:
     graphs, engines = tmp_path / "graphs", tmp_path / "engines"
     graphs.mkdir()
     engines.mkdir()

@@ -1,4 +1,4 @@
-"""Tests that run on a GPU, and are skipped where there is none."""
+"""Tests that need a GPU; they are skipped without one."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from latentforge.runtime.errors import DeviceError
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> cuda.Gpu:
-    """The GPU that is here."""
+    """Return the GPU of this machine."""
     try:
         return cuda.require_gpu()
     except DeviceError as error:

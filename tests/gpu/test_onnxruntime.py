@@ -36,7 +36,7 @@ NAMES = [name for name in backends.BACKENDS if name.startswith("onnxruntime-")]
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest, gpu: str) -> str:
-    """Each provider that is installed, where there is a GPU for it."""
+    """Yield each installed provider that has a GPU."""
     try:
         onnxruntime_gpu._check_installed(request.param)
     except BackendError as error:
@@ -59,11 +59,11 @@ def component(backend: str, **changes: Any) -> Component:
 
 
 def no_report(what: str, done: int, total: int) -> None:
-    """For builds that nobody watches."""
+    """Ignore the progress of a build."""
 
 
 def save(path: Path, operator: str = "Conv") -> None:
-    """operator(x + c, weights), of free sizes."""
+    """Write the graph operator(x + c, weights) with free sizes."""
 
     def conditioned(name: str, spec: TensorSpec) -> Any:
         return onnx.helper.make_tensor_value_info(name, 1, list(spec.shape))
@@ -81,7 +81,7 @@ def save(path: Path, operator: str = "Conv") -> None:
 
 @pytest.fixture
 def load(name: str, tmp_path: Path) -> Iterator[Load]:
-    """A function that compiles and loads the graph."""
+    """Return a function that compiles and loads the graph."""
     sessions: list[backends.Session] = []
 
     def loaded(part: Component | None = None, **options: Any) -> backends.Session:
@@ -114,7 +114,7 @@ def check(session: backends.Session, given: dict[str, NDArray[Any]]) -> None:
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_gives_numpys_numbers(load: Load, graphs: bool) -> None:
+def test_agrees_with_numpy(load: Load, graphs: bool) -> None:
     session = load(graphs=graphs)
     for seed in range(6):  # the first runs record, the others replay
         check(session, feeds(seed=seed))
@@ -137,7 +137,7 @@ def test_one_size(name: str, load: Load) -> None:
         check(session, feeds(seed=seed))
 
 
-def test_outputs_are_the_callers(load: Load) -> None:
+def test_the_caller_owns_outputs(load: Load) -> None:
     session = load()
     given = feeds()
     first = session.run(given)["y"]
@@ -147,7 +147,7 @@ def test_outputs_are_the_callers(load: Load) -> None:
     check(session, given)
 
 
-def test_an_array_that_is_read_only_stays_on_the_gpu(load: Load) -> None:
+def test_a_read_only_array_stays_on_the_gpu(load: Load) -> None:
     session = load()
     given = feeds()
     base = given["c"].copy()
@@ -171,7 +171,7 @@ def test_threads_get_their_own_results(load: Load) -> None:
         list(pool.map(one, range(40)))
 
 
-def test_two_sessions_at_once(load: Load) -> None:
+def test_two_sessions_in_parallel(load: Load) -> None:
     first, second = load(), load()
 
     def one(seed: int) -> None:
@@ -181,7 +181,7 @@ def test_two_sessions_at_once(load: Load) -> None:
         list(pool.map(one, range(40)))
 
 
-def test_what_was_built_is_there_the_next_time(name: str, load: Load, tmp_path: Path) -> None:
+def test_the_built_engine_is_cached(name: str, load: Load, tmp_path: Path) -> None:
     folder = tmp_path / "m.onnx.cache"
     session = load()
     check(session, feeds())
@@ -236,7 +236,7 @@ def test_closed(load: Load) -> None:
 def test_operators_that_a_provider_lacks(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """8-bit convolutions exist on the CPU alone."""
+    """8-bit convolutions exist on the CPU only."""
     spec = {"x": TensorSpec("uint8", (1, 8, 16, 16))}
     node = onnx.helper.make_node("ConvInteger", ["x", "w"], ["y"])
     weights = onnx.numpy_helper.from_array(np.ones((16, 8, 1, 1), np.uint8), "w")

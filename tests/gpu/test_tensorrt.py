@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT for RTX do on a GPU.
+"""TensorRT and TensorRT for RTX on a GPU.
 
 These were written where there was no GPU, and have not been run: the first run on one may find
 them wrong as well as the code.
@@ -42,7 +42,7 @@ TOLERANCE = 2e-2  # TF32 is allowed to products
 
 @pytest.fixture(params=LIBRARIES)
 def name(request: pytest.FixtureRequest, gpu: cuda.Gpu) -> str:
-    """Each of the two that is installed and serves this GPU."""
+    """Yield each of the two libraries that is installed and supports this GPU."""
     library = pytest.importorskip(backends.BACKENDS[request.param].library, exc_type=ImportError)
     if request.param == RTX and gpu.capability not in engine_builder.supported_capabilities(
         library
@@ -65,7 +65,7 @@ def built(
 
 @pytest.fixture
 def load(name: str, tmp_path: Path) -> Iterator[Load]:
-    """A function that builds with some options and loads with others."""
+    """Return a function that builds with some options and loads with others."""
     sessions: list[Any] = []
 
     def loaded(build: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -109,7 +109,7 @@ def test_any_size_of_any_profile(
     assert capfd.readouterr() == ("", "")
 
 
-def test_sizes_beyond_what_stays_ready_are_made_again(load: Load) -> None:
+def test_contexts_of_other_sizes_are_limited(load: Load) -> None:
     session = load()
     most = len(SHAPES) + trt_session._EXTRA_CONTEXTS
     for n in (*range(1, 9), 1):
@@ -118,7 +118,7 @@ def test_sizes_beyond_what_stays_ready_are_made_again(load: Load) -> None:
         assert len(session._contexts) <= most
 
 
-def test_captures_a_graph(name: str, load: Load, caplog: pytest.LogCaptureFixture) -> None:
+def test_captures_a_cuda_graph(name: str, load: Load, caplog: pytest.LogCaptureFixture) -> None:
     if name == RTX:
         pytest.skip("TensorRT for RTX captures by itself")
     caplog.set_level(logging.INFO)
@@ -129,7 +129,7 @@ def test_captures_a_graph(name: str, load: Load, caplog: pytest.LogCaptureFixtur
     assert all(ready.graph is None for ready in load(graphs=False)._contexts.values())
 
 
-def test_a_read_only_input_is_sent_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_input_is_uploaded_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     upload = cuda.Buffer.upload
 
@@ -151,14 +151,14 @@ def test_a_read_only_input_is_sent_once(load: Load, monkeypatch: pytest.MonkeyPa
     check(session.run(twin), twin)
 
 
-def test_an_input_that_changes_is_sent_again(load: Load) -> None:
+def test_a_writable_input_is_uploaded_again(load: Load) -> None:
     session, given = load(), feeds()
     check(session.run(given), given)
     given["x"] += 1
     check(session.run(given), given)
 
 
-def test_arrays_as_they_come(load: Load) -> None:
+def test_arrays_of_any_layout(load: Load) -> None:
     session, given = load(), feeds()
     given["x"] = np.asfortranarray(given["x"])
     given["w"] = np.repeat(given["w"], 2, axis=1)[:, ::2]
@@ -198,7 +198,7 @@ def test_closing_while_others_run(load: Load) -> None:
     assert session.layers() == []
 
 
-def test_closing_gives_the_memory_back(load: Load) -> None:
+def test_closing_frees_the_memory(load: Load) -> None:
     load().close()  # what the library takes once and keeps
     before = cuda.free_memory()
     for _ in range(10):
@@ -298,7 +298,7 @@ def test_an_engine_for_another_device(name: str, tmp_path: Path, key: str, value
         backends.get(name).load(tmp_path / "m.engine", other, {})
 
 
-def test_a_cut_engine(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_engine(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     part = built(tmp_path, name)
     path = tmp_path / "m.engine"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -1,4 +1,4 @@
-"""The compile stage: whole or not at all, said before it begins, and compared afterwards."""
+"""The compile stage: planned in advance, written completely or not at all, and compared."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def sizes(**texts: str) -> Sizes:
     return Sizes(**{name: parse_ranges(text) for name, text in texts.items()})
 
 
-def test_a_compiled_directory_is_whole(tiny_engines: Path, tmp_path: Path) -> None:
+def test_a_compiled_directory_is_complete(tiny_engines: Path, tmp_path: Path) -> None:
     before = contents(tiny_engines)
     target = tmp_path / "compiled"
     compile_engines(
@@ -71,7 +71,7 @@ def test_a_compiled_directory_is_whole(tiny_engines: Path, tmp_path: Path) -> No
         assert psnr(results[1].latents, results[0].latents) > 100
 
 
-def test_components_may_have_backends_of_their_own(tiny_engines: Path, tmp_path: Path) -> None:
+def test_a_backend_for_one_component(tiny_engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino", exc_type=ImportError)
     target = tmp_path / "mixed"
     compile_engines(
@@ -98,7 +98,7 @@ def test_components_may_have_backends_of_their_own(tiny_engines: Path, tmp_path:
         pipeline("red apple", steps=1)
 
 
-def test_buckets_choose_and_refuse(tiny_engines: Path, tmp_path: Path) -> None:
+def test_several_sizes(tiny_engines: Path, tmp_path: Path) -> None:
     target = tmp_path / "buckets"
     compile_engines(
         tiny_engines,
@@ -114,7 +114,7 @@ def test_buckets_choose_and_refuse(tiny_engines: Path, tmp_path: Path) -> None:
             pipeline("owl", steps=1, height=64, width=64)
 
 
-def test_the_plan_says_what_it_takes(
+def test_the_plan_shows_memory_and_disk_space(
     tiny_engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["compile", str(tiny_engines), str(tmp_path / "out"), "--backend", "onnxruntime"]
@@ -125,7 +125,7 @@ def test_the_plan_says_what_it_takes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
+def test_a_plan_for_a_backend_that_needs_sizes(tiny_engines: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     parts = {
         p.name: p.component
@@ -154,7 +154,7 @@ def test_a_plan_for_what_has_to_know_sizes(tiny_engines: Path) -> None:
         (["--backend", "null", "--batch", ",".join(map(str, range(1, 40)))], "39 sizes are too"),
     ],
 )
-def test_bad_input_costs_nothing(
+def test_bad_input_is_refused_before_work_begins(
     tiny_engines: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -167,7 +167,7 @@ def test_bad_input_costs_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_installed_says_what_to_install(tiny_engines: Path, tmp_path: Path) -> None:
+def test_missing_libraries_are_named(tiny_engines: Path, tmp_path: Path) -> None:
     missing = [name for name, entry in backends.BACKENDS.items() if not importable(entry.library)]
     if not missing:
         pytest.skip("everything is installed")
@@ -186,7 +186,7 @@ def importable(library: str) -> bool:
     return True
 
 
-def test_graphs_with_a_size_of_their_own(tiny_engines: Path, tmp_path: Path, copy: Any) -> None:
+def test_graphs_with_fixed_sizes(tiny_engines: Path, tmp_path: Path, copy: Any) -> None:
     directory = copy(tiny_engines)
     manifest = Manifest.read(directory)
     unet = manifest.components["denoiser"].specialize(({"latent_height": Range.of(16)},))
@@ -224,15 +224,15 @@ def test_graphs_for_another_target(tiny_engines: Path, tmp_path: Path) -> None:
     plan_compilation(tmp_path / "cpu", CompileRequest(backend="onnxruntime"))
 
 
-def test_another_picture_is_rejected(tiny_engines: Path, tmp_path: Path) -> None:
-    """A backend that computes nothing is as wrong as one can be."""
+def test_a_different_image_is_rejected(tiny_engines: Path, tmp_path: Path) -> None:
+    """The null backend, which returns zeros, does not reach the bound."""
     with pytest.raises(GateError, match=r"psnr of one step is .* dB .* kept as .*rejected"):
         compile_engines(tiny_engines, tmp_path / "out", CompileRequest(backend="null"))
     assert sorted(os.listdir(tmp_path)) == ["out.rejected"]
 
 
-def test_a_graph_that_no_library_takes(tiny_engines: Path, tmp_path: Path, copy: Any) -> None:
-    """A truncated file is refused by its hash; one that was always wrong, by the library."""
+def test_a_damaged_graph(tiny_engines: Path, tmp_path: Path, copy: Any) -> None:
+    """A truncated file is refused by its size, and with a matching manifest by the library."""
     directory = copy(tiny_engines)
     path = directory / "denoiser.onnx"
     path.write_bytes(path.read_bytes()[:1000])
@@ -259,7 +259,7 @@ def order(tiny_engines: Path, tmp_path: Path, backend: str) -> BuildOrder:
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Ignore the progress of a build."""
 
 
 WITHOUT_MEMORY = """
@@ -284,7 +284,7 @@ except BackendError as error:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "tensorrt-rtx"])
 def test_a_build_that_runs_out_of_memory(tmp_path: Path, backend: str) -> None:
-    """Weights of 8 GB, which take no room on the disk, in a process that may have 6."""
+    """Weights of 8 GB, in a sparse file, in a process that may have 6 GB."""
     pytest.importorskip(backends.BACKENDS[backend].library, exc_type=ImportError)
     weight = onnx.TensorProto(name="w", data_type=1, dims=[2_000_000_000, 1], data_location=1)
     for key, value in {"location": "w.bin", "offset": "0", "length": "8000000000"}.items():
@@ -311,7 +311,7 @@ def test_a_build_that_runs_out_of_memory(tmp_path: Path, backend: str) -> None:
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_builder_that_is_killed(
+def test_a_build_process_that_is_killed(
     tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[subprocess.Popen[str]] = []
@@ -352,7 +352,7 @@ def test_an_interrupted_build_leaves_nothing(
 
 
 def foreign(directory: Path, device: dict[str, str]) -> None:
-    """Say that every engine was built for another device."""
+    """Record another device for every engine."""
     manifest = Manifest.read(directory)
     components = {
         name: msgspec.structs.replace(component, device=device)
@@ -361,7 +361,7 @@ def foreign(directory: Path, device: dict[str, str]) -> None:
     msgspec.structs.replace(manifest, components=components).write(directory)
 
 
-def test_engines_for_another_device_say_how_to_build_them(
+def test_engines_for_another_device_name_the_command_to_rebuild(
     tiny_engines: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "it's mine"
@@ -389,7 +389,7 @@ def test_engines_for_another_device_say_how_to_build_them(
     assert np.ptp(np.asarray(load(target)("owl", steps=1).images[0])) > 0
 
 
-def test_timings_of_kernels_survive_a_build(tiny_engines: Path, tmp_path: Path) -> None:
+def test_the_timing_cache_survives_a_rebuild(tiny_engines: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     compile_engines(tiny_engines, target, CompileRequest(backend="onnxruntime"))
     cache = target / "engines" / "onnxruntime" / f"timing{backends.CACHE}"
@@ -399,7 +399,7 @@ def test_timings_of_kernels_survive_a_build(tiny_engines: Path, tmp_path: Path) 
     Manifest.read(target)
 
 
-def test_a_manifest_cannot_set_what_is_the_users(tiny_engines: Path, tmp_path: Path) -> None:
+def test_a_manifest_cannot_set_options_of_loading(tiny_engines: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     compile_engines(tiny_engines, target, CompileRequest(backend="onnxruntime"))
     manifest = Manifest.read(target)

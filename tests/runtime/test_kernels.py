@@ -1,4 +1,4 @@
-"""latentforge's own operators: their numbers, their build, and what is said where they lack."""
+"""latentforge's own operators: results, compilation, and messages if they are missing."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def some(*shape: int, seed: int = 0) -> Array:
 
 
 def ran(op_type: str, inputs: list[Array | None], outputs: int = 1, **attributes: Any) -> Any:
-    """What the library computes; weights and biases are constants, as in a graph of ours."""
+    """Run an operator of the library; weights and biases are constants, as in optimized graphs."""
     names = ["" if array is None else f"i{place}" for place, array in enumerate(inputs)]
     node = onnx.helper.make_node(
         op_type, names, [f"o{place}" for place in range(outputs)], domain=DOMAIN, **attributes
@@ -158,7 +158,7 @@ def test_convolves(size: str, fusion: str) -> None:
     ),
     row=st.integers(0, 2),
 )
-def test_convolves_whatever(
+def test_convolves_any_configuration(
     shape: tuple[int, int, int, int],
     channels: int,
     kernel: int,
@@ -276,7 +276,7 @@ def test_attends(queries: int, keys: int, size: int) -> None:
 
 
 @built
-def test_scores_may_be_large() -> None:
+def test_attention_with_large_scores() -> None:
     query, key = 100 * some(1, 20, 32), 100 * some(1, 200, 32, seed=1)
     value = some(1, 200, 32, seed=2)
     wanted = attention(query, key, value, heads=2, scale=1.0)
@@ -284,7 +284,7 @@ def test_scores_may_be_large() -> None:
 
 
 @built
-def test_refuses_what_does_not_fit() -> None:
+def test_refuses_wrong_inputs() -> None:
     x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
     given = {"channels": 16, "pads": (1, 1, 1, 1), "silu": 0, "stride": 1, "upsample": 1}
     with pytest.raises(Exception, match="Conv takes weights packed as"):
@@ -306,8 +306,8 @@ def test_refuses_what_does_not_fit() -> None:
 
 @built
 @pytest.mark.parametrize("kernels", ["portable", "avx2"])
-def test_other_instructions_give_the_same(kernels: str) -> None:
-    """What another processor would run; one that lacks avx2 runs the portable ones twice."""
+def test_other_instruction_sets_agree(kernels: str) -> None:
+    """Kernels of smaller instruction sets; without AVX2, the portable ones run twice."""
     numbers = Path(__file__).parent / "test_kernels.py"
     run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(numbers)]
     only = "test_convolves or test_multiplies or test_attends or test_normalizes"
@@ -323,7 +323,7 @@ def test_other_instructions_give_the_same(kernels: str) -> None:
 
 
 @built
-def test_rows_do_not_depend_on_each_other() -> None:
+def test_rows_are_independent() -> None:
     x, weight = some(3, 12, 12, 32), pack(some(48, 32, 3, 3, seed=1))
     given = {"channels": 48, "pads": (1, 1, 1, 1), "silu": 0, "stride": 1, "upsample": 1}
     together = ran("Conv", [x, weight, None], **given)
@@ -368,7 +368,7 @@ def test_engines_run_and_compile(optimized: bool, handmade: Handmade, tmp_path: 
     np.testing.assert_array_equal(got, wanted)
 
 
-def test_the_manifest_says_that_a_graph_needs_them(handmade: Handmade, tmp_path: Path) -> None:
+def test_the_manifest_records_custom_operators(handmade: Handmade, tmp_path: Path) -> None:
     directory, component = decoder(handmade)
     own = ir.load(directory / component.file)
     plain = ir.from_onnx_text("<ir_version: 9> m (float[n] x) => (float[n] y) { y = Neg(x) }")
@@ -391,7 +391,7 @@ def test_engines_are_refused_without_the_library(
 # -- the build -------------------------------------------------------------------------------------
 
 
-def test_a_failed_build_leaves_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_keeps_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     before = LIBRARY.stat().st_mtime_ns if LIBRARY.exists() else None
     monkeypatch.setenv("CXX", f"{sys.executable} -c raise(SystemExit(3))")
     assert build() == f"{sys.executable} failed with status 3"
@@ -399,7 +399,7 @@ def test_a_failed_build_leaves_what_is_there(monkeypatch: pytest.MonkeyPatch) ->
     assert not list(LIBRARY.parent.glob(".build-*"))
 
 
-def test_says_that_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert compiler() is None

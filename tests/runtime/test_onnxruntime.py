@@ -1,4 +1,4 @@
-"""ONNX Runtime: graphs as it optimizes them, and what its GPU providers share with the CPU's."""
+"""ONNX Runtime: optimized graphs, the ONNX header, and the GPU providers without a GPU."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ def component(**changes: Any) -> Component:
 
 
 def no_report(what: str, done: int, total: int) -> None:
-    """For builds that nobody watches."""
+    """Ignore the progress of a build."""
 
 
 def save(path: Path, nodes: list[Any], weights: dict[str, NDArray[Any]], part: Component) -> None:
@@ -82,7 +82,7 @@ def save(path: Path, nodes: list[Any], weights: dict[str, NDArray[Any]], part: C
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """A convolution and a product, which ONNX Runtime both reorders the weights of."""
+    """Write a convolution and a product, whose weights ONNX Runtime prepacks."""
     node = onnx.helper.make_node
     rng = np.random.default_rng(0)
     weights = {
@@ -108,7 +108,7 @@ def image(batch: int = 2, height: int = 8, width: int = 16, seed: int = 0) -> ND
 
 
 def compiled(graph: Path, part: Component, **options: Any) -> tuple[Path, Component]:
-    """An engine in a folder of its own, and the component that the manifest would have."""
+    """Compile into a separate folder, and return the engine and its component."""
     target = graph.parent / "engines" / part.file
     target.parent.mkdir(exist_ok=True)
     device = cpu.compile(graph, target, part, options, no_report)
@@ -137,7 +137,7 @@ def test_an_optimized_engine_gives_the_same_numbers(
     assert part.device["library"] == f"onnxruntime {ort.__version__}"
 
 
-def test_weights_are_stored_in_both_orders_unless_told_otherwise(graph: Path) -> None:
+def test_prepacked_weights_are_stored_by_default(graph: Path) -> None:
     path, _ = compiled(graph, component())
     both = path.with_name("m.engine.data").stat().st_size
     path, part = compiled(graph, component(), prepack=False)
@@ -153,7 +153,7 @@ def test_a_graph_is_copied_on_request(graph: Path) -> None:
     assert part.device == {}
 
 
-def test_external_weights_come_along(graph: Path) -> None:
+def test_external_weights_are_copied(graph: Path) -> None:
     model = onnx.load(graph)
     onnx.save(model, graph, save_as_external_data=True, location="m.bin", size_threshold=1024)
     entry = FileEntry.of(graph.with_name("m.bin"), graph.parent)
@@ -166,7 +166,7 @@ def test_external_weights_come_along(graph: Path) -> None:
             file.unlink()
 
 
-def test_numbers_for_free_dimensions_end_in_the_graph(graph: Path) -> None:
+def test_fixed_sizes_are_set_in_the_graph(graph: Path) -> None:
     fixed = component().specialize(({"batch": Range.of(2), "height": Range.of(8)},))
     assert fixed_sizes(graph, fixed) == {"batch": 2, "height": 8}
     path, part = compiled(graph, fixed)
@@ -207,7 +207,7 @@ def test_an_engine_of_another_machine_is_refused(graph: Path, name: str) -> None
     assert part.device[name] in str(caught.value)
 
 
-def test_the_processor_is_told_apart() -> None:
+def test_the_processor_is_recorded() -> None:
     words = cpu._host_device()["cpu"].split()
     flags = Path("/proc/cpuinfo").read_text().split() if os.path.exists("/proc/cpuinfo") else []
     assert words[0] in ("x86_64", "aarch64", "arm64")
@@ -229,7 +229,7 @@ def test_damaged_weights_of_an_optimized_engine(graph: Path, damage: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_compile_refuses_what_is_no_graph(tmp_path: Path) -> None:
+def test_compile_refuses_files_that_are_not_graphs(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a graph")
     with pytest.raises(BackendError, match=r"onnxruntime refuses .*m\.onnx") as caught:
         cpu.compile(tmp_path / "m.onnx", tmp_path / "m.engine", component(), {}, no_report)
@@ -290,7 +290,7 @@ def test_options_reach_the_library(graph: Path) -> None:
     assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
-def test_an_optimized_engine_keeps_the_order_of_its_weights() -> None:
+def test_an_optimized_engine_keeps_its_prepacking() -> None:
     bound = component(device={"library": "this"})
     settings = cpu._load_settings(bound, {"prepack": False})
     with pytest.raises(RuntimeError):
@@ -301,7 +301,7 @@ def test_an_optimized_engine_keeps_the_order_of_its_weights() -> None:
     assert settings.get_session_config_entry("session.disable_prepacking") == "1"
 
 
-def test_reading_a_graph_that_is_damaged(graph: Path) -> None:
+def test_fixed_sizes_of_a_damaged_graph(graph: Path) -> None:
     fixed = component().specialize(({"batch": Range.of(2)},))
     content = graph.read_bytes()
     path = graph.with_name("damaged.onnx")
@@ -327,7 +327,7 @@ DIMENSIONS = st.lists(st.one_of(NAMES, st.integers(1, 2**40), st.none()), max_si
 def test_the_header_of_a_graph(
     inputs: dict[str, list[str | int | None]], weights: bytes, tmp_path_factory: Any
 ) -> None:
-    """As the onnx package reads it, whatever the names, sizes and weights are."""
+    """The header agrees with the onnx package for any names, sizes and weights."""
     infos = [onnx.helper.make_tensor_value_info(name, 1, dims) for name, dims in inputs.items()]
     weight = onnx.TensorProto(name="w", data_type=2, dims=[len(weights)], raw_data=weights)
     graph = onnx.helper.make_graph([], "m", infos, [], [weight])
@@ -341,7 +341,7 @@ def test_the_header_of_a_graph(
 
 @given(data=st.data())
 def test_the_header_of_a_damaged_graph(data: st.DataObject, tmp_path_factory: Any) -> None:
-    """Bytes that are inserted, replaced or cut off give some names or none, and no error."""
+    """Inserted, replaced or missing bytes give some names or none, but no error."""
     info = onnx.helper.make_tensor_value_info("x", 1, ["batch", 4])
     graph = onnx.helper.make_graph([], "m", [info], [])
     content = onnx.helper.make_model(graph).SerializeToString()
@@ -367,7 +367,7 @@ def test_the_header_of_any_bytes(tmp_path_factory: Any, content: bytes) -> None:
         b"\x3b",  # a group, which ONNX has not
     ],
 )
-def test_a_file_that_is_no_graph_has_no_header(tmp_path: Path, content: bytes) -> None:
+def test_files_without_a_header(tmp_path: Path, content: bytes) -> None:
     assert header(tmp_path / "m.onnx", content) == []
     assert input_dimensions(tmp_path) == []  # a directory
 
@@ -381,7 +381,7 @@ ADDED = {"x": PAIR, "t": TensorSpec("float32", ()), "n": TensorSpec("int64", (1,
 
 
 def adding(**changes: Any) -> Component:
-    """x + t, and n: one of each rank."""
+    """Return the component of y = x + t and m = n + n, with inputs of each rank."""
     outputs = {"y": PAIR, "m": TensorSpec("int64", (1,))}
     return component(**{"inputs": ADDED, "outputs": outputs, "backend": GPUS[0], **changes})
 
@@ -425,7 +425,7 @@ def test_a_device_session_takes_any_size(make: Make) -> None:
     assert len(session._buffers) == device_session._MAX_KEPT_SIZES
 
 
-def test_outputs_of_a_device_session_are_the_callers(make: Make) -> None:
+def test_the_caller_owns_outputs_of_a_device_session(make: Make) -> None:
     session = make()
     first = session.run(added(value=1))
     first["y"][...] = 9
@@ -446,7 +446,7 @@ def test_addresses_never_change(make: Make) -> None:
     assert {name: value.data_ptr() for name, value in buffers.inputs.items()} == before
 
 
-def test_an_array_that_is_read_only_is_uploaded_once(make: Make) -> None:
+def test_a_read_only_array_is_uploaded_once(make: Make) -> None:
     session = make()
     base = np.ones((2, 3), np.float32)
     kept = base.view()
@@ -464,7 +464,7 @@ def test_an_array_that_is_read_only_is_uploaded_once(make: Make) -> None:
     assert (session.run(added() | {"x": other})["y"] == 7).all()
 
 
-def test_an_array_that_may_be_written_is_uploaded_every_time(make: Make) -> None:
+def test_a_writable_array_is_uploaded_every_time(make: Make) -> None:
     session = make()
     feeds = added()
     session.run(feeds)
@@ -482,7 +482,7 @@ def test_arrays_that_are_not_contiguous(make: Make) -> None:
     assert (make().run(added(3) | {"x": x})["y"] == x + 2).all()
 
 
-def test_a_device_session_refuses_and_goes_on(make: Make) -> None:
+def test_a_device_session_works_after_wrong_feeds(make: Make) -> None:
     session = make()
     with pytest.raises(ShapeError, match="x: engine takes"):
         session.run(added() | {"x": np.ones((2, 4), np.float32)})
@@ -548,7 +548,7 @@ def test_layers_of_a_device_session(
     assert list(scratch.iterdir()) == []
 
 
-def test_each_size_has_a_graph_of_its_own() -> None:
+def test_each_size_has_its_own_cuda_graph() -> None:
     settings = device_session._run_settings(3, 1)
     assert settings.get_run_config_entry("gpu_graph_id") == "3"
     assert settings.get_run_config_entry("cuda_graph_annotation_id") == "3"
@@ -557,7 +557,7 @@ def test_each_size_has_a_graph_of_its_own() -> None:
         device_session._run_settings(None, None).get_run_config_entry("gpu_graph_id")
 
 
-def test_graphs_are_never_taken_for_each_other(make: Make) -> None:
+def test_cuda_graphs_are_not_mixed_up(make: Make) -> None:
     session = make()
     for rows in range(1, 12):
         session.run(added(rows))
@@ -654,9 +654,7 @@ def test_a_range_for_every_free_dimension(backend: str) -> None:
     ],
 )
 @pytest.mark.parametrize("backend", GPUS)
-def test_options_that_are_refused(
-    graph: Path, backend: str, options: dict[str, Any], message: str
-) -> None:
+def test_invalid_options(graph: Path, backend: str, options: dict[str, Any], message: str) -> None:
     target = graph.parent / "engines" / "m.onnx"
     for work in (
         lambda: onnxruntime_gpu.compile(graph, target, batched(backend), options, no_report),
@@ -680,7 +678,7 @@ def test_compile_for_gpus_copies_the_graph(graph: Path, backend: str) -> None:
     assert target.with_name("denoiser.onnx.cache").is_dir() == (backend != "onnxruntime-cuda")
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_read_only_cache_folder(tmp_path: Path) -> None:
     part = batched("onnxruntime-tensorrt")
     (tmp_path / "m.engine.cache").write_bytes(b"a file in the way")
     assert onnxruntime_gpu._cache_folder(tmp_path / "m.engine", part) is None
@@ -693,7 +691,7 @@ def opened(graph: Path) -> ort.InferenceSession:
     return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
 
 
-def test_operators_that_another_provider_got_are_named(graph: Path) -> None:
+def test_operators_of_other_providers_are_named(graph: Path) -> None:
     assert unsupported_operators(opened(graph), "CPUExecutionProvider") == []
     assert unsupported_operators(opened(graph), "CUDAExecutionProvider") == [
         "Conv",
@@ -702,7 +700,7 @@ def test_operators_that_another_provider_got_are_named(graph: Path) -> None:
     ]
 
 
-def test_arithmetic_on_shapes_may_stay_on_the_cpu(tmp_path: Path) -> None:
+def test_shape_arithmetic_may_run_on_the_cpu(tmp_path: Path) -> None:
     spec = {"x": TensorSpec("float32", ("a", "b"))}
     part = component(inputs=spec, outputs={"y": TensorSpec("int64", (2,))})
     save(tmp_path / "m.onnx", [onnx.helper.make_node("Shape", ["x"], ["y"])], {}, part)
@@ -732,6 +730,6 @@ def test_without_the_plugin(graph: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("backend", GPUS)
-def test_without_so_many_gpus(backend: str) -> None:
+def test_a_gpu_that_does_not_exist(backend: str) -> None:
     with pytest.raises(DeviceError, match=f"{backend} needs an NVIDIA GPU 64 with its driver, and"):
         onnxruntime_gpu._check_gpu(backend, 64)

@@ -1,4 +1,4 @@
-"""What OpenVINO's backend does beyond the contract that all keep."""
+"""OpenVINO's backend, beyond the contract of all backends."""
 
 import re
 import shutil
@@ -57,7 +57,7 @@ STORED = {
     "int8": """matrix = DequantizeLinear <axis = 1> (matrix_w, matrix_s)
     kernel = DequantizeLinear <axis = 0> (kernel_w, kernel_s)""",
 }
-"""How the weights stand in the graph, as optimize writes them."""
+"""Weights in the graph by precision, as optimize writes them."""
 
 
 def constants(stored: str) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -103,12 +103,12 @@ def feeds(batch: int = 1, height: int = 5, width: int = 6) -> Arrays:
 
 
 def no_report(what: str, done: int, total: int) -> None:
-    """For builds that nobody watches."""
+    """Ignore the progress of a build."""
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """A function that compiles the graph, and returns the engine and what it is."""
+    """Return a function that compiles the graph, and returns the engine and its component."""
 
     def built(*shapes: dict[str, Range], stored: str = "float", **options: Any) -> Any:
         write_graph(tmp_path / "m.onnx", stored)
@@ -134,7 +134,7 @@ def load() -> Iterator[Load]:
 
 
 def reference(path: Path, given: Arrays) -> Arrays:
-    """ONNX Runtime without its optimizations, among which it rounds what int8 weights multiply."""
+    """Run ONNX Runtime without its optimizations, one of which quantizes the inputs of int8 products."""
     settings = ort.SessionOptions()
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
@@ -142,7 +142,7 @@ def reference(path: Path, given: Arrays) -> Arrays:
 
 
 def worst(found: Arrays, wanted: Arrays) -> float:
-    """The largest difference, where values are of order 1."""
+    """Return the largest difference; values are of order 1."""
     return max(float(np.abs(found[name] - wanted[name]).max()) for name in OUTPUTS)
 
 
@@ -176,7 +176,7 @@ def test_agrees_with_onnx_runtime(
         ("int8", True, 0.25),
     ],
 )
-def test_weights_stay_as_they_are_stored(
+def test_weights_keep_their_precision(
     build: Build, stored: str, compress: bool, part: float, fixed: bool
 ) -> None:
     path, _ = build(*[SIZE] * fixed, stored=stored, compress=compress)
@@ -184,8 +184,8 @@ def test_weights_stay_as_they_are_stored(
     assert size == pytest.approx(part * BYTES, rel=0.03)
 
 
-def test_sizes_stand_in_the_engine(build: Build) -> None:
-    """What reads the IR without us sees the sizes, too."""
+def test_the_ir_has_the_sizes(build: Build) -> None:
+    """OpenVINO on its own sees the sizes, too."""
     openvino = pytest.importorskip("openvino")
     ranges = SIZE | {"batch": Range(1, 2, 4)}
     for shapes, wanted in (
@@ -199,7 +199,7 @@ def test_sizes_stand_in_the_engine(build: Build) -> None:
         assert shape.replace("1..,", "?,").replace("1..]", "?]") == wanted
 
 
-def test_activations_are_rounded_only_when_asked(build: Build, load: Load, tmp_path: Path) -> None:
+def test_dynamic_quantization_is_off_by_default(build: Build, load: Load, tmp_path: Path) -> None:
     engine = build(stored="int8")
     given = feeds()
     wanted = reference(tmp_path / "m.onnx", given)
@@ -248,14 +248,14 @@ def test_takes_options(build: Build, load: Load, tmp_path: Path, options: dict[s
     assert worst(found, reference(tmp_path / "m.onnx", given)) < 0.05  # in bf16, 8 bits
 
 
-def test_auto_is_told_of_the_settings(build: Build, load: Load) -> None:
+def test_auto_gets_the_settings(build: Build, load: Load) -> None:
     engine = build()
     for options in ({}, {"precision": "bf16"}):
         cpu, auto = (load(*engine, device=device, **options) for device in ("CPU", "AUTO"))
         assert worst(auto.run(feeds()), cpu.run(feeds())) == 0
 
 
-def test_operators_it_does_not_know(tmp_path: Path) -> None:
+def test_unsupported_operators(tmp_path: Path) -> None:
     model = """<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
     m (float[batch, 4] x) => (float[batch, 4] y) { y = com.microsoft.NhwcConv(x, x) }"""
     ir.save(ir.from_onnx_text(model), tmp_path / "m.onnx")
@@ -272,7 +272,7 @@ def test_operators_it_does_not_know(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_graphs_that_are_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_graphs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for content in (b"", b"GIF89a" * 99, b"\xff" * 1000, b"<?xml version='1.0'?><net/>"):
         (tmp_path / "m.onnx").write_bytes(content)
         with pytest.raises(BackendError, match=r"m\.onnx") as caught:
@@ -284,7 +284,7 @@ def test_graphs_that_are_none(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr() == ("", "")  # of the readers of other formats, some print
 
 
-def test_a_disk_that_is_full(build: Build, tmp_path: Path) -> None:
+def test_a_full_disk(build: Build, tmp_path: Path) -> None:
     program = f"""if True:
         import resource, sys
         sys.path[:0] = [{str(Path(__file__).parent)!r}]
@@ -305,7 +305,7 @@ def test_a_disk_that_is_full(build: Build, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("new*"))
 
 
-def test_memory_that_runs_out(tmp_path: Path) -> None:
+def test_out_of_memory(tmp_path: Path) -> None:
     program = f"""if True:
         import resource, sys
         sys.path[:0] = [{str(Path(__file__).parent)!r}]
@@ -344,7 +344,7 @@ def damages(content: bytes) -> Iterator[bytes]:
     yield b""
 
 
-def test_weights_that_were_cut_short(build: Build, load: Load) -> None:
+def test_truncated_weights(build: Build, load: Load) -> None:
     path, part = build()
     weights = path.with_suffix(".bin")
     for damaged in damages(weights.read_bytes()):
@@ -357,7 +357,7 @@ def test_weights_that_were_cut_short(build: Build, load: Load) -> None:
         load(path, part)
 
 
-def test_an_engine_that_asks_for_more_than_there_is(build: Build, load: Load) -> None:
+def test_an_engine_that_reads_beyond_its_weights(build: Build, load: Load) -> None:
     path, part = build()
     text = path.read_text()
     size = re.search(r'offset="\d+" size="(262144)"', text)
@@ -387,7 +387,7 @@ def blobs(path: Path) -> list[Path]:
 
 
 def from_cache(session: Any) -> list[bool]:
-    """Whether OpenVINO took each compiled graph from the cache: it says so itself."""
+    """Return for each compiled graph whether OpenVINO loaded it from the cache."""
     return [g._compiled.get_property("LOADED_FROM_CACHE") for g in session._engine]
 
 
@@ -405,7 +405,7 @@ def test_the_cache_is_used(build: Build, load: Load, tmp_path: Path) -> None:
         assert worst(again.run(given), reference(tmp_path / "m.onnx", given)) < 1e-5
 
 
-def test_settings_hold_with_a_cache_too(build: Build, load: Load) -> None:
+def test_settings_apply_with_a_cache(build: Build, load: Load) -> None:
     engine = build(SIZE, stored="int8")
     given = feeds(2, 8, 4)
     load(*engine, cache=True)
@@ -414,7 +414,7 @@ def test_settings_hold_with_a_cache_too(build: Build, load: Load) -> None:
         assert worst(cached.run(given), plain.run(given)) == 0
 
 
-def test_the_cache_knows_other_weights(
+def test_the_cache_distinguishes_weights(
     build: Build, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(*build(SIZE), cache=True)
@@ -426,9 +426,7 @@ def test_the_cache_knows_other_weights(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "swap"])
-def test_a_damaged_cache_is_made_again(
-    build: Build, load: Load, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_cache_is_rebuilt(build: Build, load: Load, tmp_path: Path, damage: str) -> None:
     path, part = build()
     load(path, part, cache=True).close()
     (blob,) = blobs(path)
@@ -456,7 +454,7 @@ def test_a_cache_that_cannot_be_written(build: Build, load: Load, tmp_path: Path
     assert worst(session.run(feeds()), reference(tmp_path / "m.onnx", feeds())) < 1e-5
 
 
-def test_nothing_is_cached_unasked(build: Build, load: Load, tmp_path: Path) -> None:
+def test_no_cache_by_default(build: Build, load: Load, tmp_path: Path) -> None:
     load(*build()).run(feeds())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.onnx", "m.xml"]
 
@@ -482,7 +480,7 @@ def test_threads_get_their_own_results(
         assert max(pool.map(one, range(300))) < 2e-4  # of values 15 times as large
 
 
-def test_layer_times_are_those_of_all_runs(build: Build, load: Load) -> None:
+def test_layer_times_are_summed_over_runs(build: Build, load: Load) -> None:
     session = load(*build(SIZE), profile=True)
     given = feeds(2, 8, 4)
     start = time.perf_counter()
@@ -499,7 +497,7 @@ FIXED = Sizes(height=(Range.of(64),), width=(Range.of(64),), batch=(Range.of(2),
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), FIXED], ids=["dynamic", "static"])
-def test_the_demo_gives_the_picture_of_onnxruntime(
+def test_the_demo_gives_the_image_of_onnxruntime(
     demo_engines: Path, tmp_path: Path, sizes: Sizes
 ) -> None:
     target = tmp_path / "openvino"

@@ -1,4 +1,4 @@
-"""What TensorRT and TensorRT for RTX do without a GPU: RTX engines are built, and none is run.
+"""TensorRT and TensorRT for RTX without a GPU: RTX engines are built, but not run.
 
 Where the same code serves both libraries, it runs for each that can build here.
 """
@@ -41,7 +41,7 @@ Specs = Mapping[str, TensorSpec]
 
 
 def specs(**given: str) -> dict[str, TensorSpec]:
-    """Specs as ``x="float32 batch 4"``."""
+    """Return specs of text such as ``x="float32 batch 4"``."""
     made = {}
     for name, text in given.items():
         dtype, *shape = text.split()
@@ -52,7 +52,7 @@ def specs(**given: str) -> dict[str, TensorSpec]:
 def component(
     backend: str, inputs: Specs, outputs: Specs, shapes: tuple[Shapes, ...] = (), **changes: Any
 ) -> Component:
-    """What is to be built as m.engine, from m.onnx."""
+    """Return the component of m.engine, which is built from m.onnx."""
     fields = {"file": "m.onnx", "sha256": "0" * 64, "bytes": 0, "precision": "fp32", **changes}
     return Component(backend=backend, inputs=inputs, outputs=outputs, shapes=shapes, **fields)
 
@@ -95,7 +95,7 @@ PRODUCT = [node("MatMul", "w x", "y")]
 
 @pytest.fixture(params=LIBRARIES)
 def name(request: pytest.FixtureRequest) -> str:
-    """Each of the two that is installed and can build here."""
+    """Yield each of the two libraries that is installed and can build on this machine."""
     pytest.importorskip(backends.BACKENDS[request.param].library, exc_type=ImportError)
     if request.param != RTX and cuda.find_gpu() is None:
         pytest.skip(f"{request.param} builds on the GPU that it is to run on, and there is none")
@@ -103,14 +103,14 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 class Watch:
-    """Keeps what a build reports, and may do something at each report."""
+    """Recorder of a build's progress, with an optional action at each report."""
 
     def __init__(self, act: Callable[[], object] = lambda: None) -> None:
-        self.said: list[tuple[str, int, int]] = []
+        self.reports: list[tuple[str, int, int]] = []
         self.act = act
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        self.said.append((what, done, total))
+        self.reports.append((what, done, total))
         self.act()
 
 
@@ -123,7 +123,7 @@ def build(
 
 
 def doubled(path: Path, name: str = RTX, **changes: Any) -> Component:
-    """Write the smallest graph there is, and say what it is to become."""
+    """Write a graph of one node, and return the component to build of it."""
     write(path / "m.onnx", DOUBLED, X, Y)
     return component(name, X, Y, **{"shapes": ROWS, **changes})
 
@@ -230,11 +230,11 @@ def test_options_that_build(name: str, tmp_path: Path) -> None:
 def test_progress_never_falls_and_ends_full(name: str, tmp_path: Path) -> None:
     watch = Watch()
     build(tmp_path, doubled(tmp_path, name), watch)
-    done = [now for _, now, _ in watch.said]
+    done = [now for _, now, _ in watch.reports]
     assert len(set(done)) > 20 and done == sorted(done)
-    assert watch.said[0] == ("reading the graph", 0, 1000)
-    assert watch.said[-1] == ("built", 1000, 1000)
-    assert max(done[:-1]) < 1000 and {total for _, _, total in watch.said} == {1000}
+    assert watch.reports[0] == ("reading the graph", 0, 1000)
+    assert watch.reports[-1] == ("built", 1000, 1000)
+    assert max(done[:-1]) < 1000 and {total for _, _, total in watch.reports} == {1000}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -247,13 +247,13 @@ def test_a_report_that_raises_ends_the_build(
     (tmp_path / "m.engine").unlink()
 
     def act() -> None:
-        if len(watch.said) == 5:
+        if len(watch.reports) == 5:
             raise error
 
     watch = Watch(act)
     with pytest.raises(error):
         build(tmp_path, part, watch)
-    assert len(watch.said) < len(whole.said) / 2
+    assert len(watch.reports) < len(whole.reports) / 2
     assert not (tmp_path / "m.engine").exists()
     assert capfd.readouterr() == ("", "")
 
@@ -261,14 +261,14 @@ def test_a_report_that_raises_ends_the_build(
 def test_interrupting_ends_the_build(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C comes while the main thread waits for the library, in the middle of a phase."""
+    """Ctrl-C arrives while the main thread waits for the library, within a phase."""
     part = doubled(tmp_path, name)
     whole = Watch()
     build(tmp_path, part, whole)
     (tmp_path / "m.engine").unlink()
 
     def act() -> None:
-        if len(watch.said) == 5:
+        if len(watch.reports) == 5:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             time.sleep(0.5)  # the build is longer than this one
 
@@ -276,7 +276,7 @@ def test_interrupting_ends_the_build(
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, part, watch)
     assert not (tmp_path / "m.engine").exists()
-    assert len(watch.said) < len(whole.said) / 2
+    assert len(watch.reports) < len(whole.reports) / 2
     assert capfd.readouterr() == ("", "")
 
 
@@ -312,17 +312,17 @@ def test_refuses_options(tmp_path: Path, options: dict[str, Any], message: str) 
     with pytest.raises(SettingsError, match=message) as caught:
         build(tmp_path, part, watch, **options)
     assert "\n" not in str(caught.value)
-    assert watch.said == [] and not (tmp_path / "m.engine").exists()
+    assert watch.reports == [] and not (tmp_path / "m.engine").exists()
 
 
-def test_builds_for_the_capabilities_asked_for(tmp_path: Path) -> None:
+def test_builds_for_the_requested_capabilities(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     device = build(tmp_path, doubled(tmp_path), capabilities="8.6, 7.5,8.6")
     assert device["compute capability"] == "8.6, 7.5"
 
 
 @no_gpu
-def test_tensorrt_builds_on_a_gpu_alone() -> None:
+def test_tensorrt_needs_a_gpu_to_build() -> None:
     with pytest.raises(
         SettingsError, match="tensorrt does not take capabilities: it builds for the GPU"
     ):
@@ -389,7 +389,7 @@ def test_a_graph_that_is_not_as_described(
         build(tmp_path, component(name, inputs, outputs, ROWS))
 
 
-def test_double_precision_is_not_quietly_single(name: str, tmp_path: Path) -> None:
+def test_double_precision_is_not_silently_single(name: str, tmp_path: Path) -> None:
     x, y = specs(x="float64 batch 4"), specs(y="float64 batch 4")
     write(tmp_path / "m.onnx", DOUBLED, x, y)
     with pytest.raises(BackendError, match=r"x: expected float64.*, found float32\[-1, 4\]"):
@@ -432,7 +432,7 @@ def test_an_operator_that_the_library_lacks(name: str, tmp_path: Path) -> None:
 
 
 def outside(place: str, **fields: str) -> Any:
-    """A weight that lies elsewhere."""
+    """Return a weight with external data."""
     weight = onnx.TensorProto(name="w", data_type=1, dims=[4, 4], data_location=1)
     weight.external_data.add(key="location", value=place)
     for key, value in fields.items():
@@ -445,7 +445,7 @@ WIDE: tuple[Shapes, ...] = ({"n": Range(1, 2, 4)},)
 
 
 def test_weights_beside_the_graph(name: str, tmp_path: Path) -> None:
-    """They go into the engine, of which they are the larger part."""
+    """They are copied into the engine, and are most of it."""
     width = 512
     weights = np.random.default_rng(0).standard_normal((width, width)).astype(np.float32)
     (tmp_path / "m.onnx.data").write_bytes(weights.tobytes())
@@ -491,7 +491,7 @@ def test_weights_that_are_not_beside_the_graph(
     assert not (inside / "m.engine").exists()
 
 
-def test_a_link_within_the_directory_is_none_of_ours(name: str, tmp_path: Path) -> None:
+def test_a_link_within_the_directory_is_accepted(name: str, tmp_path: Path) -> None:
     (tmp_path / "real.bin").write_bytes(bytes(64))
     (tmp_path / "link.bin").symlink_to(tmp_path / "real.bin")
     write(tmp_path / "m.onnx", PRODUCT, *SQUARE, {"w": outside("link.bin")})
@@ -508,7 +508,7 @@ def test_a_link_within_the_directory_is_none_of_ours(name: str, tmp_path: Path) 
         "Failed to map file to memory: m.onnx.data",
     ],
 )
-def test_reasons_that_mean_too_little_memory(reason: str) -> None:
+def test_messages_that_mean_out_of_memory(reason: str) -> None:
     assert engine_builder._MEMORY.search(reason)
     assert not engine_builder._MEMORY.search("requires workspace memory greater than 0")
 
@@ -518,7 +518,7 @@ def test_reasons_that_mean_too_little_memory(reason: str) -> None:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Component:
-    """A component whose engine was built as m.engine."""
+    """Build m.engine, and return its component."""
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     part = doubled(tmp_path)
     return msgspec.structs.replace(part, file="m.engine", device=build(tmp_path, part))
@@ -529,7 +529,7 @@ def load(path: Path, part: Component, **options: Any) -> backends.Session:
 
 
 @no_gpu
-def test_no_gpu_to_load_on(
+def test_loading_without_a_gpu(
     engine: Component, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(DeviceError, match="needs an NVIDIA GPU, and CUDA finds none here: ") as it:
@@ -563,13 +563,13 @@ def test_a_damaged_engine(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_engine_that_is_not_there(engine: Component, tmp_path: Path) -> None:
+def test_a_missing_engine(engine: Component, tmp_path: Path) -> None:
     (tmp_path / "m.engine").unlink()
     with pytest.raises(BackendError, match=r"cannot read .*m\.engine: No such file"):
         load(tmp_path, engine)
 
 
-def test_code_on_the_host_is_only_run_when_asked_for(engine: Component, tmp_path: Path) -> None:
+def test_host_code_needs_permission(engine: Component, tmp_path: Path) -> None:
     with pytest.raises(
         BackendError, match="contains code that runs on the host: load it with host_"
     ):
@@ -577,7 +577,7 @@ def test_code_on_the_host_is_only_run_when_asked_for(engine: Component, tmp_path
     assert "host_code" in backends.ONLY_AT_LOAD  # no manifest can set it
 
 
-def test_an_engine_of_unknown_origin(engine: Component, tmp_path: Path) -> None:
+def test_an_engine_without_a_device_record(engine: Component, tmp_path: Path) -> None:
     with pytest.raises(
         BackendError, match=r"m\.engine: the manifest does not record .* compile it"
     ):
@@ -630,14 +630,14 @@ HERE = {
         (RTX, {"compute capability": "18.9"}, {}, "compute capability 18.9 (here 8.9)"),
     ],
 )
-def test_what_keeps_an_engine_from_running_here(
+def test_differences_that_prevent_loading(
     backend: str, built: dict[str, str], options: dict[str, Any], message: str
 ) -> None:
     found = tensorrt.mismatch(backend, {**HERE, **built}, HERE, options)
     assert found.startswith(message) and bool(found) == bool(message)
 
 
-def test_old_cards_are_no_ampere() -> None:
+def test_older_architectures_are_not_ampere() -> None:
     old = {**HERE, "compute capability": "7.5", "gpu": "NVIDIA T4"}
     found = tensorrt.mismatch("tensorrt", HERE, old, {"hardware_compatible": "ampere+"})
     assert found == "compute capability 8.9 (here 7.5)"
@@ -654,7 +654,7 @@ def test_a_library_that_is_not_installed() -> None:
 
 
 @no_gpu
-def test_plans_know_of_no_gpu() -> None:
+def test_no_gpu() -> None:
     assert cuda.find_gpu() is None and cuda.free_memory() is None
 
 
@@ -668,7 +668,7 @@ def test_cuda_bindings_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -
 # The session's reckoning
 
 
-def test_phases_within_phases() -> None:
+def test_progress_of_nested_phases() -> None:
     phases = engine_builder.Phases()
     phases.start("build", None, 2)
     phases.start("optimize", "build", 4)
@@ -714,7 +714,7 @@ def test_profiles_and_buffers_follow_the_shapes() -> None:
     }
 
 
-def test_what_the_gpu_has_already() -> None:
+def test_inputs_that_are_uploaded_already() -> None:
     array = np.ones(3, np.float32)
     kept = array.view()
     kept.setflags(write=False)
