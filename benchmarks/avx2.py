@@ -7,8 +7,9 @@
 
 oneDNN, torch and our kernels have a setting for AVX2. MLAS, which computes everything in ONNX
 Runtime and the fully connected layers in OpenVINO, has none: it reads from the processor which
-registers the system saves (XGETBV), and uses all of them. In the copies, the result of XGETBV is cut
-to the registers of AVX. Copied are the packages of this environment and of those that peers.py makes.
+registers the system saves (XGETBV), and uses all of them. In the copies, the result of XGETBV is
+cut to the registers of AVX. Copied are the packages of this environment and of those that peers.py
+makes.
 """
 
 import argparse
@@ -36,7 +37,8 @@ _LIBRARIES = {
 def without_avx512(code: bytes) -> tuple[bytes, int]:
     """Return a library's code with all results of XGETBV cut, and the number of places.
 
-    XGETBV returns its result in EDX and EAX. Compilers combine the halves by ``mov eax, eax``, which
+    XGETBV returns its result in EDX and EAX. Compilers combine the halves by ``mov eax, eax``,
+    which
     has no effect on a register whose upper half is zero already, and is as long as ``and al, 31``.
     """
     return _XGETBV.subn(lambda match: match[1] + _AND_31, code)

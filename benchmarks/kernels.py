@@ -1,9 +1,9 @@
-"""Compare our operators with ONNX Runtime's in interleaved runs, at the sizes of Stable Diffusion 1.5.
+"""Compare our operators with ONNX Runtime's in interleaved runs, at Stable Diffusion 1.5's sizes.
 
     python benchmarks/kernels.py [--repeats N] [--kernels avx2]
 
 prints how close the matrix product comes to the peak of the registers, and for each operator the
-paired ratio of durations, with its range. ``--kernels`` restricts ours to a smaller instruction set;
+paired ratio of durations, with its range. ``--kernels`` restricts ours to fewer instructions;
 ONNX Runtime has no such setting, and uses all that the processor has.
 """
 

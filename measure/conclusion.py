@@ -65,7 +65,7 @@ def is_wide(interval: ConfidenceInterval) -> bool:
 
 
 def interval_text(interval: ConfidenceInterval) -> str:
-    """Return the bounds of a speedup with their level, ``1.90–2.10, 95 %``; empty without bounds."""
+    """Return a speedup's bounds with their level, ``1.90–2.10, 95 %``; empty without bounds."""
     ends = bounds(interval)
     if ends is None:
         return ""

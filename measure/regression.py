@@ -57,7 +57,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All quantities that both files have, and ``notes`` on differences in how they were measured."""
+    """All quantities that both files have, and ``notes`` on differences in their measurement."""
 
     changes: tuple[Change, ...]
     notes: tuple[str, ...]

@@ -61,7 +61,7 @@ class TimedRun(Record, frozen=True, kw_only=True):
 
     Attributes:
         seconds: by stage: text_encoder, denoiser, vae_decoder and so on, each summed over its
-            calls; ``denoiser step`` is the median call of the denoiser, ``total`` the whole request.
+            calls; ``denoiser step`` is the median denoiser call, ``total`` the whole request.
         joules: energy of the whole machine, if it has meters.
     """
 
@@ -115,7 +115,7 @@ class BenchResult(Record, frozen=True, kw_only=True):
     def relative_time(self) -> float:
         """Time of an image by which to rank the results of one file; infinite if unknown.
 
-        It is relative to the reference, since paired ratios are more reliable than seconds. It is in
+        It is relative to the reference: paired ratios are more reliable than seconds. It is in
         seconds if the file has no reference.
         """
         speedup = self.ratio.get("total")
@@ -306,5 +306,6 @@ def _check_format(data: bytes, path: Path) -> None:
     if head["format"] != FORMAT:
         raise ResultsError(
             f"{path} has result format {head['format']!r} and this latentforge reads format "
-            f"{FORMAT}: measure again with latentforge bench or eval, or use the version that wrote it"
+            f"{FORMAT}: measure again with latentforge bench or eval, or use the version that "
+            "wrote it"
         )

@@ -34,7 +34,7 @@ def specs_of(values: Iterable[ir.Value]) -> dict[str, TensorSpec]:
     for value in values:
         if value.dtype is None or value.shape is None:
             raise SettingsError(
-                f"the graph's input or output {value.name!r} has no type or no shape: export it with both"
+                f"input or output {value.name!r} has no type or no shape: export it with both"
             )
         sizes = [s if isinstance(s, int) else str(s.value).replace(" ", "") for s in value.shape]
         specs[str(value.name)] = TensorSpec(value.dtype.numpy().name, tuple(sizes))

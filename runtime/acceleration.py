@@ -103,7 +103,8 @@ def check_plan(
     if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
         low, high = guidance_interval
         raise SettingsError(
-            f"guidance_interval is two sigmas from 0 to 1, the lower first, not {low:g} and {high:g}"
+            f"guidance_interval is two sigmas from 0 to 1, the lower first, not {low:g} and "
+            f"{high:g}"
         )
     if not all(earlier < later for earlier, later in pairwise((0, *cached_steps, steps))):
         raise SettingsError(

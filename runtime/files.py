@@ -207,7 +207,7 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
 
 
 def _reject(partial: Path, target: Path) -> str:
-    """Keep partial as target.rejected, in place of an earlier one; return a note for the message."""
+    """Keep partial as target.rejected, replacing an earlier one; return a note for the message."""
     rejected = target.with_name(f"{target.name}.rejected")
     graphs = (*rejected.glob("*.onnx"), *rejected.glob("*/model.onnx"))
     replaceable = (rejected / MANIFEST_FILE).exists() or bool(graphs)

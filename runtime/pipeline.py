@@ -210,7 +210,7 @@ class Pipeline:
         return from_array(self.decode_pixels(latents))
 
     def decode_pixels(self, latents: Array) -> Array:
-        """Decode latents (n, channels, h, w) to pixels (n, 3, height, width), not clipped to -1..1."""
+        """Decode latents (n, channels, h, w) to pixels (n, 3, height, width), not clipped."""
         return self._model.vae.decode(latents)
 
     def load_engine(self, name: str) -> Engine:

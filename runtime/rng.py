@@ -70,7 +70,7 @@ class Generator:
         self._spare: float | None = None
 
     def randn(self, shape: Sequence[int]) -> _Floats:
-        """Draw a float32 array of this shape from the standard normal distribution, as torch.randn."""
+        """Draw a float32 array of this shape from the standard normal distribution."""
         size = math.prod(shape)
         if size >= _BLOCK:
             return self._randn32(size).reshape(shape)
@@ -78,7 +78,7 @@ class Generator:
         return np.array(values, np.float64).astype(np.float32).reshape(shape)
 
     def _randn32(self, size: int) -> _Floats:
-        """Draw blocks of 16; a partial last block is replaced by a new one over the last 16 values."""
+        """Draw blocks of 16; a partial last block is replaced by one over the last 16 values."""
         whole = size - size % _BLOCK
         uniforms = self._uniforms(size)
         normals = np.empty(size, np.float32)
@@ -88,7 +88,7 @@ class Generator:
         return normals
 
     def _randn64(self) -> float:
-        """Draw one normal in float64: the spare one of the last pair, or the first of a new pair."""
+        """Draw one normal in float64: the last pair's spare one, or the first of a new pair."""
         if self._spare is not None:
             value, self._spare = self._spare, None
             return value
@@ -163,7 +163,8 @@ def _fma(a: _Floats, b: _Floats | np.float32, c: _Floats | np.float32) -> _Float
     """Return a * b + c, rounded once to float32 (fused multiply-add).
 
     In float64 the product is exact and the sum is rounded. The second rounding, to float32, is
-    wrong only if the rounded sum lies halfway between two float32 values and the exact sum does not.
+    wrong only if the rounded sum lies halfway between two float32 values and the exact sum does
+    not.
     """
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
@@ -175,7 +176,7 @@ def _fma(a: _Floats, b: _Floats | np.float32, c: _Floats | np.float32) -> _Float
 
 
 def _toward_exact(p: NDArray[np.float64], c: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return p + c, moved by one float64 towards its rounding error (two-sum: Knuth, TAOCP 4.2.2)."""
+    """Return p + c, moved one float64 towards its rounding error (two-sum: Knuth, TAOCP 4.2.2)."""
     total = p + c
     virtual = total - p
     error = (p - (total - virtual)) + (c - virtual)

@@ -21,7 +21,7 @@ from latentforge.runtime.validation import check_count, check_items, check_numbe
 __all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
 
 MAX_PROMPT = 16_384
-"""Longest prompt in characters. Text encoders read some 75 tokens: more is a mistake or an attack."""
+"""Longest prompt in characters. Text encoders read some 75 tokens: more is a mistake or attack."""
 
 _MAX_SIDE = 16_384
 _MAX_TIMESTEP = 100_000

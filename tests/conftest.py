@@ -73,7 +73,8 @@ TEXT_TO_IMAGE = ("text_encoder", "denoiser", "vae_decoder")
 def handmade(tmp_path: Path) -> Handmade:
     """A function that writes a valid engine directory, without torch and in milliseconds.
 
-    It has the components that text to image needs, and those passed as ONNX text by name. Components
+    It has the components that text to image needs, and those passed as ONNX text by name.
+    Components
     without ONNX text use the null backend.
     """
 
@@ -158,7 +159,7 @@ def _entry(directory: Path, path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion checkpoint with random weights: images of 32 x 32 pixels from 16 x 16 latents."""
+    """Stable Diffusion checkpoint with random weights: 32 x 32 pixels from 16 x 16 latents."""
     return _shared(tmp_path_factory, "checkpoint/tiny", lambda path: _written("sd", path))
 
 

@@ -101,7 +101,7 @@ def _check(job: PeerJob, directory: Path, config: Mapping[str, Any]) -> None:
     unet = _json(directory / "unet" / "config.json")
     if unet.get("block_out_channels") != _WIDTHS:
         raise ValueError(
-            "stable-diffusion.cpp supports the UNets of Stable Diffusion 1 and 2 only: this one has "
+            "stable-diffusion.cpp supports only UNets of Stable Diffusion 1 and 2: this one has "
             f"blocks of {unet.get('block_out_channels')} channels, not {_WIDTHS}"
         )
     if missing := [file for file in _FILES if not (directory / file).is_file()]:

@@ -1,9 +1,9 @@
 """Distances between two sets of images by a network's features: FID, KID, IS, CMMD.
 
 FID, KID and IS are computed by torchmetrics. Intervals come from resampling images, which repeats
-some of them and biases all these metrics; therefore only the spread of the resampled values is used,
-around the value. An interval shows how much the choice of images matters, not the bias that FID, IS
-and CMMD have with few images.
+some of them and biases all these metrics; therefore only the spread of the resampled values is
+used, around the value. An interval shows how much the choice of images matters, not the bias that
+FID, IS and CMMD have with few images.
 """
 
 import warnings
@@ -72,7 +72,9 @@ class Statistics:
 def fid(
     candidate: Array, reference: Array | Statistics, *, paired: bool = False, seed: int = 0
 ) -> ConfidenceInterval:
-    """Return the Fréchet distance of normal distributions: Heusel et al. (2017), arXiv 1706.08500, eq. 6.
+    """Return the Fréchet distance of normal distributions: Heusel et al. (2017), equation 6.
+
+    arXiv 1706.08500.
 
     The interval is the value plus and minus 1.96 standard deviations of 50 resampled values.
 
@@ -174,7 +176,7 @@ def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
 
 
 def clip_score(pictures: Array, texts: Array, *, seed: int = 0) -> ConfidenceInterval:
-    """Return 100 times the mean cosine of embeddings (n, width), clipped at 0: Hessel et al. (2021).
+    """Return 100 times the mean cosine of embeddings (n, width), clipped at 0: Hessel (2021).
 
     arXiv 2104.08718 scales by 2.5; torchmetrics and MLPerf use 100.
     """

@@ -103,8 +103,8 @@ def load_onnx(path: Path, *, inputs: int) -> Any:
     shapes = [given.shape for given in session.get_inputs()]
     if len(shapes) != inputs or any(len(shape) != 4 for shape in shapes):
         raise SettingsError(
-            f"{path} is not a network for comparing images: its inputs are {shapes}, expected {inputs} "
-            "of (batch, 3, height, width)"
+            f"{path} is not a network for comparing images: its inputs are {shapes}, expected "
+            f"{inputs} of (batch, 3, height, width)"
         )
     return session
 

@@ -2,7 +2,8 @@
 
 5,000 captions of COCO 2014, 1024 x 1024 pixels, 20 Euler steps at guidance 8, one negative prompt,
 one initial noise for all; then FID against the validation set's statistics and the CLIP score, both
-of which have to lie within a band around the reference's, on either side. The numbers are from mlcommons/inference, tools/submission/submission_checker/constants.py.
+of which have to lie within a band around the reference's, on either side. The numbers are from
+mlcommons/inference, tools/submission/submission_checker/constants.py.
 """
 
 import csv

@@ -23,8 +23,8 @@ class EvalRequest:
     """Request of an evaluation.
 
     Attributes:
-        against: reference: a checkpoint, drawn by diffusers, or an engine directory. None for metrics
-            that need no reference.
+        against: reference: a checkpoint, drawn by diffusers, or an engine directory. None for
+            metrics that need no reference.
         prompts: text file with one prompt per line, or MLPerf's .tsv. None for the demo's own
             prompts, or those that come with the package.
         metrics: names of METRICS. Empty for all that can be computed, except ``ppl``.

@@ -69,7 +69,7 @@ class MetricTable:
 
 
 def participant_tables(results: Results) -> list[Table]:
-    """Return a table of class A with the reference, one of class B, and one of images not compared."""
+    """Return tables of class A with the reference, of class B, and of images not compared."""
     ran = [entry for entry in results.entries if entry.status == "ok"]
     reference = [entry for entry in ran if entry.role == "reference"]
     candidates = [entry for entry in ran if entry.role != "reference"]

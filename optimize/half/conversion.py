@@ -39,7 +39,8 @@ def compute_half(model: ir.Model, *, keep: Sequence[str] = ()) -> int:
     is converted, or stored twice if both precisions need it.
 
     Softmax is in half: it subtracts the maximum, and engines fuse attention only where nothing is
-    between its two products. Of quantized layers, DequantizeLinear takes its scale in half, and then
+    between its two products. Of quantized layers, DequantizeLinear takes its scale in half, and
+    then
     returns half; QuantizeLinear takes either precision, so there is no Cast before it.
 
     Run it after all passes but ``store_half``, which then stores the weights that stay in float32.

@@ -1,6 +1,6 @@
 """Analyses of a graph: the ancestors of a value, the shapes of all values, multiply-accumulates.
 
-Shapes are inferred by ONNX, which knows nothing of the operators of ONNX Runtime and of latentforge.
+Shapes are inferred by ONNX, which has no operators of ONNX Runtime and of latentforge.
 A copy of the graph is therefore rewritten first, into standard operators with the same output
 shapes and without weights:
 
@@ -156,7 +156,7 @@ def _count(shape: Shape, node: ir.Node) -> int:
     sizes = [size for size in shape if isinstance(size, int)]
     if len(sizes) < len(shape):
         raise SettingsError(
-            f"{node.name} has an operand of shape {list(shape)}, so its multiply-accumulates cannot "
+            f"{node.name} has an operand of shape {list(shape)}: its multiply-accumulates cannot "
             "be counted: give the sizes of all free dimensions"
         )
     return math.prod(sizes)

@@ -5,11 +5,11 @@ schedule with the same timesteps. Whatever does not depend on the sample is inva
 and is hoisted out of it. Binding-time analysis (binding_time.py) decides from the names of the
 inputs alone, so no part of this depends on a model family:
 
-    before                                     after
+    before                                  after
 
-    encoder_hidden_states ─┐                   encoder_hidden_states ─► denoiser_prompt ──┐
-    timestep ──────────────┼► denoiser         timestep ─► denoiser_time ─────────────────┼► denoiser
-    sample ────────────────┘  (each step)      sample ────────────────────────────────────┘  (each step)
+    encoder_hidden_states ─┐                encoder_hidden_states ─► denoiser_prompt ──┐
+    timestep ──────────────┼► denoiser      timestep ─► denoiser_time ─────────────────┼► denoiser
+    sample ────────────────┘ (each step)    sample ────────────────────────────────────┘ (each step)
 
 * ``denoiser_prompt`` runs once per prompt: nodes that depend on nothing but inputs which stay the
   same for a whole run, such as the keys and values of all cross-attention.

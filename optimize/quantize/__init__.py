@@ -3,7 +3,7 @@
 Modules, in the order in which data passes through them:
 
 * options.py: the settings that a recipe has.
-* calibration.py: collects activation ranges from recorded calls (which optimize/recording.py makes).
+* calibration.py: collects activation ranges from recorded calls (of optimize/recording.py).
 * ranges.py: turns a range into scale and zero point: minmax, percentile, mse.
 * smooth.py, concat.py: SmoothQuant and split concatenations, which even ranges out.
 * qdq.py: int8 quantization of a graph, which combines all of these; write.py writes its nodes.

@@ -2,7 +2,7 @@
 
 This is the entry of int8 calibration. The data passes through
 
-    optimize/recording.py   record()           runs the source engines, keeps the inputs of each call
+    optimize/recording.py   record()           runs the source engines, keeps each call's inputs
     calibration.py          collect_ranges()   runs the graph on those inputs, measures activations
     ranges.py               choose_grid()      turns a range into scale and zero point
     qdq.py                  plan_layers()      does so for each layer, before write.py rewrites it

@@ -42,7 +42,7 @@ _DEFAULT_BLOCK = {4: 32, 8: 0}  # by bits
 
 @dataclass(frozen=True, kw_only=True)
 class _Blocks:
-    """Block quantization: ``size`` consecutive weights share a scale; 0 is one per output channel."""
+    """Block quantization: ``size`` consecutive weights share a scale; 0: one per output channel."""
 
     bits: Literal[4, 8]
     size: int
@@ -237,7 +237,7 @@ def _raise_opset(model: ir.Model) -> None:
         return
     if any(node.op_type == "GroupNormalization" for node in model.graph):
         raise SettingsError(
-            "weight_only: blocks need opset 21, in which GroupNormalization has another definition: "
+            "weight_only: blocks need opset 21, where GroupNormalization has another definition: "
             "use int8-weights with block_size 0"
         )
     model.graph.opset_imports[""] = _BLOCKED_OPSET

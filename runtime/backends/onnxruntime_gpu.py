@@ -97,7 +97,7 @@ _SHAPE_OPERATORS = frozenset(
     Unsqueeze Where
     """.split()
 )
-"""Shape arithmetic, which ONNX Runtime leaves on the CPU; CUDA has all of these for real tensors."""
+"""Shape arithmetic, which ONNX Runtime leaves on the CPU; CUDA has it for real tensors."""
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
@@ -260,7 +260,7 @@ def _check_values(options: Options) -> None:
 
 
 def _cache_folder(engine: Path, component: Component) -> Path | None:
-    """Return the cache folder beside an engine; None if the provider has none or it is read-only."""
+    """Return the cache folder beside an engine; None if there is none or it is read-only."""
     if not _PROVIDERS[component.backend].cache:
         return None
     folder = engine.with_name(engine.name + CACHE)

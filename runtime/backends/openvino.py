@@ -117,7 +117,7 @@ class OpenVinoSession(CheckedSession):
 
 
 class _Graph:
-    """Compiled graph with a pool of inference requests, which grows to the number of parallel runs."""
+    """Compiled graph with a pool of inference requests, which grows with parallel runs."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled

@@ -81,7 +81,7 @@ _DEFAULT_CAPABILITIES = "8.6,8.9,12.0"  # RTX 30, 40 and 50
 _REFUSED = {
     RTX: {
         "hardware_compatible": "its engines run on all GPUs that capabilities lists: use that",
-        "version_compatible": "it includes no runtime of older versions: build again after an upgrade",
+        "version_compatible": "it has no runtime of older versions: build again after an upgrade",
     },
     "tensorrt": {
         "capabilities": "it builds for the GPU of this machine: use hardware_compatible, or build "
@@ -238,7 +238,8 @@ def _check_file(library: Any, path: Path) -> None:
     flaws = int(runtime.get_engine_validity(header)[1]) if runtime else 0
     if not header or flaws & int(library.EngineInvalidityDiagnostics.MALFORMED_ENGINE):
         raise BackendError(
-            f"{path} is not an engine of {library.__name__}: it was damaged or replaced; compile again"
+            f"{path} is not an engine of {library.__name__}: it was damaged or replaced; compile "
+            "again"
         )
 
 

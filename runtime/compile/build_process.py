@@ -1,8 +1,8 @@
 """Build of one engine in a process of its own.
 
 A build takes gigabytes, and a library that runs out of memory ends its process: the caller must not
-share either. ``python -m latentforge.runtime.compile.build_process`` reads a BuildOrder as JSON from
-standard input, and writes JSON lines (runtime/process.py) to standard output:
+share either. ``python -m latentforge.runtime.compile.build_process`` reads a BuildOrder as JSON
+from standard input, and writes JSON lines (runtime/process.py) to standard output:
 
     {"activity": "optimizing", "done": 0, "total": 1}      progress, any number of times
     {"device": {}, "seconds": 1.5, "peak_memory": N}       a BuiltEngine; the process ends

@@ -29,7 +29,8 @@ _INSTRUCTIONS = {
         *("-mfma", "-mf16c"),
     ),
 }
-"""Compiler flags of the files for one instruction set, by the end of their names. kernels.cpp selects
+"""Compiler flags of the files for one instruction set, by the end of their names. kernels.cpp
+selects
 the instruction set when the library is loaded."""
 
 

@@ -228,7 +228,7 @@ class Latent(Record, frozen=True, kw_only=True):
         return denoiser.inputs["sample"].shape[1] != self.channels
 
     def image_sizes(self, denoiser: Component) -> list[tuple[Range, Range]]:
-        """Return the (height, width) ranges in pixels that a denoiser was built for; none for any."""
+        """Return a denoiser's (height, width) ranges in pixels; none where any size fits."""
         free = denoiser.inputs["sample"].shape[2:]
         pairs = []
         for shapes in denoiser.shapes or ({},):

@@ -291,7 +291,7 @@ def test_interrupted_export_leaves_nothing(
 
 
 def interrupted(command: list[str], tmp_path: Path, signal_: signal.Signals) -> None:
-    """Start a command that writes ``out``, stop it while it works, and check that nothing is left."""
+    """Start a command that writes ``out``, stop it at work, and check that nothing is left."""
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None:
         time.sleep(0.05)

@@ -55,7 +55,7 @@ def arranged(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stable Diffusion XL's text encoders in optimum's layout; transformers 5 saved tokenizer_2/."""
+    """Stable Diffusion XL's text encoders in optimum's layout; transformers 5's tokenizer_2/."""
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("texts")

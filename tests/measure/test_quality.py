@@ -60,7 +60,7 @@ def test_constant_images_are_detected() -> None:
 
 
 def test_perceptual_distance_of_opposite_features(tmp_path: Path) -> None:
-    """White against black: opposite unit vectors, at a squared distance of 4 in each of 2 layers."""
+    """White against black: opposite unit vectors, squared distance 4 in each of 2 layers."""
     path = tmp_path / "features.onnx"
     ir.save(ir.from_onnx_text(FEATURES), path)
     distance = Perceptual(path)

@@ -574,7 +574,8 @@ def test_values_have_three_digits_and_a_unit() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_are_dashes(value: float) -> None:
     odd = entry("odd", 2.0, psnr=value, prepare_seconds=value, median={"total": value},
-                ratio={"total": ConfidenceInterval(value=value, low=value, high=value, level=0.95)})  # fmt: skip
+                ratio={"total": ConfidenceInterval(value=value, low=value, high=value,
+                                                   level=0.95)})  # fmt: skip
     half = entry("half", 0.5, ratio={"total": ConfidenceInterval(value=value)})
     point = Point(name="odd", batch=1, height=512, width=512, total=value)
     results = replace(

@@ -749,7 +749,7 @@ def test_merge_transposes_exchanges_transposes_and_reshapes_to_tokens() -> None:
     assert left == {"Reshape": 2, "Neg": 2, "Shape": 1, "Gather": 1}
 
 
-# -- latentforge's operators ------------------------------------------------------------------------
+# -- latentforge's operators -------------------------------------------------------------------
 
 RESNET = """m (float[batch, 8, 5, 7] x, float[batch, 6] time, float[1, 6, 1, 1] pixel,
     float[6, 8, 3, 3] w1, float[6] b1, float[20, 6, 3, 3] w2, float[20, 8, 1, 1] w3,

@@ -395,8 +395,9 @@ def test_a_plan_that_is_not_confirmed_is_dropped(
     assert [row["failures"] for row in options["plans"]] == [[]]
     assert options["confirmation"][0]["failures"] and "report" not in options
     (line,) = summary_lines(manifest)
-    assert line.endswith("none of the 1 plans that were judged passes right within 0 points on both "
-                         "sets of images")  # fmt: skip
+    assert line.endswith(
+        "none of the 1 plans that were judged passes right within 0 points on both sets of images"
+    )
 
 
 def test_the_report_decides_nothing(

@@ -37,7 +37,8 @@ from latentforge.runtime.tensor import Feeds, TensorSpec
 
 Array = NDArray[np.floating]
 
-# With m the mean of the embedding, the cached feature is the sample times m - 1. The output adds the
+# With m the mean of the embedding, the cached feature is the sample times m - 1. The output adds
+# the
 # sample times m times a share, which is all that a cached step computes.
 UNET = """<ir_version: 9, opset_import: ["" : 17]>
 m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states)

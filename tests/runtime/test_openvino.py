@@ -134,7 +134,7 @@ def load() -> Iterator[Load]:
 
 
 def reference(path: Path, given: Arrays) -> Arrays:
-    """Run ONNX Runtime without its optimizations, one of which quantizes the inputs of int8 products."""
+    """Run ONNX Runtime without its optimizations: one quantizes the inputs of int8 products."""
     settings = ort.SessionOptions()
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])

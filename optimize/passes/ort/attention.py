@@ -367,7 +367,7 @@ def _check_bias(mask: ir.Value, query: _Heads, value: _Heads) -> None:
 
 
 def _is_causal(mask: ir.Value) -> bool:
-    """Return True if a mask is 0 up to each token and hides what follows, for any batch and head."""
+    """Return True if a mask is 0 up to each token and hides all later ones, in every row."""
     array = _evaluate(mask)
     if array is None or array.ndim < 2 or array.shape[-1] != array.shape[-2]:
         return False

@@ -25,7 +25,7 @@ def nhwc_conv(model: ir.Model) -> int:
 
     ::
 
-        x ─ Conv (weight, bias) ─ y    ->    x ─ Transpose ─ NhwcConv (weight', bias) ─ Transpose ─ y
+        x ─ Conv (weight, bias) ─ y  ->  x ─ Transpose ─ NhwcConv (weight', bias) ─ Transpose ─ y
     """
     editor, count = Editor(model.graph), 0
     for conv in find(model.graph, _match, "Conv"):

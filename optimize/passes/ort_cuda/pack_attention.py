@@ -46,7 +46,7 @@ class _Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class _Projections:
-    """Projections of one attention that share an input: of query, key and value, or of the last two.
+    """Projections of an attention that share an input: query, key and value, or the last two.
 
     Attributes:
         attention: the MultiHeadAttention.

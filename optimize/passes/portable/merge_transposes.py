@@ -41,7 +41,7 @@ def merge_transposes(model: ir.Model) -> int:
     Reshape instead of after it, where channels last need no Transpose::
 
         image ─ to NCHW ─ Reshape (b,c,h*w) ─ Transpose (b,h*w,c)    ->    image ─ Reshape (b,h*w,c)
-        tokens ─ Transpose (b,c,h*w) ─ Reshape (b,c,h,w)    ->    tokens ─ Reshape (b,h,w,c) ─ to NCHW
+        tokens ─ Transpose (b,c,h*w) ─ Reshape (b,c,h,w)  ->  tokens ─ Reshape (b,h,w,c) ─ to NCHW
 
     Returns:
         The number of nodes moved across, pairs removed, and Reshapes exchanged.

@@ -224,7 +224,7 @@ class Phases:
 
 @dataclass
 class _Phase:
-    """One open phase; ``filled`` is the share of the current step that its inner phases have done."""
+    """Open phase; ``filled`` is the share of its current step that inner phases have done."""
 
     parent: "_Phase | None"
     steps: int

@@ -174,7 +174,8 @@ def check_signature(what: str, specs: Mapping[str, TensorSpec], tensors: Signatu
         pairs = zip(shape, spec.shape, strict=False)
         if not same_kind or any(-1 != a != b for a, b in pairs if isinstance(b, int)):
             raise BackendError(
-                f"{what} {name}: expected {spec} (manifest), found {dtype}{list(shape)}: export again"
+                f"{what} {name}: expected {spec} (manifest), found {dtype}{list(shape)}: export "
+                "again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Session of TensorRT: device memory, execution contexts, CUDA graphs, and inputs kept on the GPU."""
+"""Session of TensorRT: device memory, execution contexts, CUDA graphs, inputs kept on the GPU."""
 
 import logging
 import mmap
@@ -51,7 +51,7 @@ def is_uploaded(
 
 @dataclass
 class _SizedContext:
-    """Execution context for one size, and its CUDA graph; ``capture`` is True until one was tried."""
+    """Execution context and CUDA graph of one size; ``capture`` is True until one was tried."""
 
     context: Any
     capture: bool
@@ -205,7 +205,7 @@ class TensorrtSession(CheckedSession):
         return list(tensors[0]), list(tensors[1])
 
     def _runtime_config(self, path: Path) -> Any:
-        """Return TensorRT for RTX's runtime settings; it captures CUDA graphs itself, after its kernels."""
+        """Return the runtime settings of TensorRT for RTX, which captures CUDA graphs itself."""
         library, config = self._library, self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(
             library.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -221,13 +221,13 @@ class TensorrtSession(CheckedSession):
         return config
 
     def _uses_graphs(self) -> bool:
-        """Return True if CUDA graphs are to be used; profiling and weight streaming exclude them."""
+        """Return True to use CUDA graphs; profiling and weight streaming exclude them."""
         options = self._options
         prevented = self._recording or options.get("weight_streaming")
         return bool(options.get("graphs", True)) and not prevented
 
     def _warm_up(self) -> None:
-        """Run the optimal size of each profile once, so that no later run waits for preparations."""
+        """Run each profile's optimal size once, so that no later run waits for preparations."""
         for index, shapes in enumerate(ranges(self.component)):
             sizes = profile_sizes(shapes)[1]
             specs = self.component.inputs.items()

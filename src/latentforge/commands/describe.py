@@ -147,7 +147,8 @@ def _search_lines(stage: Stage) -> Iterator[str]:
 
 def _compile_lines(stage: Stage) -> Iterator[str]:
     """Yield a table of the compiled engines, and the difference from the input if measured."""
-    yield f"{'component':<{_NAME}}{'backend':<26}{'size in MB':>20}{'':>8}{'build':>10}{'memory':>12}"
+    head = f"{'component':<{_NAME}}{'backend':<26}{'size in MB':>20}{'':>8}"
+    yield f"{head}{'build':>10}{'memory':>12}"
     for name, backend in stage.options["backends"].items():
         figures = stage.measured[name]
         size = _megabytes(figures["bytes_before"], figures["bytes_after"])
@@ -168,7 +169,8 @@ def _graph_lines(stage: Stage) -> Iterator[str]:
     yield from (f"  {name}: {count}" for name, count in stage.passes.items())
     parts = {name: figures for name, figures in stage.measured.items() if "bytes_before" in figures}
     if parts:
-        yield f"{'component':<{_NAME}}{'nodes':>14}{'size in MB':>20}{'':>8}{'error':>9}{'PSNR':>11}"
+        head = f"{'component':<{_NAME}}{'nodes':>14}{'size in MB':>20}{'':>8}"
+    yield f"{head}{'error':>9}{'PSNR':>11}"
     for name, figures in parts.items():
         yield _graph_row(name, figures)
     for name, figures in stage.measured.items():

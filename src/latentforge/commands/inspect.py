@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         "inspect",
         _inspect,
         "Describe an engine directory",
-        "Prints sizes, precisions and signatures of all components, their difference from torch, and "
+        "Prints sizes, precisions and signatures of all components, their error against torch, and "
         "the stages that made the directory.",
     )
     parser.add_argument("engines", type=Path, metavar="ENGINES")

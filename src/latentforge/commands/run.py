@@ -72,13 +72,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--low-memory",
         action="store_true",
-        help="run one row at a time and keep one copy of the weights: about half the memory, slower",
+        help="one row at a time and one copy of the weights: about half the memory, slower",
     )
 
 
 def _add_acceleration_arguments(parser: Any) -> None:
     text = (
-        "Ways to evaluate the denoiser less often, at the cost of a different image. Engines of build "
+        "Ways to evaluate the denoiser less often, at the cost of another image. Engines of build "
         "--fast have a plan for this with measured quality; these options override it."
     )
     group = parser.add_argument_group("acceleration", arguments.wrapped(text))
