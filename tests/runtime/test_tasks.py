@@ -173,7 +173,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"image": picture(), "denoising_start": 0.5}, SettingsError, "continues from latents"),
     ({"image": LATENTS, "mask": half_mask()}, SettingsError, "a mask needs an image"),
     ({"image": LATENTS[0]}, ShapeError, "latents must be"),
-    ({"image": LATENTS[:, :3]}, ShapeError, r"shape \(1, 3, 4, 6\) .* \(1, 4, 4, 6\)"),
+    ({"image": LATENTS[:, :3]}, ShapeError, r"shape \(1, 3, 4, 6\), .* \(1, 4, 4, 6\)"),
     ({"image": NAN, "denoising_start": 0.5}, SettingsError, "finite"),
     ({"image": LATENTS.astype(int)}, SettingsError, "floating"),
     ({"denoising_start": 0.6, "denoising_end": 0.5}, SettingsError, "must be below"),
