@@ -205,7 +205,7 @@ def test_nothing_is_compiled_twice(tiny_engines: Path, tmp_path: Path) -> None:
     compile_engines(tiny_engines, tmp_path / "once", CompileRequest(backend="onnxruntime"))
     with pytest.raises(ManifestError, match="compiled already"):
         compile_engines(tmp_path / "once", tmp_path / "twice", CompileRequest(backend="null"))
-    with pytest.raises(TargetError, match="the directory to read"):
+    with pytest.raises(TargetError, match="is the source directory: name another"):
         compile_engines(tiny_engines, tiny_engines, CompileRequest(backend="null", overwrite=True))
     with pytest.raises(TargetError, match="--overwrite"):
         compile_engines(tiny_engines, tmp_path / "once", CompileRequest(backend="null"))
