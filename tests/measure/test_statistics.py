@@ -18,6 +18,7 @@ from latentforge.measure.conclusion import (
     too_few_runs,
 )
 from latentforge.measure.formatting import level
+from latentforge.measure.quality import intervals
 from latentforge.measure.results import ConfidenceInterval, TimedRun
 from latentforge.measure.statistics import (
     interval_level,
@@ -31,7 +32,7 @@ def runs(*totals: float) -> list[TimedRun]:
     return [TimedRun(seconds={"total": total}) for total in totals]
 
 
-def interval(low: float, high: float, level: float = 0.95) -> ConfidenceInterval:
+def bounded(low: float, high: float, level: float = 0.95) -> ConfidenceInterval:
     return ConfidenceInterval(value=(low + high) / 2, low=low, high=high, level=level)
 
 
@@ -114,6 +115,17 @@ def test_medians_have_joules_if_every_run_has() -> None:
     assert medians([]) == {}
 
 
+def test_intervals_of_quality_metrics_carry_their_level() -> None:
+    values = np.random.default_rng(0).normal(3, 1, 40)
+    found = [
+        intervals.mean(values),
+        intervals.proportion(8, 10),
+        intervals.centred(3.0, values),
+    ]
+    assert [interval.level for interval in found] == [intervals.LEVEL] * 3 == [0.95] * 3
+    assert intervals.mean(values[:1]).level is None
+
+
 # conclusions
 
 
@@ -125,13 +137,13 @@ def test_the_fewest_conclusive_runs_are_the_default() -> None:
 @pytest.mark.parametrize(
     ("speedup", "expected"),
     [
-        (interval(1.9, 2.1), "faster"),
-        (interval(0.5, 0.6), "slower"),
-        (interval(0.99, 1.02), "no difference"),
-        (interval(1.9, 2.1, 0.9375), "faster"),
-        (interval(1.9, 2.1, 0.875), "too few runs"),
-        (interval(0.99, 1.02, 0.75), "too few runs"),
-        (interval(1.9, float("inf")), "too few runs"),
+        (bounded(1.9, 2.1), "faster"),
+        (bounded(0.5, 0.6), "slower"),
+        (bounded(0.99, 1.02), "no difference"),
+        (bounded(1.9, 2.1, 0.9375), "faster"),
+        (bounded(1.9, 2.1, 0.875), "too few runs"),
+        (bounded(0.99, 1.02, 0.75), "too few runs"),
+        (bounded(1.9, float("inf")), "too few runs"),
         (ConfidenceInterval(value=2.0), "too few runs"),
     ],
 )
@@ -143,7 +155,7 @@ def test_findings(speedup: ConfidenceInterval, expected: str) -> None:
     ("low", "high", "wide"), [(1.0, 1.25, False), (1.0, 1.26, True), (0.0, 0.5, True)]
 )
 def test_wide_intervals(low: float, high: float, wide: bool) -> None:
-    assert is_wide(interval(low, high)) is wide
+    assert is_wide(bounded(low, high)) is wide
     assert not is_wide(ConfidenceInterval(value=1.0))
 
 
@@ -163,7 +175,7 @@ def test_levels_have_at_most_one_decimal() -> None:
 
 
 def test_intervals_are_written_with_their_level() -> None:
-    assert interval_text(interval(1.9, 2.1, 0.9375)) == "1.90–2.10, 93.8 %"
+    assert interval_text(bounded(1.9, 2.1, 0.9375)) == "1.90–2.10, 93.8 %"
     assert interval_text(ConfidenceInterval(value=2.0)) == ""
 
 
@@ -198,10 +210,10 @@ def test_the_summary_concludes_nothing_from_three_runs() -> None:
 @pytest.mark.parametrize(
     ("speedup", "clause"),
     [
-        (interval(0.9, 1.1), "no significant difference from eager (speedup 95 % interval 0.90 "),
-        (interval(1.1, 1.6), "it is faster than eager, by an uncertain factor (95 % interval 1.10"),
-        (interval(1.9, 2.1), "it is 2.00 times as fast as eager (95 % interval 1.90 to 2.10)"),
-        (interval(0.4, 0.6), "it is slower than eager, by an uncertain factor (95 % interval 1.67"),
+        (bounded(0.9, 1.1), "no significant difference from eager (speedup 95 % interval 0.90 "),
+        (bounded(1.1, 1.6), "it is faster than eager, by an uncertain factor (95 % interval 1.10"),
+        (bounded(1.9, 2.1), "it is 2.00 times as fast as eager (95 % interval 1.90 to 2.10)"),
+        (bounded(0.4, 0.6), "it is slower than eager, by an uncertain factor (95 % interval 1.67"),
     ],
 )
 def test_clauses(speedup: ConfidenceInterval, clause: str) -> None:
