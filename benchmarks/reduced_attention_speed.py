@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentforge.measure.conclusion import interval_text
 from latentforge.measure.results import ConfidenceInterval
 from latentforge.measure.statistics import median_interval
 from latentforge.optimize.graph import open_session
@@ -52,10 +53,11 @@ class SpeedRow:
     error: float
 
     def __str__(self) -> str:
-        gain = self.speedup
+        bounds = interval_text(self.speedup)
+        interval = f" ({bounds})" if bounds else ""
         return (
-            f"| {self.side} | {self.min_tokens} | {self.seconds:.3f} | {gain.value:.3f} "
-            f"({gain.low:.3f} to {gain.high:.3f}) | {self.error:.4f} |"
+            f"| {self.side} | {self.min_tokens} | {self.seconds:.3f} "
+            f"| {self.speedup.value:.3f}{interval} | {self.error:.4f} |"
         )
 
 
