@@ -170,7 +170,7 @@ def _graph_lines(stage: Stage) -> Iterator[str]:
     parts = {name: figures for name, figures in stage.measured.items() if "bytes_before" in figures}
     if parts:
         head = f"{'component':<{_NAME}}{'nodes':>14}{'size in MB':>20}{'':>8}"
-    yield f"{head}{'error':>9}{'PSNR':>11}"
+        yield f"{head}{'error':>9}{'PSNR':>11}"
     for name, figures in parts.items():
         yield _graph_row(name, figures)
     for name, figures in stage.measured.items():
