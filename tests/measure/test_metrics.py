@@ -235,7 +235,7 @@ def test_pictures_of_unequal_size_or_number(tmp_path: Path) -> None:
     network = OnnxNetwork(saved(MEANS, tmp_path / "means.onnx"))
     with pytest.raises(ShapeError, match="images of 16x16 and 8x8 pixels"):
         extract(network, [*pictures(1), *pictures(1, side=8)])
-    with pytest.raises(ShapeError, match="2 and 3 pictures cannot be compared"):
+    with pytest.raises(ShapeError, match="2 and 3 images cannot be compared"):
         compare_pairs(pictures(2), pictures(3), {})
 
 
@@ -460,7 +460,7 @@ PROTOCOL = {
     [
         ({"captions": 12}, "12 captions"),
         ({"images": 64}, "64 images"),
-        ({"family": "stable_diffusion"}, "of stable_diffusion and"),
+        ({"family": "stable_diffusion"}, "of stable_diffusion, and"),
         ({"latents": False}, "--latents"),
         ({"metrics": ["clip"]}, "--statistics"),
         ({"metrics": ["fid"]}, "--clip"),
