@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from latentforge.measure.pictures import data_url, difference_image
 from latentforge.runtime.errors import ResultsError
 from latentforge.runtime.files import staged_file
-from latentforge.runtime.image import data_url, difference_image, psnr
+from latentforge.runtime.image import psnr
 from latentforge.runtime.record import Record
 
 __all__ = [

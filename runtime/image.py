@@ -1,7 +1,5 @@
 """Arrays to images and back, image files, and metrics between two images."""
 
-import base64
-import io
 import json
 import tempfile
 import warnings
@@ -20,9 +18,6 @@ from latentforge.runtime.text import one_line
 __all__ = [
     "MAX_PSNR",
     "check_image_path",
-    "contact_sheet",
-    "data_url",
-    "difference_image",
     "from_array",
     "open_image",
     "psnr",
@@ -34,10 +29,6 @@ __all__ = [
 
 MAX_PSNR = 200.0
 """PSNR of equal arrays: finite, as JSON requires, and beyond that of any float32 difference."""
-
-_AMPLIFICATION = 8.0
-_MAX_LOSSLESS_SIDE = 128  # pixels; larger images on a page are reduced and compressed
-_PAGE_SIDE = 320
 
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
@@ -52,28 +43,6 @@ def to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
     """Convert images of one size to an array (batch, 3, height, width) in -1..1."""
     pixels = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
     return (pixels / 127.5 - 1).transpose(0, 3, 1, 2)
-
-
-def difference_image(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return 8 times the absolute difference of images in -1..1, as an image: black where equal."""
-    difference: NDArray[np.float32] = np.clip(np.abs(a - b) * _AMPLIFICATION, 0, 2) - 1
-    return difference
-
-
-def data_url(array: NDArray[np.float32]) -> str:
-    """Return one image (3, height, width) as a data URL for a web page.
-
-    Images up to 128 pixels a side are lossless, larger ones are reduced to 320 pixels.
-    """
-    (image,) = from_array(array[None])
-    small = max(image.size) <= _MAX_LOSSLESS_SIDE
-    if not small:
-        image.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
-    buffer = io.BytesIO()
-    kind = "PNG" if small else "WebP"
-    image.save(buffer, format=kind, **({"optimize": True} if small else {"quality": 90}))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{data}"
 
 
 def to_mask(image: Image.Image) -> NDArray[np.float32]:
@@ -143,9 +112,7 @@ def check_image_path(path: Path) -> str:
     if path.is_dir():
         raise TargetError(f"cannot write {path}: it is a directory")
     try:
-        with tempfile.TemporaryFile(
-            dir=parent
-        ):  # permissions alone are not enough, least of all for root
+        with tempfile.TemporaryFile(dir=parent):  # root may write whatever permissions say
             pass
     except OSError as error:
         raise TargetError(f"cannot write {path}: {parent}: {error.strerror}") from error
@@ -168,24 +135,3 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> N
     info.add_itxt("latentforge", json.dumps(metadata, ensure_ascii=False))
     with staged_file(path) as partial:
         image.save(partial, format=kind, **({"pnginfo": info} if kind == "PNG" else {}))
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], *, gap: int = 4, scale: int = 1
-) -> Image.Image:
-    """Return one image of rows of equally sized images.
-
-    Args:
-        rows: images, row by row; rows may differ in length.
-        gap: pixels between images, white.
-        scale: integer factor to enlarge each image by, without interpolation.
-    """
-    width, height = (side * scale for side in rows[0][0].size)
-    columns = max(map(len, rows))
-    size = (columns * (width + gap) - gap, len(rows) * (height + gap) - gap)
-    sheet = Image.new("RGB", size, "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (x * (width + gap), y * (height + gap)))
-    return sheet

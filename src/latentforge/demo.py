@@ -15,13 +15,14 @@ from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
 from latentforge.measure.bench.summary import summary
 from latentforge.measure.peers import participant
+from latentforge.measure.pictures import contact_sheet
 from latentforge.measure.report import render
 from latentforge.measure.results import Picture, Results
 from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.files import staged_file
-from latentforge.runtime.image import contact_sheet, save_image, to_array
+from latentforge.runtime.image import save_image, to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.machine import available_cores
 from latentforge.runtime.manifest import Manifest

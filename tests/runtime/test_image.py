@@ -9,14 +9,7 @@ import pytest
 from PIL import Image
 
 from latentforge.runtime.errors import ShapeError, TargetError
-from latentforge.runtime.image import (
-    MAX_PSNR,
-    contact_sheet,
-    from_array,
-    psnr,
-    save_image,
-    to_array,
-)
+from latentforge.runtime.image import MAX_PSNR, from_array, psnr, save_image, to_array
 
 
 def image(seed: int = 0, size: tuple[int, int] = (5, 7)) -> Image.Image:
@@ -121,13 +114,3 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         save_image(image(), tmp_path / "a.png", {"seed": object()})
     assert (tmp_path / "a.png").read_text() == "old"
-
-
-def test_contact_sheet() -> None:
-    rows = [[image(0), image(1)], [image(2)]]
-    whole = contact_sheet(rows, gap=3, scale=2)
-    assert whole.size == (2 * 14 + 3, 2 * 10 + 3)
-    assert whole.getpixel((15, 0)) == (255, 255, 255)
-    assert whole.getpixel((17 + 2 * 6, 2 * 4)) == image(1).getpixel((6, 4))
-    assert whole.getpixel((0, 13)) == image(2).getpixel((0, 0))
-    assert whole.getpixel((20, 20)) == (255, 255, 255)
