@@ -34,7 +34,6 @@ from latentforge.runtime.errors import (
     ShapeError,
 )
 from latentforge.runtime.files import check_space, check_target, staged_directory
-from latentforge.runtime.history import package_versions, stage_record
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import (
@@ -404,9 +403,9 @@ def _history(job: _ExportJob, start: float) -> Stage:
     kind = {} if job.graphs else {"opset": OPSET}
     layout = {} if job.layout == "plain" else {"layout": job.layout}
     fixed = {key: size for key, size in asdict(job.dimensions).items() if size is not None}
-    return stage_record(
+    return Stage.ended(
         "import" if job.graphs else "export",
         start,
         {**kind, **chosen, **layout, **fixed},
-        tools=package_versions(*names),
+        packages=names,
     )

@@ -12,7 +12,6 @@ from latentforge.measure.results import BenchResult
 from latentforge.optimize.timing import MARGIN, fastest, time_engines
 from latentforge.runtime.compile.verify import trial_settings
 from latentforge.runtime.files import copy_files
-from latentforge.runtime.history import stage_record
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import DENOISER_PARTS, Component, Manifest, Stage
 from latentforge.runtime.settings import Settings
@@ -160,7 +159,7 @@ def _record(
         name: {stage: round(ratio.value, 3) for stage, ratio in results[name].ratio.items()}
         for name in others
     }
-    return stage_record(
+    return Stage.ended(
         STAGE,
         start,
         {

@@ -51,8 +51,7 @@ from latentforge.optimize.search.space import (
 from latentforge.optimize.search.step_schedules import StepSchedules
 from latentforge.optimize.timing import rounded, speedup_figures, time_engines
 from latentforge.runtime import sampling
-from latentforge.runtime.history import stage_record
-from latentforge.runtime.manifest import AccelerationPlan, Manifest
+from latentforge.runtime.manifest import AccelerationPlan, Manifest, Stage
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
 
@@ -98,7 +97,7 @@ def accelerate(directory: Path, request: SearchRequest, *, quiet: bool = True) -
                 engines.publish(outcome.variant)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    stage = stage_record(STAGE, start, {"gate": str(gate), **outcome.record})
+    stage = Stage.ended(STAGE, start, {"gate": str(gate), **outcome.record})
     manifest = Manifest.read(directory, hashes=False)
     manifest = msgspec.structs.replace(
         manifest, acceleration=outcome.plan, history=(*manifest.history, stage)

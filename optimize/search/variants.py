@@ -12,8 +12,7 @@ import onnx_ir as ir
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.runtime.errors import ManifestError
-from latentforge.runtime.history import package_versions, stage_record
-from latentforge.runtime.manifest import Component, FileEntry, Manifest
+from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 
 __all__ = ["add_components", "load_denoiser"]
 
@@ -70,9 +69,7 @@ def add_components(
     _link(source, folder, (e.file for e in manifest.files if e.file not in replaced))
     components = {key: _write(key, part, denoiser, folder) for key, part in graphs.items()}
     added = next(key for key in graphs if key not in manifest.components)
-    stage = stage_record(
-        name, start, options, tools=package_versions(*_TOOLS), measured={added: measured}
-    )
+    stage = Stage.ended(name, start, options, packages=_TOOLS, measured={added: measured})
     result = msgspec.structs.replace(
         manifest,
         components={**manifest.components, **components},

@@ -26,9 +26,8 @@ from latentforge.optimize.timing import (
 )
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.files import check_space, check_target, staged_directory
-from latentforge.runtime.history import package_versions, stage_record
 from latentforge.runtime.loader import load
-from latentforge.runtime.manifest import CalibrationSchedule, Manifest
+from latentforge.runtime.manifest import CalibrationSchedule, Manifest, Stage
 from latentforge.runtime.progress import Progress
 
 __all__ = ["optimize", "optimize_into"]
@@ -178,11 +177,11 @@ def _manifest(
     measured = {part: dict(figures) for part, figures in chosen.measured.items()}
     if results is not None and not chosen.failures:
         measured["image"] |= _timings(results, chosen.name)
-    stage = stage_record(
+    stage = Stage.ended(
         STAGE,
         start,
         _options(job, chosen, candidates, results),
-        tools=package_versions(*_TOOLS),
+        packages=_TOOLS,
         passes=chosen.passes,
         measured=measured,
     )

@@ -25,7 +25,6 @@ from latentforge.runtime.compile.plan import (
 from latentforge.runtime.compile.verify import compare
 from latentforge.runtime.errors import BackendError, DeviceError, ManifestError, TargetError
 from latentforge.runtime.files import check_space, check_target, copy_files, staged_directory
-from latentforge.runtime.history import stage_record
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 from latentforge.runtime.progress import Progress
 
@@ -159,7 +158,7 @@ def _history(plan: CompilePlan, measured: Mapping[str, Mapping[str, float]], sta
     selected = {task.name: task.component.backend for task in plan.tasks}
     libraries = sorted(set(selected.values()) - {"null"})
     options = {"options": dict(plan.options), **plan.request.sizes.asdict()}
-    return stage_record(
+    return Stage.ended(
         STAGE,
         start,
         {**plan.origin, "backends": selected, **options},

@@ -6,21 +6,50 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from latentforge.runtime.errors import ManifestError
-from latentforge.runtime.manifest.signatures import (
-    DENOISER_INPUTS,
-    DENOISER_PARTS,
-    LATER_INPUTS,
-    REQUIRED_INPUTS,
-    REQUIRED_TENSORS,
-    Ranks,
-)
 
-if TYPE_CHECKING:  # records imports this module
+if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.acceleration import AccelerationPlan
-    from latentforge.runtime.manifest.records import Component, Manifest, TextEncoding
+    from latentforge.runtime.manifest import Component, Manifest, TextEncoding
     from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["check_parts"]
+__all__ = [
+    "CACHED_FEATURE",
+    "DENOISER_INPUTS",
+    "DENOISER_PARTS",
+    "REQUIRED_TENSORS",
+    "check_parts",
+]
+
+_Ranks = Mapping[str, tuple[int, ...]]
+"""Allowed numbers of dimensions by tensor name."""
+
+CACHED_FEATURE = "cached_feature"
+"""Extra output of a full step, and input of a cached step (DeepCache)."""
+
+REQUIRED_TENSORS: Mapping[str, tuple[_Ranks, _Ranks]] = {
+    "denoiser": ({"sample": (4,)}, {"out_sample": (4,)}),
+    "denoiser_time": ({"timestep": (1,)}, {}),
+    "denoiser_cached": ({"sample": (4,), CACHED_FEATURE: (4,)}, {"out_sample": (4,)}),
+    "vae_decoder": ({"latent_sample": (4,)}, {"sample": (4,)}),
+    "vae_encoder": ({"sample": (4,)}, {"latent_parameters": (4,)}),
+}
+"""Inputs and outputs that components of these names have at least."""
+
+DENOISER_PARTS = ("denoiser_prompt", "denoiser_time", "denoiser")
+"""Components that a denoiser may be partitioned into, in the order in which they run."""
+
+_REQUIRED_INPUTS: _Ranks = {"timestep": (0, 1), "encoder_hidden_states": (3,)}
+"""Inputs besides ``sample`` that the parts of a denoiser together have at least."""
+
+DENOISER_INPUTS = {"sample", *_REQUIRED_INPUTS, "text_embeds", "time_ids", "timestep_cond"}
+"""Inputs that the runtime can fill."""
+
+_LATER_INPUTS = {
+    "denoiser_prompt": {"sample", "timestep"},
+    "denoiser_time": {"sample"},
+    "denoiser": set[str](),
+}
+"""Inputs that are not available yet when a part runs."""
 
 _MAX_TRAIN_STEPS = 100_000
 
@@ -93,7 +122,7 @@ def _check_conditioning(manifest: Manifest) -> None:
     if "denoiser" not in manifest.components:
         return
     inputs = _denoiser_inputs(manifest.components)
-    _check_tensors("denoiser: input", inputs, REQUIRED_INPUTS)
+    _check_tensors("denoiser: input", inputs, _REQUIRED_INPUTS)
     if "text_embeds" in inputs and not any(e.pooled for e in conditioning.encoders):
         raise ManifestError("denoiser: input text_embeds, but no text encoder has a pooled output")
     ids = inputs.get("time_ids")
@@ -120,7 +149,7 @@ def _denoiser_inputs(components: Mapping[str, Component]) -> dict[str, TensorSpe
         for key, spec in part.inputs.items():
             if key in producers:
                 _check_handover(parts, producers[key], name, key)
-            elif key in DENOISER_INPUTS - LATER_INPUTS[name]:
+            elif key in DENOISER_INPUTS - _LATER_INPUTS[name]:
                 inputs[key] = spec
             else:
                 raise ManifestError(
@@ -187,7 +216,7 @@ def _check_acceleration(manifest: Manifest, plan: AccelerationPlan) -> None:
     manifest.schedule.check(plan.timesteps)
 
 
-def _check_tensors(place: str, specs: Mapping[str, TensorSpec], required: Ranks) -> None:
+def _check_tensors(place: str, specs: Mapping[str, TensorSpec], required: _Ranks) -> None:
     for name, ranks in required.items():
         if name not in specs or len(specs[name].shape) not in ranks:
             raise ManifestError(f"{place} {name!r} with {ranks[-1]} dimensions is missing")

@@ -1,27 +1,21 @@
 """Checks of the files of an engine directory against the entries of its manifest."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
 
+if TYPE_CHECKING:  # the manifest imports this module
+    from latentforge.runtime.manifest import FileEntry
+
 __all__ = ["check_file", "check_hashes", "read_content"]
 
 _MAX_BYTES = 4 << 20
-
-
-class _Entry(Protocol):
-    """Path, digest and size of one file, as manifest.FileEntry has them."""
-
-    @property
-    def file(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def bytes(self) -> int: ...
 
 
 def read_content(path: Path) -> bytes:
@@ -43,7 +37,7 @@ def read_content(path: Path) -> bytes:
     return content
 
 
-def check_file(directory: Path, entry: _Entry) -> None:
+def check_file(directory: Path, entry: FileEntry) -> None:
     """Check that an entry names a regular file inside the directory, of the recorded size.
 
     Raises:
@@ -72,7 +66,7 @@ def check_file(directory: Path, entry: _Entry) -> None:
         )
 
 
-def check_hashes(directory: Path, entries: Sequence[_Entry]) -> None:
+def check_hashes(directory: Path, entries: Sequence[FileEntry]) -> None:
     """Compare the sha256 of each file with its entry, on several threads.
 
     Raises:

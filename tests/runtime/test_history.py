@@ -3,24 +3,24 @@
 import importlib.metadata
 import time
 
+import numpy as np
 import pytest
 
-from latentforge.runtime.history import package_versions, stage_record
+from latentforge.runtime.manifest import Stage
 from latentforge.runtime.version import __version__
 
 
 def test_a_record_has_the_version_and_the_duration() -> None:
     start = time.perf_counter() - 1.26
-    record = stage_record("tune", start, {"rows": 2}, tools={"numpy": "2"}, passes={"fuse": 3})
+    record = Stage.ended("tune", start, {"rows": 2}, tools={"numpy": "2"}, passes={"fuse": 3})
     assert (record.name, record.options, record.passes) == ("tune", {"rows": 2}, {"fuse": 3})
     assert list(record.tools.items()) == [("latentforge", __version__), ("numpy", "2")]
     assert record.seconds == 1.3
     assert record.measured == {}
 
 
-def test_package_versions() -> None:
-    import numpy as np
-
-    assert package_versions("numpy") == {"numpy": np.__version__}
+def test_a_record_has_the_versions_of_packages() -> None:
+    record = Stage.ended("tune", time.perf_counter(), {}, ["numpy"])
+    assert list(record.tools.items()) == [("latentforge", __version__), ("numpy", np.__version__)]
     with pytest.raises(importlib.metadata.PackageNotFoundError):
-        package_versions("numpy", "no-such-package")
+        Stage.ended("tune", time.perf_counter(), {}, ["numpy", "no-such-package"])

@@ -26,7 +26,7 @@ from latentforge.runtime.manifest import (
     TokenizerEntry,
     WeightSource,
 )
-from latentforge.runtime.manifest.signatures import DENOISER_INPUTS, REQUIRED_TENSORS
+from latentforge.runtime.manifest.checks import DENOISER_INPUTS, REQUIRED_TENSORS
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.tensor import TensorSpec
 
