@@ -205,6 +205,7 @@ class Engines(Mapping[str, Engine]):
         self._load = load
         self._options = dict(options)
         self._lock = Lock()
+        self._closed = False
         self._names = tuple(names)
         self._loaded = {name: load(name, options) for name in self._names}
 
@@ -218,8 +219,14 @@ class Engines(Mapping[str, Engine]):
         return len(self._loaded)
 
     def load(self, name: str) -> Engine:
-        """Return an engine, after loading it if no request has needed it before."""
+        """Return an engine, after loading it if no request has needed it before.
+
+        Raises:
+            BackendError: the engines are closed, or this one cannot be loaded.
+        """
         with self._lock:
+            if self._closed:
+                raise BackendError(f"{name}: the pipeline is closed: load its directory again")
             if name not in self._loaded:
                 self._loaded[name] = self._load(name, self._options)
             return self._loaded[name]
@@ -230,8 +237,10 @@ class Engines(Mapping[str, Engine]):
 
     def close(self) -> None:
         """Free all engines. Running one afterwards raises BackendError."""
-        for engine in self.values():
-            engine.session.close()
+        with self._lock:
+            self._closed = True
+            for engine in self.values():
+                engine.session.close()
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:

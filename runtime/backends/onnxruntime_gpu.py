@@ -47,6 +47,7 @@ from latentforge.runtime.backends.ort.device_session import GPU_LOCK, DeviceSess
 from latentforge.runtime.backends.ort.ort_session import (
     LOG_NOTHING,
     LayerRecording,
+    check_outputs,
     copy_graph,
     error_message,
     fixed_sizes,
@@ -310,6 +311,7 @@ def _open(
     record = LayerRecording(settings) if options.get("profile") else None
     try:
         session = open_session(path, settings, providers)
+        check_outputs(session, component, path)
         _check_nodes(session, component)
     except BackendError as error:
         if record is not None:

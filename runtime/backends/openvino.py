@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openvino as ov
 from openvino.frontend import FrontEndManager
 
@@ -40,7 +39,13 @@ from latentforge.runtime.backends import (
     check_options,
     return_memory,
 )
-from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs
+from latentforge.runtime.backends.session import (
+    CheckedSession,
+    LayerTime,
+    Outputs,
+    Signature,
+    check_signature,
+)
 from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import Component
@@ -217,15 +222,16 @@ def _check_signature(model: Any, component: Component, path: Path) -> None:
         ("input", model.inputs, component.inputs),
         ("output", model.outputs, component.outputs),
     ):
-        indices = _indices(ports)
-        for name, spec in specs.items():
-            if name not in indices or not _matches(ports[indices[name]], spec):
-                actual = _described(ports[indices[name]]) if name in indices else "none"
-                raise BackendError(
-                    f"{path}: {kind} {name}: expected {spec}, the graph has {actual}"
-                )
-        if kind == "input" and len(ports) != len(specs):
-            raise BackendError(f"{path}: expected {len(specs)} inputs, the graph has {len(ports)}")
+        check_signature(f"{path}: {kind}", specs, _signature(ports, specs), exact=kind == "input")
+
+
+def _signature(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> Signature:
+    """Return dtypes and shapes by name; of several names of a tensor, that in the specs."""
+    signature = {}
+    for port in ports:
+        name = min(port.names & specs.keys() or port.names)
+        signature[name] = str(port.element_type.to_dtype()), _sizes(port.partial_shape)
+    return signature
 
 
 def _indices(ports: Sequence[Any]) -> dict[str, int]:
@@ -233,14 +239,10 @@ def _indices(ports: Sequence[Any]) -> dict[str, int]:
     return {name: index for index, port in enumerate(ports) for name in port.names}
 
 
-def _matches(port: Any, spec: TensorSpec) -> bool:
-    shape = ov.PartialShape([size if isinstance(size, int) else -1 for size in spec.shape])
-    same = port.element_type.to_dtype() == np.dtype(spec.dtype)
-    return same and bool(port.partial_shape.compatible(shape))
-
-
-def _described(port: Any) -> str:
-    return f"{port.element_type.to_dtype()}{port.partial_shape}"
+def _sizes(shape: Any) -> tuple[int, ...] | None:
+    if shape.rank.is_dynamic:
+        return None
+    return tuple(size.get_length() if size.is_static else -1 for size in shape)
 
 
 def _reshaped(model: Any, component: Component, shapes: Shapes) -> Any:

@@ -9,16 +9,19 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.tensor import Feeds
+from latentforge.runtime.tensor import Feeds, TensorSpec
 
-__all__ = ["CheckedSession", "LayerTime", "Outputs", "Session"]
+__all__ = ["CheckedSession", "LayerTime", "Outputs", "Session", "Signature", "check_signature"]
 
 _MAX_CACHED_SIZES = 64
 
 Outputs = dict[str, NDArray[np.generic]]
 """Output arrays by name."""
 
-_Signature = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+Signature = Mapping[str, tuple[str, tuple[int, ...] | None]]
+"""Dtype and shape of a graph's tensors by name; -1 is a free size, None an unknown rank."""
+
+_Expected = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class LayerTime(NamedTuple):
@@ -75,7 +78,7 @@ class CheckedSession(ABC):
     def __init__(self, component: Component) -> None:
         self.component = component
         self._engine: Any = None  # the library's object while the session is open
-        self._expected: dict[tuple[int, ...], _Signature] = {}
+        self._expected: dict[tuple[int, ...], _Expected] = {}
 
     def run(self, feeds: Feeds) -> Outputs:
         """Run the engine once: see Session.run()."""
@@ -139,10 +142,11 @@ class CheckedSession(ABC):
             raise self._wrong_names(outputs)
         for name, (dtype, shape) in expected.items():
             array = outputs[name]
-            if array.dtype != dtype or array.shape != shape:
+            is_array = isinstance(array, np.ndarray)  # and not a sequence or map of tensors
+            if not is_array or array.dtype != dtype or array.shape != shape:
                 raise self._wrong_output(name, array, shape)
 
-    def _remember(self, key: tuple[int, ...], sizes: Mapping[str, int]) -> _Signature:
+    def _remember(self, key: tuple[int, ...], sizes: Mapping[str, int]) -> _Expected:
         signature = {}
         for name, spec in self.component.outputs.items():
             try:
@@ -162,12 +166,54 @@ class CheckedSession(ABC):
             f"{', '.join(outputs) or 'none'} ({', '.join(names)} differs): compile it again"
         )
 
-    def _wrong_output(
-        self, name: str, array: NDArray[np.generic], shape: tuple[int, ...]
-    ) -> BackendError:
+    def _wrong_output(self, name: str, value: object, shape: tuple[int, ...]) -> BackendError:
         spec = self.component.outputs[name]
         return BackendError(
             f"{self.component.file}: output {name}: expected {spec.dtype}{list(shape)} (manifest: "
-            f"{spec}), and the engine returned {array.dtype}{list(array.shape)}: it is not the "
-            "engine that its manifest describes; export or compile it again"
+            f"{spec}), and the engine returned {_described(value)}: it is not the engine that its "
+            "manifest describes; export or compile it again"
         )
+
+
+def _described(value: object) -> str:
+    """Return dtype and shape of an output, or its Python type if it is not a tensor."""
+    if not isinstance(value, np.ndarray):
+        return f"no tensor but {type(value).__name__}"
+    dtype = value.dtype if value.dtype.kind in "biufc" else "text"
+    return f"{dtype}{list(value.shape)}"
+
+
+def check_signature(
+    kind: str, specs: Mapping[str, TensorSpec], tensors: Signature, *, exact: bool = True
+) -> None:
+    """Refuse a graph whose tensors do not fit the manifest's specs.
+
+    Args:
+        kind: ``input`` or ``output``, with the place in front of it if there is one.
+        specs: expected tensors by name.
+        tensors: those of the graph.
+        exact: refuse further tensors, too.
+
+    Raises:
+        BackendError: names, dtypes, ranks or sizes differ.
+    """
+    if specs.keys() - tensors.keys() or (exact and tensors.keys() - specs.keys()):
+        raise BackendError(
+            f"{kind}s: expected {', '.join(specs)} (manifest), found "
+            f"{', '.join(tensors) or 'none'}: export again"
+        )
+    for name, spec in specs.items():
+        dtype, shape = tensors[name]
+        if dtype != spec.dtype or not _may_fit(shape, spec.shape):
+            found = dtype if shape is None else f"{dtype}{list(shape)}"
+            raise BackendError(
+                f"{kind} {name}: expected {spec} (manifest), found {found}: export again"
+            )
+
+
+def _may_fit(shape: tuple[int, ...] | None, expected: tuple[int | str, ...]) -> bool:
+    """Return True if a graph's shape can be the expected one at some sizes."""
+    if shape is None or len(shape) != len(expected):
+        return shape is None
+    pairs = zip(shape, expected, strict=True)
+    return all(not isinstance(b, int) or a in (-1, b) for a, b in pairs)

@@ -9,7 +9,7 @@ from conftest import Handmade
 from numpy.typing import NDArray
 
 from latentforge.runtime.backends import LayerTime, Session
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.loader import load, load_component
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.tensor import Feeds
@@ -84,6 +84,17 @@ def test_engines_cannot_be_replaced(handmade: Handmade) -> None:
     for name in ("session", "max_rows", "component"):
         with pytest.raises(AttributeError):
             setattr(engine, name, None)
+
+
+def test_a_closed_pipeline_loads_nothing(handmade: Handmade) -> None:
+    pipeline = load(handmade())
+    pipeline.close()
+    before = list(pipeline.engines)
+    for name in ("vae_encoder", "vae_decoder", "nothing"):
+        with pytest.raises(BackendError, match=f"^{name}: the pipeline is closed: load its "):
+            pipeline.load_engine(name)
+    assert list(pipeline.engines) == before
+    pipeline.close()
 
 
 def test_one_component(handmade: Handmade, tmp_path: Path) -> None:

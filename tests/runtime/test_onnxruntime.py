@@ -496,6 +496,23 @@ def test_a_device_session_that_fails(make: Make) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "spec"),
+    [
+        ("y", TensorSpec("float32", (1, 3))),
+        ("y", TensorSpec("float32", ("rows", 4))),
+        ("y", TensorSpec("float16", ("rows", 3))),
+        ("m", TensorSpec("int64", (2,))),
+        ("m", TensorSpec("int64", (1, 1))),
+        ("other", PAIR),
+    ],
+)
+def test_a_device_session_with_other_outputs(make: Make, key: str, spec: TensorSpec) -> None:
+    outputs = {**adding().outputs, key: spec}
+    with pytest.raises(BackendError, match=rf"^m\.\w+.*{key}"):
+        make(adding(outputs=outputs)).run(added())
+
+
 def test_threads_get_their_own_results_of_a_device_session(make: Make) -> None:
     session = make()
 

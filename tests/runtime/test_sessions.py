@@ -64,6 +64,12 @@ def test_outputs_that_fit_are_returned() -> None:
         ({"y": np.zeros((2, 5), np.float16)}, r"output y: .* returned float16\[2, 5\]"),
         ({"y": np.zeros((1, 6), np.float16)}, r"output y: .* returned float16\[1, 6\]"),
         ({"z": np.zeros((), np.int64)}, r"output z: expected int64\[1\] .* returned int64\[\]"),
+        (
+            {"y": [np.zeros(6, np.float16)] * 2},
+            r"output y: expected float16\[2, 6\] .* returned no tensor but list: ",
+        ),
+        ({"y": np.full((2, 6), "a", object)}, r"output y: .* returned text\[2, 6\]"),
+        ({"y": np.full((2, 6), "a")}, r"output y: .* returned text\[2, 6\]"),
         ({"y": None}, r"expected outputs y, z, and the engine returned z \(y differs\)"),
         ({"w": np.zeros(1)}, r".* returned y, z, w \(w differs\): compile it again"),
         ({"y": None, "z": None}, r".* returned none \(y, z differs\)"),

@@ -12,14 +12,16 @@ import onnxruntime as ort
 
 from latentforge.runtime.backends import NO_MEMORY, Options
 from latentforge.runtime.backends.ort.onnx_header import input_dimensions
-from latentforge.runtime.backends.session import LayerTime
+from latentforge.runtime.backends.session import LayerTime, check_signature
 from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.manifest import Component
+from latentforge.runtime.tensor import DTYPES
 from latentforge.runtime.text import one_line
 
 __all__ = [
     "LOG_NOTHING",
     "LayerRecording",
+    "check_outputs",
     "copy_graph",
     "error_message",
     "fixed_sizes",
@@ -31,6 +33,9 @@ LOG_NOTHING = 4
 """Log severity above all errors: each error reaches us as an exception and is reported once."""
 
 _MAX_THREADS = 256
+_NAMES = {"float32": "float", "float64": "double"}
+_DTYPES = {f"tensor({_NAMES.get(dtype, dtype)})": dtype for dtype in DTYPES}
+"""Numpy's names of the library's types; it has more, such as sequences and strings."""
 
 
 class LayerRecording:
@@ -101,6 +106,19 @@ def open_session(
         return ort.InferenceSession(path, settings, providers=providers, enable_fallback=0)
     except Exception as error:  # the library's errors share no base class
         raise BackendError(f"onnxruntime refuses {path}: {error_message(error)}") from error
+
+
+def check_outputs(session: ort.InferenceSession, component: Component, path: Path) -> None:
+    """Refuse a graph without the component's outputs, or with others than tensors of its dtypes.
+
+    Their shapes in the file may be wrong, which the library tolerates: each run checks them.
+
+    Raises:
+        BackendError: names or types differ.
+    """
+    types = {output.name: output.type for output in session.get_outputs()}
+    found = {name: (_DTYPES.get(type_, type_), None) for name, type_ in types.items()}
+    check_signature(f"{path}: output", component.outputs, found, exact=False)
 
 
 def error_message(error: BaseException) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from latentforge.runtime.backends import NO_MEMORY, Options, Report
+from latentforge.runtime.backends.session import check_signature
 from latentforge.runtime.backends.trt.trt_common import (
     CHOICES,
     RTX,
     Log,
     Profile,
     check_links,
-    check_signature,
     dtype_of,
     implement,
     profiles,

@@ -23,11 +23,9 @@ __all__ = [
     "RTX",
     "Log",
     "Profile",
-    "Signature",
     "buffer_sizes",
     "byte_count",
     "check_links",
-    "check_signature",
     "dtype_of",
     "implement",
     "profile_sizes",
@@ -52,7 +50,6 @@ _DTYPES = {
 }
 _NOISE = re.compile(r"--- \w+ node ---|While parsing node|catchCudaError")
 _PLACE = re.compile(r"^(ERROR: )?\w+\.cpp:\d+:? | In \w+ at \S+?:\d+")
-Signature = dict[str, tuple[str, tuple[int, ...]]]
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
@@ -149,33 +146,6 @@ def check_links(directory: Path) -> None:
             raise BackendError(
                 f"{path} is a link to a file outside of {directory}, whose content is not "
                 "checked: replace the link by the file, or remove it"
-            )
-
-
-def check_signature(what: str, specs: Mapping[str, TensorSpec], tensors: Signature) -> None:
-    """Refuse tensors that do not fit the manifest's specs.
-
-    Args:
-        what: ``input`` or ``output``, with the place in front of it if there is one.
-        specs: expected tensors by name.
-        tensors: dtype and shape by name; -1 stands for a free size.
-
-    Raises:
-        BackendError: names, dtypes, ranks or sizes differ.
-    """
-    if specs.keys() != tensors.keys():
-        raise BackendError(
-            f"{what}s: expected {', '.join(specs)} (manifest), found "
-            f"{', '.join(tensors) or 'none'}: export again"
-        )
-    for name, (dtype, shape) in tensors.items():
-        spec = specs[name]
-        same_kind = dtype == spec.dtype and len(shape) == len(spec.shape)
-        pairs = zip(shape, spec.shape, strict=False)
-        if not same_kind or any(-1 != a != b for a, b in pairs if isinstance(b, int)):
-            raise BackendError(
-                f"{what} {name}: expected {spec} (manifest), found {dtype}{list(shape)}: export "
-                "again"
             )
 
 

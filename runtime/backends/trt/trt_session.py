@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.backends import CACHE, Options, cuda, differences
-from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs
+from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, check_signature
 from latentforge.runtime.backends.trt.trt_common import (
     CHOICES,
     RTX,
@@ -23,7 +23,6 @@ from latentforge.runtime.backends.trt.trt_common import (
     buffer_sizes,
     byte_count,
     check_links,
-    check_signature,
     dtype_of,
     implement,
     profile_sizes,
