@@ -31,13 +31,11 @@ class Gpu:
         name: of the product.
         capability: compute capability, such as ``8.9``.
         driver: newest version of CUDA that the driver supports, such as ``13.0``.
-        memory: size in bytes.
     """
 
     name: str
     capability: str
     driver: str
-    memory: int
 
 
 def find_gpu() -> Gpu | None:
@@ -59,11 +57,7 @@ def free_memory() -> int | None:
 
 
 def require_gpu() -> Gpu:
-    """Return the GPU.
-
-    Raises:
-        DeviceError: there is no GPU, no driver, or no cuda-bindings.
-    """
+    """Return the GPU; DeviceError if there is none, no driver or no cuda-bindings."""
     cuda = _library()
     driver = cuda.cudaDriverGetVersion()[1]
     status, count = cuda.cudaGetDeviceCount()
@@ -75,7 +69,6 @@ def require_gpu() -> Gpu:
         name=properties.name.decode().rstrip("\0"),
         capability=f"{properties.major}.{properties.minor}",
         driver=f"{driver // 1000}.{driver % 1000 // 10}",
-        memory=int(properties.totalGlobalMem),
     )
 
 
@@ -90,15 +83,11 @@ class Stream:
         return int(self._handle)
 
     def synchronize(self) -> None:
-        """Wait until all work is done.
-
-        Raises:
-            BackendError: some of the work failed.
-        """
+        """Wait until all work is done; BackendError if some of it failed."""
         _call("cudaStreamSynchronize", self._handle)
 
     def capture(self, work: Callable[[], None]) -> "CudaGraph":
-        """Return a graph of the work that a function puts into this stream; nothing is executed.
+        """Return a graph of the work that a function puts into this stream, without executing it.
 
         Raises:
             BackendError: work of this kind cannot be captured.
@@ -191,11 +180,7 @@ def _library() -> Any:
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA runtime and return its results without the status.
-
-    Raises:
-        BackendError: the status is an error.
-    """
+    """Return the results of a function of the CUDA runtime; BackendError if its status is one."""
     cuda = _library()
     status, *values = getattr(cuda, name)(*arguments)
     if status != cuda.cudaError_t.cudaSuccess:

@@ -42,54 +42,27 @@ from typing import Any
 
 import onnxruntime as ort
 
-from latentforge.runtime.backends import BACKENDS, CACHE, Options, Report, check_options
+from latentforge.runtime import backends
+from latentforge.runtime.backends import BACKENDS, CACHE, Options, Report
+from latentforge.runtime.backends.ort import ort_session
 from latentforge.runtime.backends.ort.device_session import GPU_LOCK, DeviceSession, Place
-from latentforge.runtime.backends.ort.ort_session import (
-    LOG_NOTHING,
-    LayerRecording,
-    check_outputs,
-    copy_graph,
-    error_message,
-    fixed_sizes,
-    new_settings,
-    open_session,
-)
-from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
+from latentforge.runtime.errors import BackendError, DeviceError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Shapes, bounding_range
 
-__all__ = [
-    "OPTIONS",
-    "SUFFIX",
-    "compile",
-    "load",
-    "provider_options",
-    "unsupported_operators",
-]
+__all__ = ["OPTIONS", "SUFFIX", "compile", "load", "provider_options", "unsupported_operators"]
 
 OPTIONS: dict[str, type] = {
-    "threads": int,
-    "profile": bool,
-    "gpu": int,
-    "graphs": bool,
-    "nhwc": bool,
-    "search": str,
-    "most_workspace": bool,
-    "tf32": bool,
-    "memory": int,
-    "tight": bool,
-    "level": int,
-    "workspace": int,
-    "sparse": bool,
-    "hardware_compatible": bool,
-    "weight_streaming": str,
+    **dict.fromkeys(("threads", "gpu", "memory", "level", "workspace"), int),
+    **dict.fromkeys(("profile", "graphs", "nhwc", "most_workspace", "tf32", "tight"), bool),
+    **dict.fromkeys(("sparse", "hardware_compatible"), bool),
+    **dict.fromkeys(("search", "weight_streaming"), str),
 }
 SUFFIX = ".onnx"
 
 _log = logging.getLogger(__name__)
 
-_SEARCHES = ("EXHAUSTIVE", "HEURISTIC", "DEFAULT")
-_MAX_LEVEL = 5
+_ALLOWED = {"search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"), "level": range(6)}
 _MEGABYTES = ("memory", "workspace")
 _SHAPE_OPERATORS = frozenset(
     """
@@ -166,15 +139,12 @@ _PROVIDERS: Mapping[str, _Provider] = {
 
 
 def provider_options(component: Component, options: Options, folder: Path | None) -> dict[str, str]:
-    """Translate our options into those of a provider.
+    """Translate our options into those of the component's provider.
 
     Args:
-        component: its backend selects the provider.
+        component: its backend selects the provider, and its shapes are the provider's profiles.
         options: ours.
         folder: cache folder for the provider's own engines; None if there is none.
-
-    Raises:
-        SettingsError: the provider needs a range for a free dimension, and there is none.
     """
     provider = _PROVIDERS[component.backend]
     translated = {
@@ -185,7 +155,9 @@ def provider_options(component: Component, options: Options, folder: Path | None
     if component.backend == "onnxruntime-cuda" and options.get("tight"):
         translated["arena_extend_strategy"] = "kSameAsRequested"
     if component.backend == "onnxruntime-tensorrt":
-        translated |= _precisions(component.precision)
+        # the provider allows float32 alone by default
+        kinds = [kind for kind in ("fp16", "int8") if kind in component.precision]
+        translated |= {f"trt_{kind}_enable": "1" for kind in kinds}
     if folder is not None:
         translated |= dict.fromkeys(provider.cache, str(folder))
         translated |= dict.fromkeys(provider.cache_switches, "1")
@@ -198,19 +170,9 @@ def _text(name: str, value: Any) -> str:
     return str(value << 20 if name in _MEGABYTES else value)
 
 
-def _precisions(precision: str) -> dict[str, str]:
-    """Return the options that allow the graph's precision; the provider's default is float32."""
-    return {f"trt_{kind}_enable": "1" for kind in ("fp16", "int8") if kind in precision}
-
-
 def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
     """Return the min, opt and max shapes of the inputs that have free dimensions."""
-    ranged = {name for shapes in component.shapes for name in shapes}
-    if missing := [name for name in component.free_dimensions if name not in ranged]:
-        raise SettingsError(
-            f"{component.file}: dimension {missing[0]} has no range, and {component.backend} needs "
-            "one: compile it for sizes"
-        )
+    backends.check_ranges(component)
     if not component.free_dimensions:
         return {}
     separate = provider.multiple_profiles
@@ -224,40 +186,24 @@ def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
 
 def _inputs_at(component: Component, profiles: Sequence[Shapes], bound: str) -> list[str]:
     """Return inputs as ``name:1x4x64x64``, for one profile after the other."""
-    free = {
-        name: spec
-        for name, spec in component.inputs.items()
-        if any(isinstance(size, str) for size in spec.shape)
-    }
     sizes = [{name: getattr(r, bound) for name, r in shapes.items()} for shapes in profiles]
     return [
         f"{name}:{'x'.join(map(str, spec.resolve(profile)))}"
         for profile in sizes
-        for name, spec in free.items()
+        for name, spec in component.inputs.items()
+        if any(isinstance(size, str) for size in spec.shape)
     ]
 
 
 def compile(
     onnx: Path, target: Path, component: Component, options: Options, report: Report
 ) -> Mapping[str, str]:
-    """Copy the graph and its weights, and make the cache folder for the provider's engines.
-
-    Raises:
-        SettingsError: there is no such option, or no range for a free dimension.
-    """
-    check_options(options, OPTIONS)
-    _check_values(options)
+    """Copy the graph and its weights, and make the cache folder: see Backend.compile()."""
+    backends.check_options(options, OPTIONS, _ALLOWED)
     provider_options(component, options, None)
-    copy_graph(onnx, target, component)
+    backends.copy_graph(onnx, target, component)
     _cache_folder(target, component)
     return {}
-
-
-def _check_values(options: Options) -> None:
-    if (search := options.get("search", "DEFAULT")) not in _SEARCHES:
-        raise SettingsError(f"backend option search must be {' or '.join(_SEARCHES)}, not {search}")
-    if (level := options.get("level", 0)) > _MAX_LEVEL:
-        raise SettingsError(f"backend option level must be at most {_MAX_LEVEL}, not {level}")
 
 
 def _cache_folder(engine: Path, component: Component) -> Path | None:
@@ -282,46 +228,38 @@ def load(path: Path, component: Component, options: Options) -> DeviceSession:
         DeviceError: there is no GPU that it can use.
         SettingsError: there is no such option, or no range for a free dimension.
     """
-    check_options(options, OPTIONS)
-    _check_values(options)
+    backends.check_options(options, OPTIONS, _ALLOWED)
     graphs = options.get("graphs", True) and not options.get("profile")
-    folder = _cache_folder(path, component)
-    provider = provider_options(component, {**options, "graphs": graphs}, folder)
     _check_installed(component.backend)
     _check_gpu(component.backend, options.get("gpu", 0))
     _load_libraries(component.backend)
     with GPU_LOCK:
         try:
-            return _open(path, component, options, provider, graphs=graphs)
+            return _open(path, component, {**options, "graphs": graphs})
         except BackendError as error:
             if not graphs or "graph capture" not in str(error):
                 raise
         _log.info("%s: CUDA graphs cannot capture it, so kernels are launched one by one", path)
-        provider = provider_options(component, {**options, "graphs": False}, folder)
-        return _open(path, component, options, provider, graphs=False)
+        return _open(path, component, {**options, "graphs": False})
 
 
-def _open(
-    path: Path, component: Component, options: Options, provider: Mapping[str, str], *, graphs: bool
-) -> DeviceSession:
-    settings = new_settings(options)
-    for name, size in fixed_sizes(path, component).items():
-        settings.add_free_dimension_override_by_name(name, size)
+def _open(path: Path, component: Component, options: Options) -> DeviceSession:
+    provider = provider_options(component, options, _cache_folder(path, component))
+    settings = ort_session.new_settings(options)
+    ort_session.fix_sizes(settings, path, component)
     place, providers = _configure(settings, component.backend, options.get("gpu", 0), provider)
-    record = LayerRecording(settings) if options.get("profile") else None
+    record = ort_session.recording(settings, options)
     try:
-        session = open_session(path, settings, providers)
-        check_outputs(session, component, path)
+        session = ort_session.open_session(path, settings, providers)
+        ort_session.check_outputs(session, component, path)
         _check_nodes(session, component)
     except BackendError as error:
         if record is not None:
             record.layers(None)
-        if "disabled by the user" in str(error):
-            raise BackendError(
-                f"{_not_started(component)}; or {_unsupported(component)}"
-            ) from error
-        raise
-    return DeviceSession(session, component, place, graphs=graphs, record=record)
+        if "disabled by the user" not in str(error):
+            raise
+        raise BackendError(f"{_not_started(component)}; or {_unsupported(component)}") from error
+    return DeviceSession(session, component, place, graphs=options["graphs"], record=record)
 
 
 def _configure(
@@ -376,7 +314,7 @@ def _unsupported(component: Component, operators: str = "operators") -> str:
 
 
 def _check_installed(backend: str) -> None:
-    ort.set_default_logger_severity(LOG_NOTHING)  # it would print what is missing
+    ort.set_default_logger_severity(ort_session.LOG_NOTHING)  # it would print what is missing
     if backend == "onnxruntime-tensorrt-rtx":
         _plugin(backend)
     elif _PROVIDERS[backend].name not in ort.get_available_providers():
@@ -396,12 +334,11 @@ def _check_gpu(backend: str, index: int) -> None:
 def _gpu_count() -> int:
     """Return the number of GPUs that the driver sees."""
     count = ctypes.c_int()
-    try:
+    with contextlib.suppress(OSError):  # there is no driver
         driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    return 0 if failed else count.value
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        return 0 if failed else count.value
+    return 0
 
 
 def _load_libraries(backend: str) -> None:
@@ -419,8 +356,7 @@ def _plugin(backend: str) -> Any:
     try:
         return import_module(_PLUGIN)
     except ImportError as error:
-        hint = f"pip install 'latentforge[{BACKENDS[backend].extra}]'"
-        raise BackendError(f"{backend} is not installed ({error}): {hint}") from error
+        raise backends.not_installed(backend, error) from error
 
 
 @cache
@@ -431,7 +367,9 @@ def _registered() -> str:
     try:
         ort.register_execution_provider_library(name, plugin.get_library_path())
     except Exception as error:
-        raise DeviceError(f"onnxruntime refuses {_PLUGIN}: {error_message(error)}") from error
+        raise DeviceError(
+            f"onnxruntime refuses {_PLUGIN}: {ort_session.error_message(error)}"
+        ) from error
     return name
 
 

@@ -28,46 +28,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 from openvino.frontend import FrontEndManager
 
-from latentforge.runtime.backends import (
-    CACHE,
-    NO_MEMORY,
-    Options,
-    Report,
-    check_options,
-    return_memory,
-)
-from latentforge.runtime.backends.session import (
-    CheckedSession,
-    LayerTime,
-    Outputs,
-    Signature,
-    check_signature,
-)
-from latentforge.runtime.errors import BackendError, DeviceError, SettingsError
+from latentforge.runtime import backends
+from latentforge.runtime.backends import CACHE, NO_MEMORY, Options, Report, return_memory
+from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, Run
+from latentforge.runtime.backends.signature import Signature, check_signature
+from latentforge.runtime.errors import BackendError, DeviceError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import ANY, Shapes, bounding_range
-from latentforge.runtime.tensor import Feeds, TensorSpec
+from latentforge.runtime.tensor import DTYPES, Feeds, TensorSpec
 
 __all__ = ["OPTIONS", "SUFFIX", "OpenVinoSession", "compile", "load"]
 
 OPTIONS: dict[str, type] = {
     "threads": int,
-    "profile": bool,
-    "device": str,
-    "hint": str,
-    "precision": str,
-    "dynamic_quantization": bool,
-    "cache": bool,
-    "compress": bool,
+    **dict.fromkeys(("profile", "dynamic_quantization", "cache", "compress"), bool),
+    **dict.fromkeys(("device", "hint", "precision"), str),
 }
 SUFFIX = ".xml"
 
-_CHOICES = {"hint": ("latency", "throughput"), "precision": ("f32", "f16", "bf16")}
-_MAX_THREADS = 256
+_ALLOWED = {"hint": ("latency", "throughput"), "precision": ("f32", "f16", "bf16")}
+_DTYPES = {ov.Type(np.dtype(name)).get_type_name(): name for name in DTYPES}
+"""Numpy's names of the library's types; it has more, such as bf16 and strings."""
+
 _QUANTIZATION_GROUP = 32
 _UNBOUNDED = 1 << 20  # larger sizes come from ANY: OpenVINO would allocate for such a bound
 
@@ -111,11 +98,9 @@ class OpenVinoSession(CheckedSession):
         super().close()
         return_memory()
 
-    def _run(
-        self, engine: Any, feeds: Feeds, sizes: Mapping[str, int], index: int | None
-    ) -> Outputs:
-        outputs: Outputs = engine[index or 0].run(feeds, self.component.outputs)
-        return outputs
+    def _run(self, run: Run) -> Outputs:
+        graph: _Graph = run.engine[run.shape_index or 0]
+        return graph.run(run.feeds, self.component.outputs)
 
     def _reason(self, error: BaseException) -> str:
         return _reason(error)
@@ -177,29 +162,17 @@ def _read(path: Path, framework: str) -> Any:
     return reader.convert(reader.load(str(path)))
 
 
-def _check_options(options: Options) -> None:
-    check_options(options, OPTIONS)
-    if (threads := options.get("threads", 0)) > _MAX_THREADS:
-        raise SettingsError(f"backend option threads must be at most {_MAX_THREADS}, not {threads}")
-    for key, choices in _CHOICES.items():
-        if (value := options.get(key, choices[0])) not in choices:
-            raise SettingsError(
-                f"backend option {key} must be {' or '.join(choices)}, not {value!r}"
-            )
-
-
 def _settings(options: Options) -> dict[str, Any]:
     """Return the options as OpenVINO's properties, without those that the device lacks."""
-    _check_options(options)
+    backends.check_options(options, OPTIONS, _ALLOWED)
     device = _device(options)
+    group = _QUANTIZATION_GROUP if options.get("dynamic_quantization") else 0
     settings = {
         "INFERENCE_NUM_THREADS": options.get("threads", 0),
         "PERF_COUNT": options.get("profile", False),
         "PERFORMANCE_HINT": options.get("hint", "latency").upper(),
         "INFERENCE_PRECISION_HINT": options.get("precision", "f32"),
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _QUANTIZATION_GROUP
-        if options.get("dynamic_quantization")
-        else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
     }
     if device == "AUTO":  # which passes the others on to the device that it selects
         return settings
@@ -218,11 +191,10 @@ def _device(options: Options) -> str:
 
 def _check_signature(model: Any, component: Component, path: Path) -> None:
     """Raise BackendError unless a graph has the inputs and outputs that its component describes."""
-    for kind, ports, specs in (
-        ("input", model.inputs, component.inputs),
-        ("output", model.outputs, component.outputs),
-    ):
-        check_signature(f"{path}: {kind}", specs, _signature(ports, specs), exact=kind == "input")
+    inputs = _signature(model.inputs, component.inputs)
+    outputs = _signature(model.outputs, component.outputs)
+    check_signature(f"{path}: input", component.inputs, inputs)
+    check_signature(f"{path}: output", component.outputs, outputs, further=True)
 
 
 def _signature(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> Signature:
@@ -230,19 +202,19 @@ def _signature(ports: Sequence[Any], specs: Mapping[str, TensorSpec]) -> Signatu
     signature = {}
     for port in ports:
         name = min(port.names & specs.keys() or port.names)
-        signature[name] = str(port.element_type.to_dtype()), _sizes(port.partial_shape)
+        dtype, shape = port.element_type.get_type_name(), port.partial_shape
+        sizes = None if shape.rank.is_dynamic else tuple(map(_size, shape))
+        signature[name] = _DTYPES.get(dtype, dtype), sizes
     return signature
+
+
+def _size(dimension: Any) -> int:
+    return int(dimension.get_length()) if dimension.is_static else -1
 
 
 def _indices(ports: Sequence[Any]) -> dict[str, int]:
     """Return the position of each name; a tensor may have several names."""
     return {name: index for index, port in enumerate(ports) for name in port.names}
-
-
-def _sizes(shape: Any) -> tuple[int, ...] | None:
-    if shape.rank.is_dynamic:
-        return None
-    return tuple(size.get_length() if size.is_static else -1 for size in shape)
 
 
 def _reshaped(model: Any, component: Component, shapes: Shapes) -> Any:
@@ -277,9 +249,10 @@ def _cached(model: Any, path: Path, device: str, settings: Mapping[str, Any]) ->
     folder = path.with_suffix(CACHE)
     folder.mkdir(exist_ok=True)
     for blob in folder.glob("*.blob"):
-        if not _digest_file(blob).is_file() or _digest_file(blob).read_text() != hash_file(blob):
+        digest = blob.with_suffix(".sha256")
+        if not digest.is_file() or digest.read_text() != hash_file(blob):
             blob.unlink()
-            _digest_file(blob).unlink(missing_ok=True)
+            digest.unlink(missing_ok=True)
     cache = {
         "CACHE_DIR": str(folder),
         "CACHE_MODE": "OPTIMIZE_SIZE",  # without the weights, which are read from the engine
@@ -287,13 +260,9 @@ def _cached(model: Any, path: Path, device: str, settings: Mapping[str, Any]) ->
     }
     compiled = _core().compile_model(model, device, {**settings, **cache})
     for blob in folder.glob("*.blob"):
-        if not _digest_file(blob).is_file():
-            _digest_file(blob).write_text(hash_file(blob))
+        if not (digest := blob.with_suffix(".sha256")).is_file():
+            digest.write_text(hash_file(blob))
     return compiled
-
-
-def _digest_file(blob: Path) -> Path:
-    return blob.with_suffix(".sha256")
 
 
 def _reason(error: BaseException) -> str:
@@ -301,6 +270,11 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         return NO_MEMORY
+    if unsupported := _UNSUPPORTED.search(text):
+        return (
+            f"it does not support the operators {unsupported[1].strip()}: optimize the exported "
+            "engines with --target openvino"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reasons = [line for line in lines if not _NOISE.match(line)]
     return " ".join(reasons or lines) or type(error).__name__
@@ -312,22 +286,16 @@ def compile(
     """Convert an ONNX file to OpenVINO's IR: target, and its weights in a .bin beside it.
 
     Weights keep their precision, half or 8 bits too. Sizes that the component fixes become fixed in
-    the graph, and ranges become its bounds.
-
-    Raises:
-        BackendError: the library refuses the graph, or it is not as the component describes.
-        DeviceError: OpenVINO does not find the device in the options.
-        SettingsError: there is no such option, or it has another value.
+    the graph, and ranges become its bounds. See Backend.compile().
     """
-    _check_options(options)
+    backends.check_options(options, OPTIONS, _ALLOWED)
     try:
         report("reading the graph", 0, 3)
         model = _read(onnx, "onnx")
         _check_signature(model, component, onnx)
         report("setting the sizes", 1, 3)
-        _check_signature(
-            _reshaped(model, component, bounding_range(component.shapes)), component, onnx
-        )
+        model = _reshaped(model, component, bounding_range(component.shapes))
+        _check_signature(model, component, onnx)
         report("writing the engine", 2, 3)
         ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
         _read(target, "ir")  # the library does not report a full disk
@@ -337,17 +305,8 @@ def compile(
             file.unlink(missing_ok=True)
         if isinstance(error, BackendError) or not isinstance(error, Exception):
             raise
-        raise _refusal(onnx, error) from error
+        raise BackendError(f"openvino refuses {onnx}: {_reason(error)}") from error
     return {}
-
-
-def _refusal(onnx: Path, error: Exception) -> BackendError:
-    if unsupported := _UNSUPPORTED.search(str(error)):
-        return BackendError(
-            f"{onnx}: openvino does not support the operators {unsupported[1].strip()}: optimize "
-            "the exported engines with --target openvino"
-        )
-    return BackendError(f"openvino refuses {onnx}: {_reason(error)}")
 
 
 def load(path: Path, component: Component, options: Options) -> OpenVinoSession:
@@ -356,6 +315,5 @@ def load(path: Path, component: Component, options: Options) -> OpenVinoSession:
     Raises:
         BackendError: a file is missing or refused, or is not the engine of the component.
         DeviceError: OpenVINO does not find the device in the options.
-        SettingsError: there is no such option, or it has another value.
     """
     return OpenVinoSession(path, component, options)

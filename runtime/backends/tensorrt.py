@@ -33,26 +33,15 @@ Sources: https://docs.nvidia.com/deeplearning/tensorrt/latest/ and
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/.
 """
 
-import shutil
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from latentforge.runtime.backends import (
-    BACKENDS,
-    CACHE,
-    Options,
-    Report,
-    check_options,
-    cuda,
-    differences,
-)
-from latentforge.runtime.backends.trt.engine_builder import (
-    PARTS,
-    EngineBuilder,
-    supported_capabilities,
-)
+from latentforge.runtime import backends
+from latentforge.runtime.backends import BACKENDS, CACHE, Options, Report, cuda, differences
+from latentforge.runtime.backends.trt import engine_builder
+from latentforge.runtime.backends.trt.engine_builder import PARTS, EngineBuilder
 from latentforge.runtime.backends.trt.trt_common import CHOICES, RTX, Log
 from latentforge.runtime.backends.trt.trt_session import TensorrtSession
 from latentforge.runtime.errors import BackendError, DeviceError, ForeignEngineError, SettingsError
@@ -61,20 +50,10 @@ from latentforge.runtime.manifest import Component
 __all__ = ["OPTIONS", "SUFFIX", "compile", "load", "mismatch"]
 
 OPTIONS: dict[str, type] = {
-    "threads": int,
-    "profile": bool,
-    "workspace": int,
-    "level": int,
-    "sparse": bool,
-    "weight_streaming": bool,
-    "strip": bool,
-    "refit": bool,
-    "capabilities": str,
-    "hardware_compatible": str,
-    "version_compatible": bool,
-    "host_code": bool,
-    "graphs": bool,
-    "kernels": str,
+    **dict.fromkeys(("threads", "workspace", "level"), int),
+    **dict.fromkeys(("profile", "sparse", "weight_streaming", "strip", "refit"), bool),
+    **dict.fromkeys(("version_compatible", "host_code", "graphs"), bool),
+    **dict.fromkeys(("capabilities", "hardware_compatible", "kernels"), str),
 }
 SUFFIX = ".engine"
 _DEFAULT_CAPABILITIES = "8.6,8.9,12.0"  # RTX 30, 40 and 50
@@ -100,8 +79,6 @@ def compile(
         The library and the compute capabilities; if built on a GPU, its name and driver too.
 
     Raises:
-        BackendError: the library refuses the graph, it is not as the component describes, or memory
-            runs out.
         DeviceError: the build needs a GPU, or this machine's is not supported.
         SettingsError: an option is invalid, or a free dimension has no range.
     """
@@ -117,7 +94,7 @@ def compile(
     try:
         target.write_bytes(plan)  # from the library's memory, without a copy
         if options.get("strip"):
-            _copy_graph(onnx, target, component)
+            backends.copy_graph(onnx, target.with_suffix(".onnx"), component)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -133,12 +110,7 @@ def _version(library: Any) -> str:
 
 
 def _check_options(options: Options) -> None:
-    check_options(options, OPTIONS)
-    for name, choices in CHOICES.items():
-        if name in options and options[name] not in choices:
-            raise SettingsError(f"{name} must be {' or '.join(choices)}, not {options[name]!r}")
-    if options.get("level", 0) > 5:
-        raise SettingsError(f"level must be from 0 to 5, not {options['level']}")
+    backends.check_options(options, OPTIONS, {**CHOICES, "level": range(6)})
     if options.get("workspace") == 0:
         raise SettingsError("workspace must be at least 1 megabyte: leave it out for no limit")
 
@@ -149,12 +121,12 @@ def _build_gpu(backend: str, options: Options) -> cuda.Gpu | None:
         if options.get(name):
             raise SettingsError(f"{backend} does not take {name}: {reason}")
     gpu = cuda.find_gpu()
-    for name in ("strip", "refit"):
-        if gpu is None and options.get(name):
-            raise SettingsError(
-                f"{name} needs a GPU to build with, and this machine has none: build on one that "
-                f"does, or leave {name} out"
-            )
+    needing = [name for name in ("strip", "refit") if options.get(name)]
+    if gpu is None and needing:
+        raise SettingsError(
+            f"{needing[0]} needs a GPU to build with, and this machine has none: build on one that "
+            f"does, or leave {needing[0]} out"
+        )
     return gpu
 
 
@@ -167,7 +139,7 @@ def _capabilities(
     default = gpu.capability if gpu else _DEFAULT_CAPABILITIES
     requested = (options.get("capabilities") or default).split(",")
     capabilities = tuple(dict.fromkeys(part.strip() for part in requested))
-    supported = supported_capabilities(library)
+    supported = engine_builder.supported_capabilities(library)
     if missing := [capability for capability in capabilities if capability not in supported]:
         error = SettingsError if options.get("capabilities") else DeviceError
         raise error(
@@ -183,13 +155,6 @@ def _require_gpu() -> cuda.Gpu:
         return cuda.require_gpu()
     except DeviceError as error:
         raise DeviceError(f"{error}; tensorrt-rtx builds without one") from error
-
-
-def _copy_graph(onnx: Path, target: Path, component: Component) -> None:
-    shutil.copyfile(onnx, target.with_suffix(".onnx"))
-    for entry in component.data:
-        name = Path(entry.file).name
-        shutil.copyfile(onnx.parent / name, target.parent / name)
 
 
 def load(path: Path, component: Component, options: Options) -> TensorrtSession:

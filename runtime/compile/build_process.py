@@ -35,39 +35,23 @@ _MIN_INTERVAL = 0.05  # seconds between two progress messages: more would not be
 
 
 class BuildOrder(Record, frozen=True, kw_only=True):
-    """Order to build one engine.
-
-    Attributes:
-        onnx: path of the graph.
-        target: path of the engine to write.
-        component: description of the engine, with the backend and its options.
-    """
+    """Order to build one engine from the graph onnx into the file target, both paths."""
 
     onnx: str
     target: str
-    component: Component
+    component: Component  # description of the engine, with the backend and its options
 
 
 class BuiltEngine(Record, frozen=True, kw_only=True):
-    """Result of a build.
-
-    Attributes:
-        device: what the engine is bound to, by name: see Backend.compile().
-        seconds: duration of the build.
-        peak_memory: of the build's process, in bytes.
-    """
+    """Result of a build, with what the engine is bound to: see Backend.compile()."""
 
     device: dict[str, str]
     seconds: float
-    peak_memory: int
+    peak_memory: int  # of the build's process, in bytes
 
 
 def build(order: BuildOrder, report: backends.Report) -> BuiltEngine:
-    """Build an engine in another process and wait for it.
-
-    Args:
-        order: the engine to build.
-        report: called with the progress.
+    """Build an engine in another process and wait for it, reporting its progress.
 
     Raises:
         LatentforgeError: the backend's own error, or a BackendError if the process died.
@@ -134,17 +118,11 @@ def main() -> None:
 
 
 def _compile(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
-    start = time.perf_counter()
-    component = order.component
-    backend = backends.get(component.backend)
-    device = backend.compile(
-        Path(order.onnx), Path(order.target), component, component.options, report
-    )
-    built = BuiltEngine(
-        device=dict(device),
-        seconds=round(time.perf_counter() - start, 2),
-        peak_memory=peak_memory(),
-    )
+    start, part = time.perf_counter(), order.component
+    compile_graph = backends.get(part.backend).compile
+    device = compile_graph(Path(order.onnx), Path(order.target), part, part.options, report)
+    seconds = round(time.perf_counter() - start, 2)
+    built = BuiltEngine(device=dict(device), seconds=seconds, peak_memory=peak_memory())
     return dict(msgspec.to_builtins(built))
 
 

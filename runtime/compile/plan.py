@@ -57,17 +57,11 @@ class CompileRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CompileTask:
-    """One engine to build.
-
-    Attributes:
-        name: of the component.
-        source: component of the graph that is compiled.
-        component: description of the engine, except its files.
-    """
+    """One engine to build, for the component of this name."""
 
     name: str
-    source: Component
-    component: Component
+    source: Component  # the graph that is compiled
+    component: Component  # description of the engine, except its files
 
     @property
     def memory(self) -> int:
@@ -87,23 +81,14 @@ class CompileTask:
 
 @dataclass(frozen=True, kw_only=True)
 class CompilePlan:
-    """Checked plan of one compilation.
-
-    Attributes:
-        source: engine directory to read.
-        manifest: of the source.
-        tasks: engines to build, in order.
-        request: that the plan is for.
-        options: of the request, parsed.
-        origin: history entries about where the graphs came from, such as ``source``.
-    """
+    """Checked plan of one compilation: the engines to build from a directory, in order."""
 
     source: Path
-    manifest: Manifest
+    manifest: Manifest  # of the source
     tasks: tuple[CompileTask, ...]
     request: CompileRequest
-    options: Mapping[str, Any]
-    origin: Mapping[str, str]
+    options: Mapping[str, Any]  # of the request, parsed
+    origin: Mapping[str, str]  # history entries about where graphs came from, such as ``source``
 
     @property
     def space(self) -> int:
@@ -168,13 +153,11 @@ def plan_compilation(
     _check_source(source, manifest, selected.values())
     _check_sizes(manifest, request.sizes)
     options = _parse_options(request.options, set(selected.values()))
+    tasks = [_task(name, manifest, own, options, request.sizes) for name, own in selected.items()]
     return CompilePlan(
         source=source,
         manifest=manifest,
-        tasks=tuple(
-            _task(name, manifest, backend, options, request.sizes)
-            for name, backend in selected.items()
-        ),
+        tasks=tuple(tasks),
         request=request,
         options=options,
         origin=origin or {},
@@ -200,15 +183,11 @@ def _check_source(source: Path, manifest: Manifest, selected: Iterable[str]) -> 
         backends.get(backend)  # raises with what to install
         supported = _CUSTOM_OPERATORS.get(targets[-1], ()) if targets else ()
         if supported and backend not in (*supported, "null"):
+            target = "cpu" if backend == "onnxruntime" else backend.removeprefix("onnxruntime-")
             raise SettingsError(
                 f"{source} was optimized for {targets[-1]}, with operators that {backend} lacks: "
-                f"optimize the exported engines with --target {_target(backend)}"
+                f"optimize the exported engines with --target {target}"
             )
-
-
-def _target(backend: str) -> str:
-    """Return the target of optimize for a backend."""
-    return backend.replace("onnxruntime-", "") if backend != "onnxruntime" else "cpu"
 
 
 def _check_sizes(manifest: Manifest, sizes: Sizes) -> None:
@@ -265,29 +244,15 @@ def _task(
         options={key: value for key, value in options.items() if key in types},
     )
     if not any_size:
-        _check_ranges(name, component)
+        backends.check_ranges(component)
     return CompileTask(name=name, source=source, component=component)
 
 
 def _component_sizes(name: str, any_size: bool, manifest: Manifest, sizes: Sizes) -> Sizes:
     """Return the sizes for a component; all but the denoiser run on one row at a time."""
     if not any_size:
-        defaults = manifest.defaults
-        sizes = sizes.with_defaults(
-            Sizes(
-                height=(Range.of(defaults.height),),
-                width=(Range.of(defaults.width),),
-                batch=(_DENOISER_ROWS,),
-            )
-        )
+        height, width = Range.of(manifest.defaults.height), Range.of(manifest.defaults.width)
+        defaults = Sizes(height=(height,), width=(width,), batch=(_DENOISER_ROWS,))
+        sizes = sizes.with_defaults(defaults)
     one_row = not name.startswith("denoiser") and sizes.batch
     return replace(sizes, batch=(Range.of(1),)) if one_row else sizes
-
-
-def _check_ranges(name: str, component: Component) -> None:
-    ranged = {dimension for shapes in component.shapes for dimension in shapes}
-    if missing := [size for size in component.free_dimensions if size not in ranged]:
-        raise ShapeError(
-            f"{name}: dimension {missing[0]} has no range, and {component.backend} needs one: "
-            "export with fixed sizes"
-        )

@@ -4,7 +4,6 @@ plan.py has the request and the plan, build_process.py the build of one engine, 
 comparison with the source.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -52,16 +51,9 @@ def compile_engines(source: Path, target: Path, request: CompileRequest) -> Mani
         raise TargetError(f"{target} is the source directory: name another")
     plan = plan_compilation(source, request, origin={"source": str(source)})
     with staged_directory(target, overwrite=request.overwrite) as directory:
-        _keep_timings(target, directory)
+        caches = (cache.relative_to(target) for cache in target.glob(f"engines/*/timing{CACHE}"))
+        copy_files(map(str, caches), target, directory)  # of TensorRT, to be faster this time
         return compile_into(plan, directory)
-
-
-def _keep_timings(old: Path, directory: Path) -> None:
-    """Copy TensorRT's timing caches of an earlier build, which make this one faster."""
-    for cache in old.glob(f"engines/*/timing{CACHE}"):
-        copy = directory / cache.relative_to(old)
-        copy.parent.mkdir(parents=True)
-        shutil.copyfile(cache, copy)
 
 
 def compile_into(plan: CompilePlan, directory: Path) -> Manifest:
@@ -83,10 +75,8 @@ def compile_into(plan: CompilePlan, directory: Path) -> Manifest:
         manifest.write(directory)
         with progress.part("comparing an image of one step"):
             quality = _compare(plan, directory, progress)
-    stage = _history(plan, {**measured, **quality}, start)
-    manifest = msgspec.structs.replace(
-        manifest, history=(*manifest.history, stage), quality=quality
-    )
+    history = (*manifest.history, _history(plan, {**measured, **quality}, start))
+    manifest = msgspec.structs.replace(manifest, history=history, quality=quality)
     manifest.write(directory)
     return manifest
 
@@ -108,28 +98,12 @@ def _build(
     built = build(order, progress.within)
     if not path.is_file():
         raise BackendError(f"{backend} wrote no engine for {task.name}")
-    files = sorted(p for p in set(folder.rglob("*")) - before - {path} if _is_engine_file(p))
-    return _with_files(task.component, [path, *files], directory, built), built
-
-
-def _with_files(
-    component: Component, files: list[Path], directory: Path, built: BuiltEngine
-) -> Component:
-    """Return a component with the files and the device of its engine."""
-    engine, *data = (FileEntry.of(file, directory) for file in files)
-    return msgspec.structs.replace(
-        component,
-        file=engine.file,
-        sha256=engine.sha256,
-        bytes=engine.bytes,
-        data=tuple(data),
-        device=built.device,
-    )
-
-
-def _is_engine_file(path: Path) -> bool:
-    """Return True for files of an engine; False for caches, which backends change later."""
-    return path.is_file() and path.suffix != CACHE and path.parent.suffix != CACHE
+    new = (file for file in set(folder.rglob("*")) - before - {path} if file.is_file())
+    data = sorted(p for p in new if CACHE not in (p.suffix, p.parent.suffix))  # they will change
+    entry = msgspec.structs.asdict(FileEntry.of(path, directory))
+    entries = tuple(FileEntry.of(file, directory) for file in data)
+    component = msgspec.structs.replace(task.component, **entry, data=entries, device=built.device)
+    return component, built
 
 
 def _figures(task: CompileTask, component: Component, built: BuiltEngine) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Verification of engine directories: file hashes, loading, and an image of one step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,25 +67,19 @@ def compare(source: Path, directory: Path) -> dict[str, float]:
         "latents_psnr": psnr(reference.latents, candidate.latents),
         "psnr": psnr(*pixels, peak=2.0),
     }
-    _check_figures(figures, SAME_IMAGE_PSNR.get(precision, _MIN_PSNR), precision, source)
-    return figures
-
-
-def _check_figures(
-    figures: Mapping[str, float], minimum: float, precision: str, source: Path
-) -> None:
+    minimum = SAME_IMAGE_PSNR.get(precision, _MIN_PSNR)
     for name, value in figures.items():
         if not value >= minimum:  # NaN fails, too
             raise GateError(
                 f"{name} of one step is {value:.1f} dB to the image of {source}, and {precision} "
                 f"engines must reach {minimum:g} dB"
             )
+    return figures
 
 
 def trial(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Result:
     """Generate a small image, which runs every engine of text to image: see trial_settings()."""
-    settings = trial_settings(pipeline, steps=steps, height=height, width=width)
-    return pipeline.run(settings)
+    return pipeline.run(trial_settings(pipeline, steps=steps, height=height, width=width))
 
 
 def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Settings:

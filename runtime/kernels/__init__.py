@@ -26,19 +26,11 @@ def library() -> Path | None:
 
 
 def required_library(component: str) -> Path:
-    """Return the path of the library, for a component that needs it.
-
-    Args:
-        component: name of it, for the error message.
-
-    Raises:
-        BackendError: the library was not compiled.
-    """
-    path = library()
-    if path is None:
-        raise BackendError(
-            f"{component} needs latentforge's own operators, which are not compiled here: install "
-            "a C++ compiler and run python -m latentforge.runtime.kernels, or build the engines "
-            "again without the operators (which is the default where they are not compiled)"
-        )
-    return path
+    """Return the path of the library for the component of this name; BackendError without it."""
+    if path := library():
+        return path
+    raise BackendError(
+        f"{component} needs latentforge's own operators, which are not compiled here: install "
+        "a C++ compiler and run python -m latentforge.runtime.kernels, or build the engines "
+        "again without the operators (which is the default where they are not compiled)"
+    )

@@ -24,14 +24,10 @@ _FLAGS = (
 )
 _INSTRUCTIONS = {
     "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "_avx512.cpp": (
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mfma", "-mf16c"),
-    ),
+    "_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
 """Compiler flags of the files for one instruction set, by the end of their names. kernels.cpp
-selects
-the instruction set when the library is loaded."""
+selects the instruction set when the library is loaded."""
 
 
 def compiler() -> list[str] | None:
@@ -63,9 +59,8 @@ def _compile(command: list[str], folder: Path) -> None:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = []
     for source in sorted(FOLDER.glob("*.cpp")):
-        instructions = next(
-            (f for end, f in _INSTRUCTIONS.items() if source.name.endswith(end)), ()
-        )
+        ends = [end for end in _INSTRUCTIONS if source.name.endswith(end)]
+        instructions = _INSTRUCTIONS[ends[0]] if ends else ()
         if instructions and not x86:
             continue
         flags = [*_FLAGS, *instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]

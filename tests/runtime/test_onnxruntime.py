@@ -664,7 +664,7 @@ def test_a_range_for_every_free_dimension(backend: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search": "FASTEST"}, "search must be EXHAUSTIVE or HEURISTIC or DEFAULT, not FASTEST"),
+        ({"search": "FASTEST"}, "search must be EXHAUSTIVE or HEURISTIC or DEFAULT, not 'FASTEST'"),
         ({"level": 6}, "level must be at most 5, not 6"),
         ({"graphs": 1}, "graphs must be of type bool"),
         ({"prepack": True}, "no backend option 'prepack'"),

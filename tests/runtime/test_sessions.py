@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentforge.runtime.backends.session import CheckedSession, Outputs
+from latentforge.runtime.backends.session import CheckedSession, Outputs, Run
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.tensor import Feeds, TensorSpec
+from latentforge.runtime.tensor import TensorSpec
 
 COMPONENT = Component(
     file="m.engine",
@@ -32,13 +32,11 @@ class Fixed(CheckedSession):
         self._engine = outcome
         self.sizes: list[tuple[Mapping[str, int], int | None]] = []
 
-    def _run(
-        self, engine: Any, feeds: Feeds, sizes: Mapping[str, int], index: int | None
-    ) -> Outputs:
-        self.sizes.append((sizes, index))
-        if isinstance(engine, BaseException):
-            raise engine
-        return dict(engine)
+    def _run(self, run: Run) -> Outputs:
+        self.sizes.append((run.sizes, run.shape_index))
+        if isinstance(run.engine, BaseException):
+            raise run.engine
+        return dict(run.engine)
 
     def _reason(self, error: BaseException) -> str:
         return f"reason of {error}"

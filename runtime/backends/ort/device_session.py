@@ -14,10 +14,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from latentforge.runtime.backends.ort.ort_session import LayerRecording, error_message
-from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs
+from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, Run
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.tensor import Feeds
+from latentforge.runtime.tensor import Feeds, TensorSpec
 
 __all__ = ["GPU_LOCK", "DeviceSession", "Place"]
 
@@ -31,24 +31,19 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Device that holds inputs and outputs; tests use the CPU.
+    """Device that holds inputs and outputs; tests use the CPU."""
 
-    Attributes:
-        kind: device type in ONNX Runtime's words.
-        index: number of the device.
-        memory: memory information of a plugin provider; used instead of kind and index.
-    """
-
-    kind: str = "cuda"
+    kind: str = "cuda"  # in ONNX Runtime's words
     index: int = 0
-    memory: Any = None
+    memory: Any = None  # memory information of a plugin provider, instead of kind and index
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
+    def allocate(self, spec: TensorSpec, sizes: Mapping[str, int]) -> ort.OrtValue:
         """Return an uninitialized tensor on the device."""
-        make, size = ort.OrtValue.ortvalue_from_shape_and_type, list(shape)
+        make = ort.OrtValue.ortvalue_from_shape_and_type
+        shape, dtype = list(spec.resolve(sizes)), np.dtype(spec.dtype)
         if self.memory is not None:
-            return make(size, np.dtype(dtype), memory_info=self.memory)
-        return make(size, np.dtype(dtype), self.kind, self.index)
+            return make(shape, dtype, memory_info=self.memory)
+        return make(shape, dtype, self.kind, self.index)
 
     def upload(self, array: NDArray[np.generic], value: ort.OrtValue) -> None:
         """Copy an array into a tensor of the same dtype and shape."""
@@ -108,10 +103,8 @@ class DeviceSession(CheckedSession):
         self._buffers: OrderedDict[Any, _Buffers] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="latentforge-gpu")
 
-    def _run(
-        self, engine: Any, feeds: Feeds, sizes: Mapping[str, int], index: int | None
-    ) -> Outputs:
-        return self._in_thread(lambda: self._run_bound(feeds, sizes, index))
+    def _run(self, run: Run) -> Outputs:
+        return self._in_thread(lambda: self._run_bound(run))
 
     def _reason(self, error: BaseException) -> str:
         return error_message(error)
@@ -135,18 +128,17 @@ class DeviceSession(CheckedSession):
             raise self._closed() from None
         return future.result()
 
-    def _run_bound(self, feeds: Feeds, sizes: Mapping[str, int], index: int | None) -> Outputs:
-        session = self._engine
-        if session is None:  # closed after the run was queued
+    def _run_bound(self, run: Run) -> Outputs:
+        if self._engine is None:  # closed after the run was queued
             raise self._closed()
-        key = (index, *sizes.items())
+        key = (run.shape_index, *run.sizes.items())
         with GPU_LOCK:
             # buffers are out of the table while they run, so that a failed run drops them
-            buffers = self._buffers.pop(key, None) or self._new_buffers(session, sizes, index)
-            buffers.fill(feeds)
-            session.run_with_iobinding(buffers.binding, buffers.settings)
+            buffers = self._buffers.pop(key, None) or self._new_buffers(run)
+            buffers.fill(run.feeds)
+            run.engine.run_with_iobinding(buffers.binding, buffers.settings)
             values = buffers.binding.copy_outputs_to_cpu()
-            self._keep(session, key, buffers)
+            self._keep(run.engine, key, buffers)
         return dict(zip(self.component.outputs, values, strict=True))
 
     def _keep(self, session: ort.InferenceSession, key: Any, buffers: _Buffers) -> None:
@@ -157,22 +149,16 @@ class DeviceSession(CheckedSession):
             if old.graph is not None and hasattr(session, "release_captured_graph"):
                 session.release_captured_graph(old.graph)
 
-    def _new_buffers(
-        self, session: ort.InferenceSession, sizes: Mapping[str, int], index: int | None
-    ) -> _Buffers:
+    def _new_buffers(self, run: Run) -> _Buffers:
         specs, place = self.component, self._place
-        binding = session.io_binding()
-        inputs = {
-            name: place.allocate(spec.resolve(sizes), spec.dtype)
-            for name, spec in specs.inputs.items()
-        }
+        binding = run.engine.io_binding()
+        inputs = {name: place.allocate(spec, run.sizes) for name, spec in specs.inputs.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name, spec in specs.outputs.items():
-            value = place.allocate(spec.resolve(sizes), spec.dtype)
-            binding.bind_ortvalue_output(name, value)
+            binding.bind_ortvalue_output(name, place.allocate(spec, run.sizes))
         graph = next(self._graphs) if self._graphs else None
-        settings = _run_settings(graph, index if len(specs.shapes) > 1 else None)
+        settings = _run_settings(graph, run.shape_index if len(specs.shapes) > 1 else None)
         return _Buffers(place=place, binding=binding, inputs=inputs, settings=settings, graph=graph)
 
     def _free(self) -> None:
@@ -185,9 +171,8 @@ def _run_settings(graph: int | None, profile: int | None) -> ort.RunOptions:
     settings = ort.RunOptions()
     if graph is not None:
         settings.add_run_config_entry("gpu_graph_id", str(graph))
-        settings.add_run_config_entry(
-            "cuda_graph_annotation_id", str(graph)
-        )  # TensorRT-RTX's name for it
+        # TensorRT for RTX's name for it
+        settings.add_run_config_entry("cuda_graph_annotation_id", str(graph))
     if profile is not None:
         settings.add_run_config_entry("nv_profile_index", str(profile))
     return settings

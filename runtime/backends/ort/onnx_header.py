@@ -23,11 +23,9 @@ _Span = tuple[int, int]
 
 
 def input_dimensions(onnx: Path) -> list[tuple[str, list[str]]]:
-    """Return name and dimensions of each input of an ONNX file.
+    """Return name and dimensions of each input of an ONNX file; none if it is not one.
 
-    Returns:
-        A dimension is the name of its free size, or "" if it is a number or unknown. The list is
-        empty if the file cannot be read or is not an ONNX model.
+    A dimension is the name of its free size, or "" if it is a number or unknown.
     """
     try:
         with onnx.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -60,8 +58,7 @@ def _find(data: mmap.mmap, span: _Span, *path: int) -> list[_Span]:
 def _fields(data: mmap.mmap, span: _Span) -> Iterator[tuple[int, _Span]]:
     """Yield number and content of the length-delimited fields of a message: messages and strings.
 
-    Raises:
-        ValueError, IndexError: the bytes are not a protobuf message.
+    ValueError or IndexError means that the bytes are not a protobuf message.
     """
     position, end = span
     while position < end:

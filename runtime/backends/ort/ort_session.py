@@ -12,8 +12,9 @@ import onnxruntime as ort
 
 from latentforge.runtime.backends import NO_MEMORY, Options
 from latentforge.runtime.backends.ort.onnx_header import input_dimensions
-from latentforge.runtime.backends.session import LayerTime, check_signature
-from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.backends.session import LayerTime
+from latentforge.runtime.backends.signature import check_signature
+from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import DTYPES
 from latentforge.runtime.text import one_line
@@ -22,17 +23,17 @@ __all__ = [
     "LOG_NOTHING",
     "LayerRecording",
     "check_outputs",
-    "copy_graph",
     "error_message",
+    "fix_sizes",
     "fixed_sizes",
     "new_settings",
     "open_session",
+    "recording",
 ]
 
 LOG_NOTHING = 4
 """Log severity above all errors: each error reaches us as an exception and is reported once."""
 
-_MAX_THREADS = 256
 _NAMES = {"float32": "float", "float64": "double"}
 _DTYPES = {f"tensor({_NAMES.get(dtype, dtype)})": dtype for dtype in DTYPES}
 """Numpy's names of the library's types; it has more, such as sequences and strings."""
@@ -50,11 +51,7 @@ class LayerRecording:
         settings.profile_file_prefix = str(self._folder / "events")
 
     def layers(self, session: ort.InferenceSession | None) -> list[LayerTime]:
-        """End the recording and return it; empty the second time, or without a session.
-
-        Raises:
-            BackendError: the library's recording is missing or cannot be read.
-        """
+        """End the recording and return it; empty the second time, or without a session."""
         folder, self._folder = self._folder, None
         if folder is None:
             return []
@@ -62,11 +59,14 @@ class LayerRecording:
             events = json.loads(Path(session.end_profiling()).read_bytes()) if session else []
             return _layer_times(events)
         except (OSError, ValueError) as error:
-            raise BackendError(
-                f"cannot read the profile that onnxruntime recorded: {error}"
-            ) from error
+            raise BackendError(f"cannot read the profile of onnxruntime: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def recording(settings: ort.SessionOptions, options: Options) -> LayerRecording | None:
+    """Return a new recording if the option ``profile`` asks for one."""
+    return LayerRecording(settings) if options.get("profile") else None
 
 
 def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:
@@ -80,27 +80,17 @@ def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:
 
 
 def new_settings(options: Options) -> ort.SessionOptions:
-    """Return settings of a session that prints nothing, with the number of threads in the options.
-
-    Raises:
-        SettingsError: there are too many threads.
-    """
-    if (threads := options.get("threads", 0)) > _MAX_THREADS:
-        raise SettingsError(f"backend option threads must be at most {_MAX_THREADS}, not {threads}")
+    """Return settings of a session that prints nothing, with the threads of the options."""
     settings = ort.SessionOptions()
     settings.log_severity_level = LOG_NOTHING
-    settings.intra_op_num_threads = threads
+    settings.intra_op_num_threads = options.get("threads", 0)
     return settings
 
 
 def open_session(
     path: Path, settings: ort.SessionOptions, providers: Sequence[Any]
 ) -> ort.InferenceSession:
-    """Load a graph on these execution providers, without a fallback to others.
-
-    Raises:
-        BackendError: the library refuses the file.
-    """
+    """Load a graph on these providers and no others; BackendError if the library refuses it."""
     try:
         # with the fallback on, some errors are printed and others end in a session on the CPU
         return ort.InferenceSession(path, settings, providers=providers, enable_fallback=0)
@@ -109,16 +99,13 @@ def open_session(
 
 
 def check_outputs(session: ort.InferenceSession, component: Component, path: Path) -> None:
-    """Refuse a graph without the component's outputs, or with others than tensors of its dtypes.
+    """Raise BackendError if names or types of a graph's outputs are not those of the component.
 
     Their shapes in the file may be wrong, which the library tolerates: each run checks them.
-
-    Raises:
-        BackendError: names or types differ.
     """
     types = {output.name: output.type for output in session.get_outputs()}
     found = {name: (_DTYPES.get(type_, type_), None) for name, type_ in types.items()}
-    check_signature(f"{path}: output", component.outputs, found, exact=False)
+    check_signature(f"{path}: output", component.outputs, found, further=True)
 
 
 def error_message(error: BaseException) -> str:
@@ -127,12 +114,10 @@ def error_message(error: BaseException) -> str:
     return NO_MEMORY if "bad_alloc" in text or "Failed to allocate memory" in text else text
 
 
-def copy_graph(onnx: Path, target: Path, component: Component) -> None:
-    """Copy a graph, and its external weights beside the copy under their own names."""
-    shutil.copyfile(onnx, target)
-    for entry in component.data:
-        name = Path(entry.file).name
-        shutil.copyfile(onnx.parent / name, target.parent / name)
+def fix_sizes(settings: ort.SessionOptions, onnx: Path, component: Component) -> None:
+    """Fix the free dimensions of a graph that have a fixed size in the component."""
+    for name, size in fixed_sizes(onnx, component).items():
+        settings.add_free_dimension_override_by_name(name, size)
 
 
 def fixed_sizes(onnx: Path, component: Component) -> dict[str, int]:

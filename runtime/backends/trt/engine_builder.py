@@ -2,28 +2,20 @@
 
 import re
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentforge.runtime.backends import NO_MEMORY, Options, Report
-from latentforge.runtime.backends.session import check_signature
-from latentforge.runtime.backends.trt.trt_common import (
-    CHOICES,
-    RTX,
-    Log,
-    Profile,
-    check_links,
-    dtype_of,
-    implement,
-    profiles,
-    write_cache,
-)
+from latentforge.runtime.backends.signature import Signature, check_signature
+from latentforge.runtime.backends.trt import trt_common
+from latentforge.runtime.backends.trt.trt_common import CHOICES, RTX, Log, Profile, implement
 from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.manifest import Component
 
-__all__ = ["PARTS", "EngineBuilder", "Phases", "check_range", "supported_capabilities"]
+__all__ = ["PARTS", "EngineBuilder", "Phases", "supported_capabilities"]
 
 PARTS = 1000
 """Units of the progress that a build reports."""
@@ -46,7 +38,7 @@ class EngineBuilder:
         self._onnx = onnx
         self._component = component
         self._log = Log(library)
-        self._profiles = profiles(component)
+        self._profiles = trt_common.profiles(component)
         self._builder = library.Builder(self._log.sink)
         flag = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self._network = self._builder.create_network(0 if flag is None else 1 << int(flag))
@@ -56,7 +48,7 @@ class EngineBuilder:
         self._configure(options)
 
     def _parse(self) -> None:
-        check_links(self._onnx.parent)
+        trt_common.check_links(self._onnx.parent)
         parser = self._parser = self._library.OnnxParser(self._network, self._log.sink)
         if not parser.parse_from_file(str(self._onnx)):
             error = parser.get_error(0) if parser.num_errors else None
@@ -64,15 +56,11 @@ class EngineBuilder:
             raise self._refused(f"{node}: " if node else "")
 
     def _check_tensors(self) -> None:
-        network = self._network
+        network, part = self._network, self._component
         self._inputs = [network.get_input(index) for index in range(network.num_inputs)]
         outputs = [network.get_output(index) for index in range(network.num_outputs)]
-        for kind, specs, tensors in (
-            ("input", self._component.inputs, self._inputs),
-            ("output", self._component.outputs, outputs),
-        ):
-            signature = {t.name: (dtype_of(t.dtype), tuple(t.shape)) for t in tensors}
-            check_signature(f"{self._onnx}: {kind}", specs, signature)
+        check_signature(f"{self._onnx}: input", part.inputs, _signature(self._inputs))
+        check_signature(f"{self._onnx}: output", part.outputs, _signature(outputs))
 
     def _configure(self, options: Options) -> None:
         library, config = self._library, self._config
@@ -88,16 +76,12 @@ class EngineBuilder:
             level = CHOICES["hardware_compatible"][compatible]
             config.hardware_compatibility_level = getattr(library.HardwareCompatibilityLevel, level)
         for shapes in self._profiles:
-            self._check_ranges(shapes)
+            for tensor in self._inputs:
+                _check_range(f"{self._onnx}: {tensor.name}", tensor.shape, shapes[tensor.name])
             if any(-1 in tensor.shape for tensor in self._inputs):
                 self._add_profile(shapes)
 
-    def _check_ranges(self, shapes: "Profile") -> None:
-        for tensor in self._inputs:
-            lower, _, upper = shapes[tensor.name]
-            check_range(f"{self._onnx}: {tensor.name}", tuple(tensor.shape), lower, upper)
-
-    def _add_profile(self, shapes: "Profile") -> None:
+    def _add_profile(self, shapes: Profile) -> None:
         profile = self._builder.create_optimization_profile()
         for tensor in self._inputs:
             if -1 in tensor.shape:
@@ -106,11 +90,7 @@ class EngineBuilder:
             raise self._refused("sizes: ")
 
     def set_capabilities(self, capabilities: tuple[str, ...]) -> None:
-        """Build for GPUs of these compute capabilities.
-
-        Raises:
-            BackendError: the library refuses one of them.
-        """
+        """Build for GPUs of these compute capabilities; BackendError if one is refused."""
         values = supported_capabilities(self._library)
         self._config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
@@ -126,9 +106,6 @@ class EngineBuilder:
         Args:
             timing: cache file with kernel timings of earlier builds on this GPU.
             report: called with the progress, in PARTS.
-
-        Raises:
-            BackendError: the library refuses the network, or memory runs out.
         """
         ended: list[BaseException] = []
         self._config.progress_monitor = _monitor(self._library, report, ended)
@@ -146,7 +123,7 @@ class EngineBuilder:
         if plan is None:
             raise self._refused()
         if self._component.backend != RTX:
-            write_cache(timing, self._config.get_timing_cache().serialize())
+            trt_common.write_cache(timing, self._config.get_timing_cache().serialize())
         report("built", PARTS, PARTS)
         return plan
 
@@ -163,15 +140,13 @@ def supported_capabilities(library: Any) -> dict[str, Any]:
     return {f"{key[2:-1]}.{key[-1]}": value for key, value in members if key.startswith("SM")}
 
 
-def check_range(
-    what: str, shape: tuple[int, ...], lower: tuple[int, ...], upper: tuple[int, ...]
-) -> None:
-    """Refuse a range of a dimension that is fixed to another size in the graph.
+def _signature(tensors: list[Any]) -> Signature:
+    return {t.name: (trt_common.dtype_of(t.dtype), tuple(t.shape)) for t in tensors}
 
-    Raises:
-        SettingsError: a fixed dimension has another size, or a range of them.
-    """
-    for size, low, high in zip(shape, lower, upper, strict=True):
+
+def _check_range(what: str, shape: Iterable[int], bounds: tuple[tuple[int, ...], ...]) -> None:
+    """Raise SettingsError if a dimension of the graph is fixed to another size than requested."""
+    for size, low, _, high in zip(shape, *bounds, strict=True):
         if size != -1 and not low == size == high:
             raise SettingsError(
                 f"{what}: sizes {low} to {high} are requested, and the graph is fixed to {size}: "
@@ -206,37 +181,41 @@ class Phases:
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
         """Record that a phase begins, within a step of its parent."""
-        phase = self._open[name] = _Phase(self._open.get(parent or ""), max(1, steps))
-        self.reached = max(self.reached, phase.reach())
+        outer = self._open.get(parent or "")
+        start = outer.reached if outer else 0.0
+        width = (outer.step_end - start) / 2 if outer else 1.0
+        self._open[name] = _Phase(outer, start, width / max(1, steps), start + width)
+        self._open[name].reach(start)
+        self.reached = max(self.reached, start)
 
     def step(self, name: str, index: int) -> None:
         """Record that a phase has finished the step of this index, from 0."""
         if phase := self._open.get(name):
-            phase.done, phase.filled = index + 1, 0.0
-            self.reached = max(self.reached, phase.reach())
+            phase.reach(phase.start + phase.step_width * (index + 1))
+            self.reached = max(self.reached, phase.reached)
 
     def finish(self, name: str) -> None:
         """Record that a phase has ended, with or without all of its steps."""
         phase = self._open.pop(name, None)
         if phase and phase.parent:
-            phase.parent.filled += (1 - phase.parent.filled) / 2
+            phase.parent.reached = max(phase.parent.reached, phase.end)
 
 
 @dataclass
 class _Phase:
-    """Open phase; ``filled`` is the share of its current step that inner phases have done."""
+    """Open phase, from start to end of the build's progress, and the step that it is in."""
 
     parent: "_Phase | None"
-    steps: int
-    done: int = 0
-    filled: float = 0.0
+    start: float
+    step_width: float
+    end: float
+    reached: float = 0.0
+    step_end: float = 0.0
 
-    def reach(self, within: float = 0.0) -> float:
-        done = min(1.0, (self.done + within) / self.steps)
-        if self.parent is None:
-            return done
-        filled = self.parent.filled
-        return self.parent.reach(filled + (1 - filled) / 2 * done)
+    def reach(self, position: float) -> None:
+        """Begin the step at a position."""
+        self.reached = min(position, self.end)
+        self.step_end = min(position + self.step_width, self.end)
 
 
 def _monitor(library: Any, report: Report, ended: list[BaseException]) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from latentforge.runtime.backends import CACHE
-from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.backends import CACHE, check_ranges
+from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Shapes
 from latentforge.runtime.tensor import TensorSpec
@@ -39,15 +39,9 @@ CHOICES = {
     "hardware_compatible": {"same": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"},
     "kernels": {"lazy": "LAZY", "eager": "EAGER", "none": "NONE"},
 }
-_DTYPES = {
-    "BOOL": "bool",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "HALF": "float16",
-    "FLOAT": "float32",
-}
+_DTYPES = {"half": "float16", "float": "float32"}
+"""Numpy's names of data types that the libraries call otherwise."""
+
 _NOISE = re.compile(r"--- \w+ node ---|While parsing node|catchCudaError")
 _PLACE = re.compile(r"^(ERROR: )?\w+\.cpp:\d+:? | In \w+ at \S+?:\d+")
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -75,51 +69,30 @@ class Log:
 def implement(interface: Any, **functions: Callable[..., Any]) -> Any:
     """Return an object that implements a library's interface by these functions."""
 
-    def initialize(self: Any) -> None:
-        interface.__init__(self)
-
-    methods = {name: staticmethod(function) for name, function in functions.items()}
-    return type(interface.__name__, (interface,), {"__init__": initialize, **methods})()
+    methods: dict[str, Any] = {name: staticmethod(method) for name, method in functions.items()}
+    methods["__init__"] = lambda self: interface.__init__(self)
+    return type(interface.__name__, (interface,), methods)()
 
 
 def profiles(component: Component) -> tuple[Profile, ...]:
-    """Return (min, opt, max) of every input's shape, for each of the component's shapes.
-
-    Raises:
-        SettingsError: a free dimension has no range.
-    """
+    """Return (min, opt, max) of every input's shape, for each of the component's shapes."""
+    inputs = component.inputs.items()
     return tuple(
-        {
-            name: (spec.resolve(smallest), spec.resolve(optimal), spec.resolve(largest))
-            for name, spec in component.inputs.items()
-        }
-        for smallest, optimal, largest in map(profile_sizes, ranges(component))
+        {name: (spec.resolve(low), spec.resolve(opt), spec.resolve(high)) for name, spec in inputs}
+        for low, opt, high in map(profile_sizes, ranges(component))
     )
 
 
 def ranges(component: Component) -> tuple[Shapes, ...]:
-    """Return a range for each free dimension, one mapping per optimization profile.
-
-    Raises:
-        SettingsError: a free dimension has no range.
-    """
-    ranges = component.shapes or ({},)
-    for name in component.free_dimensions:
-        if any(name not in shapes for shapes in ranges):
-            raise SettingsError(
-                f"{component.file}: dimension {name} has no range, and {component.backend} needs "
-                "one: give a range, or export with fixed sizes"
-            )
-    return ranges
+    """Return the ranges of each optimization profile; ShapeError if a free dimension has none."""
+    check_ranges(component)
+    return component.shapes or ({},)
 
 
 def profile_sizes(shapes: Shapes) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Return the min, opt and max size of every dimension."""
-    return (
-        {name: allowed.min for name, allowed in shapes.items()},
-        {name: allowed.opt for name, allowed in shapes.items()},
-        {name: allowed.max for name, allowed in shapes.items()},
-    )
+    items = shapes.items()
+    return {n: r.min for n, r in items}, {n: r.opt for n, r in items}, {n: r.max for n, r in items}
 
 
 def buffer_sizes(component: Component) -> dict[str, int]:
@@ -135,11 +108,7 @@ def byte_count(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
 
 
 def check_links(directory: Path) -> None:
-    """Refuse links that lead out of a directory: the parser would read weights through them.
-
-    Raises:
-        BackendError: there is such a link.
-    """
+    """Raise BackendError if a link leads out of a directory: weights would be read through it."""
     inside = directory.resolve()
     for path in directory.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
@@ -151,8 +120,8 @@ def check_links(directory: Path) -> None:
 
 def dtype_of(data_type: Any) -> str:
     """Return numpy's name of a library's data type; its own, in lower case, if numpy has none."""
-    name = str(data_type.name)
-    return _DTYPES.get(name, name.lower())
+    name = str(data_type.name).lower()
+    return _DTYPES.get(name, name)
 
 
 def write_cache(path: Path, content: Any) -> None:

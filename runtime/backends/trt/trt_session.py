@@ -15,20 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.backends import CACHE, Options, cuda, differences
-from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, check_signature
-from latentforge.runtime.backends.trt.trt_common import (
-    CHOICES,
-    RTX,
-    Log,
-    buffer_sizes,
-    byte_count,
-    check_links,
-    dtype_of,
-    implement,
-    profile_sizes,
-    ranges,
-    write_cache,
-)
+from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, Run
+from latentforge.runtime.backends.signature import check_signature
+from latentforge.runtime.backends.trt import trt_common
+from latentforge.runtime.backends.trt.trt_common import CHOICES, RTX, Log, profile_sizes, ranges
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
@@ -112,14 +102,12 @@ class TensorrtSession(CheckedSession):
             self._uploaded.clear()
             self._config = self._engine = None
 
-    def _run(
-        self, engine: Any, feeds: Feeds, sizes: Mapping[str, int], index: int | None
-    ) -> Outputs:
+    def _run(self, run: Run) -> Outputs:
         with self._lock:
             if self._engine is None:  # closed while this run waited for the lock
                 raise self._closed()
             try:
-                return self._execute(index or 0, sizes, feeds)
+                return self._execute(run.shape_index or 0, run.sizes, run.feeds)
             except BaseException as error:
                 self._uploaded.clear()
                 with suppress(BackendError):
@@ -138,14 +126,14 @@ class TensorrtSession(CheckedSession):
         self._resources.callback(self._stream.close)
         self._engine = self._deserialized(path)
         self._inputs, self._outputs = self._signatures()
-        sizes = buffer_sizes(self.component)
+        sizes = trt_common.buffer_sizes(self.component)
         self._buffers = {name: self._buffer(size) for name, size in sizes.items()}
         self._scratch_size = max(1, self._engine.device_memory_size_v2)
         self._scratch = self._buffer(self._scratch_size, host=False)
         if self.component.backend == RTX:
             self._config = self._runtime_config(path)
         record = self._times
-        self._profiler = implement(
+        self._profiler = trt_common.implement(
             self._library.IProfiler,
             report_layer_time=lambda name, ms: record.__setitem__(name, record[name] + ms / 1e3),
         )
@@ -178,7 +166,7 @@ class TensorrtSession(CheckedSession):
 
     def _refit(self, engine: Any, onnx: Path) -> None:
         """Load the weights that the engine was built without."""
-        check_links(onnx.parent)
+        trt_common.check_links(onnx.parent)
         refitter = self._library.Refitter(engine, self._log.sink)
         parser = self._library.OnnxParserRefitter(refitter, self._log.sink)
         if not parser.refit_from_file(str(onnx)) or not refitter.refit_cuda_engine():
@@ -189,12 +177,10 @@ class TensorrtSession(CheckedSession):
         engine, tensors = self._engine, (dict[str, Any](), dict[str, Any]())
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             is_output = engine.get_tensor_mode(name) == self._library.TensorIOMode.OUTPUT
-            kind, shape = dtype_of(engine.get_tensor_dtype(name)), engine.get_tensor_shape(name)
-            tensors[is_output][name] = kind, tuple(shape)
+            dtype = trt_common.dtype_of(engine.get_tensor_dtype(name))
+            tensors[is_output][name] = dtype, tuple(engine.get_tensor_shape(name))
         # the library may have removed an input that the graph does not use
-        inputs = {
-            name: self.component.inputs[name] for name in self.component.inputs.keys() & tensors[0]
-        }
+        inputs = {n: spec for n, spec in self.component.inputs.items() if n in tensors[0]}
         check_signature("input", inputs, tensors[0])
         check_signature("output", self.component.outputs, tensors[1])
         if engine.num_optimization_profiles != len(ranges(self.component)):
@@ -242,7 +228,7 @@ class TensorrtSession(CheckedSession):
         self._launch(self._context_for(index, sizes))
         specs = {name: self.component.outputs[name] for name in self._outputs}
         for name, spec in specs.items():
-            self._buffers[name].download(byte_count(spec, sizes), self._stream)
+            self._buffers[name].download(trt_common.byte_count(spec, sizes), self._stream)
         self._stream.synchronize()
         return {
             name: self._buffers[name].array(spec.dtype, spec.resolve(sizes)).copy()
@@ -347,4 +333,4 @@ class _Cache:
         content = self._cache.serialize()
         if content is not None and (now := bytes(content)) != self._content:
             self._content = now
-            write_cache(self._path, now)
+            trt_common.write_cache(self._path, now)
