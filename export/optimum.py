@@ -133,8 +133,7 @@ def available_plan(checkpoint: Checkpoint, plan: ExportPlan) -> ExportPlan:
             f"{checkpoint.name}: a {checkpoint.pipeline_class} is exported from weights, but this "
             "directory holds graphs: give the original checkpoint"
         )
-    inpainting = denoiser.inputs["sample"].shape[1] != plan.latent.channels
-    if inpainting or (checkpoint.path / "vae_encoder" / _MODEL).exists():
+    if plan.conditioning.channels or (checkpoint.path / "vae_encoder" / _MODEL).exists():
         return plan
     kept = tuple(part for part in plan.components if part.name != "vae_encoder")
     return replace(plan, components=kept)
@@ -314,7 +313,9 @@ def check_layout(layout: Layout, name: str, plan: ExportPlan) -> None:
     if layout not in get_args(Layout):
         raise SettingsError(f"no layout {layout!r}; available: {', '.join(get_args(Layout))}")
     denoiser = _denoiser(plan)
-    if layout == "optimum" and denoiser.folder != folder_of(denoiser.name):
+    supported = plan.conditioning.channels in ((), ("mask", "masked_image"))
+    supported = supported and denoiser.folder == folder_of(denoiser.name)
+    if layout == "optimum" and not supported:
         raise SettingsError(
             f"no optimum pipeline supports the UNet of {name}: export it without --layout optimum"
         )

@@ -252,6 +252,7 @@ def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
         "steps": family.steps,
         "guidance_scale": family.guidance_scale,
         "guidance_rescale": family.guidance_rescale,
+        "image_guidance_scale": family.image_guidance_scale,
         "height": job.dimensions.height or job.plan.sample_size,
         "width": job.dimensions.width or job.plan.sample_size,
     }
@@ -292,7 +293,7 @@ def _check_graphs_run(job: _ExportJob, manifest: Manifest, directory: Path) -> N
     others = set(manifest.components)
     pixels: NDArray[np.float32] | None = None
     if all(name in manifest.components for name in required):
-        with load(directory, hashes=False, low_memory=True) as pipeline:
+        with load(directory, hashes=False, low_memory=True, example_images=True) as pipeline:
             pixels = to_array(_short_run(job, pipeline).images)
         others -= set(required)
     for name in sorted(others):
@@ -324,7 +325,7 @@ def _record(
         name: Tokenizer(directory / entry.file, entry)
         for name, entry in manifest.tokenizers.items()
     }
-    pipeline = Pipeline(manifest, engines, tokenizers, directory)
+    pipeline = Pipeline(manifest, engines, tokenizers, directory, example_images=True)
     result = _short_run(job, pipeline)
     encoder = sessions["vae_encoder"]
     if encoder.plan in job.components and not encoder.recording.runs:
@@ -389,7 +390,7 @@ def _check_image(
     if any(name not in manifest.components for name in manifest.required_components):
         return manifest
     manifest.write(directory)
-    with load(directory, hashes=False, low_memory=True) as pipeline:
+    with load(directory, hashes=False, low_memory=True, example_images=True) as pipeline:
         result = _short_run(job, pipeline)
     pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
     image = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}

@@ -89,7 +89,7 @@ def record(
         recorders[name] = _Recorder(session)
         return recorders[name]
 
-    with load(directory, hashes=False, wrap_session=wrap) as pipeline:
+    with load(directory, hashes=False, wrap_session=wrap, example_images=True) as pipeline:
         results = []
         for seed, prompt in enumerate(prompts):
             with progress.part(f"{activity}: {prompt[:32]}"):

@@ -17,6 +17,7 @@ from latentforge.runtime import sampling
 from latentforge.runtime.conditioning.encode import ConditioningEncoder
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.denoiser import EngineDenoiser
+from latentforge.runtime.denoising.guidance import Guidance
 from latentforge.runtime.denoising.initial_latents import InitialState, LatentInitializer
 from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.engine import Engines
@@ -27,7 +28,7 @@ from latentforge.runtime.rng import Generator
 from latentforge.runtime.sampling.sampler import SamplerStep
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.timings import Stopwatch, Timings
-from latentforge.runtime.vae import Vae
+from latentforge.runtime.vae import Posterior, Vae
 
 __all__ = ["DenoisingStep", "Model", "Result", "generate"]
 
@@ -159,14 +160,18 @@ def _sample(model: Model, request: ResolvedRequest, watch: Stopwatch) -> Iterato
     network = engines.condition(conditioning, request.plan.timesteps, watch, request.max_rows)
     shape = _latent_shape(model.manifest, settings)
     initial = _initial_state(model, request, shape, generator, watch)
+    guidance = Guidance(
+        rows=max(len(array) for array in conditioning.values()) // settings.count,
+        scale=settings.guidance_scale,
+        image_scale=settings.image_guidance_scale,
+        rescale=settings.guidance_rescale,
+    )
     denoiser = EngineDenoiser(
         network=network,
         prediction=model.manifest.prediction,
-        guidance=any(len(array) > settings.count for array in conditioning.values()),
-        scale=settings.guidance_scale,
-        rescale=settings.guidance_rescale,
+        guidance=guidance,
         policy=request.policy,
-        extra_channels=initial.extra_channels,
+        extra_channels=guidance.repeat(initial.extra_channels),
     )
     return sampling.get(settings.sampler).run(
         denoiser,
@@ -191,16 +196,15 @@ def _initial_state(
     generator: Generator,
     watch: Stopwatch,
 ) -> InitialState:
-    def encode(pixels: Array) -> Array:
+    def encode(pixels: Array) -> Posterior:
         with watch.stage("vae_encoder"):
-            return model.vae.encode(pixels, generator.randn)
+            return model.vae.encode(pixels)
 
-    denoiser = model.engines["denoiser"].component
     initializer = LatentInitializer(
         settings=request.settings,
         plan=request.plan,
         shape=shape,
-        inpainting_channels=model.manifest.latent.has_inpainting_channels(denoiser),
+        channels=model.manifest.conditioning.channels,
         draw=generator.randn,
         encode=encode,
     )

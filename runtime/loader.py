@@ -37,6 +37,7 @@ def load(
     max_rows: int | None = None,
     low_memory: bool = False,
     wrap_session: SessionWrapper | None = None,
+    example_images: bool = False,
     **options: Any,
 ) -> Pipeline:
     """Verify an engine directory and load its engines.
@@ -50,6 +51,8 @@ def load(
         low_memory: run one row at a time and do not repack the weights. Takes about half the
             memory and more time.
         wrap_session: replaces each loaded session, for example to record its inputs.
+        example_images: for measurements: a model that needs an image gets the example image in
+            requests without one, which are refused otherwise.
         options: backend options, such as threads=2. Each backend takes those it supports.
 
     Raises:
@@ -81,9 +84,8 @@ def load(
         low_memory=low_memory,
         wrap_session=wrap_session,
     )
-    return Pipeline(
-        manifest, Engines(loader, manifest.required_components, options), tokenizers, path
-    )
+    engines = Engines(loader, manifest.required_components, options)
+    return Pipeline(manifest, engines, tokenizers, path, example_images=example_images)
 
 
 def load_component(manifest: Manifest, name: str, directory: Path, **options: Any) -> Engine:

@@ -17,6 +17,7 @@ from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.initial_latents import ImageInput, image_size
 from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.example import example_image
 from latentforge.runtime.generation import DenoisingStep, Model, Result, generate
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
@@ -43,6 +44,8 @@ class Pipeline:
         manifest: manifest of the directory.
         tokenizers: tokenizers by name.
         directory: the engine directory.
+        example_images: True to give requests without an image the example image, if the model
+            needs one.
     """
 
     def __init__(
@@ -51,10 +54,13 @@ class Pipeline:
         engines: Engines,
         tokenizers: Mapping[str, Tokenizer],
         directory: Path,
+        *,
+        example_images: bool = False,
     ) -> None:
         self.manifest = manifest
         self.tokenizers = tokenizers
         self.directory = directory
+        self.example_images = example_images
         self._engines = engines
         self._model = Model(manifest, engines, tokenizers)
 
@@ -83,7 +89,8 @@ class Pipeline:
             mask: image of the same size, light where to paint and dark where to keep.
             settings: negative_prompt, images_per_prompt, sampler, steps, guidance_scale,
                 guidance_rescale, height, width, seed; for an initial image strength (default 0.8,
-                or 1 with a mask), denoising_start and denoising_end; for Stable Diffusion XL
+                or 1 with a mask), denoising_start and denoising_end; for a model that edits an
+                image image_guidance_scale; for Stable Diffusion XL
                 original_size, crop, target_size, aesthetic_score and negative_aesthetic_score; for
                 acceleration timesteps, guidance_interval, cached_steps or cache_interval, and
                 variant; unaccelerated to ignore the engines' plan.
@@ -117,7 +124,12 @@ class Pipeline:
         complete = self.settings(prompt, image=image, mask=mask, **settings)
         warn_of_calibration(complete, self._engines["denoiser"].component)
         request = ResolvedRequest.of(
-            complete, self.manifest, self._engines, image=image, mask=mask, max_rows=max_rows
+            complete,
+            self.manifest,
+            self._engines,
+            image=self._image(image, complete),
+            mask=mask,
+            max_rows=max_rows,
         )
         return generate(self._model, request)
 
@@ -140,7 +152,7 @@ class Pipeline:
             settings,
             self.manifest,
             self._engines,
-            image=image,
+            image=self._image(image, settings),
             mask=mask,
             conditioning=conditioning,
         )
@@ -150,8 +162,8 @@ class Pipeline:
     def encode(self, settings: Settings) -> ConditioningInputs:
         """Return the denoiser's conditioning inputs for a request, by input name.
 
-        One row per image. With classifier-free guidance there are twice as many, those of the
-        negative prompts first.
+        One row per image. With classifier-free guidance there are two or three times as many, those
+        of the negative prompts first.
         """
         return self._model.encoder.encode(settings)
 
@@ -167,25 +179,45 @@ class Pipeline:
         request: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
         if image is not None:
             height, width = image_size(image, self.manifest.latent)
-            strength = _STRENGTH if mask is None else 1.0
+            starts = mask is None and self.manifest.conditioning.starts_from_image
+            strength = _STRENGTH if starts else 1.0
             request = {"height": height, "width": width, "strength": strength, **request}
         elif "strength" in request:
             raise SettingsError("strength applies to an initial image: give image too")
         resolved = resolve(
             self.manifest.defaults, prompt, cast("Request", request), self.manifest.acceleration
         )
+        if request.get("image_guidance_scale", 1) != 1 and not resolved.uses_guidance:
+            raise SettingsError(
+                "image_guidance_scale takes effect with a guidance_scale above 1: raise that, or "
+                "omit image_guidance_scale"
+            )
         check_size(resolved, self.manifest.latent, self._engines["denoiser"].component)
         return resolved
+
+    def _image(self, image: ImageInput | None, settings: Settings) -> ImageInput | None:
+        """Return the image of a request, or the example image where one stands in for it."""
+        needed = self.example_images and self.manifest.conditioning.requires_image
+        if image is not None or not needed:
+            return image
+        return example_image(settings.height, settings.width)
+
+    def _with_example_images(self, engines: Engines) -> Pipeline:
+        return Pipeline(
+            self.manifest, engines, self.tokenizers, self.directory, example_images=True
+        )
 
     def benchmark(
         self, *, batch_size: int = 1, repetitions: int = 5, **settings: Unpack[Request]
     ) -> Benchmark:
         """Time whole runs and each stage, after one run that is not counted.
 
-        The result has the names of Infery's ``benchmark()``.
+        The result has the names of Infery's ``benchmark()``. A model that needs an image gets the
+        example image.
         """
+        pipeline = self._with_example_images(self._engines)
         return Benchmark.measure(
-            lambda: self([PROMPT] * batch_size, **settings).timings,
+            lambda: pipeline([PROMPT] * batch_size, **settings).timings,
             batch_size=batch_size,
             repetitions=repetitions,
             versions=self.versions(),
@@ -194,7 +226,7 @@ class Pipeline:
     def profile(self, prompt: str = PROMPT, **settings: Unpack[Request]) -> Profile:
         """Time every layer over one image, on a second copy of the engines that records it."""
         engines = self._engines.reload(profile=True)
-        with Pipeline(self.manifest, engines, self.tokenizers, self.directory) as copy:
+        with self._with_example_images(engines) as copy:
             copy(prompt, **settings)
             return copy.layers()
 

@@ -77,7 +77,8 @@ class ResolvedRequest:
                     f"these engines have no {name}: omit the setting that needs it, or build "
                     "with --fast"
                 )
-        init = InitImage.of(image, mask, settings, manifest.latent)
+        _check_guidance(settings, manifest)
+        init = InitImage.of(image, mask, settings, manifest.latent, manifest.conditioning)
         if init.pixels is not None and "vae_encoder" not in available:
             raise ManifestError("these engines have no vae_encoder, which images need: export it")
         plan = sampling.noise_plan(
@@ -96,6 +97,11 @@ class ResolvedRequest:
     def step_components(self) -> tuple[str, ...]:
         """Components that run in the steps of this request."""
         return _step_components(self.settings)
+
+
+def _check_guidance(settings: Settings, manifest: Manifest) -> None:
+    if settings.image_guidance_scale != 1 and "image" not in manifest.conditioning.channels:
+        raise SettingsError("image_guidance_scale is for models that edit an image: omit it")
 
 
 def _step_components(settings: Settings) -> tuple[str, ...]:

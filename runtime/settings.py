@@ -43,6 +43,8 @@ class Settings:
             trained with zeros in place of the unconditional embedding.
         guidance_scale: classifier-free guidance scale; 1 or less turns guidance off.
         guidance_rescale: phi of Lin et al. (2023), arXiv 2305.08891, equation 16.
+        image_guidance_scale: scale of guidance by the image to edit, from 1, which has no effect;
+            without classifier-free guidance it has none either.
         strength: fraction of the steps that an initial image goes through, in (0, 1].
         denoising_start: fraction of the schedule that another run has completed.
         denoising_end: fraction of the schedule after which to stop, for another run to continue.
@@ -64,6 +66,7 @@ class Settings:
     steps: int
     guidance_scale: float
     guidance_rescale: float
+    image_guidance_scale: float = 1.0
     height: int
     width: int
     seed: int = field(default_factory=lambda: randbits(32))
@@ -88,6 +91,7 @@ class Settings:
         check_count("images_per_prompt", self.images_per_prompt, 1024)
         check_number("guidance_scale", self.guidance_scale, 0, 1000)
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        check_number("image_guidance_scale", self.image_guidance_scale, 1, 1000)
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
             raise SettingsError(f"seed must be a 64-bit integer, not {shown(self.seed)}")
         for name, side in (("height", self.height), ("width", self.width)):
@@ -112,6 +116,13 @@ class Settings:
         return self.guidance_scale > 1
 
     @property
+    def guidance_rows(self) -> int:
+        """Rows per image that guidance takes: see Guidance."""
+        if not self.uses_guidance:
+            return 1
+        return 2 if self.image_guidance_scale == 1 else 3
+
+    @property
     def accelerated(self) -> bool:
         """True if the denoiser does less than the sampler's own schedule (class B)."""
         less = self.guidance_interval not in (None, (0, 1)) or self.variant != "denoiser"
@@ -134,6 +145,7 @@ class Request(TypedDict, total=False):
     steps: int
     guidance_scale: float
     guidance_rescale: float
+    image_guidance_scale: float
     height: int
     width: int
     seed: int

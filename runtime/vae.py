@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from latentforge.runtime.engine import Engines
 from latentforge.runtime.manifest import Latent
 
-__all__ = ["Draw", "Vae", "sample_posterior"]
+__all__ = ["Draw", "Posterior", "Vae"]
 
 Array = NDArray[np.float32]
 
@@ -17,6 +17,35 @@ Draw = Callable[[tuple[int, ...]], Array]
 """Draws standard normal noise of a shape."""
 
 _LOG_VARIANCE = -30.0, 20.0  # range to which diffusers clips the encoder's log variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """Gaussian distribution of the latents of images, as the VAE encoder returns it.
+
+    Attributes:
+        parameters: mean and log variance, stacked by channel, (n, 2 * channels, h, w).
+        scaling_factor: of the latent space.
+    """
+
+    parameters: Array
+    scaling_factor: float
+
+    @property
+    def mean(self) -> Array:
+        """Mean (n, channels, h, w), not scaled."""
+        return np.split(self.parameters, 2, axis=1)[0]
+
+    def sample(self, draw: Draw) -> Array:
+        """Return latents (n, channels, h, w), scaled for the denoiser.
+
+        Args:
+            draw: standard normal noise of a shape.
+        """
+        mean, log_variance = np.split(self.parameters, 2, axis=1)
+        deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
+        latents: Array = mean + deviation * draw(mean.shape)
+        return latents * np.float32(self.scaling_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,31 +60,14 @@ class Vae:
     latent: Latent
     engines: Engines
 
-    def encode(self, pixels: Array, draw: Draw) -> Array:
-        """Return latents (n, channels, h, w), sampled from the encoder's distribution.
-
-        Args:
-            pixels: images (n, 3, height, width) in -1..1.
-            draw: standard normal noise of a shape.
-        """
+    def encode(self, pixels: Array) -> Posterior:
+        """Return the distribution of the latents of images (n, 3, height, width) in -1..1."""
         outputs = self.engines.load("vae_encoder").run({"sample": pixels})
-        return sample_posterior(outputs["latent_parameters"], self.latent, draw)
+        return Posterior(
+            parameters=outputs["latent_parameters"], scaling_factor=self.latent.scaling_factor
+        )
 
     def decode(self, latents: Array) -> Array:
         """Return images (n, 3, height, width) of latents, about -1..1 and not clipped."""
         scaled = latents / np.float32(self.latent.scaling_factor)
         return self.engines["vae_decoder"].run({"latent_sample": scaled})["sample"]
-
-
-def sample_posterior(parameters: Array, latent: Latent, draw: Draw) -> Array:
-    """Sample latents from the Gaussian that the VAE encoder returned, scaled for the denoiser.
-
-    Args:
-        parameters: mean and log variance, stacked by channel, (n, 2 * channels, h, w).
-        latent: the latent space.
-        draw: standard normal noise of a shape.
-    """
-    mean, log_variance = np.split(parameters, 2, axis=1)
-    deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
-    latents: Array = mean + deviation * draw(mean.shape)
-    return latents * np.float32(latent.scaling_factor)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import tokenizers
 from tokenizers.models import WordLevel
@@ -74,11 +75,16 @@ def handmade(tmp_path: Path) -> Handmade:
     """A function that writes a valid engine directory, without torch and in milliseconds.
 
     It has the components that text to image needs, and those passed as ONNX text by name.
-    Components
-    without ONNX text use the null backend.
+    Components without ONNX text use the null backend. `inputs` replaces inputs of the denoiser.
     """
 
-    def made(name: str = "handmade", *, onnx: dict[str, str] | None = None, **changes: Any) -> Path:
+    def made(
+        name: str = "handmade",
+        *,
+        onnx: dict[str, str] | None = None,
+        inputs: dict[str, TensorSpec] | None = None,
+        **changes: Any,
+    ) -> Path:
         directory = tmp_path / name
         directory.mkdir()
         components = {
@@ -86,6 +92,10 @@ def handmade(tmp_path: Path) -> Handmade:
             for part in SIGNATURES
             if part in TEXT_TO_IMAGE or part in (onnx or {})
         }
+        unet = components["denoiser"]
+        components["denoiser"] = msgspec.structs.replace(
+            unet, inputs={**unet.inputs, **(inputs or {})}
+        )
         manifest = {
             "name": name,
             "family": "stable_diffusion",

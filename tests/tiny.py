@@ -8,7 +8,7 @@ from checkpoints import Architecture
 
 from latentforge.export.models.flexible_structure import BlockStructure, FlexibleStructure
 
-__all__ = ["INPAINTING", "TINY", "WIDTH"]
+__all__ = ["EDITING", "INPAINTING", "TINY", "WIDTH"]
 
 WIDTH = 32  # of the text encoders
 TOKENS = 24
@@ -128,10 +128,10 @@ SSD_1B = replace(
 )
 
 
-def _inpainting(architecture: Architecture, pipeline: str) -> Architecture:
+def _with_channels(architecture: Architecture, pipeline: str, channels: int) -> Architecture:
     assert isinstance(architecture.unet, Mapping)
     flat = {**_FLAT, "attention_head_dim": 4, "transformer_layers_per_block": 1}
-    unet = {**architecture.unet, **flat, "in_channels": 9}
+    unet = {**architecture.unet, **flat, "in_channels": channels}
     return replace(architecture, pipeline=pipeline, unet=unet)
 
 
@@ -183,14 +183,17 @@ TINY: Mapping[str, Architecture] = {
         unet={**_UNET, **_FLAT, "time_cond_proj_dim": 16},
         scheduler=("LCMScheduler", _BETAS),
     ),
-    "sd-inpainting": _inpainting(SD, "StableDiffusionInpaintPipeline"),
+    "sd-inpainting": _with_channels(SD, "StableDiffusionInpaintPipeline", 9),
     "sdxl": SDXL,
     "sdxl-refiner": REFINER,
     "sdxl-turbo": replace(SDXL, scheduler=("EulerAncestralDiscreteScheduler", _TRAILING)),
     "ssd-1b": SSD_1B,
-    "sdxl-inpainting": _inpainting(SDXL, "StableDiffusionXLInpaintPipeline"),
+    "sdxl-inpainting": _with_channels(SDXL, "StableDiffusionXLInpaintPipeline", 9),
+    "pix2pix": _with_channels(SD, "StableDiffusionInstructPix2PixPipeline", 8),
+    "sdxl-pix2pix": _with_channels(SDXL, "StableDiffusionXLInstructPix2PixPipeline", 8),
     "decidiffusion-1": DECI_1,
     "decidiffusion-2": DECI_2,
 }
 
 INPAINTING = ("sd-inpainting", "sdxl-inpainting")
+EDITING = ("pix2pix", "sdxl-pix2pix")

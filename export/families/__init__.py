@@ -2,6 +2,7 @@
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.decidiffusion import DECIDIFFUSION
+from latentforge.export.families.instruct_pix2pix import INSTRUCT_PIX2PIX, INSTRUCT_PIX2PIX_XL
 from latentforge.export.families.stable_diffusion import STABLE_DIFFUSION
 from latentforge.export.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from latentforge.export.families.types import ComponentPlan, ExportPlan, Family
@@ -9,7 +10,13 @@ from latentforge.runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "ComponentPlan", "Family", "ExportPlan", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, DECIDIFFUSION)
+FAMILIES: tuple[Family, ...] = (
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    INSTRUCT_PIX2PIX,
+    INSTRUCT_PIX2PIX_XL,
+    DECIDIFFUSION,
+)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

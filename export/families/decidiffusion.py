@@ -29,6 +29,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
         latent = parts.latent_space(checkpoint, structure.multiple)
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
         parts.check_context(checkpoint, [text], structure.cross_attention_dim)
+        images = parts.inpainting(structure.in_channels, latent)
         unet = parts.unet(
             {
                 "in_channels": structure.in_channels,
@@ -36,13 +37,15 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
             },
             latent,
             tokens=parts.tokens(text),
+            images=images,
             folder=_FOLDER,
             module=load_flexible_unet,
         )
         return ExportPlan(
             components=(text, unet, *parts.vae(latent)),
             conditioning=Conditioning(
-                encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
+                encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),),
+                channels=images,
             ),
             latent=latent,
             sample_size=structure.sample_size * latent.downscale,

@@ -16,13 +16,14 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.types import ComponentPlan, FamilyDefaults
 from latentforge.export.modules import load_module
 from latentforge.runtime.errors import CheckpointError, ManifestError
-from latentforge.runtime.manifest import Latent
+from latentforge.runtime.manifest import ImageChannels, Latent
 from latentforge.runtime.tensor import TensorSpec
 
 __all__ = [
     "check_context",
     "check_unet",
     "defaults",
+    "inpainting",
     "latent_space",
     "reading",
     "text_encoder",
@@ -30,6 +31,14 @@ __all__ = [
     "unet",
     "vae",
 ]
+
+
+_NO_CONDITIONING = {
+    "addition_embed_type": None,
+    "class_embed_type": None,
+    "encoder_hid_dim_type": None,
+    "num_class_embeds": None,
+}
 
 
 class TextEncoder(nn.Module):
@@ -147,6 +156,7 @@ def unet(
     latent: Latent,
     *,
     tokens: int,
+    images: Sequence[ImageChannels] = (),
     folder: str = "unet",
     module: Callable[[Checkpoint], nn.Module] | None = None,
     added: Mapping[str, int] | None = None,
@@ -157,6 +167,7 @@ def unet(
         config: with in_channels, cross_attention_dim and, optionally, time_cond_proj_dim.
         latent: the latent space.
         tokens: number of tokens of a prompt.
+        images: channels of images that it takes after those of the latents.
         folder: folder of its weights.
         module: loads the module, if it is not diffusers' UNet2DConditionModel.
         added: widths of additional inputs (batch, width), by name.
@@ -164,8 +175,17 @@ def unet(
     Raises:
         CheckpointError: the input channels do not match the latents.
     """
-    channels = config["in_channels"]
-    _check_channels(channels, latent)
+    if images and config.get("time_cond_proj_dim") and images != ("mask", "masked_image"):
+        raise CheckpointError(
+            "the UNet takes an image and embedded guidance (time_cond_proj_dim), a combination "
+            "that no diffusers pipeline supports"
+        )
+    channels = latent.sample_channels(images)
+    if config["in_channels"] != channels:
+        raise CheckpointError(
+            f"the UNet takes {reprlib.repr(config['in_channels'])} channels, but "
+            f"{' + '.join(('latents', *images))} have {channels}"
+        )
     widths = dict(added or {})
     if config.get("time_cond_proj_dim"):
         widths["timestep_cond"] = config["time_cond_proj_dim"]
@@ -245,6 +265,22 @@ def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
     )
 
 
+def inpainting(channels: object, latent: Latent) -> tuple[ImageChannels, ...]:
+    """Return the channels of images that a UNet with this number of channels takes.
+
+    Raises:
+        CheckpointError: it is neither a model for text to image nor one for inpainting.
+    """
+    kinds: tuple[tuple[ImageChannels, ...], ...] = ((), ("mask", "masked_image"))
+    sizes = [latent.sample_channels(kind) for kind in kinds]
+    if channels not in sizes:
+        raise CheckpointError(
+            f"the UNet takes {reprlib.repr(channels)} channels, but with {latent.channels} latent "
+            f"channels it must take {sizes[0]} (text to image) or {sizes[1]} (inpainting)"
+        )
+    return kinds[sizes.index(channels)]
+
+
 def defaults(checkpoint: Checkpoint, family: FamilyDefaults) -> FamilyDefaults:
     """Return the family's defaults, or those of a model that was distilled to few steps.
 
@@ -277,23 +313,20 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(f"{checkpoint.name}: a config.json is invalid: {error}") from error
 
 
-def check_unet(checkpoint: Checkpoint, config: Mapping[str, Any], *, text_time: bool) -> None:
+def check_unet(
+    checkpoint: Checkpoint, config: Mapping[str, Any], expected: Mapping[str, object]
+) -> None:
     """Refuse a UNet with other conditioning inputs than its pipeline has.
 
     Args:
         checkpoint: the checkpoint, named in the error.
         config: configuration of the UNet.
-        text_time: the pipeline conditions it on pooled prompts and time ids.
+        expected: keys of the conditioning inputs that the pipeline has; all others are None.
 
     Raises:
         CheckpointError: the configuration has another kind of added conditioning.
     """
-    expected = {
-        "addition_embed_type": "text_time" if text_time else None,
-        "class_embed_type": None,
-        "encoder_hid_dim_type": None,
-    }
-    for key, value in expected.items():
+    for key, value in {**_NO_CONDITIONING, **expected}.items():
         if config.get(key) != value:
             raise CheckpointError(
                 f"{checkpoint.name}: {key} of the unet of a {checkpoint.pipeline_class} must be "
@@ -320,14 +353,4 @@ def check_context(checkpoint: Checkpoint, texts: Sequence[ComponentPlan], width:
         raise CheckpointError(
             f"{checkpoint.name}: the UNet's cross_attention_dim is {reprlib.repr(width)}, but "
             f"the hidden states of {names} are {total} wide"
-        )
-
-
-def _check_channels(channels: object, latent: Latent) -> None:
-    """Check the input channels: latents alone, or also a mask and masked latents (inpainting)."""
-    sizes = latent.channels, 2 * latent.channels + 1
-    if channels not in sizes:
-        raise CheckpointError(
-            f"the UNet takes {reprlib.repr(channels)} channels, but with {latent.channels} latent "
-            f"channels it must take {sizes[0]} (text to image) or {sizes[1]} (inpainting)"
         )

@@ -21,20 +21,38 @@ from latentforge.export.families.types import (
     Reference,
 )
 from latentforge.runtime.errors import CheckpointError
-from latentforge.runtime.manifest import Conditioning, TextEncoding, TimeId
+from latentforge.runtime.manifest import Conditioning, ImageChannels, TextEncoding, TimeId
 
-__all__ = ["STABLE_DIFFUSION_XL"]
+__all__ = ["STABLE_DIFFUSION_XL", "plan"]
 
+_DEFAULTS = FamilyDefaults(guidance_scale=5.0)
 _CROP: tuple[TimeId, ...] = ("original_height", "original_width", "crop_top", "crop_left")
 _BASE: tuple[TimeId, ...] = (*_CROP, "target_height", "target_width")
 _REFINER: tuple[TimeId, ...] = (*_CROP, "aesthetic_score")
 
 
-def _plan(checkpoint: Checkpoint) -> ExportPlan:
+def plan(
+    checkpoint: Checkpoint,
+    *,
+    images: tuple[ImageChannels, ...] | None = None,
+    family: FamilyDefaults = _DEFAULTS,
+) -> ExportPlan:
+    """Return the plan: two text encoders, a pooled prompt and sizes condition the UNet.
+
+    Args:
+        checkpoint: the checkpoint.
+        images: channels of images that the UNet takes; None: none, or those for inpainting.
+        family: defaults of a model that was not distilled.
+
+    Raises:
+        CheckpointError: the configurations are malformed, or of a kind that is not supported.
+    """
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
-        parts.check_unet(checkpoint, config, text_time=True)
+        parts.check_unet(checkpoint, config, {"addition_embed_type": "text_time"})
         latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        if images is None:
+            images = parts.inpainting(config["in_channels"], latent)
         texts = _text_encoders(checkpoint)
         parts.check_context(checkpoint, texts, config["cross_attention_dim"])
         time_ids = _REFINER if checkpoint.index.get("requires_aesthetics_score") else _BASE
@@ -42,6 +60,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
             config,
             latent,
             tokens=parts.tokens(texts[-1]),
+            images=images,
             added={"text_embeds": _pooled(checkpoint, config, time_ids), "time_ids": len(time_ids)},
         )
         # diffusers' pipelines assume that the VAE overflows in fp16 unless force_upcast is false.
@@ -52,10 +71,11 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
                 encoders=tuple(_encoder(text) for text in texts),
                 zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
                 time_ids=time_ids,
+                channels=images,
             ),
             latent=latent,
             sample_size=int(config["sample_size"]) * latent.downscale,
-            defaults=parts.defaults(checkpoint, FamilyDefaults(guidance_scale=5.0)),
+            defaults=parts.defaults(checkpoint, family),
         )
 
 
@@ -110,7 +130,7 @@ STABLE_DIFFUSION_XL = Family(
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
     ),
-    plan=_plan,
+    plan=plan,
     reference=Reference(
         text="StableDiffusionXLPipeline",
         image="StableDiffusionXLImg2ImgPipeline",

@@ -54,12 +54,14 @@ class FamilyDefaults:
         steps: number of denoising steps.
         guidance_scale: scale of classifier-free guidance.
         guidance_rescale: strength of guidance rescaling, 0 to 1 (Lin et al. 2023).
+        image_guidance_scale: scale of guidance by an image, at least 1 (Brooks et al. 2023).
     """
 
     sampler: str | None = None
     steps: int = 50
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
+    image_guidance_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +96,14 @@ class Reference:
     warnings that export does not need.
 
     Attributes:
-        text: pipeline for text to image.
-        image: pipeline for image to image.
-        inpaint: pipeline for inpainting.
+        image: pipeline for requests with an image.
+        text: pipeline for text to image; None for a model that needs an image.
+        inpaint: pipeline for inpainting, likewise.
     """
 
-    text: str
     image: str
-    inpaint: str
+    text: str | None = None
+    inpaint: str | None = None
 
 
 def _unchanged(config: Mapping[str, Any]) -> dict[str, Any]:

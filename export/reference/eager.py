@@ -23,6 +23,8 @@ from latentforge.export.families import family_of
 from latentforge.export.schedulers import SCHEDULERS, schedule_of
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.bench.worker import ServedModel, serve
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.example import example_image
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.settings import Settings
@@ -48,8 +50,7 @@ class EagerPipeline:
         self._parts: dict[str, Any] = {part: load(checkpoint) for part, load in modules.items()}
         for name in plan.tokenizers:
             self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
-        channels = plan.latent.channels
-        self._inpainting_channels = self._parts["unet"].config.in_channels != channels
+        self._conditioning = plan.conditioning
         self._texts = [encoder.component for encoder in plan.conditioning.encoders]
 
     def __call__(
@@ -63,11 +64,14 @@ class EagerPipeline:
 
         Args:
             settings: of the request.
-            image: start image, or latents (batch, channels, h, w), for image to image.
+            image: start image, or latents (batch, channels, h, w), for image to image; a model that
+                needs an image gets the example image if there is none.
             mask: area to repaint, for inpainting.
         """
-        if image is None and self._inpainting_channels:
-            size = settings.height, settings.width
+        size = settings.height, settings.width
+        if image is None and self._conditioning.requires_image:
+            image = example_image(*size)
+        if image is None and "mask" in self._conditioning.channels:
             image, mask = torch.full((1, 3, *size), 0.5), torch.ones((1, 1, *size))
         pipe = self._pipeline(settings, image, mask)
         watch = Stopwatch()
@@ -99,6 +103,8 @@ class EagerPipeline:
         """Return the pipeline for a task, with the modules that its signature names."""
         kinds = self._reference
         name = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
+        if name is None:
+            raise SettingsError("diffusers has no pipeline for this task of this model")
         kind = getattr(diffusers, name)
         parts = {**self._parts, "scheduler": self._scheduler(settings.sampler)}
         arguments: dict[str, Any] = {}
@@ -142,6 +148,7 @@ class EagerPipeline:
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "guidance_rescale": settings.guidance_rescale,
+            "image_guidance_scale": settings.image_guidance_scale,
             "height": settings.height,
             "width": settings.width,
             "generator": torch.Generator().manual_seed(settings.seed),

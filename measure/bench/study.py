@@ -166,7 +166,9 @@ def _profiles(
 
 def _profile(participant: Participant, study: Study) -> ProfileTable:
     engines, threads = Path(participant.model), study.threads
-    with load(engines, hashes=False, threads=threads, profile=True) as pipeline:
+    with load(
+        engines, hashes=False, threads=threads, profile=True, example_images=True
+    ) as pipeline:
         pipeline.run(study.settings)
         profile = pipeline.layers()
     return ProfileTable(

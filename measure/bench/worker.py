@@ -54,7 +54,7 @@ def _serve(
 
 
 def _load_engines(job: BenchJob) -> ServedModel:
-    pipeline = load(Path(job.model), threads=job.threads)
+    pipeline = load(Path(job.model), threads=job.threads, example_images=True)
     manifest = pipeline.manifest
     precisions = {manifest.components[name].precision for name in manifest.required_components}
     ready = {

@@ -35,10 +35,11 @@ _SETTINGS = {
     "steps": "steps",
     "guidance_scale": "guidance scale",
     "guidance_rescale": "guidance rescale",
+    "image_guidance_scale": "image guidance scale",
     "images_per_prompt": "images per prompt",
     "seed": "seed",
 }
-_DEFAULTS = {"guidance_rescale": 0, "images_per_prompt": 1}
+_DEFAULTS = {"guidance_rescale": 0, "image_guidance_scale": 1, "images_per_prompt": 1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def select_backends(
 
 
 def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
-    """Set ``max_rows`` of the denoiser to 1 if guidance is faster in two runs of one row.
+    """Set ``max_rows`` of the denoiser to 1 if guidance is faster in runs of one row.
 
     Engines built for a fixed number of rows, engines of other backends, and models without guidance
     by default are not changed.
@@ -109,9 +109,10 @@ def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
 
 
 def _single_row_speedup(directory: Path, repeats: int) -> float:
-    """Return the speedup of single rows over two rows per run; the first pair is a warm-up."""
-    seconds: dict[int, list[float]] = {2: [], 1: []}
-    with load(directory, hashes=False) as pipeline:
+    """Return the speedup of single rows over all rows per run; the first pair is a warm-up."""
+    with load(directory, hashes=False, example_images=True) as pipeline:
+        count = pipeline.settings("a cat").guidance_rows
+        seconds: dict[int, list[float]] = {count: [], 1: []}
         for _ in range(repeats + 1):
             for rows, times in seconds.items():
                 start = time.perf_counter()
@@ -120,13 +121,13 @@ def _single_row_speedup(directory: Path, repeats: int) -> float:
                 ):
                     pass
                 times.append(time.perf_counter() - start)
-    pairs = zip(seconds[2][1:], seconds[1][1:], strict=True)
-    return median(both / one for both, one in pairs)
+    pairs = zip(seconds[count][1:], seconds[1][1:], strict=True)
+    return median(whole / split for whole, split in pairs)
 
 
 def _settings(engines: Path) -> Settings:
     """Return a short request at the default size, or at the size the engines were built for."""
-    with load(engines, hashes=False, low_memory=True) as pipeline:
+    with load(engines, hashes=False, low_memory=True, example_images=True) as pipeline:
         latent, defaults = pipeline.manifest.latent, pipeline.manifest.defaults
         fixed = latent.image_sizes(pipeline.engines["denoiser"].component)
         size = {} if fixed else {"height": defaults.height, "width": defaults.width}

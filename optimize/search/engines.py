@@ -82,7 +82,7 @@ class SearchEngines:
         """Return the pipeline of a variant, loading it in place of the one loaded before."""
         if self._loaded is None or self._loaded[0] != variant:
             self.close()
-            self._loaded = (variant, load(self.folder(variant), hashes=False))
+            self._loaded = (variant, load(self.folder(variant), hashes=False, example_images=True))
         return self._loaded[1]
 
     def publish(self, variant: Variant) -> None:

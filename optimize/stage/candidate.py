@@ -135,7 +135,9 @@ def _measure_layers(
         rewriter.fuse(model, "int8", half=False)
         feeds, form = _feeds(recipe, origin)[DENOISER], origin.target.form
         slot = _SessionSlot()
-        with load(origin.directory, hashes=False, wrap_session=slot.wrap) as pipeline:
+        with load(
+            origin.directory, hashes=False, wrap_session=slot.wrap, example_images=True
+        ) as pipeline:
             latents = _latents(
                 pipeline, slot, origin.calibration.results[0], recipe.sensitivity.steps
             )
@@ -218,7 +220,7 @@ def _judge(
 ) -> tuple[Measured, tuple[str, ...]]:
     """Repeat the source's runs with the engines of a folder, and compare; NaN is a failure."""
     try:
-        with load(folder, hashes=False) as pipeline:
+        with load(folder, hashes=False, example_images=True) as pipeline:
             measured: dict[str, Mapping[str, float]] = {**component_errors(pipeline, origin.gate)}
             measured["image"] = image_errors(pipeline, origin.gate.results, recipe.gate, progress)
     except (BackendError, GateError) as error:

@@ -131,7 +131,7 @@ def _time(
     passing = [c for c in candidates if not c.failures]
     if not (job.request.repeats and passing and job.target.runs_on_cpu):
         return None
-    with load(job.source, hashes=False, low_memory=True) as pipeline:
+    with load(job.source, hashes=False, low_memory=True, example_images=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request.settings)
     with progress.part("interleaved timing"):
         try:

@@ -15,7 +15,7 @@ from latentforge.runtime import backends
 from latentforge.runtime.backends import BACKENDS, ONLY_AT_LOAD
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.machine import available_memory
-from latentforge.runtime.manifest import Component, Manifest
+from latentforge.runtime.manifest import Component, Manifest, RequestDefaults
 from latentforge.runtime.shapes import Range, Sizes, format_shapes
 from latentforge.runtime.text import size_text
 
@@ -25,7 +25,6 @@ STAGE = "compile"
 """Name of the stage in a manifest's history."""
 
 _TIME_ROWS = Range(1, 20, 64)  # timesteps per run of denoiser_time; more take several runs
-_DENOISER_ROWS = Range(1, 2, 2)  # one image, with or without classifier-free guidance
 _MAX_SHAPES = 32
 _BASE_MEMORY = 500e6  # bytes of the libraries themselves, and of the kernels that they generate
 
@@ -251,8 +250,16 @@ def _task(
 def _component_sizes(name: str, any_size: bool, manifest: Manifest, sizes: Sizes) -> Sizes:
     """Return the sizes for a component; all but the denoiser run on one row at a time."""
     if not any_size:
-        height, width = Range.of(manifest.defaults.height), Range.of(manifest.defaults.width)
-        defaults = Sizes(height=(height,), width=(width,), batch=(_DENOISER_ROWS,))
-        sizes = sizes.with_defaults(defaults)
+        defaults = manifest.defaults
+        height, width = Range.of(defaults.height), Range.of(defaults.width)
+        sizes = sizes.with_defaults(
+            Sizes(height=(height,), width=(width,), batch=(_denoiser_rows(defaults),))
+        )
     one_row = not name.startswith("denoiser") and sizes.batch
     return replace(sizes, batch=(Range.of(1),)) if one_row else sizes
+
+
+def _denoiser_rows(defaults: RequestDefaults) -> Range:
+    """Return the rows of one image, with or without classifier-free guidance."""
+    rows = 2 if defaults.image_guidance_scale == 1 else 3
+    return Range(1, rows, rows)

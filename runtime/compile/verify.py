@@ -57,10 +57,10 @@ def compare(source: Path, directory: Path) -> dict[str, float]:
         ManifestError: one of them lacks a component.
         GateError: the images differ more than backends may.
     """
-    with load(directory, hashes=False, low_memory=True) as pipeline:
+    with load(directory, hashes=False, low_memory=True, example_images=True) as pipeline:
         candidate = trial(pipeline, steps=1)
         precision = pipeline.manifest.components["denoiser"].precision
-    with load(source, hashes=False, low_memory=True) as pipeline:
+    with load(source, hashes=False, low_memory=True, example_images=True) as pipeline:
         reference = pipeline.run(candidate.settings)
     pixels = [to_array(result.images) for result in (reference, candidate)]
     figures = {
@@ -113,7 +113,7 @@ def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: in
 
 
 def _one_step(directory: Path) -> str:
-    with load(directory, hashes=False, low_memory=True) as pipeline:
+    with load(directory, hashes=False, low_memory=True, example_images=True) as pipeline:
         result = trial(pipeline, steps=1)
     if np.ptp(to_array(result.images)) == 0:
         raise GateError(

@@ -16,7 +16,7 @@ __all__ = ["ConditioningEncoder", "ConditioningInputs", "guidance_embedding"]
 
 Array = NDArray[np.float32]
 ConditioningInputs = dict[str, Array]
-"""Conditioning inputs of the denoiser by name, one row per image, or two with guidance."""
+"""Conditioning inputs of the denoiser by name; one row per image, or more with guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,9 @@ class ConditioningEncoder:
         """Return the denoiser's conditioning inputs for a request, by input name.
 
         With classifier-free guidance the rows of the negative prompts come first: two rows per
-        image. Guidance is not classifier-free at scale 1 or below, or for a denoiser that takes
-        the scale as an input (Meng et al. 2023, arXiv 2210.03142): then it is one row per image.
+        image, or three with image guidance. Guidance is not classifier-free at scale 1 or below, or
+        for a denoiser that takes the scale as an input (Meng et al. 2023, arXiv 2210.03142): then
+        it is one row per image.
         """
         guidance = settings.uses_guidance and "timestep_cond" not in self.inputs
         zeros = self.conditioning.zero_negative and not settings.negative_prompts
@@ -57,7 +58,11 @@ class ConditioningEncoder:
             for name, array in rows.items()
         }
         negative |= self._numbers(settings, settings.negative_aesthetic_score)
-        return {name: np.concatenate([negative[name], positive[name]]) for name in positive}
+        negatives = settings.guidance_rows - 1
+        return {
+            name: np.concatenate([*[negative[name]] * negatives, positive[name]])
+            for name in positive
+        }
 
     def _encode_texts(self, texts: Sequence[str], repeats: int) -> ConditioningInputs:
         """Return contexts (rows, tokens, width) and pooled outputs (rows, width)."""

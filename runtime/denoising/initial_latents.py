@@ -1,5 +1,7 @@
 """Initial latents of a run: from noise, from an image, or from the masked part of an image.
 
+They come with the channels of images that some denoisers take besides the latents.
+
 Random numbers are drawn in the order of diffusers' pipelines, so that a seed gives the same image:
 the posterior of the image first, then the noise, then the posterior of the masked image.
 """
@@ -16,11 +18,11 @@ from PIL import Image
 
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.image import to_array, to_mask
-from latentforge.runtime.manifest import Latent
+from latentforge.runtime.manifest import Conditioning, ImageChannels, Latent
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
 from latentforge.runtime.sampling.sampler import MaskBlend
 from latentforge.runtime.settings import Settings
-from latentforge.runtime.vae import Draw
+from latentforge.runtime.vae import Draw, Posterior
 
 __all__ = ["InitImage", "InitialState", "LatentInitializer", "ImageInput", "image_size"]
 
@@ -47,7 +49,12 @@ class InitImage:
 
     @classmethod
     def of(
-        cls, image: ImageInput | None, mask: Image.Image | None, settings: Settings, latent: Latent
+        cls,
+        image: ImageInput | None,
+        mask: Image.Image | None,
+        settings: Settings,
+        latent: Latent,
+        conditioning: Conditioning,
     ) -> InitImage:
         """Check an image and a mask, and resize them to the request's size.
 
@@ -55,6 +62,10 @@ class InitImage:
             SettingsError: one is not an image, or the request lacks one or has one too many.
             ShapeError: mask and image, or latents and request, differ in size.
         """
+        if conditioning.requires_image and image is None:
+            raise SettingsError("this model edits an image: give image (--image)")
+        if not conditioning.starts_from_image:
+            _check_edit(image, mask, settings)
         if isinstance(image, np.ndarray):
             return cls(latents=_check_latents(image, mask, settings, latent))
         if settings.denoising_start is not None:
@@ -74,8 +85,7 @@ class InitialState:
 
     Attributes:
         latents: at the noise level where the plan starts; None for noise alone.
-        extra_channels: further input channels of an inpainting denoiser: the mask and the latents
-            of the masked image.
+        extra_channels: further input channels of the denoiser, (images, channels, h, w).
         mask_blend: puts the image back outside of the mask after each step.
     """
 
@@ -114,22 +124,24 @@ class LatentInitializer:
         settings: the request.
         plan: noise plan of the run; its strength is already applied.
         shape: of the latents, (images, channels, h, w).
-        inpainting_channels: True if the denoiser takes the mask and the masked image as channels.
+        channels: channels of images that the denoiser takes, in order.
         draw: standard normal noise of a shape.
-        encode: pixels to latents; draws from the same noise.
+        encode: pixels to the distribution of their latents.
     """
 
     settings: Settings
     plan: NoisePlan
     shape: tuple[int, int, int, int]
-    inpainting_channels: bool
+    channels: tuple[ImageChannels, ...]
     draw: Draw
-    encode: Callable[[Array], Array]
+    encode: Callable[[Array], Posterior]
 
     def prepare(self, init: InitImage) -> InitialState:
         """Return the initial state for an initial image, mask or latents, or for none."""
-        if init.mask is not None or (self.inpainting_channels and init.latents is None):
+        if init.mask is not None or ("mask" in self.channels and init.latents is None):
             return self._masked(init)
+        if "image" in self.channels and init.pixels is not None:
+            return InitialState(extra_channels=self._repeated(self.encode(init.pixels).mean))
         if init.latents is not None and self.settings.denoising_start is not None:
             return InitialState(latents=init.latents)
         if init.latents is not None:
@@ -145,22 +157,24 @@ class LatentInitializer:
         pixels = blank if init.pixels is None else init.pixels
         mask = np.ones_like(blank[:, :1]) if init.mask is None else init.mask
         from_noise = self.settings.strength == 1
-        clean = blank if from_noise and self.inpainting_channels else self._encoded(pixels)
+        clean = blank if from_noise and self.channels else self._encoded(pixels)
         noise = self.draw(self.shape)
         latents = noise * np.float32(self.plan.scale) if from_noise else self._noised(clean, noise)
         # Encoded even where it is not used: diffusers draws random numbers for it.
         masked_image = self._encoded(pixels * (mask < 0.5))
         factor = self.settings.height // self.shape[2]
         small = mask[:, :, ::factor, ::factor]
-        if not self.inpainting_channels:
+        if not self.channels:
             return InitialState(latents=latents, mask_blend=_mask_blend(clean, noise, small))
         extra = np.concatenate([small.repeat(self.shape[0], axis=0), masked_image], axis=1)
         return InitialState(latents=latents, extra_channels=extra)
 
     def _encoded(self, pixels: Array) -> Array:
         """Return latents, one row per image of the request."""
-        latents = self.encode(pixels)
-        return latents.repeat(self.shape[0] // len(latents), axis=0)
+        return self._repeated(self.encode(pixels).sample(self.draw))
+
+    def _repeated(self, rows: Array) -> Array:
+        return rows.repeat(self.shape[0] // len(rows), axis=0)
 
     def _noised(self, clean: Array, noise: Array) -> Array:
         return _noised(clean, noise, self.plan.intervals[0].start)
@@ -211,6 +225,23 @@ def _check_mask(mask: Image.Image, image: Image.Image | Sequence[Image.Image] | 
             raise ShapeError(
                 f"the mask is {w}x{h} and the image {width}x{height}: they must be of one size"
             )
+
+
+def _check_edit(image: ImageInput | None, mask: Image.Image | None, settings: Settings) -> None:
+    """Refuse what does not apply where the image is conditioning, and sampling starts from noise.
+
+    Raises:
+        SettingsError: the request masks the image, keeps a part of its noise, or passes latents.
+    """
+    if mask is not None:
+        raise SettingsError("this model edits whole images: omit the mask")
+    if settings.strength != 1:
+        raise SettingsError(
+            "strength does not apply to this model, which samples from noise: omit it, or set "
+            "image_guidance_scale"
+        )
+    if isinstance(image, np.ndarray) or settings.denoising_start is not None:
+        raise SettingsError("this model cannot continue from latents: pass the image to edit")
 
 
 def _check_latents(

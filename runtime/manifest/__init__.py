@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +39,7 @@ __all__ = [
     "Conditioning",
     "DenoiserVariant",
     "FileEntry",
+    "ImageChannels",
     "Latent",
     "Manifest",
     "RequestDefaults",
@@ -208,6 +209,15 @@ TimeId = Literal[
 ]
 
 
+ImageChannels = Literal["mask", "masked_image", "image"]
+"""Channels of the denoiser's sample that come from the images of a request:
+
+mask: 1 where to paint, one channel.
+masked_image: latents of the image outside of the mask, sampled and scaled as initial latents are.
+image: latents of the image to edit, the mean of the VAE's distribution and not scaled.
+"""
+
+
 class Conditioning(Record, frozen=True, kw_only=True):
     """Inputs of the denoiser besides latents and timestep.
 
@@ -217,11 +227,23 @@ class Conditioning(Record, frozen=True, kw_only=True):
         zero_negative: without a negative prompt, its embeddings are zeros instead of those of the
             empty prompt (``force_zeros_for_empty_prompt`` in diffusers).
         time_ids: numbers in the denoiser's ``time_ids`` input, in order.
+        channels: channels of the denoiser's ``sample`` after those of the latents, in order.
     """
 
     encoders: tuple[TextEncoding, ...]
     zero_negative: bool = False
     time_ids: tuple[TimeId, ...] = ()
+    channels: tuple[ImageChannels, ...] = ()
+
+    @property
+    def starts_from_image(self) -> bool:
+        """True if sampling may start from the noised image, which is not itself conditioning."""
+        return "image" not in self.channels
+
+    @property
+    def requires_image(self) -> bool:
+        """True if there is nothing to generate without an image."""
+        return "image" in self.channels
 
 
 class Latent(Record, frozen=True, kw_only=True):
@@ -235,9 +257,10 @@ class Latent(Record, frozen=True, kw_only=True):
     downscale: Small
     multiple: Small
 
-    def has_inpainting_channels(self, denoiser: Component) -> bool:
-        """Return True if a denoiser also takes a mask and the latents of the masked image."""
-        return denoiser.inputs["sample"].shape[1] != self.channels
+    def sample_channels(self, images: Sequence[ImageChannels]) -> int:
+        """Return the channels of the sample of a denoiser that takes these channels of images."""
+        widths = {"mask": 1, "masked_image": self.channels, "image": self.channels}
+        return self.channels + sum(widths[name] for name in images)
 
     def image_sizes(self, denoiser: Component) -> list[tuple[Range, Range]]:
         """Return a denoiser's (height, width) ranges in pixels; none where any size fits."""
@@ -258,6 +281,7 @@ class RequestDefaults(Record, frozen=True, kw_only=True):
     steps: Positive
     guidance_scale: float
     guidance_rescale: float
+    image_guidance_scale: float = 1.0
     height: Positive
     width: Positive
 
@@ -328,8 +352,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     def required_components(self) -> tuple[str, ...]:
         """Components that text to image needs, in the order in which they run."""
         encoders = [encoder.component for encoder in self.conditioning.encoders]
-        denoiser = self.components.get("denoiser")
-        if denoiser is not None and self.latent.has_inpainting_channels(denoiser):
+        if self.conditioning.channels:
             encoders.append("vae_encoder")
         parts = [name for name in DENOISER_PARTS if name in self.components or name == "denoiser"]
         return (*encoders, *parts, "vae_decoder")

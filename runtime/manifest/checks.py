@@ -44,6 +44,9 @@ _REQUIRED_INPUTS: _Ranks = {"timestep": (0, 1), "encoder_hidden_states": (3,)}
 DENOISER_INPUTS = {"sample", *_REQUIRED_INPUTS, "text_embeds", "time_ids", "timestep_cond"}
 """Inputs that the runtime can fill."""
 
+IMAGE_CHANNELS = ((), ("mask", "masked_image"), ("image",))
+"""Combinations of channels that a denoiser's sample may have after the latents."""
+
 _LATER_INPUTS = {
     "denoiser_prompt": {"sample", "timestep"},
     "denoiser_time": {"sample"},
@@ -102,16 +105,21 @@ def _check_encoder(manifest: Manifest, encoder: TextEncoding) -> None:
 
 
 def _check_channels(manifest: Manifest) -> None:
-    channels = manifest.latent.channels
-    allowed = {
-        "denoiser": ("sample", (channels, 2 * channels + 1)),
-        "vae_decoder": ("latent_sample", (channels,)),
+    latent, images = manifest.latent, manifest.conditioning.channels
+    if images not in IMAGE_CHANNELS:
+        raise ManifestError(f"conditioning: no denoiser takes the channels {', '.join(images)}")
+    expected = {
+        "denoiser": ("sample", latent.sample_channels(images)),
+        "vae_decoder": ("latent_sample", latent.channels),
     }
-    for name, (key, counts) in allowed.items():
+    for name, (key, channels) in expected.items():
         if name in manifest.components:
             count = manifest.components[name].inputs[key].shape[1]
-            if count not in counts:
-                raise ManifestError(f"{name}: {key} has {count} channels, but latents {channels}")
+            if count != channels:
+                parts = " + ".join(("latents", *images)) if name == "denoiser" else "latents"
+                raise ManifestError(
+                    f"{name}: {key} has {count} channels, but {parts} have {channels}"
+                )
 
 
 def _check_conditioning(manifest: Manifest) -> None:

@@ -219,7 +219,7 @@ def _sources(engines: Sequence[Path], request: EvalRequest) -> list[_ImageSource
         _ImageSource(
             name=name if names.count(name) == 1 else str(path.resolve())[1:].replace("/", "-"),
             fingerprint=hash_file(path / MANIFEST_FILE),
-            load=partial(load, path, threads=request.threads),
+            load=partial(load, path, threads=request.threads, example_images=True),
         )
         for path, name in zip(directories, names[1:], strict=True)
     ]

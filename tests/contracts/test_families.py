@@ -17,7 +17,7 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
 from diffusers import AutoencoderKL
-from tiny import INPAINTING, TINY
+from tiny import EDITING, INPAINTING, TINY
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
@@ -38,8 +38,9 @@ from latentforge.runtime.tensor import Feeds
 
 SIDE = 32
 REFINER = "sdxl-refiner"
-TEXT = [name for name in TINY if name not in (*INPAINTING, REFINER)]
-IMAGE = [name for name in TINY if name not in INPAINTING]
+TEXT = [name for name in TINY if name not in (*INPAINTING, *EDITING, REFINER)]
+IMAGE = [name for name in TINY if name not in (*INPAINTING, *EDITING)]
+INPAINT = [name for name in TINY if name not in EDITING]
 
 Built = Callable[[str], tuple[Pipeline, EagerPipeline]]
 
@@ -141,7 +142,7 @@ def test_image_to_image(built: Built, name: str, picture: Image.Image) -> None:
     check(pipe.run(settings, image=picture), eager(settings, image=picture))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", INPAINT)
 def test_inpainting(built: Built, name: str, picture: Image.Image, mask: Image.Image) -> None:
     inpaint(built, name, 0.6, picture, mask)
 
@@ -169,6 +170,15 @@ def test_an_inpainting_model_without_an_image_makes_a_whole_one(built: Built, na
     pipe, eager = built(name)
     settings = pipe.settings("a red fox", **request(pipe))
     check(pipe.run(settings), eager(settings))
+
+
+@pytest.mark.parametrize("name", EDITING)
+def test_editing(built: Built, name: str, picture: Image.Image) -> None:
+    """Two guidance scales, and a third row for each image."""
+    pipe, eager = built(name)
+    given = request(pipe, negative_prompt="moon", image_guidance_scale=1.8)
+    settings = pipe.settings("make it snow", image=picture, **given)
+    check(pipe.run(settings, image=picture), eager(settings, image=picture))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -208,6 +218,8 @@ def test_every_family_is_tested() -> None:
         ("lcm", "lcm", 4, 8.5, 0.0),
         ("sdxl", "euler", 50, 5.0, 0.0),
         ("sdxl-turbo", "euler_ancestral", 1, 0.0, 0.0),
+        ("pix2pix", "pndm", 100, 7.5, 0.0),
+        ("sdxl-pix2pix", "euler", 100, 5.0, 0.0),
         ("decidiffusion-1", "ddim", 30, 7.5, 0.7),
         ("decidiffusion-2", "squeezed_10", 16, 7.5, 0.8),
     ],

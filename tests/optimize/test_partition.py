@@ -176,7 +176,7 @@ def parts_of(directory: Path) -> PartitionedGraph:
 
 def generate(pipe: Pipeline, **request: Any) -> Result:
     """Run a few steps; an inpainting UNet gets an image of one colour."""
-    if pipe.manifest.latent.has_inpainting_channels(pipe.engines["denoiser"].component):
+    if pipe.manifest.conditioning.channels:
         image = Image.new("RGB", (32, 32), (200, 30, 40))
         request |= {"image": image, "mask": Image.new("L", (32, 32), 255)}
     defaults = {"steps": 3, "sampler": "ddim", "guidance_scale": 5.0, "height": 32, "width": 32}

@@ -207,7 +207,9 @@ def test_refuses_a_wrong_value(engines: Path, path: str, value: object) -> None:
 
 UNFIT = [
     ("tokenizers", {}, "text_encoder has no tokenizer"),
-    ("latent/channels", 5, "denoiser: sample has 4 channels, but latents 5"),
+    ("latent/channels", 5, "denoiser: sample has 4 channels, but latents have 5"),
+    ("conditioning/channels", ["image"], "but latents + image have 8"),
+    ("conditioning/channels", ["mask"], "no denoiser takes the channels mask"),
     ("schedule/train_steps", 10**9, "train_steps is at most 100000"),
     ("components/denoiser/inputs", {}, "denoiser: input 'sample' with 4 dimensions"),
     ("components/denoiser/inputs/sample/shape", [], "denoiser: input 'sample'"),

@@ -236,6 +236,7 @@ _SETTINGS: Mapping[str, str] = {
     "steps": "steps",
     "guidance": "guidance_scale",
     "rescale": "guidance_rescale",
+    "image_guidance_scale": "image_guidance_scale",
     "sampler": "sampler",
     "height": "height",
     "width": "width",

@@ -6,12 +6,17 @@ from typing import Any
 
 from latentforge.measure.formatting import level
 from latentforge.runtime.equivalence import required_psnr
-from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, Stage
+from latentforge.runtime.manifest import AccelerationPlan, Component, ImageChannels, Manifest, Stage
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
 
 __all__ = ["describe", "stage_lines"]
 
+_TASKS: Mapping[tuple[ImageChannels, ...], str] = {
+    ("mask", "masked_image"): "inpainting",
+    ("image",): "editing an image",
+}
+"""Tasks by the channels of images that the denoiser takes."""
 _SHOWN = 6  # tensors of a component, and layers kept in float
 _NAME = 18  # columns of a component's name
 
@@ -36,6 +41,8 @@ def _lines(manifest: Manifest) -> Iterator[str]:
 
 def _model_lines(manifest: Manifest) -> Iterator[str]:
     latent, defaults, schedule = manifest.latent, manifest.defaults, manifest.schedule
+    scale = defaults.image_guidance_scale
+    image = "" if scale == 1 else f", image {scale:g}"
     license = manifest.source.license or "unknown"
     encoders = " + ".join(encoder.component for encoder in manifest.conditioning.encoders)
     yield f"{manifest.name} ({manifest.family}), format {manifest.format}"
@@ -52,16 +59,16 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
     )
     yield (
         f"defaults    {defaults.sampler}, {defaults.steps} steps, guidance "
-        f"{defaults.guidance_scale:g} (rescale {defaults.guidance_rescale:g}), "
+        f"{defaults.guidance_scale:g} (rescale {defaults.guidance_rescale:g}{image}), "
         f"{defaults.width}x{defaults.height}"
     )
 
 
 def _tasks(manifest: Manifest) -> str:
+    if channels := manifest.conditioning.channels:
+        return _TASKS[channels]
     if "vae_encoder" not in manifest.components:
         return "text to image"
-    if "vae_encoder" in manifest.required_components:
-        return "inpainting"
     return "text to image, image to image, inpainting"
 
 

@@ -26,7 +26,8 @@ _EXAMPLES = """examples:
   latentforge run engines "a red apple" "an owl" --images 2 --seed 7 -o out.png
   latentforge run engines "a red apple" --sampler dpmpp_2m --steps 20 -o apple.png
   latentforge run engines "oil painting" --image photo.jpg --strength 0.6 -o out.png
-  latentforge run engines "a hat" --image photo.jpg --mask head.png -o out.png"""
+  latentforge run engines "a hat" --image photo.jpg --mask head.png -o out.png
+  latentforge run pix2pix "make it snow" --image photo.jpg --image-guidance-scale 1.5 -o out.png"""
 
 
 def add(commands: Any) -> None:
@@ -111,7 +112,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 def _add_image_arguments(parser: Any) -> None:
     group = parser.add_argument_group(
-        "image-to-image and inpainting",
+        "image-to-image, inpainting and editing",
         "The result has the size of the initial image, rounded down to what the model\n"
         "supports, unless --height and --width are given.",
     )
@@ -128,6 +129,12 @@ def _add_image_arguments(parser: Any) -> None:
         metavar="S",
         help="amount of change, 0 to 1: the fraction of the steps that is run (default: 0.8, or 1 "
         "with a mask)",
+    )
+    group.add_argument(
+        "--image-guidance-scale",
+        type=float,
+        metavar="SCALE",
+        help="for models that edit an image: how closely to keep it, from 1, which is off",
     )
     group = parser.add_argument_group("refiner")
     group.add_argument(
