@@ -11,7 +11,7 @@ demo: $(VENV)/ready  ## build the demo checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
 
 test: $(VENV)/ready check  ## lint, types and the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: $(VENV)/ready
 	$(BIN)/ruff check

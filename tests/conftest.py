@@ -70,6 +70,16 @@ m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
 TEXT_TO_IMAGE = ("text_encoder", "denoiser", "vae_decoder")
 
 
+FIRST = ("test_build.py", "test_docs.py", "test_families.py", "test_search.py", "test_cli.py")
+"""The first two make the engines that others share; then come the longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with files that several processes would otherwise wait for, at the start or end."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+
+
 @pytest.fixture
 def handmade(tmp_path: Path) -> Handmade:
     """A function that writes a valid engine directory, without torch and in milliseconds.
@@ -188,11 +198,10 @@ def _written(name: str, path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that returns the tiny checkpoint of a family, written once."""
-    folder = tmp_path_factory.mktemp("checkpoints")
 
     def checkpoint(name: str) -> Path:
-        path = folder / name
-        return path if path.exists() else _written(name, path)
+        place = f"checkpoints/{name}"
+        return _shared(tmp_path_factory, place, lambda path: _written(name, path))
 
     return checkpoint
 
@@ -207,12 +216,68 @@ def tiny_engines(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def tiny_denoiser(
+    tiny: Callable[[str], Path],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """A function that returns engines of a family's denoiser, with all dimensions free.
+
+    Each is exported once for all tests. Copy them before changing them.
+    """
+    pytest.importorskip("diffusers", exc_type=ImportError)
+    from latentforge.export.stage import ExportRequest, export
+
+    part = ExportRequest(components=("denoiser",))
+
+    def engines(name: str) -> Path:
+        if name == "sd":
+            return Path(request.getfixturevalue("tiny_engines"))
+        place = f"denoiser-{name}/{name}"  # a folder, and so a lock, for each
+        return _shared(tmp_path_factory, place, lambda path: export(str(tiny(name)), path, part))
+
+    return engines
+
+
+@pytest.fixture(scope="session")
+def small_engines(
+    tiny_engines: Path,
+    tiny_denoiser: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Tiny engines with the denoiser of bk-sdm, which has the fewest layers and variants."""
+    return _shared(
+        tmp_path_factory, "small/small", lambda path: _joined(tiny_engines, tiny_denoiser, path)
+    )
+
+
+def _joined(engines: Path, denoiser: Callable[[str], Path], path: Path) -> None:
+    """Copy engines, and replace their denoiser by that of bk-sdm."""
+    partial = Path(shutil.copytree(engines, path.with_name("partial")))
+    shutil.copy(denoiser("bk-sdm") / "denoiser.onnx", partial)
+    manifest, other = Manifest.read(engines), Manifest.read(denoiser("bk-sdm"))
+    components = {**manifest.components, "denoiser": other.components["denoiser"]}
+    msgspec.structs.replace(manifest, components=components).write(partial)
+    partial.rename(path)
+
+
+@pytest.fixture(scope="session")
 def demo_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines of the demo checkpoint. They take a minute: for tests that need real images."""
     pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.stage import export
 
     return _shared(tmp_path_factory, "demo/demo", lambda path: export("demo", path))
+
+
+@pytest.fixture
+def quick_demo(demo_engines: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's engines with a default of six steps, for what any image serves."""
+    directory = Path(shutil.copytree(demo_engines, tmp_path / "engines"))
+    manifest = Manifest.read(directory)
+    defaults = msgspec.structs.replace(manifest.defaults, steps=6)
+    msgspec.structs.replace(manifest, defaults=defaults).write(directory)
+    return directory
 
 
 def _shared(factory: pytest.TempPathFactory, place: str, make: Callable[[Path], object]) -> Path:

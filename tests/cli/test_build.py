@@ -38,14 +38,14 @@ def quick(
 
 
 @pytest.fixture(scope="module")
-def automatic(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def automatic(small_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("openvino", exc_type=ImportError)
     directory = tmp_path_factory.mktemp("auto")
-    optimize_and_compile(tiny_engines, directory, BuildRequest(optimization=quick("auto")))
+    optimize_and_compile(small_engines, directory, BuildRequest(optimization=quick("auto")))
     return directory
 
 
-def test_auto_measures_the_backends_of_this_machine(automatic: Path, tiny_engines: Path) -> None:
+def test_auto_measures_the_backends_of_this_machine(automatic: Path, small_engines: Path) -> None:
     manifest = Manifest.read(automatic)
     stage = manifest.history[-1]
     assert stage.name == "select" and stage.options["reference"] == "cpu"
@@ -63,8 +63,8 @@ def test_auto_measures_the_backends_of_this_machine(automatic: Path, tiny_engine
         assert component.backend == {"cpu": "onnxruntime", "openvino": "openvino"}[chosen[name]]
 
 
-def test_auto_engines_make_the_same_image(automatic: Path, tiny_engines: Path) -> None:
-    with load(automatic) as ours, load(tiny_engines) as theirs:
+def test_auto_engines_make_the_same_image(automatic: Path, small_engines: Path) -> None:
+    with load(automatic) as ours, load(small_engines) as theirs:
         results = [pipe("red apple", steps=2, seed=3) for pipe in (theirs, ours)]
     assert psnr(results[0].latents, results[1].latents) > 80
 
@@ -76,7 +76,7 @@ def test_auto_leaves_no_other_files(automatic: Path) -> None:
     assert found == files
 
 
-def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_compiled(small_engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     (tmp_path / "rtx").mkdir()
     request = BuildRequest(
@@ -84,7 +84,7 @@ def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
         sizes=Sizes(height=parse_ranges("32"), width=parse_ranges("32,64")),
         options=("capabilities=8.6",),
     )
-    optimize_and_compile(tiny_engines, tmp_path / "rtx", request)
+    optimize_and_compile(small_engines, tmp_path / "rtx", request)
     manifest = Manifest.read(tmp_path / "rtx")
     assert [stage.name for stage in manifest.history] == ["export", "optimize", "compile"]
     unet = manifest.components["denoiser"]
@@ -96,10 +96,10 @@ def test_a_target_that_is_compiled(tiny_engines: Path, tmp_path: Path) -> None:
     check_that_damage_is_reported(tmp_path / "rtx")
 
 
-def test_auto_without_a_candidate(tiny_engines: Path, tmp_path: Path) -> None:
+def test_auto_without_a_candidate(small_engines: Path, tmp_path: Path) -> None:
     request = BuildRequest(optimization=quick("auto", gate=("psnr=1000",)))
     with pytest.raises(GateError, match="cpu: .*psnr is .* at least 1000.*openvino: .*psnr is"):
-        optimize_and_compile(tiny_engines, tmp_path, request)
+        optimize_and_compile(small_engines, tmp_path, request)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,9 +203,11 @@ def test_a_single_size_is_fixed_in_the_graphs() -> None:
     assert dimensions(sizes) == Dimensions(height=64)
 
 
-def test_the_faster_component_is_selected(tiny_engines: Path, tmp_path: Path, copy: object) -> None:
+def test_the_faster_component_is_selected(
+    small_engines: Path, tmp_path: Path, copy: object
+) -> None:
     """Engines that compute nothing are the faster ones."""
-    real, nothing = (Path(copy(tiny_engines)), tmp_path / "nothing")  # type: ignore[operator]
+    real, nothing = (Path(copy(small_engines)), tmp_path / "nothing")  # type: ignore[operator]
     nothing.mkdir()
     with pytest.raises(GateError):
         compile_into(

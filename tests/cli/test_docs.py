@@ -54,10 +54,10 @@ def runnable() -> Iterator[str]:
 
 
 @pytest.fixture
-def workplace(demo_engines: Path, tmp_path: Path) -> Path:
+def workplace(quick_demo: Path, tmp_path: Path) -> Path:
     """A directory as the reader has it after ``latentforge build demo demo-engines``."""
     for link in ("demo-engines", "demo-exported"):
-        (tmp_path / link).symlink_to(demo_engines)
+        (tmp_path / link).symlink_to(quick_demo)
     return tmp_path
 
 

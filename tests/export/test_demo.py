@@ -1,7 +1,6 @@
 """The demo checkpoint and ``latentforge demo``."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -42,16 +41,15 @@ def test_background_has_the_named_color(demo_engines: Path) -> None:
 
 
 def test_the_demo_leaves_engines_sheet_results_and_page(
-    demo_engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engines = Path(shutil.copytree(demo_engines, tmp_path / "engines"))
-    before = (engines / "manifest.json").read_bytes()
+    before = (quick_demo / "manifest.json").read_bytes()
     page = run_demo(tmp_path, images=2, repeats=1)
     assert page == tmp_path / "index.html"
     assert {path.name for path in tmp_path.iterdir()} == {
         "bench.json", "contact-sheet.png", "engines", "index.html",
     }  # fmt: skip
-    assert (engines / "manifest.json").read_bytes() == before  # current engines are used again
+    assert (quick_demo / "manifest.json").read_bytes() == before  # current engines are used again
     results = Results.read(tmp_path / "bench.json")
     assert [entry.status for entry in results.entries] == ["ok", "ok"]
     assert all(picture.psnr["engines"] > 40 for picture in results.pictures)

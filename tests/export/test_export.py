@@ -1,6 +1,7 @@
 """Export writes engines that reproduce torch's outputs, completely or not at all."""
 
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -372,26 +375,18 @@ def test_the_gate_detects_differences(tiny_engines: Path, wrong: str) -> None:
 
 # Interruptions
 
-CHILD = """
-import sys
-from pathlib import Path
-from latentforge.export.stage import ExportRequest, export
-print("ready", flush=True)
-quiet = len(sys.argv) == 3
-request = ExportRequest(components=("text_encoder",), quiet=quiet)
-export(sys.argv[1], Path(sys.argv[2]), request)
-"""
+TEXT_ENCODER = ExportRequest(components=("text_encoder",))
 
 
-def begin(checkpoint: Path, target: Path, *options: str) -> subprocess.Popen[str]:
-    """Start a process that exports one component, and wait until its imports are done."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+def forked(checkpoint: Path, target: Path) -> BaseProcess:
+    """Start an export of one component, forked from a process whose imports are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["latentforge.export.stage"])
+    ready = context.Process(target=time.sleep, args=(0,))
+    ready.start()
+    ready.join()
+    process = context.Process(target=export, args=(str(checkpoint), target, TEXT_ENCODER))
+    process.start()
     return process
 
 
@@ -399,22 +394,42 @@ def begin(checkpoint: Path, target: Path, *options: str) -> subprocess.Popen[str
 def duration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """Seconds of such an export without interruption."""
     target = tmp_path_factory.mktemp("whole") / "new"
-    process = begin(tiny_checkpoint, target)
+    process = forked(tiny_checkpoint, target)
     start = time.monotonic()
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert said == ""
+    process.join(timeout=200)
+    assert process.exitcode == 0
     Manifest.read(target)
     return time.monotonic() - start
 
 
 def kill_after(seconds: float, checkpoint: Path, target: Path) -> None:
-    process = begin(checkpoint, target)
-    try:
-        process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate(timeout=100)
+    process = forked(checkpoint, target)
+    process.join(timeout=seconds)
+    process.kill()
+    process.join(timeout=100)
+    assert process.exitcode is not None
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from latentforge.export.stage import ExportRequest, export
+print("ready", flush=True)
+request = ExportRequest(components=("text_encoder",), quiet=False)
+export(sys.argv[1], Path(sys.argv[2]), request)
+"""
+
+
+def begin(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
+    """Start a process that exports one component, and wait until its imports are done."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
 
 
 def check_killed_anywhere(
@@ -427,18 +442,18 @@ def check_killed_anywhere(
         if target.exists():
             assert list(Manifest.read(target).components) == ["text_encoder"]
     assert names(parent)  # leftovers, for the next one to remove
-    export(str(checkpoint), target, ExportRequest(components=("text_encoder",), overwrite=True))
+    export(str(checkpoint), target, replace(TEXT_ENCODER, overwrite=True))
     Manifest.read(target)
     assert names(parent) == ["new"]
 
 
 def test_a_kill_leaves_a_whole_directory_or_none(
-    tiny_checkpoint: Path, tmp_path: Path, duration: float
+    tiny_checkpoint: Path, tmp_path: Path, duration: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rng = random.Random()
     moments = [rng.uniform(low, low + 0.3) for low in (0.1, 0.4, 0.7)]
-    print("moments", moments)
     check_killed_anywhere(moments, tiny_checkpoint, tmp_path, duration)
+    assert capfd.readouterr() == ("", ""), moments  # of the export after the kills, which is quiet
 
 
 @pytest.mark.slow
@@ -450,7 +465,7 @@ def test_twenty_kills(tiny_checkpoint: Path, tmp_path: Path, duration: float) ->
 @pytest.mark.parametrize("part", ["recording", "exporting"])
 def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, part: str) -> None:
     target = tmp_path / "deep" / "new"
-    process = begin(tiny_checkpoint, target, "show progress")
+    process = begin(tiny_checkpoint, target)
     assert process.stderr is not None
     if part == "exporting":
         assert "recording a run in torch" in process.stderr.readline()

@@ -47,9 +47,9 @@ REQUEST = {"steps": 4, "seed": 5, "guidance_scale": 6.0}
 @pytest.fixture(scope="module")
 def arranged(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines for 32 x 32 pixels in optimum's layout. Copy before changing them."""
-    target = tmp_path_factory.mktemp("arranged") / "sd"
+    target = tmp_path_factory.mktemp("arranged") / "bk-sdm"
     sizes = Dimensions(height=32, width=32)
-    export(str(tiny("sd")), target, ExportRequest(dimensions=sizes, layout="optimum"))
+    export(str(tiny("bk-sdm")), target, ExportRequest(dimensions=sizes, layout="optimum"))
     return target
 
 
@@ -108,7 +108,7 @@ def test_files_of_the_directory(arranged: Path) -> None:
 
 def test_configurations_come_from_the_checkpoint(arranged: Path, tiny: Tiny) -> None:
     for name in ("text_encoder", "unet"):
-        found, original = (read(d / name / "config.json") for d in (arranged, tiny("sd")))
+        found, original = (read(d / name / "config.json") for d in (arranged, tiny("bk-sdm")))
         original.pop("_name_or_path", None)
         assert original.items() <= found.items()
     vae = read(arranged / "vae_decoder" / "config.json")

@@ -1,6 +1,5 @@
 """The optimize stage on real engines: results, history, and errors."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,14 @@ def fused(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny engines by the recipe fp32, timed."""
     target = tmp_path_factory.mktemp("fused") / "fp32"
     optimize(tiny_engines, target, quick(recipe="fp32", repeats=6))
+    return target
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny engines by the recipe int8. Copy them before changing them."""
+    target = tmp_path_factory.mktemp("quantized") / "int8"
+    optimize(tiny_engines, target, quick(recipe="int8"))
     return target
 
 
@@ -101,24 +108,29 @@ def test_recipe(recipe: str, tiny_engines: Path, tmp_path: Path) -> None:
 
 
 def test_another_schedule_warns_about_calibration(
-    tiny_engines: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    int8: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    optimize(tiny_engines, tmp_path / "out", quick(recipe="int8"))
-    with latentforge.load(tmp_path / "out") as pipe:
+    with latentforge.load(int8) as pipe:
         pipe("red apple", **SETTINGS)
         assert not caplog.records
         pipe("red apple", steps=3, sampler="euler")
     assert "calibrated for ddim with 2 steps, and this request is euler with 3" in caplog.text
-    assert not any("calibrated" in line for line in verify(tmp_path / "out"))
+    assert not any("calibrated" in line for line in verify(int8))
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
-def test_same_input_same_bytes(recipe: str, tiny_engines: Path, tmp_path: Path) -> None:
-    made = []
-    for name in ("one", "two"):
-        manifest = optimize(tiny_engines, tmp_path / name, quick(recipe=recipe))
-        made.append({name: entry.sha256 for name, entry in manifest.components.items()})
-    assert made[0] == made[1]
+def test_same_input_same_bytes(
+    recipe: str, fused: Path, int8: Path, tiny_engines: Path, tmp_path: Path, copy: Copy
+) -> None:
+    """And the source is left as it was."""
+    source = copy(tiny_engines)
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    again = optimize(source, tmp_path / "again", quick(recipe=recipe))
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+    first = Manifest.read({"fp32": fused, "int8": int8}[recipe])
+    for name, component in first.components.items():
+        assert again.components[name].sha256 == component.sha256, name
+    assert again.components.keys() == first.components.keys()
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"cpu"}))
@@ -259,12 +271,9 @@ def _replace(directory: Path, name: str, content: bytes) -> None:
     msgspec.structs.replace(manifest, components=components).write(directory)
 
 
-def test_int8_graphs_are_not_quantized_again(
-    tiny_engines: Path, tmp_path: Path, copy: Copy
-) -> None:
+def test_int8_graphs_are_not_quantized_again(int8: Path, tmp_path: Path, copy: Copy) -> None:
     """Not even without an entry in the history, as with graphs of another tool."""
-    path = tmp_path / "int8"
-    optimize(tiny_engines, path, quick(recipe="int8"))
+    path = copy(int8)
     manifest = Manifest.read(path)
     msgspec.structs.replace(manifest, history=manifest.history[:1]).write(path)
     with pytest.raises(SettingsError, match="quantized"):
@@ -279,11 +288,3 @@ def test_missing_components_are_named(tiny_engines: Path, tmp_path: Path, copy: 
     msgspec.structs.replace(manifest, components=components).write(part)
     with pytest.raises(ManifestError, match="no denoiser, without which no images"):
         optimize(part, tmp_path / "out", quick())
-
-
-def test_source_is_left_as_it_was(tiny_engines: Path, tmp_path: Path, copy: Copy) -> None:
-    source = copy(tiny_engines)
-    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
-    optimize(source, tmp_path / "out", quick(recipe="int8"))
-    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
-    shutil.rmtree(tmp_path / "out")

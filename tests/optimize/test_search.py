@@ -226,9 +226,9 @@ def test_faster_is_what_the_lower_bound_says() -> None:
 
 
 @pytest.fixture(scope="module")
-def planned(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny engines with a plan behind a gate that almost any plan passes."""
-    directory = few_steps(tiny_engines, tmp_path_factory.mktemp("fast") / "engines")
+def planned(small_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines with a plan behind a gate that almost any plan passes."""
+    directory = few_steps(small_engines, tmp_path_factory.mktemp("fast") / "engines")
     accelerate(directory, SearchRequest(gate=("psnr=5", "images=2"), effort=3))
     return directory
 
@@ -276,8 +276,8 @@ def test_only_the_components_of_the_plan_are_kept(planned: Path) -> None:
     assert bool(manifest.acceleration.cached_steps) == ("denoiser_cached" in manifest.components)
 
 
-def test_requests_follow_the_plan_unless_unaccelerated(planned: Path, tiny_engines: Path) -> None:
-    with load(planned) as pipeline, load(tiny_engines) as original:
+def test_requests_follow_the_plan_unless_unaccelerated(planned: Path, small_engines: Path) -> None:
+    with load(planned) as pipeline, load(small_engines) as original:
         plan = pipeline.manifest.acceleration
         assert plan is not None
         ours = pipeline("red apple", seed=5)
@@ -299,9 +299,9 @@ def test_the_sampler_accepts_the_timesteps_of_the_plan(planned: Path) -> None:
 
 
 def test_the_denoiser_is_split_for_a_plan_with_cached_steps(
-    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = few_steps(tiny_engines, tmp_path / "engines")
+    directory = few_steps(small_engines, tmp_path / "engines")
     only = PlanCandidate(steps=6, guided=(0.0, 0.5), cache_interval=2, variant=SPLIT)
     monkeypatch.setattr(SEARCH, "list_candidates", lambda *_, **__: [only])
     manifest = accelerate(directory, SearchRequest(gate=("psnr=1", "images=1"), effort=1))
@@ -311,7 +311,7 @@ def test_the_denoiser_is_split_for_a_plan_with_cached_steps(
     assert Manifest.read(directory) == manifest  # hashes and all
     named = {entry.file for entry in manifest.files} | {"manifest.json"}
     assert {p.relative_to(directory).as_posix() for p in directory.rglob("*.*")} == named
-    with load(directory) as pipeline, load(tiny_engines) as original:
+    with load(directory) as pipeline, load(small_engines) as original:
         calls = pipeline("red apple", seed=5).timings.stages
         assert (len(calls["denoiser"]), len(calls["denoiser_cached"])) == (3, 3)
         request = {"seed": 5, "sampler": "ddim", "steps": 12}
@@ -341,12 +341,12 @@ def test_large_images_may_use_reduced_attention(
 
 
 def test_without_a_passing_plan_engines_stay_unaccelerated(
-    tiny_engines: Path, tmp_path: Path
+    small_engines: Path, tmp_path: Path
 ) -> None:
-    directory = few_steps(tiny_engines, tmp_path / "engines")
+    directory = few_steps(small_engines, tmp_path / "engines")
     manifest = accelerate(directory, SearchRequest(gate=("psnr=99", "images=1"), effort=2))
     assert manifest.acceleration is None
-    assert manifest.components == Manifest.read(tiny_engines).components
+    assert manifest.components == Manifest.read(small_engines).components
     assert [judged["failures"][0][:5] for judged in manifest.history[-1].options["plans"]] == [
         "image"
     ] * 2
@@ -386,9 +386,9 @@ def search_with(
 
 
 def test_a_plan_that_is_not_confirmed_is_dropped(
-    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = few_steps(tiny_engines, tmp_path / "engines")
+    directory = few_steps(small_engines, tmp_path / "engines")
     manifest = search_with(monkeypatch, directory, loser="confirm", speedup=FASTER)
     options = manifest.history[-1].options
     assert manifest.acceleration is None
@@ -401,9 +401,9 @@ def test_a_plan_that_is_not_confirmed_is_dropped(
 
 
 def test_the_report_decides_nothing(
-    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = few_steps(tiny_engines, tmp_path / "engines")
+    directory = few_steps(small_engines, tmp_path / "engines")
     manifest = search_with(monkeypatch, directory, loser="report", speedup=FASTER)
     options = manifest.history[-1].options
     assert manifest.acceleration is not None and manifest.acceleration.measured["right"] == 0
@@ -416,9 +416,9 @@ def test_the_report_decides_nothing(
 
 
 def test_a_plan_that_may_be_slower_is_not_taken(
-    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = few_steps(tiny_engines, tmp_path / "engines")
+    directory = few_steps(small_engines, tmp_path / "engines")
     unsure = ConfidenceInterval(value=1.5, low=0.95, high=1.8, level=0.96875)
     manifest = search_with(monkeypatch, directory, loser="", speedup=unsure)
     options = manifest.history[-1].options
@@ -463,10 +463,11 @@ def test_a_dry_run_describes_the_search(
 
 
 def test_build_fast(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = tmp_path / "out"
-    command = ["build", str(tiny_checkpoint), str(target), "--fast", "--effort", "2"]
+    source, target = shutil.copytree(tiny("bk-sdm"), tmp_path / "in"), tmp_path / "out"
+    (source / "latentforge.json").write_text('{"defaults": {"steps": 12}}')
+    command = ["build", str(source), str(target), "--fast", "--effort", "2"]
     assert main([*command, "--gate", "psnr=5", "--gate", "images=1", "--repeats", "6"]) == 0
     manifest, said = Manifest.read(target), capsys.readouterr().out
     assert manifest.history[1].name == "optimize" and manifest.history[-1].name == "search"
