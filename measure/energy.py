@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentforge.runtime.machine import gpus, nvml
+from latentforge.measure.hardware import gpus, nvml
 
 __all__ = ["EnergyMeter", "energy_meters", "total_joules"]
 

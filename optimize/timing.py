@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from latentforge.measure.bench.interleaved import measure, require_all_ok
 from latentforge.measure.bench.protocol import Participant
+from latentforge.measure.hardware import available_cores, fit_together
 from latentforge.measure.results import BenchResult, ConfidenceInterval
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.settings import Settings
 
 __all__ = ["MARGIN", "FreeMemoryError", "fastest", "rounded", "speedup_figures", "time_engines"]

@@ -1,6 +1,7 @@
 """Engines: loaded components that take any number of rows and reject NaN."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from latentforge.runtime import backends
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.shapes import ANY, Range, Shapes
+from latentforge.runtime.shapes import ANY, Range
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["Engine", "Engines", "LoadEngine"]
@@ -24,26 +25,25 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _T = TypeVar("_T", bound=np.generic)
 
 
+@dataclass(frozen=True, eq=False)
 class Engine:
     """Component with its loaded session.
 
     An engine that supports only some numbers of rows serves every request: a larger one in several
     runs (micro-batches), a smaller one padded by repeating its last row. If it supports more,
     ``max_rows`` limits the rows of one run, which saves memory.
+
+    Attributes:
+        name: of the component.
+        component: its manifest entry.
+        session: the loaded session.
+        max_rows: largest micro-batch of one session run; None if there is no limit.
     """
 
-    def __init__(
-        self,
-        name: str,
-        component: Component,
-        session: backends.Session,
-        *,
-        max_rows: int | None = None,
-    ) -> None:
-        self._name = name
-        self._component = component
-        self._session = session
-        self._max_rows = max_rows
+    name: str
+    component: Component
+    session: backends.Session
+    max_rows: int | None = None
 
     @classmethod
     def load(
@@ -61,11 +61,9 @@ class Engine:
         """Load a component of an engine directory on its backend.
 
         Args:
-            name: of the component.
-            component: its manifest entry.
+            name, component, max_rows: see Engine.
             directory: the engine directory.
             options: backend options; the backend takes those it supports.
-            max_rows: largest micro-batch of one session run.
             low_memory: do not repack the weights, if the backend can do without.
             spin: keep the threads spinning between runs. An engine that runs rarely should not,
                 because the others need the cores.
@@ -77,36 +75,15 @@ class Engine:
             ForeignEngineError: the engine was built for another device or version.
         """
         backend = backends.get(component.backend)
-        defaults = {
-            **({} if spin else {"spin": False}),
-            **({"prepack": False} if low_memory else {}),
-        }
-        requested = {**defaults, **options}
+        spinning = {} if spin else {"spin": False}
+        packing = {"prepack": False} if low_memory else {}
+        requested = {**spinning, **packing, **options}
         supported = {key: value for key, value in requested.items() if key in backend.OPTIONS}
         stored = {k: v for k, v in component.options.items() if k not in backends.ONLY_AT_LOAD}
         session = backend.load(directory / component.file, component, {**stored, **supported})
-        session = session if wrap is None else wrap(name, session)
-        return cls(name, component, session, max_rows=max_rows)
-
-    @property
-    def name(self) -> str:
-        """Name of the component."""
-        return self._name
-
-    @property
-    def component(self) -> Component:
-        """Manifest entry of the component."""
-        return self._component
-
-    @property
-    def session(self) -> backends.Session:
-        """Loaded session."""
-        return self._session
-
-    @property
-    def max_rows(self) -> int | None:
-        """Largest micro-batch of one session run; None if there is no limit."""
-        return self._max_rows
+        if wrap is not None:
+            session = wrap(name, session)
+        return cls(name, component, session, max_rows)
 
     def run(
         self, rows: Feeds, shared: Feeds = _EMPTY, *, max_rows: int | None = None
@@ -150,22 +127,25 @@ class Engine:
         supported = self._supported_rows(inputs)
         parts, start = [], 0
         while start < count:
-            size = _next_size(count - start, supported, max_rows or self._max_rows)
-            parts.append(self._session.run({**_micro_batch(inputs, start, size), **shared}))
+            size = _next_size(count - start, supported, max_rows or self.max_rows)
+            micro_batch = {key: _slice(array, start, size) for key, array in inputs.items()}
+            parts.append(self.session.run({**micro_batch, **shared}))
             start += size
-        return {key: _joined([part[key] for part in parts])[:count] for key in parts[0]}
+        if len(parts) > 1:
+            parts = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]}]
+        return {key: value[:count] for key, value in parts[0].items()}
 
     def _count(self, rows: Feeds) -> int:
         counts = {name: len(array) for name, array in rows.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             got = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ShapeError(
-                f"{self._name}: inputs must have the same number of rows; got {got or 0}"
+                f"{self.name}: inputs must have the same number of rows; got {got or 0}"
             )
         return next(iter(counts.values()))
 
     def _cast(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        spec = self._component.inputs.get(name)
+        spec = self.component.inputs.get(name)
         if spec is None or not np.can_cast(array.dtype, spec.dtype, "same_kind"):
             return array  # rejected by the session
         return array.astype(spec.dtype, copy=False)
@@ -173,21 +153,25 @@ class Engine:
     def _supported_rows(self, inputs: Feeds) -> list[Range]:
         """Return the numbers of rows that the engine supports at the size of these inputs."""
         name = next(iter(inputs))
-        spec = self._component.inputs.get(name)
+        spec = self.component.inputs.get(name)
         if spec is None or not spec.shape:
-            raise ShapeError(f"{self._name}: engine has no input {name!r} with rows")
+            raise ShapeError(f"{self.name}: engine has no input {name!r} with rows")
         rows = spec.shape[0]
         if isinstance(rows, int):
             return [Range.of(rows)]
-        sizes = self._component.sizes(inputs)
-        fitting = [s for s in self._component.shapes if _contains(s, sizes, except_for=rows)]
-        return [shapes[rows] for shapes in fitting if rows in shapes] or [ANY]
+        sizes = self.component.sizes(inputs)
+        return [
+            shapes[rows]
+            for shapes in self.component.shapes
+            if rows in shapes
+            and all(sizes.get(key, 0) in r for key, r in shapes.items() if key != rows)
+        ] or [ANY]
 
     def _checked(self, outputs: dict[str, NDArray[_T]]) -> dict[str, NDArray[_T]]:
         for key, value in outputs.items():
             if not np.isfinite(value).all():
                 raise BackendError(
-                    f"{self._name}: output {key} holds NaN or infinity: its precision does not "
+                    f"{self.name}: output {key} holds NaN or infinity: its precision does not "
                     "suit this model, or the weights are damaged; build again with --precision fp32"
                 )
         return outputs
@@ -243,16 +227,6 @@ class Engines(Mapping[str, Engine]):
                 engine.session.close()
 
 
-def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _contains(shapes: Shapes, sizes: Mapping[str, int], *, except_for: str) -> bool:
-    """Return True if the sizes lie in the ranges, apart from those of one dimension."""
-    ranges = {name: range_ for name, range_ in shapes.items() if name != except_for}
-    return all(sizes.get(name, 0) in range_ for name, range_ in ranges.items())
-
-
 def _next_size(left: int, supported: Sequence[Range], max_rows: int | None) -> int:
     """Return the rows of the next run: as many as possible, or else the smallest supported."""
     limit = min(left, max_rows or left)
@@ -260,16 +234,11 @@ def _next_size(left: int, supported: Sequence[Range], max_rows: int | None) -> i
     return max(fitting, default=min(rows.min for rows in supported))
 
 
-def _micro_batch(rows: Feeds, start: int, size: int) -> dict[str, NDArray[np.generic]]:
-    """Return `size` rows of every input, padded by repeating the last row."""
-    return {key: _padded(_slice(array, start, size), size) for key, array in rows.items()}
-
-
 def _slice(array: NDArray[np.generic], start: int, size: int) -> NDArray[np.generic]:
-    """Return rows of an array; the same object for all of them, as backends may cache it."""
-    return array if size == len(array) else array[start : start + size]
+    """Return `size` rows of an array, padded by repeating the last row.
 
-
-def _padded(array: NDArray[np.generic], size: int) -> NDArray[np.generic]:
-    missing = size - len(array)
-    return np.concatenate([array, array[-1:].repeat(missing, axis=0)]) if missing else array
+    All of an array is the same object, because backends may cache it.
+    """
+    rows = array if size == len(array) else array[start : start + size]
+    missing = size - len(rows)
+    return np.concatenate([rows, rows[-1:].repeat(missing, axis=0)]) if missing else rows

@@ -1,17 +1,5 @@
 """Exceptions that latentforge raises on purpose.
 
-* LatentforgeError
-  - CheckpointError    the checkpoint is missing, damaged, or of an unsupported kind
-  - ManifestError      the engine directory does not match its manifest, or the manifest is invalid
-  - BackendError       the backend is not installed, or refuses the engine
-    + DeviceError      the device that the engine needs is not available
-      * ForeignEngineError   the engine was built for another device or library version
-  - SettingsError      invalid request: unknown sampler, steps below 1, ...
-    + ShapeError       the request does not fit the shapes that the engine supports
-  - ResultsError       a results file is damaged, or of another version
-  - TargetError        the output cannot be written to its target
-  - GateError          the result does not pass the quality gate
-
 A message is one line: what is wrong, what was expected, and what to do next.
 """
 
@@ -55,7 +43,7 @@ class ForeignEngineError(DeviceError):
 
 
 class SettingsError(LatentforgeError):
-    """Invalid request."""
+    """Invalid request: unknown sampler, steps below 1, ..."""
 
 
 class ShapeError(SettingsError):

@@ -17,6 +17,7 @@ from latentforge.runtime.text import one_line
 
 __all__ = [
     "MAX_PSNR",
+    "SAME_IMAGE_PSNR",
     "check_image_path",
     "from_array",
     "open_image",
@@ -29,6 +30,9 @@ __all__ = [
 
 MAX_PSNR = 200.0
 """PSNR of equal arrays: finite, as JSON requires, and beyond that of any float32 difference."""
+
+SAME_IMAGE_PSNR: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}
+"""PSNR in dB from which an image counts as equal to the reference (class A), by precision."""
 
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 

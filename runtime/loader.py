@@ -18,7 +18,7 @@ from latentforge.runtime.errors import (
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 
-__all__ = ["EngineLoader", "SessionWrapper", "load", "load_component"]
+__all__ = ["EngineLoader", "SessionWrapper", "load"]
 
 SessionWrapper = Callable[[str, backends.Session], backends.Session]
 """Called with a component's name and its loaded session; the engine runs the session returned."""
@@ -67,16 +67,10 @@ def load(
         raise SettingsError(f"max_rows must be an integer of at least 1, not {max_rows}")
     path = Path(directory)
     manifest = Manifest.read(path, hashes=hashes)
-    if missing := [
-        name for name in manifest.required_components if name not in manifest.components
-    ]:
+    required, components = manifest.required_components, manifest.components
+    if missing := [name for name in required if name not in components]:
         raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
-    backends.check_option_names(
-        options, {manifest.components[n].backend for n in manifest.required_components}
-    )
-    tokenizers = {
-        name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
-    }
+    backends.check_option_names(options, {components[name].backend for name in required})
     loader = EngineLoader(
         manifest=manifest,
         directory=path,
@@ -84,39 +78,16 @@ def load(
         low_memory=low_memory,
         wrap_session=wrap_session,
     )
-    engines = Engines(loader, manifest.required_components, options)
+    tokenizers = {
+        name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
+    }
+    engines = Engines(loader, required, options)
     return Pipeline(manifest, engines, tokenizers, path, example_images=example_images)
-
-
-def load_component(manifest: Manifest, name: str, directory: Path, **options: Any) -> Engine:
-    """Load one engine of a directory, with as little memory as its backend can.
-
-    Args:
-        manifest: the manifest of the directory.
-        name: the component to load.
-        directory: the engine directory.
-        options: backend options, such as threads=2.
-
-    Raises:
-        BackendError: the backend is not installed, or rejects the engine.
-        DeviceError: the engine needs a device that this machine does not have.
-        ForeignEngineError: the engine was built for another device or version; the message has
-            the command that rebuilds it for this one.
-    """
-    return EngineLoader(manifest=manifest, directory=directory, low_memory=True)(name, options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLoader:
-    """Function that loads one component of an engine directory.
-
-    Attributes:
-        manifest: the manifest of the directory.
-        directory: the engine directory.
-        max_rows: largest micro-batch of the denoiser; None: the manifest's value.
-        low_memory: run one row at a time and do not repack the weights.
-        wrap_session: replaces the loaded session.
-    """
+    """Function that loads one component of an engine directory; its attributes are load()'s."""
 
     manifest: Manifest
     directory: Path

@@ -16,9 +16,8 @@ from latentforge.measure.bench.protocol import BenchJob, Participant
 from latentforge.measure.energy import energy_meters
 from latentforge.measure.results import BenchResult, TimedRun
 from latentforge.measure.statistics import medians, paired_speedups
-from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.image import psnr
+from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
 

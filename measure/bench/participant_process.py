@@ -13,9 +13,10 @@ from typing import Any
 
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.energy import EnergyMeter, total_joules
+from latentforge.measure.hardware import device_memory
 from latentforge.measure.results import TimedRun
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.machine import device_memory, peak_memory
+from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.process import parse_message
 from latentforge.runtime.timings import Timings
 

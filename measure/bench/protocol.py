@@ -23,8 +23,8 @@ from typing import Any
 
 import msgspec
 
+from latentforge.measure.equivalence import same_trajectory
 from latentforge.measure.results import Role
-from latentforge.runtime.equivalence import same_trajectory
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.record import Record
 from latentforge.runtime.settings import Settings

@@ -9,6 +9,7 @@ from latentforge.measure.bench import REPEATS
 from latentforge.measure.bench.interleaved import Array, Measured, measure
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.formatting import level
+from latentforge.measure.hardware import describe_machine
 from latentforge.measure.results import (
     BenchResult,
     LayerTiming,
@@ -20,7 +21,6 @@ from latentforge.measure.results import (
 from latentforge.measure.statistics import interval_level
 from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.loader import load
-from latentforge.runtime.machine import describe_machine
 from latentforge.runtime.manifest import Latent
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.rng import Generator

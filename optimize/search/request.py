@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from latentforge.measure.hardware import describe_machine
 from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.plan_gate import PlanGate
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.machine import describe_machine
 
 __all__ = ["MIN_REPEATS", "SearchRequest", "check_search"]
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import GateError
-from latentforge.runtime.image import psnr, to_array
-from latentforge.runtime.loader import load, load_component
+from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr, to_array
+from latentforge.runtime.loader import EngineLoader, load
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.profiling import PROMPT
@@ -35,8 +34,9 @@ def verify(directory: Path) -> Iterator[str]:
     files = list(manifest.files)
     size = sum(entry.bytes for entry in files)
     yield f"files: {len(files)} with the right size and sha256, {size / 1e6:.1f} MB"
+    loader = EngineLoader(manifest=manifest, directory=directory, low_memory=True)
     for name, component in manifest.components.items():
-        load_component(manifest, name, directory).session.close()
+        loader(name, {}).session.close()
         yield f"{name}: loads on {component.backend}, {component.precision}"
     if all(name in manifest.components for name in manifest.required_components):
         yield _one_step(directory)

@@ -11,10 +11,10 @@ from typing import Any
 from latentforge.measure.bench import REPEATS
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
+from latentforge.measure.hardware import available_cores, fit_together
 from latentforge.measure.peers import find_peer, participant
 from latentforge.measure.results import Results
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.machine import available_cores, fit_together
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Request, Settings, resolve

@@ -14,17 +14,16 @@ from latentforge.export.reference.eager import EagerPipeline
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
 from latentforge.measure.bench.summary import summary
+from latentforge.measure.hardware import available_cores
 from latentforge.measure.peers import participant
 from latentforge.measure.pictures import contact_sheet
 from latentforge.measure.report import render
 from latentforge.measure.results import Picture, Results
 from latentforge.optimize.stage.request import OptimizeRequest
-from latentforge.runtime.equivalence import SAME_IMAGE_PSNR
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.files import staged_file
-from latentforge.runtime.image import save_image, to_array
+from latentforge.runtime.image import SAME_IMAGE_PSNR, save_image, to_array
 from latentforge.runtime.loader import load
-from latentforge.runtime.machine import available_cores
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import resolve

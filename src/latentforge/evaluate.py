@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.accuracies import demo_accuracies
+from latentforge.measure.hardware import available_cores, describe_machine
 from latentforge.measure.prompts import read_prompts
 from latentforge.measure.quality import mlperf
 from latentforge.measure.quality.catalogue import METRICS
@@ -31,7 +32,6 @@ from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_image, save_image, to_array
 from latentforge.runtime.loader import load
-from latentforge.runtime.machine import available_cores, describe_machine
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace as replace_record
 
 from latentforge.benchmark import BenchRequest, benchmark
-from latentforge.measure import energy
+from latentforge.measure import energy, hardware
 from latentforge.measure.bench.interleaved import measure, require_all_ok
 from latentforge.measure.bench.participant_process import ParticipantProcess
 from latentforge.measure.bench.protocol import BenchJob, Participant
@@ -284,7 +284,7 @@ def test_memory_of_another_process() -> None:
     assert machine.peak_memory() > machine.resident_memory() * 0.5 > 1e6
     assert machine.peak_memory(1) > 0
     assert machine.peak_memory(2**22 + 1) == 0
-    assert {"cpu", "cores", "system", "memory"} <= machine.describe_machine().keys()
+    assert {"cpu", "cores", "system", "memory"} <= hardware.describe_machine().keys()
 
 
 # engines

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.errors import BackendError, SettingsError
-from latentforge.runtime.loader import load, load_component
+from latentforge.runtime.loader import EngineLoader, load
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.tensor import Feeds
 
@@ -99,6 +99,7 @@ def test_a_closed_pipeline_loads_nothing(handmade: Handmade) -> None:
 
 def test_one_component(handmade: Handmade, tmp_path: Path) -> None:
     directory = handmade()
-    engine = load_component(Manifest.read(directory), "vae_decoder", directory)
+    loader = EngineLoader(manifest=Manifest.read(directory), directory=directory, low_memory=True)
+    engine = loader("vae_decoder", {})
     pixels = engine.run({"latent_sample": np.zeros((2, 4, 4, 6), np.float32)})["sample"]
     assert engine.name == "vae_decoder" and pixels.shape == (2, 3, 32, 48)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from latentforge.measure.equivalence import required_psnr
 from latentforge.measure.formatting import level
-from latentforge.runtime.equivalence import required_psnr
 from latentforge.runtime.manifest import AccelerationPlan, Component, ImageChannels, Manifest, Stage
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec

@@ -4,12 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from latentforge.runtime.image import SAME_IMAGE_PSNR
 from latentforge.runtime.manifest import Manifest
 
-__all__ = ["SAME_IMAGE_PSNR", "required_psnr", "same_trajectory"]
-
-SAME_IMAGE_PSNR: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}
-"""PSNR in dB from which an image counts as equal to the reference (class A), by precision."""
+__all__ = ["required_psnr", "same_trajectory"]
 
 
 def same_trajectory(manifest: Manifest) -> bool:
