@@ -69,14 +69,7 @@ class AccelerationPlan(Record, frozen=True, kw_only=True):
     @property
     def request(self) -> dict[str, Any]:
         """Request settings that apply the plan, by name."""
-        return {
-            "sampler": self.sampler,
-            "steps": self.steps,
-            "timesteps": self.timesteps,
-            "guidance_interval": self.guidance_interval,
-            "cached_steps": self.cached_steps,
-            "variant": self.variant,
-        }
+        return {key: getattr(self, key) for key in self.__struct_fields__ if key != "measured"}
 
 
 def check_plan(
@@ -85,11 +78,7 @@ def check_plan(
     guidance_interval: tuple[float, float] | None,
     cached_steps: Sequence[int],
 ) -> None:
-    """Check that the parts of a plan fit each other and a schedule of this many steps.
-
-    Args:
-        steps: number of denoiser evaluations that the sampler schedules.
-        timesteps, guidance_interval, cached_steps: see AccelerationPlan.
+    """Check that the parts of an AccelerationPlan fit each other and a schedule of `steps`.
 
     Raises:
         SettingsError: the parts contradict each other, or are out of order or range.
@@ -118,13 +107,8 @@ def resolve_acceleration(
 ) -> dict[str, Any]:
     """Merge the defaults, the plan and the request, the later of which override the earlier.
 
-    The plan is left out if there is none or the request is unaccelerated. ``cache_interval``
-    becomes ``cached_steps``.
-
-    Args:
-        defaults: default settings of the manifest, by name.
-        request: settings that the caller passed in, by name.
-        plan: the manifest's plan.
+    The manifest's defaults and the caller's request are settings by name. The plan is left out if
+    there is none or the request is unaccelerated. ``cache_interval`` becomes ``cached_steps``.
 
     Raises:
         SettingsError: the plan is for another sampler or number of steps than the request, or
@@ -144,14 +128,12 @@ def resolve_acceleration(
 
 
 def _check_schedule(plan: AccelerationPlan, request: Mapping[str, Any]) -> None:
-    planned = plan.request
-    requested = {name: request.get(name, planned[name]) for name in ("sampler", "steps")}
-    if requested != {name: planned[name] for name in requested}:
-        sampler, steps = shown(requested["sampler"]), shown(requested["steps"])
+    sampler, steps = request.get("sampler", plan.sampler), request.get("steps", plan.steps)
+    if (sampler, steps) != (plan.sampler, plan.steps):
         raise SettingsError(
-            f"these engines' plan is for {plan.sampler!r} with {plan.steps} steps, not {sampler} "
-            f"with {steps}: omit sampler and steps, or ignore the plan with unaccelerated "
-            "(--unaccelerated)"
+            f"these engines' plan is for {plan.sampler!r} with {plan.steps} steps, not "
+            f"{shown(sampler)} with {shown(steps)}: omit sampler and steps, or ignore the plan "
+            "with unaccelerated (--unaccelerated)"
         )
 
 
@@ -186,13 +168,10 @@ class StepPolicy:
         cached_steps: Sequence[int],
         plan: NoisePlan,
     ) -> "StepPolicy":
-        """Resolve the settings of a request.
+        """Resolve the settings of a request, for the complete noise plan of its sampler.
 
-        Args:
-            guidance_interval: see AccelerationPlan.
-            cached_steps: evaluations of the complete plan. A run that starts late or ends early
-                therefore caches the same levels, except that its first evaluation is full.
-            plan: the complete plan of the request's sampler.
+        A run that starts late or ends early therefore caches the same levels, except that its
+        first evaluation is full.
         """
         steps = (index for index in cached_steps if index < len(plan.intervals))
         return cls(

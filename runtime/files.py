@@ -44,22 +44,16 @@ def hash_file(path: Path) -> str:
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Check that a directory can be created at target.
+    """Check that a directory can be created at target, where overwrite allows an engine directory.
 
     Stages call this before they start, so that a typo does not cost the work.
-
-    Args:
-        target: the directory to write.
-        overwrite: allow an existing engine directory at target.
 
     Raises:
         TargetError: something else is there, or its parent is not writable.
     """
     try:
         _check_old(target, overwrite)
-        parent = target.absolute().parent
-        while not parent.exists():
-            parent = parent.parent
+        parent = next(parent for parent in target.absolute().parents if parent.exists())
     except OSError as error:
         raise TargetError(f"cannot write {target}: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -67,11 +61,7 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Check that the disk of a directory has enough free bytes, before they are written.
-
-    Raises:
-        TargetError: it has fewer than needed.
-    """
+    """Check that a directory's disk has `needed` bytes free; if not, raise a TargetError."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise TargetError(
@@ -103,13 +93,10 @@ def _check_old(target: Path, overwrite: bool) -> None:
 def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of target that is renamed to target when the block succeeds.
 
-    If the block ends early, also by Ctrl-C, the sibling is removed. The next stage that writes
-    the same target removes the sibling of a killed process. After a GateError the sibling is kept
-    as target.rejected, for inspection.
-
-    Args:
-        target: the directory to write; missing parents are created.
-        overwrite: replace an existing engine directory.
+    Missing parents are created, and overwrite replaces an existing engine directory. If the block
+    ends early, also by Ctrl-C, the sibling is removed. The next stage that writes the same target
+    removes the sibling of a killed process. After a GateError the sibling is kept as
+    target.rejected, for inspection.
 
     Raises:
         TargetError: the directory cannot be written.
@@ -117,7 +104,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     check_target(target, overwrite=overwrite)
     target = target.absolute()
-    partial = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
+    partial = _sibling(target)
     created = [parent for parent in target.parents if not parent.exists()]
     lock: int | None = None
     try:
@@ -131,8 +118,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         raise GateError(f"{error}; {_reject(partial, target)}") from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or error
-        raise TargetError(f"cannot write {target}: {where}{reason}") from error
+        raise TargetError(f"cannot write {target}: {where}{error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
@@ -144,10 +130,9 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of target that is renamed to target when the block succeeds.
+    """Yield a temporary sibling that becomes target when the block succeeds.
 
-    Raises:
-        TargetError: the file cannot be written.
+    Raises TargetError if the file cannot be written.
     """
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -160,18 +145,15 @@ def staged_file(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _prefix(target: Path) -> str:
-    return f".{target.name}.partial-"
+def _sibling(target: Path) -> Path:
+    """Return a new name beside target, which _remove_leftovers() recognizes."""
+    return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
 
 
 def _lock(directory: Path) -> int | None:
     """Lock directory until the returned file descriptor is closed, or this process ends.
 
-    Returns:
-        The descriptor; None if the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
+    It is None if the file system has no locks. BlockingIOError: another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -188,7 +170,7 @@ def _lock(directory: Path) -> int | None:
 
 def _remove_leftovers(target: Path) -> None:
     """Delete the partial directories of processes that have ended."""
-    for leftover in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         with suppress(OSError):  # locked by a running process, or not writable
             if (lock := _lock(leftover)) is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -210,9 +192,8 @@ def _reject(partial: Path, target: Path) -> str:
     """Keep partial as target.rejected, replacing an earlier one; return a note for the message."""
     rejected = target.with_name(f"{target.name}.rejected")
     graphs = (*rejected.glob("*.onnx"), *rejected.glob("*/model.onnx"))
-    replaceable = (rejected / MANIFEST_FILE).exists() or bool(graphs)
     try:
-        if replaceable and not rejected.is_symlink():
+        if (graphs or (rejected / MANIFEST_FILE).exists()) and not rejected.is_symlink():
             _swap(partial, rejected)
         else:
             partial.rename(rejected)
@@ -223,7 +204,7 @@ def _reject(partial: Path, target: Path) -> str:
 
 def _swap(partial: Path, target: Path) -> None:
     """Replace target by partial: move target aside, rename partial, delete the old target."""
-    old = target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}")
+    old = _sibling(target)
     target.rename(old)
     try:
         partial.rename(target)

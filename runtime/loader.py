@@ -96,12 +96,7 @@ class EngineLoader:
     wrap_session: SessionWrapper | None = None
 
     def __call__(self, name: str, options: backends.Options) -> Engine:
-        """Load a component with these backend options.
-
-        Raises:
-            DeviceError: the engine needs a device that this machine does not have.
-            ForeignEngineError: the engine was built for another device or version.
-        """
+        """Load a component with these backend options: see Engine.load()."""
         component = self.manifest.components[name]
         try:
             return Engine.load(

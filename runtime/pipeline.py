@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -231,9 +230,9 @@ class Pipeline:
             return copy.layers()
 
     def layers(self) -> Profile:
-        """Return the time of each layer, for engines loaded with ``profile=True``.
+        """Return the time of each layer, as COMPONENT/LAYER, since the load with ``profile=True``.
 
-        The times are since the load. Names are COMPONENT/LAYER. This ends the recording.
+        This ends the recording.
         """
         return Profile.of(self._engines)
 
@@ -261,12 +260,7 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -68,25 +68,11 @@ class Benchmark:
 
         Args:
             run: makes batch_size images.
-            batch_size: images per run.
-            repetitions: number of counted runs.
+            batch_size, repetitions: images per run, and counted runs.
             versions: libraries that run the engines, and their versions.
         """
-        before = resident_memory()
-        runs = [run() for _ in range(repetitions + 1)]
-        return cls.of(versions, batch_size, runs, memory_before=before)
-
-    @classmethod
-    def of(
-        cls,
-        versions: Mapping[str, str],
-        batch_size: int,
-        runs: Sequence[Timings],
-        *,
-        memory_before: int,
-    ) -> Benchmark:
-        """Summarize runs of batch_size images each; the first is reported separately."""
-        first, counted = runs[0], runs[1:]
+        memory_before = resident_memory()
+        first, *counted = (run() for _ in range(repetitions + 1))
         totals = [run.total * 1e3 for run in counted]
         median = statistics.median(totals)
         return cls(

@@ -23,7 +23,6 @@ class Progress:
         terminal = sys.stderr.isatty()
         self._lines = not quiet and not terminal
         self._bar = tqdm(total=total, disable=quiet or not terminal, bar_format=_FORMAT)
-        self._total = total
         self._done = 0
         self._since = time.perf_counter()
         self._inner: tqdm[NoReturn] | None = None
@@ -51,7 +50,7 @@ class Progress:
 
     def advance(self, description: str, total: int) -> None:
         """Count one of many small parts; lines are printed at most once per second."""
-        self._total = self._bar.total = total
+        self._bar.total = total
         last = self._done + 1 == total
         self._count(description, quiet=not last and time.perf_counter() - self._since < 1)
 
@@ -63,7 +62,7 @@ class Progress:
             seconds = time.perf_counter() - self._since
             self._since = time.perf_counter()
             if self._lines:
-                line = f"[{self._done}/{self._total}] {description} ({seconds:.1f} s)"
+                line = f"[{self._done}/{self._bar.total}] {description} ({seconds:.1f} s)"
                 print(line, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:

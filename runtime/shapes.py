@@ -20,10 +20,7 @@ __all__ = [
     "bounding_range",
     "format_shapes",
     "nearest",
-    "parse_ranges",
 ]
-
-_MAX_SIZE = 16_384
 
 
 class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -70,25 +67,6 @@ Shapes = Mapping[str, Range]
 """Ranges by free dimension that an engine supports together; other dimensions may have any size."""
 
 
-def parse_ranges(text: str) -> tuple[Range, ...]:
-    """Parse ranges in the command line's notation: ``512``, ``512,768`` or ``256:512:768``.
-
-    Raises:
-        SettingsError: the text has another form, or a size is not in 1..16384.
-    """
-    return tuple(_range(part.strip(), text) for part in text.split(","))
-
-
-def _range(part: str, text: str) -> Range:
-    sizes = part.split(":")
-    if len(sizes) not in (1, 3) or not all(s.isascii() and s.isdigit() for s in sizes):
-        raise SettingsError(f"sizes are N, N,N,... or MIN:OPT:MAX, not {text!r}")
-    low, optimum, high = (int(size[:9]) for size in (sizes if len(sizes) == 3 else sizes * 3))
-    if high > _MAX_SIZE:
-        raise SettingsError(f"a size is at most {_MAX_SIZE}, but {text!r} has {high}")
-    return Range(low, optimum, high)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Sizes to build engines for; every combination of them becomes one shape.
@@ -105,11 +83,8 @@ class Sizes:
 
     def with_defaults(self, other: "Sizes") -> "Sizes":
         """Return the sizes with those that are free here taken from other."""
-        return Sizes(
-            height=self.height or other.height,
-            width=self.width or other.width,
-            batch=self.batch or other.batch,
-        )
+        chosen = {name: ranges or getattr(other, name) for name, ranges in vars(self).items()}
+        return Sizes(**chosen)
 
     def shapes(
         self, dimensions: Iterable[str], downscale: int, rows: Range | None = None
@@ -119,8 +94,7 @@ class Sizes:
         Args:
             dimensions: names of the free dimensions, as export writes them.
             downscale: image pixels per latent pixel and side.
-            rows: range of the dimension ``rows``, which holds all timesteps of a run; None leaves
-                it free.
+            rows: range of the dimension that holds all timesteps of a run; None leaves it free.
         """
         axes: dict[str, tuple[Range, ...]] = {
             "batch": self.batch,
@@ -135,34 +109,28 @@ class Sizes:
         return tuple(shapes for shapes in combined if shapes)
 
     def asdict(self) -> dict[str, str]:
-        """Return the sizes that are not free, in the notation that parse_ranges reads."""
-        fields = {"height": self.height, "width": self.width, "batch": self.batch}
-        return {name: ",".join(map(str, ranges)) for name, ranges in fields.items() if ranges}
+        """Return the sizes that are not free, in the command line's notation."""
+        given = {name: ranges for name, ranges in vars(self).items() if ranges}
+        return {name: ",".join(map(str, ranges)) for name, ranges in given.items()}
 
 
 def nearest(shapes: Sequence[Shapes], sizes: Mapping[str, int]) -> int | None:
-    """Return the index of the shapes that fit these sizes best.
+    """Return the index of the shapes that fit the sizes of a run's free dimensions best.
 
-    The best are the shapes whose optimum is nearest, and then the narrowest.
-
-    Args:
-        shapes: those that an engine was built for.
-        sizes: size of each free dimension in a run.
-
-    Returns:
-        The index; None if there are no shapes, which allows any size.
+    The best are the shapes whose optimum is nearest, and then the narrowest. The index is None if
+    there are no shapes, which allows any size.
 
     Raises:
         ShapeError: no shapes contain the sizes; the message lists all shapes.
     """
+    if not shapes:
+        return None
     fits = [
         index
         for index, ranges in enumerate(shapes)
         if all(sizes[name] in allowed for name, allowed in ranges.items())
     ]
     if not fits:
-        if not shapes:
-            return None
         got = ", ".join(f"{name} {sizes[name]}" for name in shapes[0])
         raise ShapeError(
             f"these engines were not built for {got}; they take {format_shapes(shapes)}"

@@ -59,12 +59,9 @@ class StepEngines:
         *,
         cached: bool = False,
     ) -> "StepEngines":
-        """Collect the denoiser's engines from the loaded components.
+        """Collect the denoiser's engines from the loaded components, by name.
 
-        Args:
-            engines: loaded components by name.
-            variant: the one that runs in full steps.
-            cached: True if the request has cached steps.
+        ``variant`` runs in full steps; ``cached`` is True if the request has cached steps.
         """
         return cls(
             step=engines[variant],
@@ -76,12 +73,10 @@ class StepEngines:
     @property
     def inputs(self) -> dict[str, TensorSpec]:
         """Inputs of the whole denoiser: those of a part that are not outputs of another."""
-        engines = [engine for engine in (self.prompt, self.time) if engine is not None]
-        internal = {name for engine in engines for name in engine.component.outputs}
-        specs: dict[str, TensorSpec] = {}
-        for engine in (*engines, self.step):
-            specs |= engine.component.inputs
-        return {name: spec for name, spec in specs.items() if name not in internal}
+        parts = [part.component for part in (self.prompt, self.time, self.step) if part is not None]
+        internal = {name for part in parts for name in part.outputs}
+        specs = (item for part in parts for item in part.inputs.items())
+        return {name: spec for name, spec in specs if name not in internal}
 
     def condition(
         self,

@@ -24,7 +24,7 @@ from latentforge.runtime.manifest.integrity import check_file, check_hashes, rea
 from latentforge.runtime.record import Record
 from latentforge.runtime.sampling.prediction import Prediction
 from latentforge.runtime.sampling.schedule import Schedule
-from latentforge.runtime.shapes import ANY, Range, Shapes, nearest
+from latentforge.runtime.shapes import ANY, Range, Shapes, bounding_range, nearest
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 from latentforge.runtime.version import __version__
 
@@ -125,22 +125,16 @@ class Component(FileEntry, frozen=True, kw_only=True):
         }
 
     def fit(self, feeds: Feeds) -> tuple[dict[str, int], int | None]:
-        """Check feeds against the inputs and the shapes.
-
-        Returns:
-            The size of each free dimension, and the index of the nearest of ``shapes`` (None if
-            there are none).
+        """Return the size of each free dimension, and the index of the nearest shapes, if any.
 
         Raises:
-            ShapeError: they do not fit the inputs, or none of the shapes.
+            ShapeError: the feeds do not fit the inputs, or none of the shapes.
         """
         sizes = bind(self.inputs, feeds)
         return sizes, nearest(self.shapes, sizes)
 
     def specialize(self, shapes: tuple[Shapes, ...]) -> "Component":
-        """Return the component restricted to these shapes.
-
-        A free dimension with one fixed size in all shapes becomes a number.
+        """Return the component for these shapes; a dimension of one size in all becomes a number.
 
         Raises:
             ShapeError: one of the dimensions is not free in this graph.
@@ -148,11 +142,7 @@ class Component(FileEntry, frozen=True, kw_only=True):
         for name in {name for ranges in shapes for name in ranges}:
             if name not in self.free_dimensions:
                 raise ShapeError(f"{self.file}: dimension {name} is not free: export it again")
-        sizes = {
-            name: allowed.min
-            for name, allowed in (shapes[0] if shapes else {}).items()
-            if allowed.fixed and all(ranges[name] == allowed for ranges in shapes)
-        }
+        sizes = {name: r.min for name, r in bounding_range(shapes).items() if r.fixed}
         free = [{n: r for n, r in ranges.items() if n not in sizes} for ranges in shapes]
         return msgspec.structs.replace(
             self,
@@ -384,9 +374,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     def read(cls, directory: Path, *, hashes: bool = True) -> "Manifest":
         """Read and check directory/manifest.json and every file that it names.
 
-        Args:
-            directory: the engine directory.
-            hashes: compare each file's sha256, not only its size.
+        With ``hashes``, each file's sha256 is compared, not only its size.
 
         Raises:
             ManifestError: the manifest is missing, malformed, of another format, or names a

@@ -21,24 +21,17 @@ _BUILD_DEFAULTS = {"target": "cpu", "recipe": "fp32"}  # of latentforge build
 
 
 def check_format(path: Path, content: bytes, number: int) -> None:
-    """Check that a manifest has the format that this release reads.
-
-    Args:
-        path: the manifest file, for the message.
-        content: its JSON text, from which the message takes how to rebuild an old directory.
-        number: its format.
+    """Check that the manifest at path has, with format `number`, the one that this release reads.
 
     Raises:
         ManifestError: it has another format. The message names the command that builds an older
-            directory anew, or says to install a newer release.
+            directory anew, as its content tells, or says to install a newer release.
     """
     if number == FORMAT:
         return
     shown = number if abs(number) < 10**9 else "unknown"
-    problem = (
-        f"{printable(str(path))} has format {shown}, "
-        f"but latentforge {__version__} reads format {FORMAT}"
-    )
+    reads = f"but latentforge {__version__} reads format {FORMAT}"
+    problem = f"{printable(str(path))} has format {shown}, {reads}"
     if number > FORMAT:
         raise ManifestError(f"{problem}: install the newer latentforge that wrote it")
     if number < 1:
@@ -53,7 +46,10 @@ def _rebuild_command(manifest: Any, directory: Path) -> str:
     Nothing has checked this JSON against format 1, so every key may be missing and every value
     may have any type.
     """
-    stages = _stages(_get(manifest, "history"))
+    history = _get(manifest, "history")
+    entries = history if isinstance(history, list) else []
+    names = ((_get(entry, "name"), _get(entry, "options")) for entry in entries)
+    stages = {name: options for name, options in names if isinstance(name, str)}
     checkpoint = _checkpoint(_get(_get(manifest, "source"), "checkpoint"))
     words = [checkpoint, shlex.quote(printable(str(directory)))]
     if stages and stages.keys() <= {"export", "import"}:
@@ -69,13 +65,6 @@ def _rebuild_command(manifest: Any, directory: Path) -> str:
 
 def _get(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
-
-
-def _stages(history: Any) -> dict[str, Any]:
-    """Return the options of the stages in a history, by stage name."""
-    stages = history if isinstance(history, list) else []
-    names = ((_get(stage, "name"), _get(stage, "options")) for stage in stages)
-    return {name: options for name, options in names if isinstance(name, str)}
 
 
 def _checkpoint(name: Any) -> str:

@@ -67,11 +67,7 @@ def check_file(directory: Path, entry: FileEntry) -> None:
 
 
 def check_hashes(directory: Path, entries: Sequence[FileEntry]) -> None:
-    """Compare the sha256 of each file with its entry, on several threads.
-
-    Raises:
-        ManifestError: a file cannot be read, or has another sha256.
-    """
+    """Check the sha256 of each file; one that differs or cannot be read is a ManifestError."""
     # hashlib releases the interpreter lock, so threads run in parallel
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_hash, [directory / entry.file for entry in entries])

@@ -8,6 +8,7 @@ from conftest import Handmade
 
 from latentforge.__main__ import main
 from latentforge.build import BuildRequest, build, dimensions, estimate, optimize_and_compile
+from latentforge.commands.arguments import parse_ranges
 from latentforge.export.onnx import Dimensions
 from latentforge.optimize.search.backends import select_backends, tune_rows
 from latentforge.optimize.stage.request import OptimizeRequest
@@ -25,7 +26,7 @@ from latentforge.runtime.errors import (
 from latentforge.runtime.image import psnr
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest, RequestDefaults
-from latentforge.runtime.shapes import Sizes, parse_ranges
+from latentforge.runtime.shapes import Sizes
 
 
 def quick(

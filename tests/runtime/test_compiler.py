@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from latentforge.__main__ import main
+from latentforge.commands.arguments import parse_ranges
 from latentforge.runtime import backends
 from latentforge.runtime.compile.build_process import BuildOrder, build
 from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
@@ -33,7 +34,7 @@ from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.shapes import Range, Sizes, parse_ranges
+from latentforge.runtime.shapes import Range, Sizes
 
 Snapshot = dict[str, bytes]
 

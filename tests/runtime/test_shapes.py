@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from latentforge.commands.arguments import parse_ranges
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.manifest import Component, Manifest
@@ -13,7 +14,6 @@ from latentforge.runtime.shapes import (
     bounding_range,
     format_shapes,
     nearest,
-    parse_ranges,
 )
 from latentforge.runtime.tensor import Feeds, TensorSpec
 

@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentforge.runtime.errors import SettingsError
+
 if TYPE_CHECKING:
     from latentforge.optimize.stage.request import OptimizeRequest
     from latentforge.runtime.settings import Request
-    from latentforge.runtime.shapes import Sizes
+    from latentforge.runtime.shapes import Range, Sizes
 
 __all__ = [
     "TARGETS",
@@ -30,6 +32,7 @@ __all__ = [
     "command",
     "names",
     "optimize_request",
+    "parse_ranges",
     "request_of",
     "sizes_of",
     "unrecognized",
@@ -45,6 +48,8 @@ _RENAMED: Mapping[str, str] = {"exact": "unaccelerated"}
 _SIMILARITY = 0.7  # of difflib, from which an option counts as a typing mistake
 
 _WIDTH = 79
+
+_MAX_SIZE = 16_384  # pixels or rows
 
 
 def command(commands: Any, name: str, run: Any, summary: str, more: str = "") -> Any:
@@ -186,10 +191,31 @@ def add_sizes(parser: Any) -> None:
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
     """Return the sizes of the arguments of add_sizes()."""
-    from latentforge.runtime.shapes import Sizes, parse_ranges
+    from latentforge.runtime.shapes import Sizes
 
     given = {name: getattr(options, name) for name in ("height", "width", "batch")}
     return Sizes(**{name: parse_ranges(text) for name, text in given.items() if text is not None})
+
+
+def parse_ranges(text: str) -> tuple[Range, ...]:
+    """Parse ranges in the command line's notation: ``512``, ``512,768`` or ``256:512:768``.
+
+    Raises:
+        SettingsError: the text has another form, or a size is not in 1..16384.
+    """
+    return tuple(_range(part.strip(), text) for part in text.split(","))
+
+
+def _range(part: str, text: str) -> Range:
+    from latentforge.runtime.shapes import Range
+
+    sizes = part.split(":")
+    if len(sizes) not in (1, 3) or not all(s.isascii() and s.isdigit() for s in sizes):
+        raise SettingsError(f"sizes are N, N,N,... or MIN:OPT:MAX, not {text!r}")
+    low, optimum, high = (int(size[:9]) for size in (sizes if len(sizes) == 3 else sizes * 3))
+    if high > _MAX_SIZE:
+        raise SettingsError(f"a size is at most {_MAX_SIZE}, but {text!r} has {high}")
+    return Range(low, optimum, high)
 
 
 def add_option(parser: Any) -> None:
