@@ -59,13 +59,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Model:
-    """Loaded model.
-
-    Attributes:
-        manifest: manifest of the engine directory.
-        engines: its engines.
-        tokenizers: its tokenizers by name.
-    """
+    """Loaded model: manifest of an engine directory, its engines, and its tokenizers by name."""
 
     manifest: Manifest
     engines: Engines

@@ -75,8 +75,7 @@ def check_parts(manifest: Manifest) -> None:
         _check_tensors(f"{name}: output", component.outputs, outputs)
     _check_channels(manifest)
     _check_conditioning(manifest)
-    _check_cached(manifest.components)
-    _check_reduced(manifest.components)
+    _check_variants(manifest.components)
     if manifest.acceleration is not None:
         _check_acceleration(manifest, manifest.acceleration)
 
@@ -184,9 +183,8 @@ def _add_outputs(producers: dict[str, str], name: str, part: Component) -> None:
 def _check_handover(parts: Mapping[str, Component], producer: str, consumer: str, key: str) -> None:
     """Check that a tensor is the same where one part returns it and where another takes it."""
     output, taken = parts[producer].outputs[key], parts[consumer].inputs[key]
-    batch = (
-        parts[consumer].inputs["timestep" if consumer == "denoiser_time" else "sample"].shape[:1]
-    )
+    counted = "timestep" if consumer == "denoiser_time" else "sample"
+    batch = parts[consumer].inputs[counted].shape[:1]
     rows = [batch]
     if producer == "denoiser_time":  # one row per timestep if it depends on nothing else
         rows = [(1,)] if parts[producer].inputs.keys() == {"timestep"} else [batch, (1,)]
@@ -195,23 +193,18 @@ def _check_handover(parts: Mapping[str, Component], producer: str, consumer: str
         raise ManifestError(f"{consumer}: input {key} is {taken}, but {producer} returns {output}")
 
 
-def _check_cached(components: Mapping[str, Component]) -> None:
-    """Check that the tensors of denoiser_cached are those of denoiser with the same names."""
-    full, cached = components.get("denoiser"), components.get("denoiser_cached")
-    if full is None or cached is None:
+def _check_variants(components: Mapping[str, Component]) -> None:
+    """Check that the tensors of a cached or a reduced denoiser are those of denoiser."""
+    full = components.get("denoiser")
+    cached, reduced = components.get("denoiser_cached"), components.get("denoiser_reduced")
+    if full is None:
         return
     tensors = {**full.inputs, **full.outputs}
-    for key, spec in {**cached.inputs, **cached.outputs}.items():
+    for key, spec in {**cached.inputs, **cached.outputs}.items() if cached else ():
         if tensors.get(key) != spec:
             expected = tensors.get(key, "no tensor of that name")
             raise ManifestError(f"denoiser_cached: {key} is {spec}, but denoiser has {expected}")
-
-
-def _check_reduced(components: Mapping[str, Component]) -> None:
-    full, reduced = components.get("denoiser"), components.get("denoiser_reduced")
-    if full is None or reduced is None:
-        return
-    if (reduced.inputs, reduced.outputs) != (full.inputs, full.outputs):
+    if reduced and (reduced.inputs, reduced.outputs) != (full.inputs, full.outputs):
         raise ManifestError(
             "denoiser_reduced: its inputs and outputs differ from those of denoiser"
         )
