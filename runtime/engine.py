@@ -209,15 +209,23 @@ class Engines(Mapping[str, Engine]):
             BackendError: the engines are closed, or this one cannot be loaded.
         """
         with self._lock:
-            if self._closed:
-                raise BackendError(f"{name}: the pipeline is closed: load its directory again")
+            self._require_open()
             if name not in self._loaded:
                 self._loaded[name] = self._load(name, self._options)
             return self._loaded[name]
 
     def reload(self, **options: Any) -> "Engines":
-        """Load a second copy of the engines, with further backend options."""
+        """Load a second copy of the engines, with further backend options.
+
+        Raises:
+            BackendError: the engines are closed.
+        """
+        self._require_open()
         return Engines(self._load, self._names, {**self._options, **options})
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError("the pipeline is closed: load its directory again")
 
     def close(self) -> None:
         """Free all engines. Running one afterwards raises BackendError."""

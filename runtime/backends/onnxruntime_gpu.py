@@ -33,7 +33,7 @@ import contextlib
 import ctypes
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -48,7 +48,7 @@ from latentforge.runtime.backends.ort import ort_session
 from latentforge.runtime.backends.ort.device_session import GPU_LOCK, DeviceSession, Place
 from latentforge.runtime.errors import BackendError, DeviceError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.shapes import Shapes, bounding_range
+from latentforge.runtime.shapes import bounding_range
 
 __all__ = ["OPTIONS", "SUFFIX", "compile", "load", "provider_options", "unsupported_operators"]
 
@@ -177,22 +177,16 @@ def _profiles(component: Component, provider: _Provider) -> dict[str, str]:
         return {}
     separate = provider.multiple_profiles
     profiles = component.shapes if separate else (bounding_range(component.shapes),)
-    options = {
-        f"{provider.profiles}_{bound}_shapes": ",".join(_inputs_at(component, profiles, bound))
-        for bound in ("min", "opt", "max")
-    }
-    return options | ({"nv_multi_profile_enable": "1"} if len(profiles) > 1 else {})
-
-
-def _inputs_at(component: Component, profiles: Sequence[Shapes], bound: str) -> list[str]:
-    """Return inputs as ``name:1x4x64x64``, for one profile after the other."""
-    sizes = [{name: getattr(r, bound) for name, r in shapes.items()} for shapes in profiles]
-    return [
-        f"{name}:{'x'.join(map(str, spec.resolve(profile)))}"
-        for profile in sizes
-        for name, spec in component.inputs.items()
-        if any(isinstance(size, str) for size in spec.shape)
-    ]
+    free = {n: s for n, s in component.inputs.items() if any(isinstance(d, str) for d in s.shape)}
+    options = {"nv_multi_profile_enable": "1"} if len(profiles) > 1 else {}
+    for bound in ("min", "opt", "max"):
+        sizes = [{name: getattr(r, bound) for name, r in shapes.items()} for shapes in profiles]
+        options[f"{provider.profiles}_{bound}_shapes"] = ",".join(
+            f"{name}:{'x'.join(map(str, spec.resolve(profile)))}"  # such as sample:1x4x64x64
+            for profile in sizes
+            for name, spec in free.items()
+        )
+    return options
 
 
 def compile(
@@ -248,7 +242,7 @@ def _open(path: Path, component: Component, options: Options) -> DeviceSession:
     settings = ort_session.new_settings(options)
     ort_session.fix_sizes(settings, path, component)
     place, providers = _configure(settings, component.backend, options.get("gpu", 0), provider)
-    record = ort_session.recording(settings, options)
+    record = ort_session.LayerRecording(settings) if options.get("profile") else None
     try:
         session = ort_session.open_session(path, settings, providers)
         ort_session.check_outputs(session, component, path)

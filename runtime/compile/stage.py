@@ -68,7 +68,12 @@ def compile_into(plan: CompilePlan, directory: Path) -> Manifest:
             with progress.part(f"{task.name}: {task.component.backend}"):
                 component, built = _build(task, plan.source, directory, progress)
             components[task.name] = component
-            measured[task.name] = _figures(task, component, built)
+            measured[task.name] = {
+                "bytes_before": float(task.source.size),
+                "bytes_after": float(component.size),
+                "build_seconds": built.seconds,
+                "build_memory": float(built.peak_memory),
+            }
         tokenizers = (entry.file for entry in plan.manifest.tokenizers.values())
         copy_files(tokenizers, plan.source, directory)
         manifest = msgspec.structs.replace(plan.manifest, components=components)
@@ -104,15 +109,6 @@ def _build(
     entries = tuple(FileEntry.of(file, directory) for file in data)
     component = msgspec.structs.replace(task.component, **entry, data=entries, device=built.device)
     return component, built
-
-
-def _figures(task: CompileTask, component: Component, built: BuiltEngine) -> dict[str, float]:
-    return {
-        "bytes_before": float(task.source.size),
-        "bytes_after": float(component.size),
-        "build_seconds": built.seconds,
-        "build_memory": float(built.peak_memory),
-    }
 
 
 def _compare(

@@ -28,7 +28,6 @@ __all__ = [
     "fixed_sizes",
     "new_settings",
     "open_session",
-    "recording",
 ]
 
 LOG_NOTHING = 4
@@ -62,11 +61,6 @@ class LayerRecording:
             raise BackendError(f"cannot read the profile of onnxruntime: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def recording(settings: ort.SessionOptions, options: Options) -> LayerRecording | None:
-    """Return a new recording if the option ``profile`` asks for one."""
-    return LayerRecording(settings) if options.get("profile") else None
 
 
 def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:
