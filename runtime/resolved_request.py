@@ -6,15 +6,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from PIL import Image
-
 from latentforge.runtime import sampling
 from latentforge.runtime.acceleration import StepPolicy
 from latentforge.runtime.conditioning.encode import ConditioningInputs
-from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage
+from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage, Picture
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
-from latentforge.runtime.manifest import Component, Latent, Manifest
+from latentforge.runtime.manifest import CACHED_FEATURE, Component, Latent, Manifest
 from latentforge.runtime.sampling.levels import NoisePlan
 from latentforge.runtime.settings import Settings
 
@@ -51,7 +49,7 @@ class ResolvedRequest:
         engines: Mapping[str, Engine],
         *,
         image: ImageInput | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         conditioning: ConditioningInputs | None = None,
         max_rows: int | None = None,
     ) -> ResolvedRequest:
@@ -78,6 +76,8 @@ class ResolvedRequest:
                     "with --fast"
                 )
         _check_guidance(settings, manifest)
+        if settings.cached_steps:
+            _check_feature(settings, manifest)
         init = InitImage.of(image, mask, settings, manifest.latent, manifest.conditioning)
         if init.pixels is not None and "vae_encoder" not in available:
             raise ManifestError("these engines have no vae_encoder, which images need: export it")
@@ -107,6 +107,24 @@ def _check_guidance(settings: Settings, manifest: Manifest) -> None:
 def _step_components(settings: Settings) -> tuple[str, ...]:
     cached = ("denoiser_cached",) if settings.cached_steps else ()
     return (settings.variant, *cached)
+
+
+def _check_feature(settings: Settings, manifest: Manifest) -> None:
+    """Check that the sides of a cached feature, a fraction of the latents' sides, are whole.
+
+    Raises:
+        ShapeError: they are not.
+    """
+    component = manifest.components.get("denoiser_cached")
+    spec = component.inputs.get(CACHED_FEATURE) if component is not None else None
+    divisors = [int(str(size).partition("//")[2] or 1) for size in spec.shape] if spec else [1]
+    unit = manifest.latent.downscale * max(divisors)
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        if side % unit:
+            raise ShapeError(
+                f"{name} must be a multiple of {unit} for cached steps, not {side}: request that, "
+                "or no cached steps (unaccelerated)"
+            )
 
 
 def _part(plan: NoisePlan, settings: Settings, train_steps: int) -> NoisePlan:

@@ -1,7 +1,7 @@
 """VAE of a latent diffusion model: images to latents and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,10 @@ class Posterior:
     def mean(self) -> Array:
         """Mean (n, channels, h, w), not scaled."""
         return np.split(self.parameters, 2, axis=1)[0]
+
+    def repeated(self, samples: int) -> "Posterior":
+        """Return the distributions with each in this many consecutive rows, to sample apart."""
+        return replace(self, parameters=self.parameters.repeat(samples, axis=0))
 
     def sample(self, draw: Draw) -> Array:
         """Return latents (n, channels, h, w), scaled for the denoiser.

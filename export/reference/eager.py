@@ -151,7 +151,7 @@ class EagerPipeline:
             "image_guidance_scale": settings.image_guidance_scale,
             "height": settings.height,
             "width": settings.width,
-            "generator": torch.Generator().manual_seed(settings.seed),
+            "generator": _generators(settings),
             "output_type": "latent",
             "image": image,
             "mask_image": mask,
@@ -189,6 +189,11 @@ class EagerPipeline:
     def versions() -> dict[str, str]:
         """Return the versions of the libraries that make the images."""
         return {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+
+
+def _generators(settings: Settings) -> torch.Generator | list[torch.Generator]:
+    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+    return generators if isinstance(settings.seed, tuple) else generators[0]
 
 
 def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:

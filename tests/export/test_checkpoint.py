@@ -541,6 +541,22 @@ def test_truncated_merges(
     assert "no merge produces 20 tokens" in message and "truncated" in message
 
 
+def test_a_tokenizer_with_dropout(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers' CLIPTokenizer takes the file of a fast tokenizer without its dropout."""
+    opened = open_checkpoint(str(checkpoint))
+    entry = write_tokenizer(opened, "tokenizer", tmp_path)
+    content = json.loads((tmp_path / entry.file).read_text())
+    file = checkpoint / "tokenizer" / "tokenizer.json"
+    for name, dropout in (("null", None), ("zero", 0.0)):
+        content["model"]["dropout"] = dropout
+        file.write_text(json.dumps(content))
+        (tmp_path / name).mkdir()
+        assert write_tokenizer(opened, "tokenizer", tmp_path / name).sha256 == entry.sha256
+    content["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(content))
+    refused(lambda: write_tokenizer(opened, "tokenizer", tmp_path), "dropout of 0.5")
+
+
 @pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings"])
 @pytest.mark.parametrize("size", [3, 0, "x"])
 def test_a_text_encoder_for_another_tokenizer(
