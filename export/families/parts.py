@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.types import ComponentPlan, FamilyDefaults
@@ -29,6 +30,7 @@ __all__ = [
     "text_encoder",
     "tokens",
     "unet",
+    "unet_multiple",
     "vae",
 ]
 
@@ -39,6 +41,11 @@ _NO_CONDITIONING = {
     "encoder_hid_dim_type": None,
     "num_class_embeds": None,
 }
+
+_ANY_SIDES = {
+    *("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+"""Blocks of UNet2DConditionModel that downsample by a convolution and upsample to a given size."""
 
 
 class TextEncoder(nn.Module):
@@ -64,11 +71,17 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet: noisy latents (batch, channels, h, w), timestep (1,) and conditioning to prediction."""
+    """UNet: noisy latents (batch, channels, h, w), timestep (1,) and conditioning to prediction.
+
+    A UNet of any sides upsamples to the sides of its skip connections, which diffusers' own does
+    only for sides that its factor does not divide: a traced graph has one way for all sides.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        if isinstance(model, UNet2DConditionModel) and unet_multiple(model.config) == 1:
+            _upsample_to_skips(model)
 
     def forward(
         self,
@@ -89,6 +102,32 @@ class UNet(nn.Module):
             return_dict=False,
         )
         return output[0]
+
+
+def _upsample_to_skips(model: UNet2DConditionModel) -> None:
+    """Let each upsampling restore the sides from before the downsampling that it mirrors."""
+    sides: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(lambda *_: sides.clear())
+
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        height, width = inputs[0].shape[-2:]
+        sides.append((height, width))
+
+    def upsample(conv: nn.Module, hidden: Tensor, *_: object, **__: object) -> Tensor:
+        size = sides.pop()
+        double = tuple(2 * side for side in hidden.shape[-2:])
+        fixed = all(isinstance(side, int) for side in (*size, *double))
+        # Doubling has constant scales, which more libraries have rules for.
+        by: dict[str, Any] = {"scale_factor": 2.0} if fixed and size == double else {"size": size}
+        enlarged: Tensor = conv(functional.interpolate(hidden, mode="nearest", **by))
+        return enlarged
+
+    for block in model.down_blocks:
+        for layer in block.downsamplers or ():
+            layer.register_forward_pre_hook(record)
+    for block in model.up_blocks:
+        for layer in block.upsamplers or ():
+            layer.forward = partial(upsample, layer.conv)
 
 
 class VaeDecoder(nn.Module):
@@ -206,6 +245,17 @@ def unet(
         outputs={"out_sample": TensorSpec("float32", ("batch", latent.channels, *size))},
         multiples=dict.fromkeys(size, latent.multiple),
     )
+
+
+def unet_multiple(config: Mapping[str, Any]) -> int:
+    """Return the number that the sides of a UNet's latents are multiples of, 1 for any sides.
+
+    diffusers' UNet2DConditionModel takes any sides where its blocks upsample to a given size.
+    """
+    known = {*config["down_block_types"], *config["up_block_types"]} <= _ANY_SIDES
+    if known and config.get("downsample_padding", 1) == 1:
+        return 1
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def vae(latent: Latent, *, overflows_fp16: bool = False) -> tuple[ComponentPlan, ComponentPlan]:

@@ -37,7 +37,7 @@ def plan(
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
         parts.check_unet(checkpoint, config, {})
-        latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        latent = parts.latent_space(checkpoint, parts.unet_multiple(config))
         if images is None:
             images = parts.inpainting(config["in_channels"], latent)
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))

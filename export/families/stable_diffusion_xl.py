@@ -50,7 +50,7 @@ def plan(
     with parts.reading(checkpoint):
         config = checkpoint.config("unet")
         parts.check_unet(checkpoint, config, {"addition_embed_type": "text_time"})
-        latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        latent = parts.latent_space(checkpoint, parts.unet_multiple(config))
         if images is None:
             images = parts.inpainting(config["in_channels"], latent)
         texts = _text_encoders(checkpoint)
