@@ -315,17 +315,24 @@ def check_layout(layout: Layout, name: str, plan: ExportPlan) -> None:
         plan: the family's plan of the checkpoint.
 
     Raises:
-        SettingsError: no such layout, or the UNet is not diffusers' own.
+        SettingsError: no such layout, the UNet is not diffusers' own, or the VAE encoder gives no
+            mean and variance.
     """
     if layout not in get_args(Layout):
         raise SettingsError(f"no layout {layout!r}; available: {', '.join(get_args(Layout))}")
     denoiser = _denoiser(plan)
-    supported = plan.conditioning.channels in ((), ("mask", "masked_image"))
-    supported = supported and denoiser.folder == folder_of(denoiser.name)
-    if layout == "optimum" and not supported:
-        raise SettingsError(
-            f"no optimum pipeline supports the UNet of {name}: export it without --layout optimum"
-        )
+    moments = {part.name: part.outputs for part in plan.components}.get("vae_encoder", {})
+    channels = plan.conditioning.channels in ((), ("mask", "masked_image"))
+    parts = {
+        "UNet": channels and denoiser.folder == folder_of(denoiser.name),
+        "VAE": all(spec.shape[1] == 2 * plan.latent.channels for spec in moments.values()),
+    }
+    for part, supported in parts.items():
+        if layout == "optimum" and not supported:
+            raise SettingsError(
+                f"no optimum pipeline supports the {part} of {name}: export it without "
+                "--layout optimum"
+            )
 
 
 def graph_file(name: str, layout: Layout) -> str:

@@ -253,8 +253,8 @@ def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
         "guidance_scale": family.guidance_scale,
         "guidance_rescale": family.guidance_rescale,
         "image_guidance_scale": family.image_guidance_scale,
-        "height": job.dimensions.height or job.plan.sample_size,
-        "width": job.dimensions.width or job.plan.sample_size,
+        "height": job.dimensions.height or job.plan.sample_size[0],
+        "width": job.dimensions.width or job.plan.sample_size[1],
     }
     sidecar = job.checkpoint.sidecar.get("defaults", {})
     try:

@@ -79,6 +79,11 @@ class ResolvedRequest:
         if settings.cached_steps:
             _check_feature(settings, manifest)
         init = InitImage.of(image, mask, settings, manifest.latent, manifest.conditioning)
+        if init.mask is not None and manifest.latent.masked_decoder:
+            raise SettingsError(
+                "the decoder of an AsymmetricAutoencoderKL takes image and mask in inpainting, "
+                "which is not supported: omit the mask, or export the checkpoint with another vae"
+            )
         if init.pixels is not None and "vae_encoder" not in available:
             raise ManifestError("these engines have no vae_encoder, which images need: export it")
         plan = sampling.noise_plan(
