@@ -804,6 +804,8 @@ def test_an_impossible_length(checkpoint: Path, tmp_path: Path, length: object) 
     [
         {"num_train_timesteps": "1000"},
         {"num_train_timesteps": -1},
+        {"num_train_timesteps": 1_000_000_000},
+        {"num_train_timesteps": True},
         {"beta_schedule": "sigmoid"},
         {"beta_schedule": ["linear"]},
         {"beta_start": None},
