@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
@@ -156,32 +157,47 @@ def _upsample_to_skips(model: UNet2DConditionModel) -> None:
 
 
 class VaeDecoder(nn.Module):
-    """VAE decoder: latents (batch, channels, h, w), unscaled, to pixels in -1..1."""
+    """VAE decoder: latents (batch, channels, h, w), unscaled, to pixels in -1..1.
 
-    def __init__(self, model: Any) -> None:
+    Mean and deviation of the latents by channel, where there are any, are undone first.
+    """
+
+    def __init__(self, model: Any, statistics: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         model.encoder = model.quant_conv = None  # half of the weights, and unused here
         self.model = model
+        self.statistics = statistics
 
     def forward(self, latent_sample: Tensor) -> Tensor:
+        if self.statistics is not None:
+            mean, deviation = self.statistics
+            latent_sample = latent_sample * deviation + mean
         return self.model.decode(latent_sample, return_dict=False)[0]
 
 
 class VaeEncoder(nn.Module):
     """VAE encoder: pixels in -1..1 to mean and log variance of the latents, joined by channel.
 
-    AutoencoderTiny has no variance: the output is the latents themselves.
+    AutoencoderTiny has no variance: the output is the latents themselves. Where there are mean and
+    deviation of the latents by channel, the distribution is normalized by them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, statistics: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         model.decoder = model.post_quant_conv = None
         self.model = model
+        self.statistics = statistics
 
     def forward(self, sample: Tensor) -> Tensor:
         moments = self.model.encoder(sample)
-        quant_conv = getattr(self.model, "quant_conv", None)
-        return moments if quant_conv is None else quant_conv(moments)
+        if (quant_conv := getattr(self.model, "quant_conv", None)) is not None:
+            moments = quant_conv(moments)
+        if self.statistics is None:
+            return moments
+        mean, deviation = self.statistics
+        center, log_variance = moments.chunk(2, dim=1)
+        shifted = log_variance.clamp(-30, 20) - 2 * deviation.log()
+        return torch.cat([(center - mean) / deviation, shifted], dim=1)
 
 
 def text_encoder(
@@ -325,6 +341,7 @@ def vae(
     scale = latent.downscale
     shape = ("batch", latent.channels, "latent_height", "latent_width")
     pixels = ("batch", 3, f"latent_height*{scale}", f"latent_width*{scale}")
+    statistics = _statistics(read_config(checkpoint, "vae", kind))
     encoded = latent.channels if kind is AutoencoderTiny else 2 * latent.channels
     moments = ("batch", encoded, f"height//{scale}", f"width//{scale}")
     shared: Mapping[str, Any] = {
@@ -335,14 +352,14 @@ def vae(
     }
     decoder = ComponentPlan(
         name="vae_decoder",
-        wrap=VaeDecoder,
+        wrap=partial(VaeDecoder, statistics=statistics),
         inputs={"latent_sample": TensorSpec("float32", shape)},
         outputs={"sample": TensorSpec("float32", pixels)},
         **shared,
     )
     encoder = ComponentPlan(
         name="vae_encoder",
-        wrap=VaeEncoder,
+        wrap=partial(VaeEncoder, statistics=statistics),
         inputs={"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
         outputs={"latent_parameters": TensorSpec("float32", moments)},
         multiples={"height": scale, "width": scale},
@@ -351,12 +368,13 @@ def vae(
     return decoder, encoder
 
 
-def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
+def latent_space(checkpoint: Checkpoint, multiple: int, *, normalized: bool = False) -> Latent:
     """Return the latent space of the checkpoint's VAE.
 
     Args:
         checkpoint: the checkpoint.
         multiple: divisor of the latents' height and width, by the denoiser's downsampling.
+        normalized: the pipeline normalizes latents by latents_mean and latents_std.
 
     Raises:
         CheckpointError: the VAE is of an unsupported class, or normalizes latents in a way that
@@ -364,13 +382,7 @@ def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
     """
     kind = select_class(checkpoint, "vae", _VAES)
     config = component_config(checkpoint, "vae", kind)
-    for key, neutral in (("latents_mean", 0), ("latents_std", 1), ("shift_factor", 0)):
-        value = config.get(key)
-        items = value if isinstance(value, list) else [neutral if value is None else value]
-        if any(item != neutral for item in items):
-            raise CheckpointError(
-                f"{checkpoint.name}: vae has a {key} other than {neutral}, which is not supported"
-            )
+    _check_normalization(checkpoint, config, normalized=normalized)
     fields = {
         "channels": config["latent_channels"],
         "scaling_factor": config["scaling_factor"],
@@ -382,6 +394,38 @@ def latent_space(checkpoint: Checkpoint, multiple: int) -> Latent:
         return msgspec.convert(fields, Latent)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{checkpoint.name}: vae/config.json: {error}") from error
+
+
+def _check_normalization(
+    checkpoint: Checkpoint, config: Mapping[str, Any], *, normalized: bool
+) -> None:
+    """Refuse a normalization of latents that the pipeline does not make."""
+    neutral = {"latents_mean": 0, "latents_std": 1, "shift_factor": 0}
+    changed = [key for key, value in neutral.items() if not _is_all(config.get(key), value)]
+    statistics = [config.get(key) for key in ("latents_mean", "latents_std")]
+    sizes = {len(value) if isinstance(value, list) else 0 for value in statistics}
+    if normalized and "shift_factor" not in changed and sizes == {config["latent_channels"]}:
+        if all(type(item) in (int, float) for value in statistics for item in value or ()):
+            if min(statistics[1] or [0]) > 0:
+                return
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint.name}: vae has a {changed[0]} other than {neutral[changed[0]]}, which "
+            f"is not supported in a {checkpoint.pipeline_class}"
+        )
+
+
+def _is_all(value: Any, neutral: int) -> bool:
+    items = value if isinstance(value, list) else [neutral if value is None else value]
+    return all(item == neutral for item in items)
+
+
+def _statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return mean and deviation of the latents, (1, channels, 1, 1) each, if both are given."""
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or deviation is None or (_is_all(mean, 0) and _is_all(deviation, 1)):
+        return None
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(deviation).view(1, -1, 1, 1)
 
 
 def _downscale(checkpoint: Checkpoint, kind: type[Any], config: Mapping[str, Any]) -> int:

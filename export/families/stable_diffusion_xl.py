@@ -52,7 +52,9 @@ def plan(
     with parts.reading(checkpoint):
         config = parts.unet_config(checkpoint)
         parts.check_unet(checkpoint, config, {"addition_embed_type": "text_time"})
-        latent = parts.latent_space(checkpoint, parts.unet_multiple(config))
+        multiple = parts.unet_multiple(config)
+        # An image in further channels is not normalized by diffusers.
+        latent = parts.latent_space(checkpoint, multiple, normalized=images is None)
         if images is None:
             images = parts.inpainting(config["in_channels"], latent)
         texts = _text_encoders(checkpoint)

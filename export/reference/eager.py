@@ -171,7 +171,12 @@ class EagerPipeline:
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
         vae = self._parts["vae"]
-        pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+        latents = latents / vae.config.scaling_factor
+        mean, deviation = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
+        if mean is not None and deviation is not None:  # as the pipelines of XL do
+            factor, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (deviation, mean))
+            latents = latents * factor + shift
+        pixels: torch.Tensor = vae.decode(latents).sample
         return pixels.numpy()
 
     @contextmanager

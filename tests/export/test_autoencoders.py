@@ -14,7 +14,11 @@ from PIL import Image
 pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionXLImg2ImgPipeline,
+)
 
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.families import family_of
@@ -26,6 +30,8 @@ from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.rng import Generator
+from latentforge.runtime.vae import Posterior
 
 SIDE = 32
 KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -160,3 +166,49 @@ def test_optimum_has_no_tiny_autoencoder(
     path = with_vae(copy(tiny_checkpoint), "tiny")
     with pytest.raises(SettingsError, match="no optimum pipeline supports the VAE"):
         export(str(path), tmp_path / "out", ExportRequest(layout="optimum"))
+
+
+def test_normalized_latents_of_xl(
+    tiny: Callable[[str], Path], copy: Callable[[Path], Path], picture: Image.Image
+) -> None:
+    """Playground 2.5 has a mean and a deviation by channel, which diffusers uses in XL."""
+    path = copy(tiny("sdxl"))
+    config = path / "vae" / "config.json"
+    statistics = {"latents_mean": [-1.6, 1.1, -0.6, 1], "latents_std": [8.4, 5.9, 4.3, 5]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **statistics}))
+    opened = open_checkpoint(str(path))
+    plan = family_of(opened).plan(opened)
+    decoder, encoder = (part.load(opened) for part in plan.components[-2:])
+    pipe = StableDiffusionXLImg2ImgPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    pixels = torch.from_numpy(to_array([picture]))
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(7)
+
+    with torch.inference_mode():
+        theirs = pipe.prepare_latents(
+            pixels, torch.tensor([1]), 1, 1, torch.float32, "cpu", seeded(), add_noise=False
+        )
+        posterior = Posterior(parameters=encoder(pixels).numpy(), latent=plan.latent)
+        assert psnr(theirs.numpy(), posterior.sample(Generator(7).randn)) > 100
+        latents, images = (
+            pipe(
+                "a fox", image=picture, num_inference_steps=4, generator=seeded(), output_type=kind
+            )
+            for kind in ("latent", "pt")
+        )
+        ours = decoder(latents.images / plan.latent.scaling_factor)
+    assert psnr(images.images.numpy(), (ours.numpy() / 2 + 0.5).clip(0, 1)) > 80
+
+
+@pytest.mark.parametrize("given", [{"latents_mean": [1.0] * 4}, {"latents_std": [2.0] * 4}])
+def test_half_of_a_normalization(
+    tiny: Callable[[str], Path], copy: Callable[[Path], Path], given: dict[str, Any]
+) -> None:
+    path = copy(tiny("sdxl"))
+    config = path / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **given}))
+    opened = open_checkpoint(str(path))
+    with pytest.raises(CheckpointError, match=next(iter(given))):
+        family_of(opened).plan(opened)
