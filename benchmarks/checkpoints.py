@@ -42,6 +42,7 @@ class Architecture:
         vae: configuration of the autoencoder.
         texts: configurations of the text encoders by folder; text_encoder_2 has a projection.
         scheduler: class and configuration.
+        low_res_scheduler: options of the DDPM scheduler of an upscaler.
         index: further entries of model_index.json.
         max_length: maximum number of tokens of a prompt.
     """
@@ -51,6 +52,7 @@ class Architecture:
     vae: Config
     texts: Mapping[str, Config]
     scheduler: tuple[str, Config]
+    low_res_scheduler: Config | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 77
 
@@ -71,6 +73,9 @@ def write(
             _write_text(config, target, folder, architecture.max_length)
     kind, options = architecture.scheduler
     getattr(diffusers, kind)(**options).save_pretrained(target / "scheduler")
+    if architecture.low_res_scheduler is not None:
+        noise = diffusers.DDPMScheduler(**architecture.low_res_scheduler)
+        noise.save_pretrained(target / "low_res_scheduler")
     index = {"_class_name": architecture.pipeline, **_classes(architecture), **architecture.index}
     (target / "model_index.json").write_text(json.dumps(index, indent=2))
 

@@ -253,8 +253,9 @@ def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
         "guidance_scale": family.guidance_scale,
         "guidance_rescale": family.guidance_rescale,
         "image_guidance_scale": family.image_guidance_scale,
-        "height": job.dimensions.height or job.plan.sample_size[0],
-        "width": job.dimensions.width or job.plan.sample_size[1],
+        "noise_level": family.noise_level,
+        "height": job.dimensions.height or job.plan.sample_size,
+        "width": job.dimensions.width or job.plan.sample_size,
     }
     sidecar = job.checkpoint.sidecar.get("defaults", {})
     try:
@@ -327,8 +328,8 @@ def _record(
     }
     pipeline = Pipeline(manifest, engines, tokenizers, directory, example_images=True)
     result = _short_run(job, pipeline)
-    encoder = sessions["vae_encoder"]
-    if encoder.plan in job.components and not encoder.recording.runs:
+    encoder = sessions.get("vae_encoder")
+    if encoder and encoder.plan in job.components and not encoder.recording.runs:
         engines["vae_encoder"].run({"sample": to_array(result.images)})
     modules.free()
     return sessions, result

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from latentforge.runtime import sampling
 from latentforge.runtime.acceleration import StepPolicy
 from latentforge.runtime.conditioning.encode import ConditioningInputs
-from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage, Picture
+from latentforge.runtime.conditioning.image_requirements import check_images
+from latentforge.runtime.denoising.depth import DepthInput, depth_channel
+from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
-from latentforge.runtime.manifest import CACHED_FEATURE, Component, Latent, Manifest
+from latentforge.runtime.manifest import Component, Latent, Manifest
 from latentforge.runtime.sampling.levels import NoisePlan
 from latentforge.runtime.settings import Settings
 
 __all__ = ["ResolvedRequest", "check_size", "warn_of_calibration"]
+
+Array = NDArray[np.float32]
 
 _log = logging.getLogger("latentforge")
 
@@ -49,7 +57,8 @@ class ResolvedRequest:
         engines: Mapping[str, Engine],
         *,
         image: ImageInput | None = None,
-        mask: Picture | None = None,
+        mask: Image.Image | None = None,
+        depth_map: DepthInput | None = None,
         conditioning: ConditioningInputs | None = None,
         max_rows: int | None = None,
     ) -> ResolvedRequest:
@@ -59,7 +68,7 @@ class ResolvedRequest:
             settings: complete settings.
             manifest: of the engines.
             engines: those already loaded.
-            image, mask, conditioning, max_rows: see Pipeline.run().
+            image, mask, depth_map, conditioning, max_rows: see Pipeline.run().
 
         Raises:
             SettingsError: the engines lack a component that the settings name, or the image, the
@@ -75,16 +84,12 @@ class ResolvedRequest:
                     f"these engines have no {name}: omit the setting that needs it, or build "
                     "with --fast"
                 )
-        _check_guidance(settings, manifest)
-        if settings.cached_steps:
-            _check_feature(settings, manifest)
-        init = InitImage.of(image, mask, settings, manifest.latent, manifest.conditioning)
-        if init.mask is not None and manifest.latent.masked_decoder:
-            raise SettingsError(
-                "the decoder of an AsymmetricAutoencoderKL takes image and mask in inpainting, "
-                "which is not supported: omit the mask, or export the checkpoint with another vae"
-            )
-        if init.pixels is not None and "vae_encoder" not in available:
+        check_images(manifest.conditioning, settings, image=image, mask=mask, depth_map=depth_map)
+        init = InitImage.of(image, mask, settings, manifest.latent, shrink=manifest.shrink)
+        if depth_map is not None:
+            init = replace(init, depth=_depth(depth_map, settings, manifest.latent))
+        encodes = init.pixels is not None and manifest.conditioning.encodes_images
+        if encodes and "vae_encoder" not in available:
             raise ManifestError("these engines have no vae_encoder, which images need: export it")
         plan = sampling.noise_plan(
             settings.sampler, manifest.schedule, settings.steps, settings.timesteps
@@ -104,32 +109,20 @@ class ResolvedRequest:
         return _step_components(self.settings)
 
 
-def _check_guidance(settings: Settings, manifest: Manifest) -> None:
-    if settings.image_guidance_scale != 1 and "image" not in manifest.conditioning.channels:
-        raise SettingsError("image_guidance_scale is for models that edit an image: omit it")
+def _depth(depth_map: DepthInput, settings: Settings, latent: Latent) -> Array:
+    height, width = settings.height // latent.downscale, settings.width // latent.downscale
+    depth = depth_channel(depth_map, height=height, width=width)
+    if len(depth) not in (1, len(settings.prompts)):
+        raise SettingsError(
+            f"{len(depth)} depth maps for {len(settings.prompts)} prompts: give one for all, or "
+            "one for each"
+        )
+    return depth
 
 
 def _step_components(settings: Settings) -> tuple[str, ...]:
     cached = ("denoiser_cached",) if settings.cached_steps else ()
     return (settings.variant, *cached)
-
-
-def _check_feature(settings: Settings, manifest: Manifest) -> None:
-    """Check that the sides of a cached feature, a fraction of the latents' sides, are whole.
-
-    Raises:
-        ShapeError: they are not.
-    """
-    component = manifest.components.get("denoiser_cached")
-    spec = component.inputs.get(CACHED_FEATURE) if component is not None else None
-    divisors = [int(str(size).partition("//")[2] or 1) for size in spec.shape] if spec else [1]
-    unit = manifest.latent.downscale * max(divisors)
-    for name, side in (("height", settings.height), ("width", settings.width)):
-        if side % unit:
-            raise ShapeError(
-                f"{name} must be a multiple of {unit} for cached steps, not {side}: request that, "
-                "or no cached steps (unaccelerated)"
-            )
 
 
 def _part(plan: NoisePlan, settings: Settings, train_steps: int) -> NoisePlan:

@@ -1,7 +1,7 @@
 """VAE of a latent diffusion model: images to latents and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,22 +24,17 @@ class Posterior:
     """Gaussian distribution of the latents of images, as the VAE encoder returns it.
 
     Attributes:
-        parameters: mean and log variance, stacked by channel, (n, 2 * channels, h, w), or latents
-            (n, channels, h, w) of an encoder without a variance, for which no noise is drawn.
-        latent: the latent space.
+        parameters: mean and log variance, stacked by channel, (n, 2 * channels, h, w).
+        scaling_factor: of the latent space.
     """
 
     parameters: Array
-    latent: Latent
+    scaling_factor: float
 
     @property
     def mean(self) -> Array:
         """Mean (n, channels, h, w), not scaled."""
-        return self.parameters[:, : self.latent.channels]
-
-    def repeated(self, samples: int) -> "Posterior":
-        """Return the distributions with each in this many consecutive rows, to sample apart."""
-        return replace(self, parameters=self.parameters.repeat(samples, axis=0))
+        return np.split(self.parameters, 2, axis=1)[0]
 
     def sample(self, draw: Draw) -> Array:
         """Return latents (n, channels, h, w), scaled for the denoiser.
@@ -47,11 +42,10 @@ class Posterior:
         Args:
             draw: standard normal noise of a shape.
         """
-        latents, log_variance = self.mean, self.parameters[:, self.latent.channels :]
-        if log_variance.size:
-            deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
-            latents = latents + deviation * draw(latents.shape)
-        return latents * np.float32(self.latent.scaling_factor)
+        mean, log_variance = np.split(self.parameters, 2, axis=1)
+        deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
+        latents: Array = mean + deviation * draw(mean.shape)
+        return latents * np.float32(self.scaling_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +63,9 @@ class Vae:
     def encode(self, pixels: Array) -> Posterior:
         """Return the distribution of the latents of images (n, 3, height, width) in -1..1."""
         outputs = self.engines.load("vae_encoder").run({"sample": pixels})
-        return Posterior(parameters=outputs["latent_parameters"], latent=self.latent)
+        return Posterior(
+            parameters=outputs["latent_parameters"], scaling_factor=self.latent.scaling_factor
+        )
 
     def decode(self, latents: Array) -> Array:
         """Return images (n, 3, height, width) of latents, about -1..1 and not clipped."""

@@ -8,7 +8,7 @@ from checkpoints import Architecture
 
 from latentforge.export.models.flexible_structure import BlockStructure, FlexibleStructure
 
-__all__ = ["EDITING", "INPAINTING", "TINY", "WIDTH"]
+__all__ = ["DEPTH", "EDITING", "INPAINTING", "TINY", "UPSCALING", "WIDTH"]
 
 WIDTH = 32  # of the text encoders
 TOKENS = 24
@@ -172,6 +172,26 @@ DECI_2 = replace(
     scheduler=("DDIMScheduler", {**_COSINE, "set_alpha_to_one": True}),
 )
 
+UPSCALER = replace(
+    SD_2,
+    pipeline="StableDiffusionUpscalePipeline",
+    vae={**_VAE, "scaling_factor": 0.08333},
+    unet={
+        **_UNET,
+        "in_channels": 7,
+        "num_class_embeds": 1000,
+        "only_cross_attention": (True, False),
+        "attention_head_dim": 4,
+        "use_linear_projection": True,
+    },
+    low_res_scheduler={
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "scaled_linear",
+    },
+    index={"max_noise_level": 350, "low_res_scheduler": ["diffusers", "DDPMScheduler"]},
+)
+
 TINY: Mapping[str, Architecture] = {
     "sd": SD,
     "sd-2": SD_2,
@@ -191,9 +211,13 @@ TINY: Mapping[str, Architecture] = {
     "sdxl-inpainting": _with_channels(SDXL, "StableDiffusionXLInpaintPipeline", 9),
     "pix2pix": _with_channels(SD, "StableDiffusionInstructPix2PixPipeline", 8),
     "sdxl-pix2pix": _with_channels(SDXL, "StableDiffusionXLInstructPix2PixPipeline", 8),
+    "sd-depth": _with_channels(SD_2, "StableDiffusionDepth2ImgPipeline", 5),
+    "upscaler": UPSCALER,
     "decidiffusion-1": DECI_1,
     "decidiffusion-2": DECI_2,
 }
 
 INPAINTING = ("sd-inpainting", "sdxl-inpainting")
 EDITING = ("pix2pix", "sdxl-pix2pix")
+DEPTH = ("sd-depth",)
+UPSCALING = ("upscaler",)

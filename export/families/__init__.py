@@ -2,10 +2,12 @@
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.decidiffusion import DECIDIFFUSION
+from latentforge.export.families.depth_to_image import DEPTH_TO_IMAGE
 from latentforge.export.families.instruct_pix2pix import INSTRUCT_PIX2PIX, INSTRUCT_PIX2PIX_XL
 from latentforge.export.families.stable_diffusion import STABLE_DIFFUSION
 from latentforge.export.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from latentforge.export.families.types import ComponentPlan, ExportPlan, Family
+from latentforge.export.families.upscaler import UPSCALER
 from latentforge.runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "ComponentPlan", "Family", "ExportPlan", "family_of"]
@@ -15,6 +17,8 @@ FAMILIES: tuple[Family, ...] = (
     STABLE_DIFFUSION_XL,
     INSTRUCT_PIX2PIX,
     INSTRUCT_PIX2PIX_XL,
+    DEPTH_TO_IMAGE,
+    UPSCALER,
     DECIDIFFUSION,
 )
 

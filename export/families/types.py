@@ -10,10 +10,7 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.runtime.manifest import Conditioning, Latent
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["ComponentPlan", "FamilyDefaults", "Family", "ExportPlan", "ImageSize", "Reference"]
-
-ImageSize = tuple[int, int]
-"""Height and width in pixels."""
+__all__ = ["ComponentPlan", "FamilyDefaults", "Family", "ExportPlan", "Reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +55,7 @@ class FamilyDefaults:
         guidance_scale: scale of classifier-free guidance.
         guidance_rescale: strength of guidance rescaling, 0 to 1 (Lin et al. 2023).
         image_guidance_scale: scale of guidance by an image, at least 1 (Brooks et al. 2023).
+        noise_level: noise on an image to enlarge, a timestep of its own schedule.
     """
 
     sampler: str | None = None
@@ -65,6 +63,7 @@ class FamilyDefaults:
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     image_guidance_scale: float = 1.0
+    noise_level: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +74,14 @@ class ExportPlan:
         components: plans of the components, in the order in which text to image runs them.
         conditioning: text encoders and their outputs that condition the denoiser.
         latent: the latent space.
-        sample_size: height and width of the training images.
+        sample_size: height and width of the training images, in pixels.
         defaults: default settings of a request.
     """
 
     components: tuple[ComponentPlan, ...]
     conditioning: Conditioning
     latent: Latent
-    sample_size: ImageSize
+    sample_size: int
     defaults: FamilyDefaults
 
     @property

@@ -24,7 +24,7 @@ from latentforge.export.schedulers import SCHEDULERS, schedule_of
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.bench.worker import ServedModel, serve
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.example import example_image
+from latentforge.runtime.example import example_depth_map, example_image
 from latentforge.runtime.image import from_array
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.settings import Settings
@@ -51,6 +51,10 @@ class EagerPipeline:
         for name in plan.tokenizers:
             self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
         self._conditioning = plan.conditioning
+        if plan.conditioning.noise_augmentation is not None:
+            noise = checkpoint.config("low_res_scheduler", "scheduler_config.json")
+            self._parts["low_res_scheduler"] = diffusers.DDPMScheduler.from_config(noise)
+        self._shrink = 1 if plan.conditioning.encodes_images else plan.latent.downscale
         self._texts = [encoder.component for encoder in plan.conditioning.encoders]
 
     def __call__(
@@ -59,6 +63,7 @@ class EagerPipeline:
         *,
         image: Image.Image | torch.Tensor | None = None,
         mask: Image.Image | torch.Tensor | None = None,
+        depth_map: Image.Image | None = None,
     ) -> Result:
         """Run one request, with the noise and the timesteps that the runtime uses for it.
 
@@ -67,16 +72,20 @@ class EagerPipeline:
             image: start image, or latents (batch, channels, h, w), for image to image; a model that
                 needs an image gets the example image if there is none.
             mask: area to repaint, for inpainting.
+            depth_map: of the image, likewise for a model that needs one.
         """
         size = settings.height, settings.width
         if image is None and self._conditioning.requires_image:
-            image = example_image(*size)
+            image = example_image(*(side // self._shrink for side in size))
+        if depth_map is None and "depth" in self._conditioning.channels:
+            depth_map = example_depth_map(*size)
         if image is None and "mask" in self._conditioning.channels:
             image, mask = torch.full((1, 3, *size), 0.5), torch.ones((1, 1, *size))
         pipe = self._pipeline(settings, image, mask)
         watch = Stopwatch()
         with watch.running(), torch.inference_mode(), self._timed(watch):
-            latents = pipe(**self._arguments(settings, pipe, image, mask)).images
+            given = {"image": image, "mask_image": mask, "depth_map": _depth_tensor(depth_map)}
+            latents = pipe(**self._arguments(settings, pipe, given)).images
             with watch.stage("vae_decoder"):
                 images = self._decode(latents)
         return Result(
@@ -111,7 +120,7 @@ class EagerPipeline:
         for key, parameter in inspect.signature(kind.__init__).parameters.items():
             if key in parts:
                 arguments[key] = parts[key]
-            elif isinstance(self._index.get(key), bool):
+            elif isinstance(self._index.get(key), int):  # or a boolean; components are lists
                 arguments[key] = self._index[key]
             elif key != "self" and parameter.default is parameter.empty:
                 arguments[key] = None  # a safety checker, the refiner's first text encoder
@@ -139,7 +148,9 @@ class EagerPipeline:
         scheduler.set_timesteps = functools.wraps(plan)(set_timesteps)
         return scheduler
 
-    def _arguments(self, settings: Settings, pipe: Any, image: Any, mask: Any) -> Mapping[str, Any]:
+    def _arguments(
+        self, settings: Settings, pipe: Any, images: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Return the settings under diffusers' names, as far as the pipeline accepts them."""
         arguments = {
             "prompt": list(settings.prompts),
@@ -149,12 +160,12 @@ class EagerPipeline:
             "guidance_scale": settings.guidance_scale,
             "guidance_rescale": settings.guidance_rescale,
             "image_guidance_scale": settings.image_guidance_scale,
+            "noise_level": settings.noise_level,
             "height": settings.height,
             "width": settings.width,
-            "generator": _generators(settings),
+            "generator": torch.Generator().manual_seed(settings.seed),
             "output_type": "latent",
-            "image": image,
-            "mask_image": mask,
+            **images,
             "strength": settings.strength,
             "denoising_start": settings.denoising_start,
             "denoising_end": settings.denoising_end,
@@ -171,12 +182,7 @@ class EagerPipeline:
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
         vae = self._parts["vae"]
-        latents = latents / vae.config.scaling_factor
-        mean, deviation = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
-        if mean is not None and deviation is not None:  # as the pipelines of XL do
-            factor, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (deviation, mean))
-            latents = latents * factor + shift
-        pixels: torch.Tensor = vae.decode(latents).sample
+        pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
         return pixels.numpy()
 
     @contextmanager
@@ -196,9 +202,8 @@ class EagerPipeline:
         return {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
 
 
-def _generators(settings: Settings) -> torch.Generator | list[torch.Generator]:
-    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
-    return generators if isinstance(settings.seed, tuple) else generators[0]
+def _depth_tensor(depth_map: Image.Image | None) -> torch.Tensor | None:
+    return None if depth_map is None else torch.from_numpy(np.array([depth_map], np.float32))
 
 
 def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:

@@ -36,10 +36,16 @@ _SETTINGS = {
     "guidance_scale": "guidance scale",
     "guidance_rescale": "guidance rescale",
     "image_guidance_scale": "image guidance scale",
+    "noise_level": "noise level",
     "images_per_prompt": "images per prompt",
     "seed": "seed",
 }
-_DEFAULTS = {"guidance_rescale": 0, "image_guidance_scale": 1, "images_per_prompt": 1}
+_DEFAULTS = {
+    "guidance_rescale": 0,
+    "image_guidance_scale": 1,
+    "noise_level": 0,
+    "images_per_prompt": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from latentforge.optimize.half.float16 import fits
 
 __all__ = ["AGNOSTIC", "CONTRIB", "FLOAT", "TIME_INPUTS", "half_inputs", "half_outputs", "select"]
 
-TIME_INPUTS = ("timestep", "timestep_cond", "time_ids", "text_embeds")
+TIME_INPUTS = ("timestep", "timestep_cond", "time_ids", "text_embeds", "noise_level")
 """Denoiser inputs of a few numbers per image. Nodes computed from them alone stay in float32: it
 costs next to nothing, and sine and cosine of a timestep up to 1000, which half resolves to half a
 unit, would be noise."""

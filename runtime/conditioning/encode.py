@@ -79,7 +79,7 @@ class ConditioningEncoder:
         return {name: array for name, array in rows.items() if name in self.inputs}
 
     def _numbers(self, settings: Settings, aesthetic_score: float) -> ConditioningInputs:
-        """Return the inputs that are the same for every image: sizes and the guidance scale."""
+        """Return the inputs that are the same for every image: sizes, scales and levels."""
         rows: ConditioningInputs = {}
         if "time_ids" in self.inputs:
             values = _time_ids(settings, aesthetic_score)
@@ -89,6 +89,8 @@ class ConditioningEncoder:
         if "timestep_cond" in self.inputs:
             width = int(self.inputs["timestep_cond"].shape[1])
             rows["timestep_cond"] = guidance_embedding(settings.guidance_scale, width)
+        if "noise_level" in self.inputs:
+            rows["noise_level"] = np.array([[settings.noise_level]], np.float32)
         return {name: row.repeat(settings.count, axis=0) for name, row in rows.items()}
 
 

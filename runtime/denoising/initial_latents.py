@@ -10,36 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.image import read_image, to_array, to_mask
-from latentforge.runtime.manifest import Conditioning, ImageChannels, Latent
-from latentforge.runtime.rng import NoiseSource
+from latentforge.runtime.image import to_array, to_mask
+from latentforge.runtime.manifest import Conditioning, Latent
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
 from latentforge.runtime.sampling.sampler import MaskBlend
 from latentforge.runtime.settings import Settings
-from latentforge.runtime.vae import Posterior
+from latentforge.runtime.vae import Draw, Posterior
 
-__all__ = [
-    "ImageInput",
-    "InitImage",
-    "InitialState",
-    "LatentInitializer",
-    "Picture",
-    "image_size",
-]
+__all__ = ["InitImage", "InitialState", "LatentInitializer", "ImageInput", "image_size"]
 
 Array = NDArray[np.float32]
-Picture: TypeAlias = "Image.Image | str | Path | NDArray[Any]"
-"""PIL image, path of a file, or array: see image.read_image()."""
-
-ImageInput: TypeAlias = "Picture | Sequence[Picture]"
+ImageInput: TypeAlias = "Image.Image | Sequence[Image.Image] | Array"
 """Initial image: one for all prompts, one per prompt, or latents (images, channels, h, w)."""
 
 _LANCZOS = Image.Resampling.LANCZOS
@@ -53,41 +41,46 @@ class InitImage:
         pixels: images (n, 3, height, width) in -1..1; n is 1 or the number of prompts.
         mask: (1, 1, height, width), 1 where to paint and 0 where to keep the image.
         latents: (images, channels, h, w), instead of pixels.
+        depth: depth maps (n, 1, h, w) in -1..1, of the size of the latents.
     """
 
     pixels: Array | None = None
     mask: Array | None = None
     latents: Array | None = None
+    depth: Array | None = None
 
     @classmethod
     def of(
         cls,
         image: ImageInput | None,
-        mask: Picture | None,
+        mask: Image.Image | None,
         settings: Settings,
         latent: Latent,
-        conditioning: Conditioning,
+        *,
+        shrink: int = 1,
     ) -> InitImage:
         """Check an image and a mask, and resize them to the request's size.
+
+        Args:
+            image, mask: as given by the user.
+            settings: of the request.
+            latent: the latent space.
+            shrink: factor by which the image is smaller than the result.
 
         Raises:
             SettingsError: one is not an image, or the request lacks one or has one too many.
             ShapeError: mask and image, or latents and request, differ in size.
         """
-        if conditioning.requires_image and image is None:
-            raise SettingsError("this model edits an image: give image (--image)")
-        if not conditioning.starts_from_image:
-            _check_edit(image, mask, settings, latent)
-        if _is_latents(image, latent):
+        if isinstance(image, np.ndarray):
             return cls(latents=_check_latents(image, mask, settings, latent))
         if settings.denoising_start is not None:
             raise SettingsError("denoising_start continues from latents: pass them as the image")
-        if image is None and mask is not None:
-            raise SettingsError("a mask marks the part of an image to paint: give image too")
-        images = [] if image is None else _images(image)
+        if mask is not None:
+            _check_mask(mask, image)
+        size = (settings.width, settings.height)
         return cls(
-            pixels=_pixels(images, settings) if images else None,
-            mask=None if mask is None else _mask(mask, images, settings),
+            pixels=None if image is None else _pixels(_images(image), settings, shrink),
+            mask=None if mask is None else to_mask(mask.resize(size, _LANCZOS)),
         )
 
 
@@ -106,22 +99,31 @@ class InitialState:
     mask_blend: MaskBlend | None = None
 
 
-def image_size(image: ImageInput, latent: Latent) -> tuple[int, int]:
+def image_size(image: ImageInput, latent: Latent, *, shrink: int = 1) -> tuple[int, int]:
     """Return the height and width in pixels to work at: the image's, rounded down as needed.
 
+    Args:
+        image: as given by the user.
+        latent: the latent space.
+        shrink: factor by which the image is smaller than the result.
+
     Raises:
-        ShapeError: the image is smaller than the model's smallest.
+        ShapeError: the image is smaller than the model's smallest, or the latents not 4-d.
         SettingsError: it is not an image.
     """
-    if _is_latents(image, latent):
+    if isinstance(image, np.ndarray):
+        if image.ndim != 4:
+            raise ShapeError(
+                f"latents must be (images, channels, h, w), not of shape {image.shape}"
+            )
         return image.shape[-2] * latent.downscale, image.shape[-1] * latent.downscale
-    unit = latent.downscale * latent.multiple
+    unit = latent.downscale * latent.multiple // shrink
     width, height = _images(image)[0].size
     if min(height, width) < unit:
         raise ShapeError(
             f"the image is {width}x{height} pixels, and this model needs at least {unit}x{unit}"
         )
-    return height // unit * unit, width // unit * unit
+    return height // unit * unit * shrink, width // unit * unit * shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,32 +134,42 @@ class LatentInitializer:
         settings: the request.
         plan: noise plan of the run; its strength is already applied.
         shape: of the latents, (images, channels, h, w).
-        channels: channels of images that the denoiser takes, in order.
-        noise: standard normal noise.
+        conditioning: of the model, with the channels of images that the denoiser takes.
+        draw: standard normal noise of a shape.
         encode: pixels to the distribution of their latents.
     """
 
     settings: Settings
     plan: NoisePlan
     shape: tuple[int, int, int, int]
-    channels: tuple[ImageChannels, ...]
-    noise: NoiseSource
+    conditioning: Conditioning
+    draw: Draw
     encode: Callable[[Array], Posterior]
 
     def prepare(self, init: InitImage) -> InitialState:
         """Return the initial state for an initial image, mask or latents, or for none."""
-        if init.mask is not None or ("mask" in self.channels and init.latents is None):
+        channels = self.conditioning.channels
+        if init.mask is not None or ("mask" in channels and init.latents is None):
             return self._masked(init)
-        if "image" in self.channels and init.pixels is not None:
+        if init.pixels is not None and "image" in channels:
             return InitialState(extra_channels=self._repeated(self.encode(init.pixels).mean))
+        if init.pixels is not None and self.conditioning.noise_augmentation is not None:
+            level = self.conditioning.noise_augmentation.schedule.at(self.settings.noise_level)
+            noisy = _noised(init.pixels, self.draw(init.pixels.shape), level)
+            return InitialState(extra_channels=self._repeated(noisy))
+        extra = None if init.depth is None else self._repeated(init.depth)
+        return InitialState(latents=self._start(init), extra_channels=extra)
+
+    def _start(self, init: InitImage) -> Array | None:
+        """Return the latents of an image, noised, or those that were passed."""
         if init.latents is not None and self.settings.denoising_start is not None:
-            return InitialState(latents=init.latents)
+            return init.latents
         if init.latents is not None:
-            return InitialState(latents=self._noised(init.latents, self.noise.randn(self.shape)))
+            return self._noised(init.latents, self.draw(self.shape))
         if init.pixels is None:
-            return InitialState()
+            return None
         clean = self._encoded(init.pixels)
-        return InitialState(latents=self._noised(clean, self.noise.randn(self.shape)))
+        return self._noised(clean, self.draw(self.shape))
 
     def _masked(self, init: InitImage) -> InitialState:
         """Prepare inpainting. Without an image, an inpainting denoiser paints all of it."""
@@ -165,24 +177,21 @@ class LatentInitializer:
         pixels = blank if init.pixels is None else init.pixels
         mask = np.ones_like(blank[:, :1]) if init.mask is None else init.mask
         from_noise = self.settings.strength == 1
-        clean = blank if from_noise and self.channels else self._encoded(pixels)
-        noise = self.noise.randn(self.shape)
+        clean = blank if from_noise and self.conditioning.channels else self._encoded(pixels)
+        noise = self.draw(self.shape)
         latents = noise * np.float32(self.plan.scale) if from_noise else self._noised(clean, noise)
         # Encoded even where it is not used: diffusers draws random numbers for it.
         masked_image = self._encoded(pixels * (mask < 0.5))
         factor = self.settings.height // self.shape[2]
         small = mask[:, :, ::factor, ::factor]
-        if not self.channels:
+        if not self.conditioning.channels:
             return InitialState(latents=latents, mask_blend=_mask_blend(clean, noise, small))
         extra = np.concatenate([small.repeat(self.shape[0], axis=0), masked_image], axis=1)
         return InitialState(latents=latents, extra_channels=extra)
 
     def _encoded(self, pixels: Array) -> Array:
         """Return latents, one row per image of the request."""
-        posterior = self.encode(pixels)
-        if self.noise.rows is not None:
-            posterior = posterior.repeated(self.noise.rows // len(pixels))
-        return self._repeated(posterior.sample(self.noise.randn))
+        return self._repeated(self.encode(pixels).sample(self.draw))
 
     def _repeated(self, rows: Array) -> Array:
         return rows.repeat(self.shape[0] // len(rows), axis=0)
@@ -204,66 +213,42 @@ def _noised(clean: Array, noise: Array, level: NoiseLevel) -> Array:
     return np.float32(level.alpha) * clean + np.float32(level.sigma) * noise
 
 
-def _is_latents(image: ImageInput | None, latent: Latent) -> TypeGuard[NDArray[Any]]:
-    """Return True for an array of four dimensions, unless it is a batch of pictures."""
-    if not isinstance(image, np.ndarray) or image.ndim != 4:
-        return False
-    if image.dtype in (np.uint8, np.uint16, np.bool_):
-        return False
-    return image.shape[3] not in (1, 3, 4) or image.shape[1] == latent.channels
+def _images(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    images = [image] if isinstance(image, Image.Image) else image
+    if not isinstance(images, Sequence) or not images:
+        raise SettingsError(f"image must be a PIL image, not {type(image).__name__}")
+    for item in images:
+        if not isinstance(item, Image.Image):
+            raise SettingsError(f"image must be a PIL image, not {type(item).__name__}")
+    return list(images)
 
 
-def _images(image: ImageInput) -> list[Image.Image]:
-    batch = image.ndim == 4 if isinstance(image, np.ndarray) else isinstance(image, list | tuple)
-    images: Sequence[Any] = image if batch else [image]  # type: ignore[assignment]
-    if len(images) == 0:
-        raise SettingsError("image is empty: give a picture for all prompts, or one for each")
-    return [read_image("image", item) for item in images]
-
-
-def _pixels(images: list[Image.Image], settings: Settings) -> Array:
+def _pixels(images: list[Image.Image], settings: Settings, shrink: int) -> Array:
     if len(images) not in (1, len(settings.prompts)):
         raise SettingsError(
             f"{len(images)} images for {len(settings.prompts)} prompts: give one for all, or one "
             "for each"
         )
-    size = (settings.width, settings.height)
+    size = (settings.width // shrink, settings.height // shrink)
     # Converted before resizing: colours of a palette cannot be interpolated.
     return to_array([image.convert("RGB").resize(size, _LANCZOS) for image in images])
 
 
-def _mask(mask: Picture, images: Sequence[Image.Image], settings: Settings) -> Array:
-    picture = read_image("mask", mask)
-    for image in images:
-        if image.size != picture.size:
-            (width, height), (w, h) = image.size, picture.size
+def _check_mask(mask: Image.Image, image: Image.Image | Sequence[Image.Image] | None) -> None:
+    if image is None:
+        raise SettingsError("a mask marks the part of an image to paint: give image too")
+    if not isinstance(mask, Image.Image):
+        raise SettingsError(f"mask must be a PIL image, not {type(mask).__name__}")
+    for item in _images(image):
+        if item.size != mask.size:
+            (width, height), (w, h) = item.size, mask.size
             raise ShapeError(
                 f"the mask is {w}x{h} and the image {width}x{height}: they must be of one size"
             )
-    return to_mask(picture.resize((settings.width, settings.height), _LANCZOS))
-
-
-def _check_edit(
-    image: ImageInput | None, mask: Picture | None, settings: Settings, latent: Latent
-) -> None:
-    """Refuse what does not apply where the image is conditioning, and sampling starts from noise.
-
-    Raises:
-        SettingsError: the request masks the image, keeps a part of its noise, or passes latents.
-    """
-    if mask is not None:
-        raise SettingsError("this model edits whole images: omit the mask")
-    if settings.strength != 1:
-        raise SettingsError(
-            "strength does not apply to this model, which samples from noise: omit it, or set "
-            "image_guidance_scale"
-        )
-    if _is_latents(image, latent) or settings.denoising_start is not None:
-        raise SettingsError("this model cannot continue from latents: pass the image to edit")
 
 
 def _check_latents(
-    latents: NDArray[Any], mask: Picture | None, settings: Settings, latent: Latent
+    latents: Array, mask: Image.Image | None, settings: Settings, latent: Latent
 ) -> Array:
     if mask is not None:
         raise SettingsError("a mask needs an image, and latents were passed instead")

@@ -42,6 +42,7 @@ __all__ = [
     "ImageChannels",
     "Latent",
     "Manifest",
+    "NoiseAugmentation",
     "RequestDefaults",
     "Stage",
     "TextEncoding",
@@ -199,13 +200,28 @@ TimeId = Literal[
 ]
 
 
-ImageChannels = Literal["mask", "masked_image", "image"]
+ImageChannels = Literal["mask", "masked_image", "image", "depth", "low_resolution"]
 """Channels of the denoiser's sample that come from the images of a request:
 
 mask: 1 where to paint, one channel.
 masked_image: latents of the image outside of the mask, sampled and scaled as initial latents are.
 image: latents of the image to edit, the mean of the VAE's distribution and not scaled.
+depth: depth map of the image, from -1 to 1, one channel.
+low_resolution: pixels of the image to enlarge, from -1 to 1, with noise; three channels, of the
+    size of the latents.
 """
+
+
+class NoiseAugmentation(Record, frozen=True, kw_only=True):
+    """Noise on the image to enlarge: Ho et al. (2022), arXiv 2106.15282, section 4.
+
+    Attributes:
+        schedule: gives the noise at each level, as at a training timestep.
+        max_level: the largest that the denoiser was trained for.
+    """
+
+    schedule: Schedule
+    max_level: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Conditioning(Record, frozen=True, kw_only=True):
@@ -218,40 +234,53 @@ class Conditioning(Record, frozen=True, kw_only=True):
             empty prompt (``force_zeros_for_empty_prompt`` in diffusers).
         time_ids: numbers in the denoiser's ``time_ids`` input, in order.
         channels: channels of the denoiser's ``sample`` after those of the latents, in order.
+        noise_augmentation: noise on the channels ``low_resolution``; its level is the denoiser's
+            ``noise_level`` input.
     """
 
     encoders: tuple[TextEncoding, ...]
     zero_negative: bool = False
     time_ids: tuple[TimeId, ...] = ()
     channels: tuple[ImageChannels, ...] = ()
+    noise_augmentation: NoiseAugmentation | None = None
 
     @property
     def starts_from_image(self) -> bool:
         """True if sampling may start from the noised image, which is not itself conditioning."""
-        return "image" not in self.channels
+        return {"image", "low_resolution"}.isdisjoint(self.channels)
 
     @property
     def requires_image(self) -> bool:
         """True if there is nothing to generate without an image."""
-        return "image" in self.channels
+        return not {"image", "depth", "low_resolution"}.isdisjoint(self.channels)
+
+    @property
+    def encodes_images(self) -> bool:
+        """True if images go through the VAE encoder."""
+        return "low_resolution" not in self.channels
 
 
 class Latent(Record, frozen=True, kw_only=True):
     """Latent space: an image of H x W pixels is (channels, H/downscale, W/downscale).
 
     Latent sides are multiples of ``multiple``, because the denoiser downsamples by that factor.
-    ``masked_decoder`` marks a VAE whose decoder would also take image and mask in inpainting.
     """
 
     channels: Small
     scaling_factor: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
     downscale: Small
     multiple: Small
-    masked_decoder: bool = False
 
     def sample_channels(self, images: Sequence[ImageChannels]) -> int:
         """Return the channels of the sample of a denoiser that takes these channels of images."""
-        widths = {"mask": 1, "masked_image": self.channels, "image": self.channels}
+        latents = self.channels
+        widths = {
+            "mask": 1,
+            "masked_image": latents,
+            "image": latents,
+            "depth": 1,
+            "low_resolution": 3,
+        }
         return self.channels + sum(widths[name] for name in images)
 
     def image_sizes(self, denoiser: Component) -> list[tuple[Range, Range]]:
@@ -274,6 +303,7 @@ class RequestDefaults(Record, frozen=True, kw_only=True):
     guidance_scale: float
     guidance_rescale: float
     image_guidance_scale: float = 1.0
+    noise_level: Annotated[int, msgspec.Meta(ge=0)] = 0
     height: Positive
     width: Positive
 
@@ -341,10 +371,15 @@ class Manifest(Record, frozen=True, kw_only=True):
     history: tuple[Stage, ...] = ()
 
     @property
+    def shrink(self) -> int:
+        """Factor by which an image of a request is smaller than the result."""
+        return 1 if self.conditioning.encodes_images else self.latent.downscale
+
+    @property
     def required_components(self) -> tuple[str, ...]:
         """Components that text to image needs, in the order in which they run."""
         encoders = [encoder.component for encoder in self.conditioning.encoders]
-        if self.conditioning.channels:
+        if self.conditioning.channels and self.conditioning.encodes_images:
             encoders.append("vae_encoder")
         parts = [name for name in DENOISER_PARTS if name in self.components or name == "denoiser"]
         return (*encoders, *parts, "vae_decoder")

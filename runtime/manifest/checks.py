@@ -9,7 +9,7 @@ from latentforge.runtime.errors import ManifestError
 
 if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.acceleration import AccelerationPlan
-    from latentforge.runtime.manifest import Component, Manifest, TextEncoding
+    from latentforge.runtime.manifest import Component, Conditioning, Manifest, TextEncoding
     from latentforge.runtime.tensor import TensorSpec
 
 __all__ = [
@@ -41,10 +41,17 @@ DENOISER_PARTS = ("denoiser_prompt", "denoiser_time", "denoiser")
 _REQUIRED_INPUTS: _Ranks = {"timestep": (0, 1), "encoder_hidden_states": (3,)}
 """Inputs besides ``sample`` that the parts of a denoiser together have at least."""
 
-DENOISER_INPUTS = {"sample", *_REQUIRED_INPUTS, "text_embeds", "time_ids", "timestep_cond"}
+DENOISER_INPUTS = {
+    "sample",
+    *_REQUIRED_INPUTS,
+    "text_embeds",
+    "time_ids",
+    "timestep_cond",
+    "noise_level",
+}
 """Inputs that the runtime can fill."""
 
-IMAGE_CHANNELS = ((), ("mask", "masked_image"), ("image",))
+IMAGE_CHANNELS = ((), ("mask", "masked_image"), ("image",), ("depth",), ("low_resolution",))
 """Combinations of channels that a denoiser's sample may have after the latents."""
 
 _LATER_INPUTS = {
@@ -54,6 +61,8 @@ _LATER_INPUTS = {
 }
 """Inputs that are not available yet when a part runs."""
 
+_MAX_TRAIN_STEPS = 100_000
+
 
 def check_parts(manifest: Manifest) -> None:
     """Check that components, conditioning, schedule and acceleration plan fit together.
@@ -62,6 +71,8 @@ def check_parts(manifest: Manifest) -> None:
         ManifestError: they do not; the message names the key.
         SettingsError: a timestep of the acceleration plan is not in the schedule.
     """
+    if (steps := manifest.schedule.train_steps) > _MAX_TRAIN_STEPS:
+        raise ManifestError(f"schedule: train_steps is at most {_MAX_TRAIN_STEPS}, not {steps}")
     for encoder in manifest.conditioning.encoders:
         _check_encoder(manifest, encoder)
     for name, component in manifest.components.items():
@@ -128,12 +139,25 @@ def _check_conditioning(manifest: Manifest) -> None:
     _check_tensors("denoiser: input", inputs, _REQUIRED_INPUTS)
     if "text_embeds" in inputs and not any(e.pooled for e in conditioning.encoders):
         raise ManifestError("denoiser: input text_embeds, but no text encoder has a pooled output")
+    _check_noise_augmentation(conditioning, inputs)
     ids = inputs.get("time_ids")
     if ids is not None and ids.shape[1:] != (len(conditioning.time_ids),):
         raise ManifestError(
             f"denoiser: input time_ids is {ids}, but conditioning lists "
             f"{len(conditioning.time_ids)} time_ids"
         )
+
+
+def _check_noise_augmentation(conditioning: Conditioning, inputs: Mapping[str, TensorSpec]) -> None:
+    augmentation = conditioning.noise_augmentation
+    noised = "low_resolution" in conditioning.channels
+    if (augmentation is not None) != noised or ("noise_level" in inputs) != noised:
+        raise ManifestError(
+            "conditioning: the channels low_resolution, the input noise_level and "
+            "noise_augmentation come together"
+        )
+    if augmentation is not None and augmentation.max_level >= augmentation.schedule.train_steps:
+        raise ManifestError("noise_augmentation: max_level lies beyond its schedule")
 
 
 def _denoiser_inputs(components: Mapping[str, Component]) -> dict[str, TensorSpec]:

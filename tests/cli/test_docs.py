@@ -128,6 +128,8 @@ def test_every_cell_of_the_table_is_a_test() -> None:
             families.test_image_to_image,
             families.test_inpainting,
             families.test_editing,
+            families.test_depth_to_image,
+            families.test_upscaling,
         )
     }
     expected = {f"{test}[{case}]" for test, cases in marks.items() for case in cases}

@@ -17,7 +17,7 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
 from diffusers import AutoencoderKL
-from tiny import EDITING, INPAINTING, TINY
+from tiny import DEPTH, EDITING, INPAINTING, TINY, UPSCALING
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
@@ -38,35 +38,27 @@ from latentforge.runtime.tensor import Feeds
 
 SIDE = 32
 REFINER = "sdxl-refiner"
-TEXT = [name for name in TINY if name not in (*INPAINTING, *EDITING, REFINER)]
-IMAGE = [name for name in TINY if name not in (*INPAINTING, *EDITING)]
-INPAINT = [name for name in TINY if name not in EDITING]
-FREE = ("bk-sdm",)
-"""Families whose denoiser has free dimensions here, as other tests need it; others are fixed."""
+OTHERS = (*EDITING, *DEPTH, *UPSCALING)
+TEXT = [name for name in TINY if name not in (*INPAINTING, *OTHERS, REFINER)]
+IMAGE = [name for name in TINY if name not in (*INPAINTING, *OTHERS)]
+INPAINT = [name for name in TINY if name not in OTHERS]
 
 Built = Callable[[str], tuple[Pipeline, EagerPipeline]]
 
 
 @pytest.fixture(scope="module")
-def built(
-    tiny: Callable[[str], Path],
-    tiny_engines: Path,
-    tiny_denoiser: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Built]:
+def built(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     """A function that returns a family's engines, built once, and diffusers' pipeline."""
     folder = tmp_path_factory.mktemp("families")
     opened = []
 
-    exported = dict.fromkeys(identities(tiny("sd")).values(), tiny_engines)
+    exported: dict[tuple[str, ...], Path] = {}
 
     def engines(name: str) -> Path:
-        if name == "sd":
-            return tiny_engines
-        keys = identities(tiny(name))
-        if name in FREE:
-            exported.setdefault(keys["denoiser"], tiny_denoiser(name))
-        new = [part for part, key in keys.items() if key not in exported] or [next(iter(keys))]
+        checkpoint = open_checkpoint(str(tiny(name)))
+        parts = family_of(checkpoint).plan(checkpoint).components
+        keys = {part.name: identity(checkpoint, part) for part in parts}
+        new = [part for part, key in keys.items() if key not in exported] or [parts[0].name]
         sizes = Dimensions(height=SIDE, width=SIDE)
         export(
             str(tiny(name)), folder / name, ExportRequest(components=tuple(new), dimensions=sizes)
@@ -86,13 +78,6 @@ def built(
     yield both
     for pipe in opened:
         pipe.close()
-
-
-def identities(path: Path) -> dict[str, tuple[str, ...]]:
-    """Return a key of the graph of each component of a checkpoint."""
-    checkpoint = open_checkpoint(str(path))
-    parts = family_of(checkpoint).plan(checkpoint).components
-    return {part.name: identity(checkpoint, part) for part in parts}
 
 
 def identity(checkpoint: Checkpoint, part: ComponentPlan) -> tuple[str, ...]:
@@ -197,6 +182,30 @@ def test_editing(built: Built, name: str, picture: Image.Image) -> None:
     check(pipe.run(settings, image=picture), eager(settings, image=picture))
 
 
+@pytest.mark.parametrize("name", DEPTH)
+def test_depth_to_image(built: Built, name: str, picture: Image.Image, mask: Image.Image) -> None:
+    """The depth map is of another size and shape than the image."""
+    pipe, eager = built(name)
+    images = {"image": picture, "depth_map": mask.convert("L").resize((50, 43))}
+    settings = pipe.settings("a red fox", image=picture, **request(pipe, strength=0.6))
+    check(pipe.run(settings, **images), eager(settings, **images))
+
+
+@pytest.mark.parametrize("name", UPSCALING)
+def test_upscaling(built: Built, name: str, picture: Image.Image) -> None:
+    """The image has the size of the latents, and noise of its own schedule."""
+    pipe, eager = built(name)
+    small = picture.resize((SIDE // 2, SIDE // 2))
+    pictures = []
+    for level in (20, 300):
+        settings = pipe.settings("a red fox", image=small, **request(pipe, noise_level=level))
+        ours = pipe.run(settings, image=small)
+        assert ours.images[0].size == (SIDE, SIDE)
+        check(ours, eager(settings, image=small))
+        pictures.append(ours.latents)
+    assert psnr(*pictures) < 60
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
     """Fused, with a UNet partitioned into parts per prompt, per schedule and per step."""
@@ -211,8 +220,9 @@ def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
         manifest.history[-1].passes[f"denoiser/{key}"] for key in ("fuse-attention", "hoist-prompt")
     )
     # Half of the attentions are cross-attention, whose keys and values run once a prompt; beside
-    # these do SDXL's embeddings of pooled prompt and sizes.
-    assert attentions <= crossing <= attentions + 2
+    # these do SDXL's embeddings of pooled prompt and sizes. An upscaler has more cross-attention.
+    limit = 2 * attentions if name in UPSCALING else attentions + 2
+    assert attentions <= crossing <= limit
 
 
 def test_every_family_is_tested() -> None:
@@ -236,6 +246,7 @@ def test_every_family_is_tested() -> None:
         ("sdxl-turbo", "euler_ancestral", 1, 0.0, 0.0),
         ("pix2pix", "pndm", 100, 7.5, 0.0),
         ("sdxl-pix2pix", "euler", 100, 5.0, 0.0),
+        ("upscaler", "ddim", 75, 9.0, 0.0),
         ("decidiffusion-1", "ddim", 30, 7.5, 0.7),
         ("decidiffusion-2", "squeezed_10", 16, 7.5, 0.8),
     ],

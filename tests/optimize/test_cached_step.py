@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,19 @@ Unet = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def unet(tiny_denoiser: Unet) -> Unet:
-    """Return a function from a family to an engine directory with its exported denoiser."""
-    return tiny_denoiser
+def unet(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Unet:
+    """Return a function from a family to the engine directory of its exported denoiser."""
+    pytest.importorskip("diffusers", exc_type=ImportError)
+    from latentforge.export.stage import ExportRequest, export
+
+    folder = tmp_path_factory.mktemp("split")
+
+    @cache
+    def exported(family: str) -> Path:
+        export(str(tiny(family)), folder / family, ExportRequest(components=("denoiser",)))
+        return folder / family
+
+    return exported
 
 
 def whole(directory: Path) -> GraphPartition:

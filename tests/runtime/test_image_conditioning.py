@@ -1,22 +1,27 @@
 """Denoisers that take channels of images besides the latents, and guidance by an image."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Handmade
 from numpy.typing import NDArray
+from PIL import Image
 from test_loop import APPLE, EMPTY, NETWORKS, factor, noise
-from test_tasks import ENCODER, clean, half_mask, picture
+from test_tasks import ENCODER, clean, half_mask, picture, run
 
 from latentforge.runtime.denoising.guidance import Guidance
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.example import example_image
+from latentforge.runtime.image import to_array
 from latentforge.runtime.loader import load
-from latentforge.runtime.manifest import Conditioning, TextEncoding
+from latentforge.runtime.manifest import Conditioning, NoiseAugmentation, TextEncoding
 from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.rng import Generator
 from latentforge.runtime.sampling import SAMPLERS
+from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
 pytest.importorskip("onnxruntime")
@@ -75,6 +80,18 @@ def test_two_scales_of_guidance(editor: Pipeline, image_scale: float) -> None:
     np.testing.assert_allclose(result.latents, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_run_edits_an_image(editor: Pipeline, tmp_path: Path) -> None:
+    picture().save(tmp_path / "in.png")
+    engines = str(editor.directory)
+    request = ["--image", "in.png", "--image-guidance-scale", "1.5", "--steps", "2", "--seed", "5"]
+    result = run(tmp_path, engines, "a red apple", *request, "-o", "out.png")
+    assert result.returncode == 0, result.stderr
+    ours = editor("a red apple", **REQUEST, image_guidance_scale=1.5).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(ours))
+    result = run(tmp_path, engines, "a red apple", "-o", "none.png")
+    assert result.returncode == 2 and "give image (--image)" in result.stderr
+
+
 def test_without_guidance_the_image_is_given(editor: Pipeline) -> None:
     result = editor("a red apple", **REQUEST, guidance_scale=1.0)
     expected = edited(editor, 5, factor=factor(APPLE), image=1.0)
@@ -118,6 +135,168 @@ def test_a_row_at_a_time_gives_the_same(editor: Pipeline, max_rows: int) -> None
     assert np.abs(expected.latents[0] - expected.latents[1]).max() > 0.1
 
 
+# The predicted noise is the latents times the mean of the embedding, less one, plus the depth.
+DEPTH = (
+    EDITOR.replace("batch, 8, h, w", "batch, 5, h, w")
+    .replace("<axis = 1>(sample)", "<axis = 1>(sample, parts)")
+    .replace("{1, 2, 3}>", "{1, 2, 3}, int64[2] parts = {4, 1}>")
+)
+
+
+@pytest.fixture
+def deep(handmade: Handmade) -> Iterator[Pipeline]:
+    """Engines that take a depth map."""
+    sample = TensorSpec("float32", ("batch", 5, "latent_height", "latent_width"))
+    directory = handmade(
+        "deep",
+        onnx={**NETWORKS, "denoiser": DEPTH, "vae_encoder": ENCODER},
+        inputs={"sample": sample},
+        conditioning=Conditioning(encoders=TEXT, channels=("depth",)),
+    )
+    with load(directory, threads=1) as pipeline:
+        yield pipeline
+
+
+def test_the_depth_map_is_a_channel(deep: Pipeline) -> None:
+    """One for each prompt, or one for all; in every row of guidance."""
+    maps = np.random.default_rng(1).uniform(0, 9, (2, 4, 6))
+    depth = 2 * (maps - maps.min((1, 2), keepdims=True)) / np.ptp(maps, (1, 2), keepdims=True) - 1
+    request: dict[str, Any] = {"steps": 1, "sampler": "ddim", "seed": 5, "strength": 1.0}
+    prompts = ["a red apple", "a red apple"]
+    results = [
+        deep(prompts, image=picture(), depth_map=given, images_per_prompt=2, **request).latents
+        for given in (maps, maps[:1])
+    ]
+    (interval,) = SAMPLERS["ddim"].plan(deep.manifest.schedule, 1).intervals
+    start, end = interval.start, interval.end
+    slope = end.sigma - end.alpha * start.sigma / start.alpha
+    change = slope * (depth[1] - depth[0])[None].repeat(4, axis=0)
+    np.testing.assert_allclose(results[0][2:] - results[1][2:], [change] * 2, atol=1e-4)
+    np.testing.assert_array_equal(results[0][:2], results[1][:2])
+
+
+def test_a_depth_map_goes_with_latents_too(deep: Pipeline) -> None:
+    request: dict[str, Any] = {"depth_map": half_mask(), "steps": 4, "seed": 1, "sampler": "euler"}
+    whole = deep("a fox", image=picture(), strength=1.0, **request)
+    first = deep("a fox", image=picture(), strength=None, denoising_end=0.5, **request)
+    second = deep("a fox", image=first.latents, denoising_start=0.5, **request)
+    assert second.latents.shape == whole.latents.shape
+    assert np.isfinite(second.latents).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth_map": None}, "depth estimator is not exported: give depth_map"),
+        ({"image": None}, "works on an image"),
+        ({"mask": half_mask()}, "omit the mask"),
+        ({"depth_map": np.ones((3, 4, 6)) * np.arange(6)}, "3 depth maps for 1 prompts"),
+        ({"image_guidance_scale": 2.0}, "image_guidance_scale is for models that edit"),
+    ],
+)
+def test_refuses_without_a_depth_map_that_fits(
+    deep: Pipeline, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        deep.stream("a fox", **{"image": picture(), "depth_map": half_mask(), **changes})
+
+
+# The predicted noise is the latents times the mean of the embedding, less one, plus the first
+# channel of the image and a thousandth of the noise level.
+UPSCALER = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 7, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states,
+   float[batch, 1] noise_level) => (float[batch, 4, h, w] out_sample)
+<float one = {1}, int64[3] axes = {1, 2, 3}, int64[2] rear = {2, 3}, int64[3] parts = {4, 1, 2},
+ float small = {0.001}>
+{
+  mean = ReduceMean<axes = [1, 2], keepdims = 0>(encoder_hidden_states)
+  shifted = Sub(mean, one)
+  factor = Unsqueeze(shifted, axes)
+  latents, red, rest = Split<axis = 1>(sample, parts)
+  product = Mul(latents, factor)
+  image = Add(product, red)
+  tall = Unsqueeze(noise_level, rear)
+  level = Mul(tall, small)
+  out_sample = Add(image, level)
+}"""
+
+
+@pytest.fixture
+def upscaler(handmade: Handmade) -> Iterator[Pipeline]:
+    """Engines that enlarge an image eight times, without a VAE encoder."""
+    schedule = Schedule(
+        beta_kind="linear", beta_start=0.0001, beta_end=0.02, spacing=None, offset=0,
+        zero_terminal_snr=False, final_alpha_one=None,
+    )  # fmt: skip
+    directory = handmade(
+        "upscaler",
+        onnx={**NETWORKS, "denoiser": UPSCALER},
+        inputs={
+            "sample": TensorSpec("float32", ("batch", 7, "latent_height", "latent_width")),
+            "noise_level": TensorSpec("float32", ("batch", 1)),
+        },
+        conditioning=Conditioning(
+            encoders=TEXT,
+            channels=("low_resolution",),
+            noise_augmentation=NoiseAugmentation(schedule=schedule, max_level=350),
+        ),
+    )
+    with load(directory, threads=1) as pipeline:
+        yield pipeline
+
+
+@pytest.mark.parametrize("level", [0, 20, 350])
+def test_the_image_to_enlarge_is_noised(upscaler: Pipeline, level: int) -> None:
+    """Its noise is drawn first, and the level is an input."""
+    small = picture().resize((6, 4))
+    request: dict[str, Any] = {"image": small, "steps": 1, "seed": 5, "guidance_scale": 1.0}
+    result = upscaler("a red apple", **request, noise_level=level)
+    assert result.images[0].size == (48, 32)
+    generator = Generator(5)
+    image_noise, x = generator.randn((1, 3, 4, 6)), generator.randn((1, 4, 4, 6))
+    augmentation = upscaler.manifest.conditioning.noise_augmentation
+    assert augmentation is not None
+    noisy = augmentation.schedule.at(level)
+    red = noisy.alpha * to_array([small]) + noisy.sigma * image_noise
+    (interval,) = SAMPLERS["ddim"].plan(upscaler.manifest.schedule, 1).intervals
+    start, end = interval
+    e = factor(APPLE) * x + red[:, :1] + level / 1000
+    expected = end.alpha * (x - start.sigma * e) / start.alpha + end.sigma * e
+    np.testing.assert_allclose(result.latents, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_sizes_of_the_image_to_enlarge(upscaler: Pipeline) -> None:
+    for size, expected in (((7, 5), (48, 32)), ((8, 12), (64, 96))):
+        assert upscaler("a fox", image=picture(*size), steps=1).images[0].size == expected
+    fixed = upscaler("a fox", image=picture(), height=16, width=32, steps=1)
+    assert fixed.images[0].size == (32, 16)
+    with pytest.raises(ShapeError, match="1x9 pixels, and this model needs at least 2x2"):
+        upscaler("a fox", image=picture(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": None}, "works on an image"),
+        ({"noise_level": 351}, "noise_level is at most 350 for this model, not 351"),
+        ({"noise_level": -1}, "noise_level must be an integer of at least 0"),
+        ({"noise_level": 2.5}, "noise_level must be an integer"),
+        ({"strength": 0.5}, "strength does not apply"),
+        ({"image": np.zeros((1, 4, 4, 6), np.float32)}, "cannot continue from latents"),
+        ({"mask": half_mask()}, "omit the mask"),
+    ],
+)
+def test_an_upscaler_refuses(upscaler: Pipeline, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        upscaler.stream("a fox", **{"image": picture(), **changes})
+
+
+def test_other_models_have_no_noise_level(handmade: Handmade) -> None:
+    with load(handmade()) as pipe:
+        with pytest.raises(SettingsError, match="for models that enlarge an image"):
+            pipe("a fox", noise_level=5)
+
+
 def test_guidance_equals_the_formula_of_diffusers() -> None:
     rng = np.random.default_rng(0)
     blind, image, text = rng.normal(size=(3, 2, 4, 3, 3)).astype(np.float32)
@@ -128,7 +307,8 @@ def test_guidance_equals_the_formula_of_diffusers() -> None:
 
 LATENTS = np.zeros((1, 4, 4, 6), np.float32)
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"image": None}, "edits an image: give image"),
+    ({"image": None}, "works on an image: give image"),
+    ({"depth_map": half_mask()}, "takes no depth map"),
     ({"mask": half_mask()}, "omit the mask"),
     ({"strength": 0.5}, "strength does not apply"),
     ({"image": LATENTS}, "cannot continue from latents"),

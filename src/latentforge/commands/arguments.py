@@ -263,6 +263,7 @@ _SETTINGS: Mapping[str, str] = {
     "guidance": "guidance_scale",
     "rescale": "guidance_rescale",
     "image_guidance_scale": "image_guidance_scale",
+    "noise_level": "noise_level",
     "sampler": "sampler",
     "height": "height",
     "width": "width",

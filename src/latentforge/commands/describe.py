@@ -15,6 +15,8 @@ __all__ = ["describe", "stage_lines"]
 _TASKS: Mapping[tuple[ImageChannels, ...], str] = {
     ("mask", "masked_image"): "inpainting",
     ("image",): "editing an image",
+    ("depth",): "image to image with a depth map",
+    ("low_resolution",): "enlarging an image",
 }
 """Tasks by the channels of images that the denoiser takes."""
 _SHOWN = 6  # tensors of a component, and layers kept in float

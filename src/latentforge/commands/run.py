@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _SHARED = ("steps", "sampler", "seed", "timesteps")  # settings that a refiner takes from the base
 
+_OF_THE_BASE = ("image_guidance_scale", "noise_level")  # settings that a refiner lacks
+
 _EXAMPLES = """examples:
   latentforge run engines "a red apple" -o apple.png
   latentforge run engines "a red apple" "an owl" --images 2 --seed 7 -o out.png
@@ -61,10 +63,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="negative prompt: what to avoid")
     parser.add_argument(
         "--seed",
-        type=_seeds,
-        metavar="N",
-        help="seed of the noise (default: random), as in diffusers; N,N,... gives each of several "
-        "images its own",
+        type=int,
+        help="seed of the noise (default: random); gives the same image as in diffusers",
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="number of images per prompt (default: 1)"
@@ -102,16 +102,6 @@ def _add_acceleration_arguments(parser: Any) -> None:
     )
 
 
-def _seeds(text: str) -> int | tuple[int, ...]:
-    try:
-        seeds = tuple(map(int, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected an integer, or one per image such as 1,2, not {text!r}"
-        ) from None
-    return seeds if "," in text else seeds[0]
-
-
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(":"))
@@ -124,7 +114,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 def _add_image_arguments(parser: Any) -> None:
     group = parser.add_argument_group(
-        "image-to-image, inpainting and editing",
+        "image-to-image, inpainting, editing and enlarging",
         "The result has the size of the initial image, rounded down to what the model\n"
         "supports, unless --height and --width are given.",
     )
@@ -134,6 +124,12 @@ def _add_image_arguments(parser: Any) -> None:
         type=Path,
         metavar="FILE",
         help="image of the same size: light where to paint, dark where to keep the initial image",
+    )
+    group.add_argument(
+        "--depth-map",
+        type=Path,
+        metavar="FILE",
+        help="depth map of the image, light where it is near, for models that take one",
     )
     group.add_argument(
         "--strength",
@@ -147,6 +143,13 @@ def _add_image_arguments(parser: Any) -> None:
         type=float,
         metavar="SCALE",
         help="for models that edit an image: how closely to keep it, from 1, which is off",
+    )
+    group.add_argument(
+        "--noise-level",
+        type=int,
+        metavar="N",
+        help="for models that enlarge an image: amount of noise on it, from 0; more noise is more "
+        "freedom",
     )
     group = parser.add_argument_group("refiner")
     group.add_argument(
@@ -170,17 +173,17 @@ def _run(options: argparse.Namespace) -> None:
     check_image_path(options.output)
     images = {
         name: open_image(path)
-        for name, path in (("image", options.image), ("mask", options.mask))
-        if path is not None
+        for name in ("image", "mask", "depth_map")
+        if (path := getattr(options, name)) is not None
     }
     request: dict[str, Any] = {**arguments.request_of(options), **images}
     result = _refined(options, request) if options.refiner else _generated(options, request)
     for index, image in enumerate(result.images):
         prompt = result.settings.prompts[index // result.settings.images_per_prompt]
         path = _numbered(options.output, index, len(result.images))
-        save_image(image, path, {**_metadata(result, index), "prompt": prompt, "index": index})
+        save_image(image, path, {**_metadata(result.settings), "prompt": prompt, "index": index})
         print(path)
-    print(f"seed {', '.join(map(str, result.settings.seeds))}, {result.timings}", file=sys.stderr)
+    print(f"seed {result.seed}, {result.timings}", file=sys.stderr)
 
 
 def _generated(options: argparse.Namespace, request: dict[str, Any]) -> Result:
@@ -194,7 +197,7 @@ def _refined(options: argparse.Namespace, request: dict[str, Any]) -> Result:
         raise SettingsError(f"--refine-from must be between 0 and 1, not {fraction:g}")
     first = {**request, "denoising_end": fraction}
     base = _last_step(options.engines, options, first, "denoising", lambda step: step)
-    used = ("image", "mask", "strength", "height", "width")
+    used = ("image", "mask", "depth_map", "strength", "height", "width", *_OF_THE_BASE)
     second = {name: value for name, value in request.items() if name not in used}
     second |= {name: getattr(base.settings, name) for name in _SHARED}
     second |= {"image": base.latents, "denoising_start": fraction}
@@ -223,11 +226,7 @@ def _numbered(path: Path, index: int, count: int) -> Path:
     return path if count == 1 else path.with_stem(f"{path.stem}-{index + 1}")
 
 
-def _metadata(result: Result, index: int) -> dict[str, Any]:
-    """Return the settings of an image; with a seed per image its own, and the list as seeds."""
+def _metadata(settings: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    settings = {"latentforge": __version__, **asdict(result.settings)}
-    if isinstance(result.seed, tuple):
-        settings |= {"seed": result.seed[index], "seeds": result.seed}
-    return settings
+    return {"latentforge": __version__, **asdict(settings)}

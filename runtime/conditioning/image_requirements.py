@@ -1,0 +1,66 @@
+"""Requests that fit a model by the channels of images that its denoiser takes."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from latentforge.runtime.denoising.depth import DepthInput
+from latentforge.runtime.denoising.initial_latents import ImageInput
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.manifest import Conditioning
+from latentforge.runtime.settings import Settings
+
+__all__ = ["check_images"]
+
+
+def check_images(
+    conditioning: Conditioning,
+    settings: Settings,
+    *,
+    image: ImageInput | None,
+    mask: Image.Image | None,
+    depth_map: DepthInput | None,
+) -> None:
+    """Refuse images and settings that have no meaning for a model, and demand those that it needs.
+
+    Raises:
+        SettingsError: the request lacks an image, or has one or a setting that does not apply.
+    """
+    channels = conditioning.channels
+    if conditioning.requires_image and image is None:
+        raise SettingsError("this model works on an image: give image (--image)")
+    if "depth" in channels and depth_map is None:
+        raise SettingsError(
+            "this model needs a depth map, and its depth estimator is not exported: give depth_map "
+            "(--depth-map)"
+        )
+    if "depth" not in channels and depth_map is not None:
+        raise SettingsError("this model takes no depth map: omit depth_map")
+    if conditioning.requires_image and mask is not None:
+        raise SettingsError("this model works on whole images: omit the mask")
+    if "image" not in channels and settings.image_guidance_scale != 1:
+        raise SettingsError("image_guidance_scale is for models that edit an image: omit it")
+    _check_noise_level(conditioning, settings)
+    if not conditioning.starts_from_image:
+        _check_from_noise(settings, image)
+
+
+def _check_noise_level(conditioning: Conditioning, settings: Settings) -> None:
+    augmentation, level = conditioning.noise_augmentation, settings.noise_level
+    if augmentation is None and level != 0:
+        raise SettingsError("noise_level is for models that enlarge an image: omit it")
+    if augmentation is not None and level > augmentation.max_level:
+        raise SettingsError(
+            f"noise_level is at most {augmentation.max_level} for this model, not {level}"
+        )
+
+
+def _check_from_noise(settings: Settings, image: ImageInput | None) -> None:
+    """Refuse requests to start from an image, where it is conditioning only."""
+    if settings.strength != 1:
+        raise SettingsError(
+            "strength does not apply to this model, which samples from noise: omit it"
+        )
+    if isinstance(image, np.ndarray) or settings.denoising_start is not None:
+        raise SettingsError("this model cannot continue from latents: pass an image")
