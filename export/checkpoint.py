@@ -5,11 +5,12 @@ Only safetensors weights and JSON or text files are read. No code of a checkpoin
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.text import one_line
 
-__all__ = ["DEMO", "SIDECAR", "Checkpoint", "open_checkpoint", "read_json", "sha256_of"]
+__all__ = [
+    "DEMO",
+    "SIDECAR",
+    "Checkpoint",
+    "open_checkpoint",
+    "read_json",
+    "sha256_of",
+    "warn_once",
+]
+
+_log = logging.getLogger(__name__)
 
 DEMO = "demo"
 """Name of the checkpoint in the package latentforge-demo; it never means a directory demo/."""
@@ -30,6 +41,18 @@ SIDECAR = "latentforge.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
+_PREFERRED = ("ema", "fp32", "fp16", "bf16")
+"""Variants in the order in which they are taken; then come others by name, and non_ema last."""
+
+_STEM = "|".join(_WEIGHTS)
+_WEIGHT_FILES = (
+    re.compile(rf"(?P<stem>{_STEM})(\.(?P<variant>[\w-]+))?\.safetensors"),
+    re.compile(rf"(?P<stem>{_STEM})\.safetensors\.index(\.(?P<variant>[\w-]+))?\.json"),
+    re.compile(rf"(?P<stem>{_STEM})\.safetensors\.(?P<variant>[\w-]+)\.index\.json"),
+)
+"""Names of a single file, of an index of shards, and of an index by diffusers before 0.31."""
+
+_SHARD = re.compile(r"\d{5}-of-\d{5}")
 _MAX_JSON = 64 << 20
 _MAX_CARD = 64 << 10
 
@@ -94,27 +117,52 @@ class Checkpoint:
             raise CheckpointError(f"{self.name} has no {folder}/: the checkpoint is incomplete")
         return read_json(self.path / folder / file)
 
+    def class_name(self, folder: str) -> str | None:
+        """Return the class of a component by model_index.json or else by its config.json.
+
+        None if neither names one. Classes by which optimum runs graphs say nothing about the model.
+        """
+        entry = self.index.get(folder)
+        named = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if named is None or str(named).startswith(("ORT", "OnnxRuntime")):
+            config = self.config(folder)
+            architectures = config.get("architectures")
+            first = architectures[0] if isinstance(architectures, list) and architectures else None
+            named = config.get("_class_name", first)
+        return None if named is None else str(named)
+
     def weights(self, folder: str) -> tuple[list[Path], str | None]:
-        """Return the weight files of a component, and their variant (``fp16`` or None).
+        """Return the weight files of a component, and their variant (such as ``fp16``, or None).
+
+        Plain weights are taken before any variant, as in diffusers.
 
         Raises:
             CheckpointError: there are none, they are pickles, or one is damaged.
         """
         directory = self.path / folder
-        for variant in (None, "fp16"):
-            if files := _safetensors(directory, variant):
-                for file in files:
-                    _check_safetensors(file)
-                return files, variant
-        raise CheckpointError(_no_weights_message(directory))
+        found = _weight_files(directory)
+        if not found:
+            raise CheckpointError(_no_weights_message(directory))
+        variant = min(found, key=_preference)
+        if variant is not None:
+            names = ", ".join(sorted(map(str, found)))
+            warn_once(f"{directory} holds variants of its weights only ({names}): using {variant}")
+        files = _safetensors(found[variant])
+        for file in files:
+            _check_safetensors(file)
+        return files, variant
+
+    def shapes(self, folder: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a component's weights by name, from the headers of its files."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self.weights(folder)[0]:
+            with safe_open(path, framework="numpy") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        return shapes
 
     def parameters(self, folder: str) -> int:
         """Count the parameters of a component, from the headers of its weight files."""
-        count = 0
-        for path in self.weights(folder)[0]:
-            with safe_open(path, framework="numpy") as file:
-                count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
-        return count
+        return sum(map(math.prod, self.shapes(folder).values()))
 
     def sha256(self, folder: str) -> str:
         """Return the sha256 of a component's weights, combined by sha256_of() for shards."""
@@ -140,14 +188,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, too large, or does not hold a JSON object.
+        CheckpointError: the file is missing, too large, or does not hold a JSON object, or one
+            with NaN or with half of a surrogate pair, which no text can hold.
     """
     try:
         if not path.is_file():
             raise CheckpointError(f"no file {path}: the checkpoint is incomplete; fetch it again")
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path} is larger than {_MAX_JSON >> 20} MiB: fetch it again")
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_infinity)
+        json.dumps(content, ensure_ascii=False).encode()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -155,6 +205,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return content
+
+
+def _infinity(constant: str) -> float:
+    """Return infinity, which schedulers of diffusers have as a default; refuse NaN."""
+    if constant == "NaN":
+        raise ValueError("NaN is not a number")
+    return float(constant)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged it before: components are loaded repeatedly."""
+    _log.warning("%s", message)
 
 
 def sha256_of(digests: Sequence[str]) -> str:
@@ -213,22 +276,34 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _safetensors(directory: Path, variant: str | None) -> list[Path]:
-    """Return the weight files of a variant: a single file, or the shards that its index names."""
-    middle = f".{variant}" if variant else ""
-    for stem in _WEIGHTS:
-        single = directory / f"{stem}{middle}.safetensors"
-        index = directory / f"{stem}.safetensors.index{middle}.json"
-        if single.is_file() and index.is_file():
-            raise CheckpointError(
-                f"{directory} holds both {single.name} and {index.name}, and libraries differ in "
-                "which one they load: remove one of them"
-            )
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            return _shards(index)
-    return []
+def _weight_files(directory: Path) -> dict[str | None, list[Path]]:
+    """Return single weight files and indices of shards by their variant."""
+    found: dict[str, dict[str | None, list[Path]]] = {stem: {} for stem in _WEIGHTS}
+    for path in sorted(directory.glob("*")):
+        match = next(filter(None, (p.fullmatch(path.name) for p in _WEIGHT_FILES)), None)
+        if match is None or not path.is_file() or _SHARD.search(path.name):
+            continue
+        variant = match.groupdict().get("variant")
+        found[match["stem"]].setdefault(variant, []).append(path)
+    return next(filter(None, found.values()), {})
+
+
+def _preference(variant: str | None) -> tuple[int, str]:
+    if variant is None or variant == "non_ema":
+        return (-1 if variant is None else len(_PREFERRED) + 1), ""
+    known = variant in _PREFERRED
+    return (_PREFERRED.index(variant) if known else len(_PREFERRED)), variant
+
+
+def _safetensors(candidates: Sequence[Path]) -> list[Path]:
+    """Return the weight files of one variant: a single file, or the shards of its index."""
+    first, *others = candidates
+    if others:
+        raise CheckpointError(
+            f"{first.parent} holds both {first.name} and {others[0].name}, and libraries differ in "
+            "which one they load: remove one of them"
+        )
+    return [first] if first.suffix == ".safetensors" else _shards(first)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -254,6 +329,13 @@ def _check_safetensors(path: Path) -> None:
 
 def _no_weights_message(directory: Path) -> str:
     pickles = [f.name for f in sorted(directory.glob("*")) if f.suffix in _PICKLES]
+    others = [f.name for f in sorted(directory.glob("*.safetensors"))]
+    if others:
+        shards = " and has no index of its shards" if _SHARD.search(others[0]) else ""
+        return (
+            f"{directory} holds {others[0]}{shards}, but no weights under a name that is known: "
+            f"expected {' or '.join(_WEIGHTS)}[.VARIANT].safetensors"
+        )
     if not pickles:
         return f"{directory} holds no weights: expected a .safetensors file"
     return (

@@ -1,21 +1,28 @@
 """Strict loading of a checkpoint's torch modules, in float32 and from safetensors only."""
 
 import logging
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.utils import logging as transformers_logging
 
-from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.checkpoint import Checkpoint, warn_once
+from latentforge.export.configs import read_config
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.text import one_line
 
-__all__ = ["check_finite", "load_module", "quiet"]
+__all__ = ["check_finite", "check_size", "load_module", "quiet", "warn_extra"]
+
+_SLACK = 4
+_SMALL = 1 << 10, 1 << 22  # weights and their elements that are built in any case, for a message
 
 # Messages of diffusers and transformers about a weight whose shape contradicts config.json.
 _MISMATCHES = (
@@ -42,33 +49,98 @@ def load_module(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> nn.Modu
 
     Raises:
         CheckpointError: weights and configuration contradict each other, a key is missing or
-            unexpected, or a weight holds NaN or infinity.
+            of another shape, or a weight holds NaN or infinity.
     """
-    checkpoint.config(folder)
+    config = check_size(checkpoint, folder, kind)
     _, variant = checkpoint.weights(folder)
     path = checkpoint.path / folder
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
             f"{path} is an adapter of another model: merge it into that model first"
         )
-    with quiet() as logged:
-        try:
-            module, info = kind.from_pretrained(
-                path,
-                use_safetensors=True,
-                variant=variant,
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (
-            Exception
-        ) as error:  # the libraries have no common class, and a bad config raises anything
-            reason = _mismatch(f"{error}\n{logged()}") or one_line(error)
-            raise CheckpointError(f"cannot load {path}: {reason}") from error
+    # transformers takes its configuration as an object; from a file it would read more keys than
+    # the class has, such as attn_implementation, which can name code to fetch.
+    given = {"config": kind.config_class(**config)} if _is_transformer(kind) else {}
+    with _explained(path):
+        module, info = kind.from_pretrained(
+            path,
+            use_safetensors=True,
+            variant=variant,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            **given,
+        )
     _check_keys(checkpoint, folder, info)
     check_finite(checkpoint, folder, module)
     return module.eval().requires_grad_(False)
+
+
+def check_size(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> dict[str, Any]:
+    """Check that a configuration describes about as many weights as the checkpoint has.
+
+    The module is built without memory for its weights, and no further than its weights would go.
+
+    Args:
+        checkpoint: the checkpoint.
+        folder: of the component.
+        kind: a model class of diffusers or transformers.
+
+    Returns:
+        The configuration, by read_config().
+
+    Raises:
+        CheckpointError: the configuration is malformed, describes no module or one far larger than
+            the weights.
+    """
+    config = read_config(checkpoint, folder, kind)
+    path = checkpoint.path / folder
+    with _explained(path), torch.device("meta"), _bounded(checkpoint, folder):
+        if _is_transformer(kind):
+            kind(kind.config_class(**config))
+        else:
+            kind(**config)
+    return config
+
+
+def _is_transformer(kind: type[Any]) -> bool:
+    return hasattr(kind, "config_class")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn any error of the libraries into a CheckpointError of one line, and hide their output."""
+    with quiet() as logged:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # there is no common class, and a bad config raises anything
+            reason = _mismatch(f"{error}\n{logged()}") or one_line(error)
+            raise CheckpointError(f"cannot load {path}: {reason}") from error
+
+
+@contextmanager
+def _bounded(checkpoint: Checkpoint, folder: str) -> Iterator[None]:
+    """Stop building a module once it has far more weights, or larger ones, than the checkpoint."""
+    sizes = [math.prod(shape) for shape in checkpoint.shapes(folder).values()]
+    limits = [max(_SLACK * len(sizes), _SMALL[0]), max(_SLACK * sum(sizes), _SMALL[1])]
+    built = [0, 0]
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        built[0] += 1
+        built[1] += 0 if parameter is None else parameter.numel()
+        if built[0] > limits[0] or built[1] > limits[1]:
+            raise CheckpointError(
+                f"{checkpoint.name}: {folder}/config.json describes a module far larger than its "
+                f"weights, which are {len(sizes)} with {sum(sizes)} elements: fetch it again"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _mismatch(text: str) -> str | None:
@@ -82,17 +154,24 @@ def _mismatch(text: str) -> str | None:
 
 
 def _check_keys(checkpoint: Checkpoint, folder: str, info: dict[str, Any]) -> None:
-    """Refuse missing and unexpected keys.
-
-    from_pretrained fills missing weights with random numbers and drops unexpected ones.
-    """
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    """Refuse missing keys, which from_pretrained fills with random numbers; warn about others."""
+    warn_extra(checkpoint, folder, sorted(map(str, info.get("unexpected_keys", ()))))
+    for problem in ("missing_keys", "mismatched_keys"):
         keys = sorted(map(str, info.get(problem, ())))
         if keys:
             raise CheckpointError(
                 f"{checkpoint.name}: the weights of {folder} do not match its config.json: "
                 f"{len(keys)} {problem.replace('_', ' ')}, such as {keys[0]}"
             )
+
+
+def warn_extra(checkpoint: Checkpoint, folder: str, keys: Sequence[str]) -> None:
+    """Warn about weights that the module has no place for, by the name of the first."""
+    if keys:
+        warn_once(
+            f"{checkpoint.name}: {folder} does not use {len(keys)} of its weights, such as "
+            f"{keys[0]}: they are left out, as in diffusers"
+        )
 
 
 def check_finite(checkpoint: Checkpoint, folder: str, module: nn.Module) -> None:

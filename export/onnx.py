@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from latentforge.export.families.types import ComponentPlan
-from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.errors import CheckpointError, SettingsError, ShapeError
 from latentforge.runtime.manifest import Component, FileEntry
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
+from latentforge.runtime.text import one_line
 
 __all__ = [
     "OPSET",
@@ -124,24 +125,11 @@ def export_onnx(
 
     Raises:
         ShapeError: the feeds do not fit the plan.
+        CheckpointError: torch's exporter fails on the module.
     """
     inputs, outputs = fix_dimensions(plan.inputs, sizes), fix_dimensions(plan.outputs, sizes)
     bind(plan.inputs, feeds)
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            kwargs={
-                name: torch.from_numpy(array)
-                for name, array in _tracing_inputs(inputs, feeds).items()
-            },
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=_dynamic_shapes(inputs, plan.multiples),
-            input_names=list(inputs),
-            output_names=list(outputs),
-            verbose=False,
-        )
-    assert program is not None  # only the TorchScript exporter returns None
+    program = _traced(module, plan, _tracing_inputs(inputs, feeds), inputs, list(outputs))
     shapes = {
         name: ir.Shape([format_size(size) for size in spec.shape])
         for name, spec in {**inputs, **outputs}.items()
@@ -150,6 +138,35 @@ def export_onnx(
     size = sum(_bytes(value) for value in model.graph.initializers.values())
     ir.save(model, target, external_data=f"{target.name}.data" if size > _INLINE_LIMIT else None)
     _drop_weights(program, module)
+
+
+def _traced(
+    module: nn.Module,
+    plan: ComponentPlan,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    inputs: Mapping[str, TensorSpec],
+    outputs: list[str],
+) -> torch.onnx.ONNXProgram:
+    """Return torch's ONNX program of a module, traced with arrays."""
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                kwargs={name: torch.from_numpy(array) for name, array in arrays.items()},
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=_dynamic_shapes(inputs, plan.multiples),
+                input_names=list(inputs),
+                output_names=outputs,
+                verbose=False,
+            )
+    except Exception as error:  # of the exporter's stages or of the module; there is no common one
+        raise CheckpointError(
+            f"torch cannot export {plan.name} to ONNX: {one_line(error)}: try fixed sizes, with "
+            "--height, --width and --batch"
+        ) from error
+    assert program is not None  # only the TorchScript exporter returns None
+    return program
 
 
 def component_entry(

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+import msgspec
 import numpy as np
 
 import onnx
@@ -122,7 +123,10 @@ def is_exported(checkpoint: Checkpoint) -> bool:
 
 
 def available_plan(checkpoint: Checkpoint, plan: ExportPlan) -> ExportPlan:
-    """Return the plan, without the VAE encoder if there is none; text to image needs none.
+    """Return the plan as far as the graphs go.
+
+    There may be no VAE encoder, which text to image does not need, and sides are multiples of the
+    UNet's factor, because optimum's graphs always double when they upsample.
 
     Raises:
         CheckpointError: the family's UNet is not one that optimum exports.
@@ -133,6 +137,9 @@ def available_plan(checkpoint: Checkpoint, plan: ExportPlan) -> ExportPlan:
             f"{checkpoint.name}: a {checkpoint.pipeline_class} is exported from weights, but this "
             "directory holds graphs: give the original checkpoint"
         )
+    levels = len(checkpoint.config(denoiser.folder)["block_out_channels"])
+    latent = msgspec.structs.replace(plan.latent, multiple=2 ** (levels - 1))
+    plan = replace(plan, latent=latent)
     if plan.conditioning.channels or (checkpoint.path / "vae_encoder" / _MODEL).exists():
         return plan
     kept = tuple(part for part in plan.components if part.name != "vae_encoder")
@@ -308,17 +315,24 @@ def check_layout(layout: Layout, name: str, plan: ExportPlan) -> None:
         plan: the family's plan of the checkpoint.
 
     Raises:
-        SettingsError: no such layout, or the UNet is not diffusers' own.
+        SettingsError: no such layout, the UNet is not diffusers' own, or the VAE encoder gives no
+            mean and variance.
     """
     if layout not in get_args(Layout):
         raise SettingsError(f"no layout {layout!r}; available: {', '.join(get_args(Layout))}")
     denoiser = _denoiser(plan)
-    supported = plan.conditioning.channels in ((), ("mask", "masked_image"))
-    supported = supported and denoiser.folder == folder_of(denoiser.name)
-    if layout == "optimum" and not supported:
-        raise SettingsError(
-            f"no optimum pipeline supports the UNet of {name}: export it without --layout optimum"
-        )
+    moments = {part.name: part.outputs for part in plan.components}.get("vae_encoder", {})
+    channels = plan.conditioning.channels in ((), ("mask", "masked_image"))
+    parts = {
+        "UNet": channels and denoiser.folder == folder_of(denoiser.name),
+        "VAE": all(spec.shape[1] == 2 * plan.latent.channels for spec in moments.values()),
+    }
+    for part, supported in parts.items():
+        if layout == "optimum" and not supported:
+            raise SettingsError(
+                f"no optimum pipeline supports the {part} of {name}: export it without "
+                "--layout optimum"
+            )
 
 
 def graph_file(name: str, layout: Layout) -> str:

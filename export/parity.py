@@ -14,10 +14,11 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.types import ComponentPlan
 from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.errors import GateError
+from latentforge.runtime.errors import CheckpointError, GateError
 from latentforge.runtime.image import psnr, relative_error
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
+from latentforge.runtime.text import one_line
 
 __all__ = [
     "MAX_RELATIVE_ERROR",
@@ -80,13 +81,17 @@ class TorchSession:
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
         module = self._modules.get(self.plan)
-        with torch.inference_mode():
-            values = module(
-                **{
-                    name: torch.from_numpy(np.require(feeds[name], requirements="W"))
-                    for name in self.plan.inputs
-                }
-            )
+        tensors = {
+            name: torch.from_numpy(np.require(feeds[name], requirements="W"))
+            for name in self.plan.inputs
+        }
+        try:
+            with torch.inference_mode():
+                values = module(**tensors)
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.plan.name} does not run in torch by its config.json: {one_line(error)}"
+            ) from error
         values = values if isinstance(values, tuple) else (values,)
         outputs = {
             name: value.numpy() for name, value in zip(self.plan.outputs, values, strict=True)

@@ -254,8 +254,8 @@ def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
         "guidance_rescale": family.guidance_rescale,
         "image_guidance_scale": family.image_guidance_scale,
         "noise_level": family.noise_level,
-        "height": job.dimensions.height or job.plan.sample_size,
-        "width": job.dimensions.width or job.plan.sample_size,
+        "height": job.dimensions.height or job.plan.sample_size[0],
+        "width": job.dimensions.width or job.plan.sample_size[1],
     }
     sidecar = job.checkpoint.sidecar.get("defaults", {})
     try:

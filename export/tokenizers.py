@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.checkpoint import Checkpoint, read_json
 from latentforge.export.modules import quiet
+from latentforge.runtime.conditioning.tokenizer_file import check_tokenizer_file
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry
@@ -29,10 +30,12 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
         directory: the engine directory.
 
     Raises:
-        CheckpointError: the tokenizer's files are missing or malformed, or the text encoder of
-            the same number has fewer token ids or positions.
+        CheckpointError: the tokenizer's files are missing or malformed, it encodes at random or
+            without a time limit, or the text encoder of the same number has fewer token ids or
+            positions.
     """
     length = _length(checkpoint, folder)
+    _check_dropout(checkpoint.path / folder)
     try:
         with quiet():
             clip = CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
@@ -41,6 +44,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
         tokenizer.enable_padding(
             length=length, pad_id=int(clip.pad_token_id), pad_token=str(clip.pad_token)
         )
+        check_tokenizer_file(json.loads(tokenizer.to_str()))
     except Exception as error:  # missing vocab, bad merges: the libraries have no common class
         reason = one_line(error)
         raise CheckpointError(f"cannot load {checkpoint.path / folder}: {reason}") from error
@@ -73,6 +77,16 @@ def _length(checkpoint: Checkpoint, folder: str) -> int:
             f"{reprlib.repr(length)}"
         )
     return length
+
+
+def _check_dropout(path: Path) -> None:
+    """Refuse a tokenizer.json with dropout, which CLIPTokenizer would leave out without a word."""
+    file = path / "tokenizer.json"
+    model = read_json(file).get("model") if file.exists() else None
+    if dropout := isinstance(model, dict) and model.get("dropout"):
+        raise CheckpointError(
+            f"{file}: a dropout of {reprlib.repr(dropout)} draws tokens at random: set it to null"
+        )
 
 
 def _check_merges(path: Path, tokenizer: Tokenizer) -> None:

@@ -24,7 +24,7 @@ from latentforge.runtime.engine import Engines
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.resolved_request import ResolvedRequest
-from latentforge.runtime.rng import Generator
+from latentforge.runtime.rng import NoiseSource
 from latentforge.runtime.sampling.sampler import SamplerStep
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.timings import Stopwatch, Timings
@@ -52,8 +52,8 @@ class Result:
     settings: Settings
 
     @property
-    def seed(self) -> int:
-        """Seed of the images, also if the request had none."""
+    def seed(self) -> int | tuple[int, ...]:
+        """Seed of the images, or one per image, also if the request had none."""
         return self.settings.seed
 
 
@@ -145,7 +145,7 @@ def generate(model: Model, request: ResolvedRequest) -> Iterator[DenoisingStep]:
 
 def _sample(model: Model, request: ResolvedRequest, watch: Stopwatch) -> Iterator[SamplerStep]:
     """Encode the prompts and the initial image, draw the noise, and start the sampler."""
-    settings, generator = request.settings, Generator(request.settings.seed)
+    settings, noise = request.settings, NoiseSource(request.settings.seeds)
     conditioning = request.conditioning
     if conditioning is None:
         with watch.stage("text_encoder"):
@@ -153,7 +153,7 @@ def _sample(model: Model, request: ResolvedRequest, watch: Stopwatch) -> Iterato
     engines = StepEngines.of(model.engines, settings.variant, cached=bool(settings.cached_steps))
     network = engines.condition(conditioning, request.plan.timesteps, watch, request.max_rows)
     shape = _latent_shape(model.manifest, settings)
-    initial = _initial_state(model, request, shape, generator, watch)
+    initial = _initial_state(model, request, shape, noise, watch)
     guidance = Guidance(
         rows=max(len(array) for array in conditioning.values()) // settings.count,
         scale=settings.guidance_scale,
@@ -170,7 +170,7 @@ def _sample(model: Model, request: ResolvedRequest, watch: Stopwatch) -> Iterato
     return sampling.get(settings.sampler).run(
         denoiser,
         request.plan,
-        lambda: generator.randn(shape),
+        lambda: noise.randn(shape),
         prediction=model.manifest.prediction,
         latents=initial.latents,
         mask_blend=initial.mask_blend,
@@ -187,7 +187,7 @@ def _initial_state(
     model: Model,
     request: ResolvedRequest,
     shape: tuple[int, int, int, int],
-    generator: Generator,
+    noise: NoiseSource,
     watch: Stopwatch,
 ) -> InitialState:
     def encode(pixels: Array) -> Posterior:
@@ -199,7 +199,7 @@ def _initial_state(
         plan=request.plan,
         shape=shape,
         conditioning=model.manifest.conditioning,
-        draw=generator.randn,
+        noise=noise,
         encode=encode,
     )
     return initializer.prepare(request.init)

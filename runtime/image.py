@@ -1,6 +1,7 @@
 """Arrays to images and back, image files, and metrics between two images."""
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
 from latentforge.runtime.files import staged_file
 from latentforge.runtime.text import one_line
+from latentforge.runtime.validation import shown
 
 __all__ = [
     "MAX_PSNR",
@@ -22,6 +24,7 @@ __all__ = [
     "from_array",
     "open_image",
     "psnr",
+    "read_image",
     "relative_error",
     "save_image",
     "to_array",
@@ -33,8 +36,6 @@ MAX_PSNR = 200.0
 
 SAME_IMAGE_PSNR: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}
 """PSNR in dB from which an image counts as equal to the reference (class A), by precision."""
-
-_BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
 def from_array(array: NDArray[np.float32]) -> list[Image.Image]:
@@ -55,6 +56,98 @@ def to_mask(image: Image.Image) -> NDArray[np.float32]:
     return light.astype(np.float32)[None, None]
 
 
+def read_image(name: str, value: object) -> Image.Image:
+    """Return a picture of 8 bits per channel, completely read.
+
+    Args:
+        name: of the argument, for errors.
+        value: a PIL image; the path of a file; or an array (h, w), (h, w, 1), (h, w, 3) or
+            (h, w, 4) of booleans, of 8- or 16-bit unsigned integers, or of floats from 0 to 1.
+
+    Raises:
+        SettingsError: it is none of these, damaged, or holds values that no picture has.
+    """
+    if isinstance(value, np.ndarray):
+        return _from_pixels(name, value)
+    if isinstance(value, str | os.PathLike):
+        return read_image(name, open_image(Path(value)))
+    if not isinstance(value, Image.Image):
+        raise SettingsError(
+            f"{name} must be a PIL image, a path or an array, not {type(value).__name__}"
+        )
+    if 0 in value.size:
+        raise SettingsError(f"{name} must have pixels, and is {value.width}x{value.height}")
+    try:
+        value.load()
+        if value.mode[0] in "IF":
+            return Image.fromarray(_grey(name, np.asarray(value), value.mode))
+        return value if value.mode in ("L", "RGB") else _of_supported_mode(value)
+    except SettingsError:
+        raise
+    except Exception as error:  # decoders of damaged files have no common class
+        raise SettingsError(f"cannot read {name}: {one_line(error)}") from error
+
+
+def _of_supported_mode(image: Image.Image) -> Image.Image:
+    """Return an image, after trying the conversion that it needs later."""
+    image.crop((0, 0, 1, 1)).convert("RGB")
+    return image
+
+
+def _from_pixels(name: str, pixels: NDArray[Any]) -> Image.Image:
+    flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    colors = flat.ndim == 3 and flat.shape[2] in (3, 4)
+    if 0 in flat.shape or not (flat.ndim == 2 or colors):
+        raise SettingsError(
+            f"{name} must be an array (h, w), (h, w, 3) or (h, w, 4), not of shape {pixels.shape}; "
+            "latents are (images, channels, h, w)"
+        )
+    return Image.fromarray(_levels(name, flat))
+
+
+def _levels(name: str, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the pixels of an array as 8-bit levels."""
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if pixels.dtype == np.uint16:
+        return _scaled(pixels, 65535)
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise SettingsError(
+            f"{name} must be an array of bool, uint8, uint16 or floats from 0 to 1, not "
+            f"{pixels.dtype}"
+        )
+    return _scaled(_within(name, pixels, 1), 1)
+
+
+def _grey(name: str, pixels: NDArray[Any], mode: str) -> NDArray[np.uint8]:
+    """Return a greyscale picture of 16 or 32 bits as 8-bit levels.
+
+    Pillow's modes I and F have no scale of their own: it follows from the largest value.
+    """
+    if mode.startswith("I;16"):
+        return _scaled(pixels, 65535)
+    scales = (1, 255) if mode == "F" else (255, 65535)
+    values = _within(name, pixels, scales[-1])
+    return _scaled(values, scales[0] if values.max() <= scales[0] else scales[-1])
+
+
+def _within(name: str, pixels: NDArray[Any], top: int) -> NDArray[Any]:
+    """Return the pixels, after a check that they are finite and from 0 to `top`."""
+    if not np.isfinite(pixels).all():
+        raise SettingsError(f"{name} holds NaN or infinity: give finite numbers from 0 to {top}")
+    if pixels.min() < 0 or pixels.max() > top:
+        low, high = shown(pixels.min().item()), shown(pixels.max().item())
+        raise SettingsError(f"{name} holds values from {low} to {high}: scale them to 0 to {top}")
+    return pixels
+
+
+def _scaled(pixels: NDArray[Any], top: int) -> NDArray[np.uint8]:
+    levels: NDArray[np.uint8] = (pixels.astype(np.float64) * (255 / top)).round().astype(np.uint8)
+    return levels
+
+
 def open_image(path: Path) -> Image.Image:
     """Read an image from a file, rotated as its EXIF orientation says.
 
@@ -66,7 +159,7 @@ def open_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, *_BOMBS) as error:
+    except Exception as error:  # decoders of damaged files have no common class
         reason = one_line(getattr(error, "strerror", None) or error)
         raise SettingsError(f"cannot read {path} as an image: {reason}") from error
 

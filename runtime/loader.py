@@ -17,6 +17,7 @@ from latentforge.runtime.errors import (
 )
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.validation import check_flag, check_max_rows, checked_path, plain, shown
 
 __all__ = ["EngineLoader", "SessionWrapper", "load"]
 
@@ -61,11 +62,13 @@ def load(
         DeviceError: an engine needs a device that this machine does not have.
         ForeignEngineError: an engine was built for another device or version; the message has
             the command that rebuilds it for this one.
-        SettingsError: max_rows is less than 1, or no backend of these engines has such an option.
+        SettingsError: an argument has another type or is out of range, or no backend of these
+            engines has such an option.
     """
-    if max_rows is not None and max_rows < 1:
-        raise SettingsError(f"max_rows must be an integer of at least 1, not {max_rows}")
-    path = Path(directory)
+    check_max_rows(max_rows)
+    _check_options(wrap_session, hashes=hashes, low_memory=low_memory)
+    path = checked_path("directory", directory)
+    options = {name: plain(value) for name, value in options.items()}
     manifest = Manifest.read(path, hashes=hashes)
     required, components = manifest.required_components, manifest.components
     if missing := [name for name in required if name not in components]:
@@ -85,6 +88,13 @@ def load(
     return Pipeline(manifest, engines, tokenizers, path, example_images=example_images)
 
 
+def _check_options(wrap_session: object, **flags: bool) -> None:
+    for name, value in flags.items():
+        check_flag(name, value)
+    if wrap_session is not None and not callable(wrap_session):
+        raise SettingsError(f"wrap_session must be a function, not {shown(wrap_session)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineLoader:
     """Function that loads one component of an engine directory; its attributes are load()'s."""
@@ -97,7 +107,9 @@ class EngineLoader:
 
     def __call__(self, name: str, options: backends.Options) -> Engine:
         """Load a component with these backend options: see Engine.load()."""
-        component = self.manifest.components[name]
+        if (component := self.manifest.components.get(name)) is None:
+            names = ", ".join(self.manifest.components)
+            raise SettingsError(f"no component {shown(name)}: choose from {names}")
         try:
             return Engine.load(
                 name,

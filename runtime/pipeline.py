@@ -14,7 +14,7 @@ from latentforge.runtime import backends
 from latentforge.runtime.conditioning.encode import ConditioningInputs
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.depth import DepthInput
-from latentforge.runtime.denoising.initial_latents import ImageInput, image_size
+from latentforge.runtime.denoising.initial_latents import ImageInput, Picture, image_size
 from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.example import example_depth_map, example_image
@@ -24,6 +24,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT, Benchmark, Profile
 from latentforge.runtime.resolved_request import ResolvedRequest, check_size, warn_of_calibration
 from latentforge.runtime.settings import Request, Settings, resolve
+from latentforge.runtime.validation import check_count, check_max_rows, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -74,7 +75,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         image: ImageInput | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         depth_map: DepthInput | None = None,
         **settings: Unpack[Request],
     ) -> Result:
@@ -85,20 +86,21 @@ class Pipeline:
 
         Args:
             prompt: text of one image, or a list of texts.
-            image: initial image, one for all prompts or one for each; or latents, such as those of
-                an earlier result, to continue with.
+            image: initial image, one for all prompts or one for each, as PIL images, paths, or
+                arrays (h, w, 3) of uint8 or of floats from 0 to 1; or latents, such as those of an
+                earlier result, to continue with.
             mask: image of the same size, light where to paint and dark where to keep.
             depth_map: depth map of the image, in any unit, for a model that takes one: light is
                 near, as in MiDaS. One for all prompts or one for each, as images or as an array
                 (maps, height, width).
             settings: negative_prompt, images_per_prompt, sampler, steps, guidance_scale,
-                guidance_rescale, height, width, seed; for an initial image strength (default 0.8,
-                or 1 with a mask), denoising_start and denoising_end; for a model that edits an
-                image image_guidance_scale; for one that enlarges it noise_level; for Stable
-                Diffusion XL original_size, crop, target_size, aesthetic_score and
-                negative_aesthetic_score; for
-                acceleration timesteps, guidance_interval, cached_steps or cache_interval, and
-                variant; unaccelerated to ignore the engines' plan.
+                guidance_rescale, height, width, seed (one, or a list with one for each image);
+                for an initial image strength (default 0.8, or 1 with a mask), denoising_start and
+                denoising_end; for a model that edits an image image_guidance_scale; for one that
+                enlarges it noise_level; for Stable Diffusion XL original_size, crop, target_size,
+                aesthetic_score and negative_aesthetic_score; for acceleration timesteps,
+                guidance_interval, cached_steps or cache_interval, and variant; unaccelerated to
+                ignore the engines' plan.
 
         Raises:
             SettingsError: a setting is out of range or unknown.
@@ -113,7 +115,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         image: ImageInput | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         depth_map: DepthInput | None = None,
         max_rows: int | None = None,
         **settings: Unpack[Request],
@@ -127,6 +129,7 @@ class Pipeline:
             prompt, image, mask, depth_map, settings: see __call__().
             max_rows: largest micro-batch of a denoiser step; None: as loaded.
         """
+        check_max_rows(max_rows)
         complete = self.settings(prompt, image=image, mask=mask, **settings)
         warn_of_calibration(complete, self._engines["denoiser"].component)
         request = ResolvedRequest.of(
@@ -145,7 +148,7 @@ class Pipeline:
         settings: Settings,
         *,
         image: ImageInput | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         depth_map: DepthInput | None = None,
         conditioning: ConditioningInputs | None = None,
     ) -> Result:
@@ -155,7 +158,12 @@ class Pipeline:
             settings: complete settings.
             image, mask, depth_map: see __call__().
             conditioning: replaces the encoded prompts: see encode().
+
+        Raises:
+            SettingsError, ShapeError, BackendError: see __call__().
         """
+        if not isinstance(settings, Settings):
+            raise SettingsError(f"settings must be a Settings record, not {shown(settings)}")
         request = ResolvedRequest.of(
             settings,
             self.manifest,
@@ -181,7 +189,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         image: ImageInput | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         **settings: Unpack[Request],
     ) -> Settings:
         """Complete and check a request without running it: see __call__()."""
@@ -231,7 +239,11 @@ class Pipeline:
 
         The result has the names of Infery's ``benchmark()``. A model that needs an image gets the
         example image.
+
+        Raises:
+            SettingsError: batch_size or repetitions is no positive integer, or see __call__().
         """
+        check_count("batch_size", batch_size, 1024)
         pipeline = self._with_example_images(self._engines)
         return Benchmark.measure(
             lambda: pipeline([PROMPT] * batch_size, **settings).timings,
@@ -263,7 +275,11 @@ class Pipeline:
         return self._model.vae.decode(latents)
 
     def load_engine(self, name: str) -> Engine:
-        """Return an engine, after loading it if no request has needed it before."""
+        """Return an engine, after loading it if no request has needed it before.
+
+        Raises:
+            SettingsError: the directory has no such component.
+        """
         return self._engines.load(name)
 
     def versions(self) -> dict[str, str]:

@@ -12,11 +12,14 @@ from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.machine import cpu_name, peak_memory, resident_memory
 from latentforge.runtime.timings import Timings
+from latentforge.runtime.validation import check_count
 
 __all__ = ["PROMPT", "Benchmark", "Profile"]
 
 PROMPT = "a photo of a cat"
 """Prompt of the runs if the caller has no preference."""
+
+_MAX_REPETITIONS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,11 @@ class Benchmark:
             run: makes batch_size images.
             batch_size, repetitions: images per run, and counted runs.
             versions: libraries that run the engines, and their versions.
+
+        Raises:
+            SettingsError: repetitions is no positive integer.
         """
+        check_count("repetitions", repetitions, _MAX_REPETITIONS)
         memory_before = resident_memory()
         first, *counted = (run() for _ in range(repetitions + 1))
         totals = [run.total * 1e3 for run in counted]

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from latentforge.runtime import sampling
 from latentforge.runtime.acceleration import StepPolicy
 from latentforge.runtime.conditioning.encode import ConditioningInputs
 from latentforge.runtime.conditioning.image_requirements import check_images
 from latentforge.runtime.denoising.depth import DepthInput, depth_channel
-from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage
+from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage, Picture
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
-from latentforge.runtime.manifest import Component, Latent, Manifest
+from latentforge.runtime.manifest import CACHED_FEATURE, Component, Latent, Manifest
 from latentforge.runtime.sampling.levels import NoisePlan
 from latentforge.runtime.settings import Settings
 
@@ -57,7 +56,7 @@ class ResolvedRequest:
         engines: Mapping[str, Engine],
         *,
         image: ImageInput | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         depth_map: DepthInput | None = None,
         conditioning: ConditioningInputs | None = None,
         max_rows: int | None = None,
@@ -84,10 +83,17 @@ class ResolvedRequest:
                     f"these engines have no {name}: omit the setting that needs it, or build "
                     "with --fast"
                 )
-        check_images(manifest.conditioning, settings, image=image, mask=mask, depth_map=depth_map)
+        if settings.cached_steps:
+            _check_feature(settings, manifest)
+        check_images(manifest, settings, image=image, mask=mask, depth_map=depth_map)
         init = InitImage.of(image, mask, settings, manifest.latent, shrink=manifest.shrink)
         if depth_map is not None:
             init = replace(init, depth=_depth(depth_map, settings, manifest.latent))
+        if init.mask is not None and manifest.latent.masked_decoder:
+            raise SettingsError(
+                "the decoder of an AsymmetricAutoencoderKL takes image and mask in inpainting, "
+                "which is not supported: omit the mask, or export the checkpoint with another vae"
+            )
         encodes = init.pixels is not None and manifest.conditioning.encodes_images
         if encodes and "vae_encoder" not in available:
             raise ManifestError("these engines have no vae_encoder, which images need: export it")
@@ -123,6 +129,24 @@ def _depth(depth_map: DepthInput, settings: Settings, latent: Latent) -> Array:
 def _step_components(settings: Settings) -> tuple[str, ...]:
     cached = ("denoiser_cached",) if settings.cached_steps else ()
     return (settings.variant, *cached)
+
+
+def _check_feature(settings: Settings, manifest: Manifest) -> None:
+    """Check that the sides of a cached feature, a fraction of the latents' sides, are whole.
+
+    Raises:
+        ShapeError: they are not.
+    """
+    component = manifest.components.get("denoiser_cached")
+    spec = component.inputs.get(CACHED_FEATURE) if component is not None else None
+    divisors = [int(str(size).partition("//")[2] or 1) for size in spec.shape] if spec else [1]
+    unit = manifest.latent.downscale * max(divisors)
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        if side % unit:
+            raise ShapeError(
+                f"{name} must be a multiple of {unit} for cached steps, not {side}: request that, "
+                "or no cached steps (unaccelerated)"
+            )
 
 
 def _part(plan: NoisePlan, settings: Settings, train_steps: int) -> NoisePlan:

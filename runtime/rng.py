@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import SettingsError
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "NoiseSource"]
 
 _Floats = NDArray[np.float32]
 _F32 = np.float32
@@ -106,6 +106,32 @@ class Generator:
         """Draw a multiple of 2**-53 in [0, 1) from two words, the higher first."""
         high, low = np.frombuffer(self._words.bytes(8), "<u4").tolist()
         return math.ldexp((high << 32 | low) & (1 << 53) - 1, -53)
+
+
+class NoiseSource:
+    """Source of noise for the images of a request, as of torch generators of its seeds.
+
+    Args:
+        seeds: one for all images, which are drawn together, or one for each image.
+
+    Raises:
+        SettingsError: a seed is out of range.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [Generator(seed) for seed in seeds]
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows that every draw must have; None if there is one seed for any number."""
+        return None if len(self._generators) == 1 else len(self._generators)
+
+    def randn(self, shape: Sequence[int]) -> _Floats:
+        """Draw a float32 array of this shape, each row with its own generator if there are some."""
+        if self.rows is None:
+            return self._generators[0].randn(shape)
+        row = (1, *shape[1:])
+        return np.concatenate([generator.randn(row) for generator in self._generators])
 
 
 def _box_muller(uniforms: _Floats) -> _Floats:

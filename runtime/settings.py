@@ -1,7 +1,7 @@
 """Settings of one request, complete and checked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from secrets import randbits
 from typing import Any, TypedDict, get_args
@@ -16,7 +16,14 @@ from latentforge.runtime.acceleration import (
 )
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.manifest import RequestDefaults
-from latentforge.runtime.validation import check_count, check_items, check_number, shown
+from latentforge.runtime.validation import (
+    check_count,
+    check_flag,
+    check_items,
+    check_number,
+    plain,
+    shown,
+)
 
 __all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
 
@@ -26,9 +33,7 @@ MAX_PROMPT = 16_384
 _MAX_SIDE = 16_384
 _MAX_TIMESTEP = 100_000
 
-_TUPLES = (
-    "original_size", "crop", "target_size", "timesteps", "guidance_interval", "cached_steps"
-)  # fmt: skip
+_TEXTS = ("prompts", "negative_prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class Settings:
 
     Attributes:
         prompts: one per image, or per images_per_prompt images.
+        seed: of the noise of all images together, or one for each image, which is then the image
+            of this seed alone.
         negative_prompts: one per prompt. None is different from empty ones for models that were
             trained with zeros in place of the unconditional embedding.
         guidance_scale: classifier-free guidance scale; 1 or less turns guidance off.
@@ -71,7 +78,7 @@ class Settings:
     noise_level: int = 0
     height: int
     width: int
-    seed: int = field(default_factory=lambda: randbits(32))
+    seed: int | tuple[int, ...] = field(default_factory=lambda: randbits(32))
     strength: float = 1.0
     denoising_start: float | None = None
     denoising_end: float | None = None
@@ -87,6 +94,8 @@ class Settings:
     unaccelerated: bool = False
 
     def __post_init__(self) -> None:
+        for name in (item.name for item in fields(self) if item.name not in _TEXTS):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         sampling.get(str(self.sampler))
         _check_prompts(self.prompts, self.negative_prompts)
         check_count("steps", self.steps, MAX_STEPS)
@@ -95,8 +104,9 @@ class Settings:
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("image_guidance_scale", self.image_guidance_scale, 1, 1000)
         _check_level(self.noise_level)
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
-            raise SettingsError(f"seed must be a 64-bit integer, not {shown(self.seed)}")
+        _check_seeds(self.seed, self.count)
+        if self.seed == self.seeds[:1]:
+            object.__setattr__(self, "seed", self.seeds[0])
         for name, side in (("height", self.height), ("width", self.width)):
             if type(side) is not int or not 1 <= side <= _MAX_SIDE:
                 raise ShapeError(f"{name} must be 1 to {_MAX_SIDE} pixels, not {shown(side)}")
@@ -112,6 +122,11 @@ class Settings:
     def count(self) -> int:
         """Number of images."""
         return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seed of each image, or the one of all images together."""
+        return self.seed if isinstance(self.seed, tuple) else (self.seed,)
 
     @property
     def uses_guidance(self) -> bool:
@@ -152,7 +167,7 @@ class Request(TypedDict, total=False):
     noise_level: int
     height: int
     width: int
-    seed: int
+    seed: int | Sequence[int]
     strength: float
     denoising_start: float
     denoising_end: float
@@ -199,11 +214,8 @@ def resolve(
 
 
 def _normalized(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the lists of a JSON request to tuples, and count the timesteps."""
-    passed = dict(request)
-    for name in _TUPLES:
-        if isinstance(passed.get(name), list):
-            passed[name] = tuple(passed[name])
+    """Convert numpy's numbers and the lists of a JSON request, and count the timesteps."""
+    passed = {k: value if k == "negative_prompt" else plain(value) for k, value in request.items()}
     if isinstance(times := passed.get("timesteps"), tuple) and times:
         passed.setdefault("steps", len(times))
     return passed
@@ -238,6 +250,17 @@ def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
                 f"a prompt has {len(prompt):,} characters, and {MAX_PROMPT:,} are allowed: "
                 "the text encoder reads only the first few dozen words"
             )
+
+
+def _check_seeds(seed: int | tuple[int, ...], images: int) -> None:
+    seeds = seed if isinstance(seed, tuple) else (seed,)
+    for each in seeds:
+        if type(each) is not int or not -(2**63) <= each < 2**64:
+            raise SettingsError(f"seed must be a 64-bit integer, not {shown(each)}")
+    if isinstance(seed, tuple) and len(seeds) != images:
+        raise SettingsError(
+            f"{len(seeds)} seeds for {images} images: give one for all, or one for each image"
+        )
 
 
 def _check_level(level: int) -> None:
@@ -275,8 +298,5 @@ def _check_acceleration(settings: Settings) -> None:
     if settings.variant not in get_args(DenoiserVariant):
         names = " or ".join(get_args(DenoiserVariant))
         raise SettingsError(f"variant must be {names}, not {shown(settings.variant)}")
-    if type(settings.unaccelerated) is not bool:
-        raise SettingsError(
-            f"unaccelerated must be True or False, not {shown(settings.unaccelerated)}"
-        )
+    check_flag("unaccelerated", settings.unaccelerated)
     check_plan(settings.steps, settings.timesteps, interval, settings.cached_steps)

@@ -1,7 +1,7 @@
 """VAE of a latent diffusion model: images to latents and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +24,22 @@ class Posterior:
     """Gaussian distribution of the latents of images, as the VAE encoder returns it.
 
     Attributes:
-        parameters: mean and log variance, stacked by channel, (n, 2 * channels, h, w).
-        scaling_factor: of the latent space.
+        parameters: mean and log variance, stacked by channel, (n, 2 * channels, h, w), or latents
+            (n, channels, h, w) of an encoder without a variance, for which no noise is drawn.
+        latent: the latent space.
     """
 
     parameters: Array
-    scaling_factor: float
+    latent: Latent
 
     @property
     def mean(self) -> Array:
         """Mean (n, channels, h, w), not scaled."""
-        return np.split(self.parameters, 2, axis=1)[0]
+        return self.parameters[:, : self.latent.channels]
+
+    def repeated(self, samples: int) -> "Posterior":
+        """Return the distributions with each in this many consecutive rows, to sample apart."""
+        return replace(self, parameters=self.parameters.repeat(samples, axis=0))
 
     def sample(self, draw: Draw) -> Array:
         """Return latents (n, channels, h, w), scaled for the denoiser.
@@ -42,10 +47,11 @@ class Posterior:
         Args:
             draw: standard normal noise of a shape.
         """
-        mean, log_variance = np.split(self.parameters, 2, axis=1)
-        deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
-        latents: Array = mean + deviation * draw(mean.shape)
-        return latents * np.float32(self.scaling_factor)
+        latents, log_variance = self.mean, self.parameters[:, self.latent.channels :]
+        if log_variance.size:
+            deviation = np.exp(np.float32(0.5) * np.clip(log_variance, *_LOG_VARIANCE))
+            latents = latents + deviation * draw(latents.shape)
+        return latents * np.float32(self.latent.scaling_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +69,7 @@ class Vae:
     def encode(self, pixels: Array) -> Posterior:
         """Return the distribution of the latents of images (n, 3, height, width) in -1..1."""
         outputs = self.engines.load("vae_encoder").run({"sample": pixels})
-        return Posterior(
-            parameters=outputs["latent_parameters"], scaling_factor=self.latent.scaling_factor
-        )
+        return Posterior(parameters=outputs["latent_parameters"], latent=self.latent)
 
     def decode(self, latents: Array) -> Array:
         """Return images (n, 3, height, width) of latents, about -1..1 and not clipped."""

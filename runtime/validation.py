@@ -2,11 +2,37 @@
 
 import reprlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from latentforge.runtime.errors import SettingsError
 
-__all__ = ["check_count", "check_items", "check_number", "shown"]
+__all__ = [
+    "check_count",
+    "check_flag",
+    "check_items",
+    "check_max_rows",
+    "check_number",
+    "checked_path",
+    "plain",
+    "shown",
+]
+
+_MAX_ROWS = 1 << 30
+
+
+def plain(value: Any) -> Any:
+    """Return a value with numpy's numbers and arrays, and lists, as Python numbers and tuples."""
+    if isinstance(value, np.ndarray):
+        return plain(value[()]) if value.ndim == 0 else tuple(map(plain, value))
+    if isinstance(value, list | tuple | range):
+        return tuple(map(plain, value))
+    for kind, number in ((np.bool_, bool), (np.integer, int), (np.floating, float)):
+        if isinstance(value, kind):
+            return number(value)
+    return value
 
 
 def check_count(name: str, value: int, max: int) -> None:
@@ -15,7 +41,8 @@ def check_count(name: str, value: int, max: int) -> None:
     Raises:
         SettingsError: it is not.
     """
-    if type(value) is not int or not 1 <= value <= max:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= max:
         raise SettingsError(f"{name} must be an integer from 1 to {max}, not {shown(value)}")
 
 
@@ -25,9 +52,41 @@ def check_number(name: str, value: float, min: float, max: float) -> None:
     Raises:
         SettingsError: it is not.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    kinds = int | float | np.integer | np.floating
+    number = isinstance(value, kinds) and not isinstance(value, bool)
     if not number or not min <= value <= max:  # False for NaN
         raise SettingsError(f"{name} must be a number from {min} to {max}, not {shown(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check that a value is True or False.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise SettingsError(f"{name} must be True or False, not {shown(value)}")
+
+
+def check_max_rows(value: int | None) -> None:
+    """Check the largest micro-batch of a denoiser step; None is the engines' own.
+
+    Raises:
+        SettingsError: it is no integer of at least 1.
+    """
+    if value is not None:
+        check_count("max_rows", value, _MAX_ROWS)
+
+
+def checked_path(name: str, value: object) -> Path:
+    """Return the path that a caller passed in.
+
+    Raises:
+        SettingsError: it is neither a string nor a path.
+    """
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise SettingsError(f"{name} must be a path, not {shown(value)}")
+    return Path(value)
 
 
 def check_items(name: str, values: object, check: Callable[[str, Any], None]) -> None:

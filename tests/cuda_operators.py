@@ -140,15 +140,22 @@ class SkipLayerNormalization(OpRun):
 
 
 class Resize(OpRun):
-    """Nearest-neighbour Resize by integer scales: onnx's own raises TypeError on some graphs."""
+    """Nearest-neighbour Resize by integer scales, or to sizes: onnx's own fails on some graphs."""
 
     def _run(
-        self, x: Array, roi: Array | None = None, scales: Array | None = None, **attributes: Any
+        self,
+        x: Array,
+        roi: Array | None = None,
+        scales: Array | None = None,
+        sizes: Array | None = None,
+        **attributes: Any,
     ) -> tuple[Array]:
         assert attributes["mode"] == "nearest" and attributes["nearest_mode"] == "floor"
-        assert attributes["coordinate_transformation_mode"] == "asymmetric" and scales is not None
-        for axis, scale in enumerate(scales):
-            x = np.repeat(x, int(scale), axis)
+        assert attributes["coordinate_transformation_mode"] == "asymmetric"
+        factors = np.ones(0) if scales is None else scales
+        wanted = sizes if sizes is not None else (factors * x.shape).astype(int)
+        for axis, size in enumerate(wanted):
+            x = x.take(np.arange(size) * x.shape[axis] // size, axis)
         return (x,)
 
 

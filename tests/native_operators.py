@@ -30,6 +30,7 @@ def convolution(
     shift: Array | None = None,
     row: Array | None = None,
     residual: Array | None = None,
+    size: Array | None = None,
     *,
     channels: int,
     pads: Any = (0, 0, 0, 0),
@@ -43,6 +44,8 @@ def convolution(
         x = x * scale[:, None, None].astype(np.float64) + shift[:, None, None]
     x = silu(x) if act else x
     x = x.repeat(upsample, 1).repeat(upsample, 2)
+    for axis in (1, 2) if size is not None else ():
+        x = x.take(np.arange(size[axis]) * x.shape[axis] // size[axis], axis)
     top, left, bottom, right = pads
     x = np.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
     kernel = weight.astype(np.float64).transpose(2, 3, 1, 0, 4)
@@ -102,6 +105,7 @@ class Conv(OpRun):
         shift: Array | None = None,
         row: Array | None = None,
         residual: Array | None = None,
+        size: Array | None = None,
         channels: int = 0,
         pads: Any = None,
         silu: int = 0,
@@ -110,7 +114,7 @@ class Conv(OpRun):
         **_: Any,  # defaults of ONNX's own Conv, which the evaluator takes it for
     ) -> tuple[Array]:
         y = convolution(
-            *(x, weight, bias, scale, shift, row, residual),
+            *(x, weight, bias, scale, shift, row, residual, size),
             channels=channels,
             pads=pads,
             act=bool(silu),
@@ -156,6 +160,7 @@ class MatMul(OpRun):
         weight: Array,
         bias: Array | None = None,
         residual: Array | None = None,
+        size: Array | None = None,
         channels: int = 0,
         gated: int = 0,
     ) -> tuple[Array]:

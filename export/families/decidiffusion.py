@@ -42,13 +42,13 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
             module=load_flexible_unet,
         )
         return ExportPlan(
-            components=(text, unet, *parts.vae(latent)),
+            components=(text, unet, *parts.vae(checkpoint, latent)),
             conditioning=Conditioning(
                 encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),),
                 channels=images,
             ),
             latent=latent,
-            sample_size=structure.sample_size * latent.downscale,
+            sample_size=(structure.sample_size * latent.downscale,) * 2,
             defaults=_SECOND if structure.mid is None else _FIRST,
         )
 

@@ -5,6 +5,10 @@ distilled models (BK-SDM, Kim et al. 2023), latent consistency models and inpain
 UNet has nine input channels, differ in their configuration only.
 """
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import CLIPTextModel
 
 from latentforge.export.checkpoint import Checkpoint
@@ -35,24 +39,35 @@ def plan(
         CheckpointError: the configurations are malformed, or of a kind that is not supported.
     """
     with parts.reading(checkpoint):
-        config = checkpoint.config("unet")
+        config = parts.unet_config(checkpoint)
         parts.check_unet(checkpoint, config, {})
-        latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        latent = parts.latent_space(checkpoint, parts.unet_multiple(config))
         if images is None:
             images = parts.inpainting(config["in_channels"], latent)
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
         parts.check_context(checkpoint, [text], config["cross_attention_dim"])
         unet = parts.unet(config, latent, tokens=parts.tokens(text), images=images)
         return ExportPlan(
-            components=(text, unet, *parts.vae(latent)),
+            components=(text, unet, *parts.vae(checkpoint, latent)),
             conditioning=Conditioning(
                 encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),),
                 channels=images,
             ),
             latent=latent,
-            sample_size=int(config["sample_size"]) * latent.downscale,
+            sample_size=parts.sample_size(checkpoint, _with_size(checkpoint, config), latent),
             defaults=parts.defaults(checkpoint, family),
         )
+
+
+def _with_size(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the UNet's configuration with the sample_size that diffusers takes.
+
+    Releases of diffusers before 0.9 wrote 32 for models of 64, and its pipelines correct that.
+    """
+    version = str(checkpoint.config("unet").get("_diffusers_version"))
+    size = config["sample_size"]
+    old = re.match(r"0\.[0-8](\.|$)", version) is not None and type(size) is int and size < 64
+    return {**config, "sample_size": 64 if old else size}
 
 
 STABLE_DIFFUSION = Family(

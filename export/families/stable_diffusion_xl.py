@@ -12,6 +12,7 @@ from typing import Any
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.configs import read_config, select_class
 from latentforge.export.families import parts
 from latentforge.export.families.types import (
     ComponentPlan,
@@ -26,6 +27,7 @@ from latentforge.runtime.manifest import Conditioning, ImageChannels, TextEncodi
 __all__ = ["STABLE_DIFFUSION_XL", "plan"]
 
 _DEFAULTS = FamilyDefaults(guidance_scale=5.0)
+_SCORE = "requires_aesthetics_score"
 _CROP: tuple[TimeId, ...] = ("original_height", "original_width", "crop_top", "crop_left")
 _BASE: tuple[TimeId, ...] = (*_CROP, "target_height", "target_width")
 _REFINER: tuple[TimeId, ...] = (*_CROP, "aesthetic_score")
@@ -48,33 +50,38 @@ def plan(
         CheckpointError: the configurations are malformed, or of a kind that is not supported.
     """
     with parts.reading(checkpoint):
-        config = checkpoint.config("unet")
+        config = parts.unet_config(checkpoint)
         parts.check_unet(checkpoint, config, {"addition_embed_type": "text_time"})
-        latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        multiple = parts.unet_multiple(config)
+        # An image in further channels is not normalized by diffusers.
+        latent = parts.latent_space(checkpoint, multiple, normalized=images is None)
         if images is None:
             images = parts.inpainting(config["in_channels"], latent)
         texts = _text_encoders(checkpoint)
         parts.check_context(checkpoint, texts, config["cross_attention_dim"])
-        time_ids = _REFINER if checkpoint.index.get("requires_aesthetics_score") else _BASE
+        time_ids = _REFINER if parts.flag(checkpoint, _SCORE, False) else _BASE
         unet = parts.unet(
             config,
             latent,
             tokens=parts.tokens(texts[-1]),
             images=images,
-            added={"text_embeds": _pooled(checkpoint, config, time_ids), "time_ids": len(time_ids)},
+            added={
+                "text_embeds": _pooled(checkpoint, config, texts[-1], time_ids),
+                "time_ids": len(time_ids),
+            },
         )
         # diffusers' pipelines assume that the VAE overflows in fp16 unless force_upcast is false.
-        upcast = bool(checkpoint.config("vae").get("force_upcast", True))
+        upcast = checkpoint.config("vae").get("force_upcast", True) is not False
         return ExportPlan(
-            components=(*texts, unet, *parts.vae(latent, overflows_fp16=upcast)),
+            components=(*texts, unet, *parts.vae(checkpoint, latent, overflows_fp16=upcast)),
             conditioning=Conditioning(
                 encoders=tuple(_encoder(text) for text in texts),
-                zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
+                zero_negative=parts.flag(checkpoint, "force_zeros_for_empty_prompt", True),
                 time_ids=time_ids,
                 channels=images,
             ),
             latent=latent,
-            sample_size=int(config["sample_size"]) * latent.downscale,
+            sample_size=parts.sample_size(checkpoint, config, latent),
             defaults=parts.defaults(checkpoint, family),
         )
 
@@ -91,7 +98,8 @@ def _text_encoders(checkpoint: Checkpoint) -> tuple[ComponentPlan, ...]:
     plans = []
     for name, (kind, pooled) in kinds.items():
         if name == "text_encoder_2" or checkpoint.index.get(name, [None])[0] is not None:
-            layers = checkpoint.config(name)["num_hidden_layers"]
+            config = read_config(checkpoint, name, select_class(checkpoint, name, [kind]))
+            layers = config["num_hidden_layers"]
             outputs = (f"hidden_states.{layers - 1}", *pooled)
             plans.append(parts.text_encoder(checkpoint, kind, outputs, name))
     return tuple(plans)
@@ -107,14 +115,19 @@ def _encoder(text: ComponentPlan) -> TextEncoding:
     )
 
 
-def _pooled(checkpoint: Checkpoint, config: dict[str, Any], time_ids: tuple[TimeId, ...]) -> int:
+def _pooled(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    text: ComponentPlan,
+    time_ids: tuple[TimeId, ...],
+) -> int:
     """Return the width of the pooled prompt.
 
     The UNet's added embedding holds the pooled prompt and one embedding per time id.
     """
     total = config["projection_class_embeddings_input_dim"]
     width = int(total - len(time_ids) * config["addition_time_embed_dim"])
-    projected = checkpoint.config("text_encoder_2").get("projection_dim", 512)
+    projected = text.outputs["text_embeds"].shape[1]
     if width != projected:
         raise CheckpointError(
             f"{checkpoint.name}: the pooled output of text_encoder_2 is {reprlib.repr(projected)} "

@@ -10,7 +10,10 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.runtime.manifest import Conditioning, Latent
 from latentforge.runtime.tensor import TensorSpec
 
-__all__ = ["ComponentPlan", "FamilyDefaults", "Family", "ExportPlan", "Reference"]
+__all__ = ["ComponentPlan", "FamilyDefaults", "Family", "ExportPlan", "ImageSize", "Reference"]
+
+ImageSize = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,14 @@ class ExportPlan:
         components: plans of the components, in the order in which text to image runs them.
         conditioning: text encoders and their outputs that condition the denoiser.
         latent: the latent space.
-        sample_size: height and width of the training images, in pixels.
+        sample_size: height and width of the training images.
         defaults: default settings of a request.
     """
 
     components: tuple[ComponentPlan, ...]
     conditioning: Conditioning
     latent: Latent
-    sample_size: int
+    sample_size: ImageSize
     defaults: FamilyDefaults
 
     @property

@@ -35,10 +35,10 @@ _MAX_NOISE_LEVEL = 350
 
 def _plan(checkpoint: Checkpoint) -> ExportPlan:
     with parts.reading(checkpoint):
-        config = checkpoint.config("unet")
+        config = parts.unet_config(checkpoint)
         augmentation = _noise_augmentation(checkpoint, config)
         parts.check_unet(checkpoint, config, {"num_class_embeds": config["num_class_embeds"]})
-        latent = parts.latent_space(checkpoint, 2 ** (len(config["block_out_channels"]) - 1))
+        latent = parts.latent_space(checkpoint, parts.unet_multiple(config))
         latent = msgspec.structs.replace(latent, scaling_factor=_SCALING_FACTOR)
         text = parts.text_encoder(checkpoint, CLIPTextModel, ("last_hidden_state",))
         parts.check_context(checkpoint, [text], config["cross_attention_dim"])
@@ -51,7 +51,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
         )
         # diffusers' pipeline assumes that the VAE overflows in fp16 unless force_upcast is false.
         upcast = bool(checkpoint.config("vae").get("force_upcast", True))
-        decoder, _ = parts.vae(latent, overflows_fp16=upcast)
+        decoder, _ = parts.vae(checkpoint, latent, overflows_fp16=upcast)
         return ExportPlan(
             components=(text, unet, decoder),
             conditioning=Conditioning(
@@ -60,7 +60,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
                 noise_augmentation=augmentation,
             ),
             latent=latent,
-            sample_size=int(config["sample_size"]) * latent.downscale,
+            sample_size=parts.sample_size(checkpoint, config, latent),
             defaults=parts.defaults(checkpoint, _DEFAULTS),
         )
 

@@ -28,7 +28,7 @@ from latentforge.export.models.flexible_structure import (
     check_equal,
     shortened,
 )
-from latentforge.export.modules import check_finite
+from latentforge.export.modules import check_finite, warn_extra
 from latentforge.runtime.errors import CheckpointError, SettingsError, ShapeError
 
 __all__ = ["FlexibleUNet2DConditionModel", "load_flexible_unet", "structure_of"]
@@ -283,8 +283,8 @@ def load_flexible_unet(
 
     Raises:
         CheckpointError: there are no weights, they are pickles, damaged, or hold NaN or infinity;
-            config.json is malformed or contradicts the weights; a weight is missing, unexpected,
-            or of another shape.
+            config.json is malformed or contradicts the weights; a weight is missing or of another
+            shape. Weights that the structure has no place for are ignored with a warning.
     """
     files, _ = checkpoint.weights(folder)
     with _prefixed(f"{checkpoint.name}: {folder}"):
@@ -292,8 +292,9 @@ def load_flexible_unet(
         structure = _structure(checkpoint.path / folder, shapes)
         with torch.device("meta"):  # no memory until the weights are loaded
             module = FlexibleUNet2DConditionModel(structure)
-        _check_shapes(module, shapes)
-    module.load_state_dict(_read_weights(files), strict=True, assign=True)
+        names = _check_shapes(module, shapes)
+    warn_extra(checkpoint, folder, [shortened(key) for key in shapes if key not in names])
+    module.load_state_dict(_read_weights(files, names), strict=True, assign=True)
     check_finite(checkpoint, folder, module)
     return module.eval().requires_grad_(False)
 
@@ -325,24 +326,18 @@ def _structure(directory: Path, shapes: Shapes) -> FlexibleStructure:
     return configured
 
 
-def _check_shapes(module: nn.Module, shapes: Shapes) -> None:
-    """Compare all names and shapes, before any weight is read."""
+def _check_shapes(module: nn.Module, shapes: Shapes) -> set[str]:
+    """Compare names and shapes before any weight is read, and return the names to read."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    problems = {
-        "missing": [key for key in expected if key not in shapes],
-        "unexpected": [key for key in shapes if key not in expected],
-    }
-    for problem, keys in problems.items():
-        if keys:
-            raise CheckpointError(
-                f"{len(keys)} weights are {problem}, such as {shortened(keys[0])}"
-            )
+    if missing := [key for key in expected if key not in shapes]:
+        raise CheckpointError(f"{len(missing)} weights are missing, such as {missing[0]}")
     wrong = [key for key, shape in expected.items() if tuple(shapes[key]) != shape]
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} weights have a wrong shape, such as {wrong[0]}: "
             f"{tuple(shapes[wrong[0]])}, expected {expected[wrong[0]]}"
         )
+    return set(expected)
 
 
 def _read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
@@ -362,12 +357,12 @@ def _read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Read all weights in float32, converting one at a time to avoid a second copy."""
+def _read_weights(files: Sequence[Path], names: set[str]) -> dict[str, Tensor]:
+    """Read weights in float32, converting one at a time to avoid a second copy."""
     weights: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():
+            for key in names.intersection(opened.keys()):
                 weights[key] = opened.get_tensor(key).float()
     return weights
 

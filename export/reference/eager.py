@@ -163,7 +163,7 @@ class EagerPipeline:
             "noise_level": settings.noise_level,
             "height": settings.height,
             "width": settings.width,
-            "generator": torch.Generator().manual_seed(settings.seed),
+            "generator": _generators(settings),
             "output_type": "latent",
             **images,
             "strength": settings.strength,
@@ -182,7 +182,12 @@ class EagerPipeline:
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
         vae = self._parts["vae"]
-        pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+        latents = latents / vae.config.scaling_factor
+        mean, deviation = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
+        if mean is not None and deviation is not None:  # as the pipelines of XL do
+            factor, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (deviation, mean))
+            latents = latents * factor + shift
+        pixels: torch.Tensor = vae.decode(latents).sample
         return pixels.numpy()
 
     @contextmanager
@@ -200,6 +205,11 @@ class EagerPipeline:
     def versions() -> dict[str, str]:
         """Return the versions of the libraries that make the images."""
         return {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+
+
+def _generators(settings: Settings) -> torch.Generator | list[torch.Generator]:
+    generators = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+    return generators if isinstance(settings.seed, tuple) else generators[0]
 
 
 def _depth_tensor(depth_map: Image.Image | None) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Latent
 from latentforge.runtime.progress import Progress
-from latentforge.runtime.rng import Generator
+from latentforge.runtime.rng import NoiseSource
 from latentforge.runtime.settings import Settings
 
 __all__ = ["Study", "method", "noise", "run"]
@@ -84,7 +84,7 @@ def run(study: Study, *, quiet: bool = True) -> Results:
 def noise(settings: Settings, latent: Latent) -> Array:
     """Return what torch draws from the seed: (n, channels, h, w), of unit variance."""
     height, width = settings.height // latent.downscale, settings.width // latent.downscale
-    return Generator(settings.seed).randn((settings.count, latent.channels, height, width))
+    return NoiseSource(settings.seeds).randn((settings.count, latent.channels, height, width))
 
 
 def method(threads: int, repeats: int, *, together: bool) -> str:
@@ -189,4 +189,4 @@ def _pictures(settings: Settings, measured: Measured) -> Iterator[Picture]:
     """Yield the first image of every participant, compared with the reference's."""
     first = {name: pictures[0] for name, pictures in measured.pictures.items()}
     if measured.entries[0].name in first:
-        yield Picture.of(settings.prompts[0], settings.seed, first)
+        yield Picture.of(settings.prompts[0], settings.seeds[0], first)

@@ -84,7 +84,7 @@ def path_metric(name: str, lengths: NDArray[np.float64], inputs: MetricInputs) -
 
 def _length(pipeline: Pipeline, here: Settings, there: Settings, distance: Distance) -> float:
     start, end = pipeline.encode(here), pipeline.encode(replace(there, seed=here.seed))
-    place = np.random.default_rng(abs(here.seed)).uniform(0, 1 - _EPSILON)
+    place = np.random.default_rng(abs(here.seeds[0])).uniform(0, 1 - _EPSILON)
     a, b = (_pixels(pipeline, here, _between(start, end, t)) for t in (place, place + _EPSILON))
     return float(distance(a, b)[0]) / _EPSILON**2
 

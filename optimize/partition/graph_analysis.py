@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants_ir
 
 from latentforge.optimize.graph import operands
+from latentforge.optimize.passes.matching import input_at
 from latentforge.optimize.shape_inference import Shape, Specs
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.kernels import DOMAIN
@@ -37,6 +38,7 @@ _MAX_SHAPE_ELEMENTS = 16
 """Larger initializers are weights, whose values no shape depends on."""
 
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
+_SIZE = 7  # input of latentforge's Conv
 
 
 def ancestors(value: ir.Value) -> set[ir.Value]:
@@ -192,13 +194,21 @@ def _standard_conv(node: ir.Node, weight: ir.Value) -> list[ir.Node]:
     if node.domain == DOMAIN:
         top, left, bottom, right = original["pads"].as_ints()
         stride, up = (original.get_int(key, 1) for key in ("stride", "upsample"))
-        scales = ir.node("Constant", [], {"value_floats": [1.0, 1.0, float(up), float(up)]})
-        resized = ir.node("Resize", [nodes[-1].outputs[0], None, scales.outputs[0]])
-        nodes += [scales, resized]
+        nodes += _enlarging(nodes[-1].outputs[0], up, input_at(node, _SIZE))
         pads = ir.AttrInt64s("pads", [top, left, bottom, right])
         attributes = {"strides": ir.AttrInt64s("strides", [stride, stride]), "pads": pads}
     nodes.append(ir.node("Conv", [nodes[-1].outputs[0], weight], attributes))
     return [*nodes, ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": _TO_CHANNELS_LAST})]
+
+
+def _enlarging(image: ir.Value, up: int, size: ir.Value | None) -> list[ir.Node]:
+    """Build nodes that enlarge an image (n, c, h, w) by a factor, or to a size (n, h, w, c)."""
+    if size is None:
+        scales = ir.node("Constant", [], {"value_floats": [1.0, 1.0, float(up), float(up)]})
+        return [scales, ir.node("Resize", [image, None, scales.outputs[0]])]
+    order = ir.node("Constant", [], {"value_ints": list(_TO_CHANNELS_FIRST)})
+    sizes = ir.node("Gather", [size, order.outputs[0]])
+    return [order, sizes, ir.node("Resize", [image, None, None, sizes.outputs[0]])]
 
 
 def _replace(node: ir.Node, nodes: list[ir.Node]) -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image
-
 from latentforge.runtime.denoising.depth import DepthInput
-from latentforge.runtime.denoising.initial_latents import ImageInput
+from latentforge.runtime.denoising.initial_latents import ImageInput, Picture, is_latents
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.manifest import Conditioning
+from latentforge.runtime.manifest import Conditioning, Manifest
 from latentforge.runtime.settings import Settings
 
 __all__ = ["check_images"]
 
 
 def check_images(
-    conditioning: Conditioning,
+    manifest: Manifest,
     settings: Settings,
     *,
     image: ImageInput | None,
-    mask: Image.Image | None,
+    mask: Picture | None,
     depth_map: DepthInput | None,
 ) -> None:
     """Refuse images and settings that have no meaning for a model, and demand those that it needs.
@@ -27,6 +24,7 @@ def check_images(
     Raises:
         SettingsError: the request lacks an image, or has one or a setting that does not apply.
     """
+    conditioning = manifest.conditioning
     channels = conditioning.channels
     if conditioning.requires_image and image is None:
         raise SettingsError("this model works on an image: give image (--image)")
@@ -43,7 +41,12 @@ def check_images(
         raise SettingsError("image_guidance_scale is for models that edit an image: omit it")
     _check_noise_level(conditioning, settings)
     if not conditioning.starts_from_image:
-        _check_from_noise(settings, image)
+        if is_latents(image, manifest.latent) or settings.denoising_start is not None:
+            raise SettingsError("this model cannot continue from latents: pass an image")
+        if settings.strength != 1:
+            raise SettingsError(
+                "strength does not apply to this model, which samples from noise: omit it"
+            )
 
 
 def _check_noise_level(conditioning: Conditioning, settings: Settings) -> None:
@@ -54,13 +57,3 @@ def _check_noise_level(conditioning: Conditioning, settings: Settings) -> None:
         raise SettingsError(
             f"noise_level is at most {augmentation.max_level} for this model, not {level}"
         )
-
-
-def _check_from_noise(settings: Settings, image: ImageInput | None) -> None:
-    """Refuse requests to start from an image, where it is conditioning only."""
-    if settings.strength != 1:
-        raise SettingsError(
-            "strength does not apply to this model, which samples from noise: omit it"
-        )
-    if isinstance(image, np.ndarray) or settings.denoising_start is not None:
-        raise SettingsError("this model cannot continue from latents: pass an image")

@@ -10,24 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.image import to_array, to_mask
+from latentforge.runtime.image import read_image, to_array, to_mask
 from latentforge.runtime.manifest import Conditioning, Latent
+from latentforge.runtime.rng import NoiseSource
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
 from latentforge.runtime.sampling.sampler import MaskBlend
 from latentforge.runtime.settings import Settings
-from latentforge.runtime.vae import Draw, Posterior
+from latentforge.runtime.vae import Posterior
 
-__all__ = ["InitImage", "InitialState", "LatentInitializer", "ImageInput", "image_size"]
+__all__ = [
+    "ImageInput",
+    "InitImage",
+    "InitialState",
+    "LatentInitializer",
+    "Picture",
+    "image_size",
+    "is_latents",
+]
 
 Array = NDArray[np.float32]
-ImageInput: TypeAlias = "Image.Image | Sequence[Image.Image] | Array"
+Picture: TypeAlias = "Image.Image | str | Path | NDArray[Any]"
+"""PIL image, path of a file, or array: see image.read_image()."""
+
+ImageInput: TypeAlias = "Picture | Sequence[Picture]"
 """Initial image: one for all prompts, one per prompt, or latents (images, channels, h, w)."""
 
 _LANCZOS = Image.Resampling.LANCZOS
@@ -53,7 +66,7 @@ class InitImage:
     def of(
         cls,
         image: ImageInput | None,
-        mask: Image.Image | None,
+        mask: Picture | None,
         settings: Settings,
         latent: Latent,
         *,
@@ -71,16 +84,16 @@ class InitImage:
             SettingsError: one is not an image, or the request lacks one or has one too many.
             ShapeError: mask and image, or latents and request, differ in size.
         """
-        if isinstance(image, np.ndarray):
+        if is_latents(image, latent):
             return cls(latents=_check_latents(image, mask, settings, latent))
         if settings.denoising_start is not None:
             raise SettingsError("denoising_start continues from latents: pass them as the image")
-        if mask is not None:
-            _check_mask(mask, image)
-        size = (settings.width, settings.height)
+        if image is None and mask is not None:
+            raise SettingsError("a mask marks the part of an image to paint: give image too")
+        images = [] if image is None else _images(image)
         return cls(
-            pixels=None if image is None else _pixels(_images(image), settings, shrink),
-            mask=None if mask is None else to_mask(mask.resize(size, _LANCZOS)),
+            pixels=_pixels(images, settings, shrink) if images else None,
+            mask=None if mask is None else _mask(mask, images, settings),
         )
 
 
@@ -108,14 +121,10 @@ def image_size(image: ImageInput, latent: Latent, *, shrink: int = 1) -> tuple[i
         shrink: factor by which the image is smaller than the result.
 
     Raises:
-        ShapeError: the image is smaller than the model's smallest, or the latents not 4-d.
+        ShapeError: the image is smaller than the model's smallest.
         SettingsError: it is not an image.
     """
-    if isinstance(image, np.ndarray):
-        if image.ndim != 4:
-            raise ShapeError(
-                f"latents must be (images, channels, h, w), not of shape {image.shape}"
-            )
+    if is_latents(image, latent):
         return image.shape[-2] * latent.downscale, image.shape[-1] * latent.downscale
     unit = latent.downscale * latent.multiple // shrink
     width, height = _images(image)[0].size
@@ -135,7 +144,7 @@ class LatentInitializer:
         plan: noise plan of the run; its strength is already applied.
         shape: of the latents, (images, channels, h, w).
         conditioning: of the model, with the channels of images that the denoiser takes.
-        draw: standard normal noise of a shape.
+        noise: standard normal noise.
         encode: pixels to the distribution of their latents.
     """
 
@@ -143,7 +152,7 @@ class LatentInitializer:
     plan: NoisePlan
     shape: tuple[int, int, int, int]
     conditioning: Conditioning
-    draw: Draw
+    noise: NoiseSource
     encode: Callable[[Array], Posterior]
 
     def prepare(self, init: InitImage) -> InitialState:
@@ -155,7 +164,8 @@ class LatentInitializer:
             return InitialState(extra_channels=self._repeated(self.encode(init.pixels).mean))
         if init.pixels is not None and self.conditioning.noise_augmentation is not None:
             level = self.conditioning.noise_augmentation.schedule.at(self.settings.noise_level)
-            noisy = _noised(init.pixels, self.draw(init.pixels.shape), level)
+            pixels = self._repeated(init.pixels) if self.noise.rows else init.pixels
+            noisy = _noised(pixels, self.noise.randn(pixels.shape), level)
             return InitialState(extra_channels=self._repeated(noisy))
         extra = None if init.depth is None else self._repeated(init.depth)
         return InitialState(latents=self._start(init), extra_channels=extra)
@@ -165,11 +175,11 @@ class LatentInitializer:
         if init.latents is not None and self.settings.denoising_start is not None:
             return init.latents
         if init.latents is not None:
-            return self._noised(init.latents, self.draw(self.shape))
+            return self._noised(init.latents, self.noise.randn(self.shape))
         if init.pixels is None:
             return None
         clean = self._encoded(init.pixels)
-        return self._noised(clean, self.draw(self.shape))
+        return self._noised(clean, self.noise.randn(self.shape))
 
     def _masked(self, init: InitImage) -> InitialState:
         """Prepare inpainting. Without an image, an inpainting denoiser paints all of it."""
@@ -178,7 +188,7 @@ class LatentInitializer:
         mask = np.ones_like(blank[:, :1]) if init.mask is None else init.mask
         from_noise = self.settings.strength == 1
         clean = blank if from_noise and self.conditioning.channels else self._encoded(pixels)
-        noise = self.draw(self.shape)
+        noise = self.noise.randn(self.shape)
         latents = noise * np.float32(self.plan.scale) if from_noise else self._noised(clean, noise)
         # Encoded even where it is not used: diffusers draws random numbers for it.
         masked_image = self._encoded(pixels * (mask < 0.5))
@@ -191,7 +201,10 @@ class LatentInitializer:
 
     def _encoded(self, pixels: Array) -> Array:
         """Return latents, one row per image of the request."""
-        return self._repeated(self.encode(pixels).sample(self.draw))
+        posterior = self.encode(pixels)
+        if self.noise.rows is not None:
+            posterior = posterior.repeated(self.noise.rows // len(pixels))
+        return self._repeated(posterior.sample(self.noise.randn))
 
     def _repeated(self, rows: Array) -> Array:
         return rows.repeat(self.shape[0] // len(rows), axis=0)
@@ -213,14 +226,21 @@ def _noised(clean: Array, noise: Array, level: NoiseLevel) -> Array:
     return np.float32(level.alpha) * clean + np.float32(level.sigma) * noise
 
 
-def _images(image: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
-    images = [image] if isinstance(image, Image.Image) else image
-    if not isinstance(images, Sequence) or not images:
-        raise SettingsError(f"image must be a PIL image, not {type(image).__name__}")
-    for item in images:
-        if not isinstance(item, Image.Image):
-            raise SettingsError(f"image must be a PIL image, not {type(item).__name__}")
-    return list(images)
+def is_latents(image: ImageInput | None, latent: Latent) -> TypeGuard[NDArray[Any]]:
+    """Return True for an array of four dimensions, unless it is a batch of pictures."""
+    if not isinstance(image, np.ndarray) or image.ndim != 4:
+        return False
+    if image.dtype in (np.uint8, np.uint16, np.bool_):
+        return False
+    return image.shape[3] not in (1, 3, 4) or image.shape[1] == latent.channels
+
+
+def _images(image: ImageInput) -> list[Image.Image]:
+    batch = image.ndim == 4 if isinstance(image, np.ndarray) else isinstance(image, list | tuple)
+    images: Sequence[Any] = image if batch else [image]  # type: ignore[assignment]
+    if len(images) == 0:
+        raise SettingsError("image is empty: give a picture for all prompts, or one for each")
+    return [read_image("image", item) for item in images]
 
 
 def _pixels(images: list[Image.Image], settings: Settings, shrink: int) -> Array:
@@ -234,21 +254,19 @@ def _pixels(images: list[Image.Image], settings: Settings, shrink: int) -> Array
     return to_array([image.convert("RGB").resize(size, _LANCZOS) for image in images])
 
 
-def _check_mask(mask: Image.Image, image: Image.Image | Sequence[Image.Image] | None) -> None:
-    if image is None:
-        raise SettingsError("a mask marks the part of an image to paint: give image too")
-    if not isinstance(mask, Image.Image):
-        raise SettingsError(f"mask must be a PIL image, not {type(mask).__name__}")
-    for item in _images(image):
-        if item.size != mask.size:
-            (width, height), (w, h) = item.size, mask.size
+def _mask(mask: Picture, images: Sequence[Image.Image], settings: Settings) -> Array:
+    picture = read_image("mask", mask)
+    for image in images:
+        if image.size != picture.size:
+            (width, height), (w, h) = image.size, picture.size
             raise ShapeError(
                 f"the mask is {w}x{h} and the image {width}x{height}: they must be of one size"
             )
+    return to_mask(picture.resize((settings.width, settings.height), _LANCZOS))
 
 
 def _check_latents(
-    latents: Array, mask: Image.Image | None, settings: Settings, latent: Latent
+    latents: NDArray[Any], mask: Picture | None, settings: Settings, latent: Latent
 ) -> Array:
     if mask is not None:
         raise SettingsError("a mask needs an image, and latents were passed instead")

@@ -83,13 +83,13 @@ struct Filtering {
 // Winograd convolution: 3 x 3, stride 1.
 template <int Tile>
 struct Fast : Filtering<Tile, Tile, Tile + 2, Tile + 2, 2, Winograd<Tile>> {
-  static int64_t enlarged(const Conv& conv) { return conv.upsample; }
+  static constexpr bool kEnlarges = true;
 };
 
 // Winograd convolution of an image enlarged by 2, with one pixel of padding at the top and left,
 // computed from the image before it is enlarged.
 struct Raised : Filtering<4, 2, 4, 5, 1, Doubled> {
-  static int64_t enlarged(const Conv&) { return 1; }
+  static constexpr bool kEnlarges = false;
 };
 
 // Direct convolution, for all other cases: a tile is one pixel, and taps are summed.
@@ -98,7 +98,7 @@ struct Plain : Distinct {
   static int64_t taps(const Conv& conv) { return conv.kernel * conv.kernel; }
   static int64_t window(const Conv& conv) { return conv.kernel; }
   static int64_t step(const Conv& conv) { return conv.stride; }
-  static int64_t enlarged(const Conv& conv) { return conv.upsample; }
+  static constexpr bool kEnlarges = true;
 
   static void input(const float* strip, int64_t columns, int64_t kernel, float* out, int64_t,
                     int64_t tap_stride) {
@@ -209,7 +209,7 @@ class Convolution {
     const int64_t columns = (to - from - 1) * step + window;
     const int64_t wide = smaller(kChunk, conv_.c - chunk * kChunk);
     float* out = block.inputs + chunk * block.chunk_stride + (from - block.first) * kChunk;
-    if (Scheme::kPoints == 1 && taps_ == 1 && step == 1 && conv_.upsample == 1)
+    if (Scheme::kPoints == 1 && taps_ == 1 && step == 1 && !enlarged())
       return activate_pixels(from, to, chunk * kChunk, wide, out);
     float* strip = scratch(kStrip, size_t(window * ((kSpan - 1) * step + window) * kChunk));
     const int64_t row = from / across_ % rows_, x = from % across_;
@@ -224,11 +224,11 @@ class Convolution {
   // Copies activated pixels from (y, x) on, zero outside the image, to [rows][columns][kChunk].
   void fill_strip(float* strip, int64_t image, int64_t y, int64_t x, int64_t rows, int64_t columns,
                   int64_t c, int64_t wide) const {
-    const int64_t upsample = Scheme::enlarged(conv_);
-    const int64_t height = conv_.h * upsample, width = conv_.w * upsample;
+    const bool enlarge = Scheme::kEnlarges && enlarged();
+    const int64_t height = enlarge ? conv_.seen_h : conv_.h;
+    const int64_t width = enlarge ? conv_.seen_w : conv_.w;
     const float* scale = conv_.scale ? conv_.scale + image * conv_.c + c : nullptr;
     const float* shift = conv_.scale ? conv_.shift + image * conv_.c + c : nullptr;
-    const int shrink = upsample == 2 ? 1 : 0;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < columns; ++i, strip += kChunk) {
         const bool outside = y + r < 0 || y + r >= height || x + i < 0 || x + i >= width;
@@ -236,10 +236,14 @@ class Convolution {
           std::memset(strip, 0, size_t(kChunk) * sizeof(float));
           continue;
         }
-        const int64_t pixel = (image * conv_.h + ((y + r) >> shrink)) * conv_.w + ((x + i) >> shrink);
+        const int64_t row = enlarge ? (y + r) * conv_.h / height : y + r;
+        const int64_t column = enlarge ? (x + i) * conv_.w / width : x + i;
+        const int64_t pixel = (image * conv_.h + row) * conv_.w + column;
         activate(conv_.x + pixel * conv_.c + c, scale, shift, strip, wide);
       }
   }
+
+  bool enlarged() const { return conv_.seen_h != conv_.h || conv_.seen_w != conv_.w; }
 
   // For 1 x 1 convolutions, which need no window.
   void activate_pixels(int64_t from, int64_t to, int64_t c, int64_t wide, float* out) const {
@@ -409,7 +413,8 @@ void convolve(const Conv& conv, const Parallel& parallel) {
   if (conv.kernel == 3 && conv.stride == 1) {
     consider({work<Fast<2>>(conv), run<Fast<2>>});
     consider({work<Fast<4>>(conv), run<Fast<4>>});
-    if (conv.upsample == 2 && conv.pad_top == 1 && conv.pad_left == 1)
+    const bool doubled = conv.seen_h == 2 * conv.h && conv.seen_w == 2 * conv.w;
+    if (doubled && conv.pad_top == 1 && conv.pad_left == 1)
       consider({work<Raised>(conv), run<Raised>});
   }
   best.run(conv, parallel);

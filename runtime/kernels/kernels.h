@@ -29,7 +29,8 @@ struct Parallel {
 struct Conv {
   int64_t n, h, w, c;        // input
   int64_t out_h, out_w, k;   // output
-  int64_t kernel, stride, pad_top, pad_left, upsample;
+  int64_t seen_h, seen_w;    // the input enlarged by nearest neighbours, before padding
+  int64_t kernel, stride, pad_top, pad_left;
   bool silu;                 // with scale and shift: silu(x * scale + shift), before padding
   bool half;                 // weights are float16
   bool gated;                // blocks alternate left, right; y = left * gelu(right) has k / 2

@@ -141,9 +141,10 @@ void expect_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const
 
 struct ConvOperator {
   static constexpr const char* kName = "Conv";
-  static constexpr size_t kInputs = 7, kRequiredInputs = 2, kOutputs = 1;
-  enum Input { kX, kWeight, kBias, kScale, kShift, kRow, kResidual };
+  static constexpr size_t kInputs = 8, kRequiredInputs = 2, kOutputs = 1;
+  enum Input { kX, kWeight, kBias, kScale, kShift, kRow, kResidual, kSize };
 
+  static constexpr int64_t kMaxGrowth = 16;
   int64_t channels, stride, upsample, silu;
   int64_t pads[4] = {};
 
@@ -163,7 +164,8 @@ struct ConvOperator {
     const Tensor x = run.input(kX), weight = run.input(kWeight);
     const Tensor bias = run.input(kBias), scale = run.input(kScale), shift = run.input(kShift);
     const Tensor row = run.input(kRow), residual = run.input(kResidual);
-    Conv conv = describe(x, weight);
+    const Tensor size = run.input(kSize);
+    Conv conv = describe(x, weight, size);
     const std::vector<int64_t> shape = {conv.n, conv.out_h, conv.out_w, conv.k};
     expect_shape(bias, {conv.k}, "Conv takes a bias of one number per channel");
     expect_shape(scale, {conv.n, conv.c}, "Conv takes a scale of one number per image and channel");
@@ -183,7 +185,7 @@ struct ConvOperator {
     if (conv.n * conv.out_h * conv.out_w > 0) kernels().conv(conv, run.parallel());
   }
 
-  Conv describe(const Tensor& x, const Tensor& weight) const {
+  Conv describe(const Tensor& x, const Tensor& weight, const Tensor& size) const {
     expect(x.shape.size() == 4 && x.type == ort::kFloat, "Conv takes float images, channels last");
     const auto& w = weight.shape;
     expect(w.size() == 5 && w[2] == w[3] && (w[2] == 1 || w[2] == 3) && w[4] == kLanes &&
@@ -193,18 +195,33 @@ struct ConvOperator {
            "Conv takes weights of float or float16");
     Conv conv{};
     conv.n = x.shape[0], conv.h = x.shape[1], conv.w = x.shape[2], conv.c = x.shape[3];
-    conv.k = channels, conv.kernel = w[2], conv.stride = stride, conv.upsample = upsample;
+    conv.k = channels, conv.kernel = w[2], conv.stride = stride;
+    enlarge(conv, size);
     conv.pad_top = pads[0], conv.pad_left = pads[1], conv.silu = silu != 0;
-    conv.out_h = outputs(conv.h, pads[0] + pads[2], conv.kernel);
-    conv.out_w = outputs(conv.w, pads[1] + pads[3], conv.kernel);
+    conv.out_h = outputs(conv.seen_h, pads[0] + pads[2], conv.kernel);
+    conv.out_w = outputs(conv.seen_w, pads[1] + pads[3], conv.kernel);
     conv.half = weight.type == ort::kHalf;
     conv.x = x.floats();
     conv.weight = weight.data;
     return conv;
   }
 
+  // Sets the size of the image that the convolution sees: that of the size input, or upsample times
+  // the input's.
+  void enlarge(Conv& conv, const Tensor& size) const {
+    conv.seen_h = conv.h * upsample, conv.seen_w = conv.w * upsample;
+    if (!size) return;
+    expect(size.type == ort::kInt64 && size.shape == std::vector<int64_t>{4} && upsample == 1,
+           "Conv takes a size of four int64, without upsample");
+    const int64_t* sides = static_cast<const int64_t*>(size.data);
+    expect(sides[0] == conv.n && sides[3] == conv.c && sides[1] >= conv.h && sides[2] >= conv.w &&
+               sides[1] <= kMaxGrowth * conv.h && sides[2] <= kMaxGrowth * conv.w,
+           "Conv takes a size of the input's images and channels, from its sides to 16 times these");
+    conv.seen_h = sides[1], conv.seen_w = sides[2];
+  }
+
   int64_t outputs(int64_t side, int64_t padding, int64_t kernel) const {
-    return std::max<int64_t>(0, (side * upsample + padding - kernel) / stride + 1);
+    return std::max<int64_t>(0, (side + padding - kernel) / stride + 1);
   }
 };
 
@@ -294,7 +311,7 @@ struct MatMulOperator {
   Conv describe(const Tensor& x, const Tensor& weight) const {
     expect(!x.shape.empty() && x.type == ort::kFloat, "MatMul takes floats of [..., channels]");
     Conv conv{};
-    conv.n = conv.h = conv.out_h = conv.kernel = conv.stride = conv.upsample = 1;
+    conv.n = conv.h = conv.seen_h = conv.out_h = conv.kernel = conv.stride = 1;
     conv.c = x.shape.back(), conv.k = channels, conv.w = 1;
     expect(weight.shape == std::vector<int64_t>{(channels + kLanes - 1) / kLanes, conv.c, 1, 1,
                                                 kLanes},
@@ -302,7 +319,7 @@ struct MatMulOperator {
     expect(weight.type == ort::kFloat || weight.type == ort::kHalf,
            "MatMul takes weights of float or float16");
     for (size_t i = 0; i + 1 < x.shape.size(); ++i) conv.w *= x.shape[i];
-    conv.out_w = conv.w, conv.half = weight.type == ort::kHalf, conv.gated = gated != 0;
+    conv.out_w = conv.seen_w = conv.w, conv.half = weight.type == ort::kHalf, conv.gated = gated != 0;
     conv.x = x.floats(), conv.weight = weight.data;
     return conv;
   }
@@ -347,7 +364,8 @@ struct Entry : OrtCustomOp {
     GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
     GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
     GetInputType = [](const OrtCustomOp*, size_t index) {
-      return int(index == 1 && Operator::kInputs > 3 ? ort::kAny : ort::kFloat);
+      const bool weight = index == 1 && Operator::kInputs > 3, size = index == 7;
+      return int(weight || size ? ort::kAny : ort::kFloat);
     };
     GetOutputType = [](const OrtCustomOp*, size_t) { return int(ort::kFloat); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {

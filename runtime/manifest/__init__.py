@@ -264,12 +264,14 @@ class Latent(Record, frozen=True, kw_only=True):
     """Latent space: an image of H x W pixels is (channels, H/downscale, W/downscale).
 
     Latent sides are multiples of ``multiple``, because the denoiser downsamples by that factor.
+    ``masked_decoder`` marks a VAE whose decoder would also take image and mask in inpainting.
     """
 
     channels: Small
     scaling_factor: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
     downscale: Small
     multiple: Small
+    masked_decoder: bool = False
 
     def sample_channels(self, images: Sequence[ImageChannels]) -> int:
         """Return the channels of the sample of a denoiser that takes these channels of images."""

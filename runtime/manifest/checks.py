@@ -61,8 +61,6 @@ _LATER_INPUTS = {
 }
 """Inputs that are not available yet when a part runs."""
 
-_MAX_TRAIN_STEPS = 100_000
-
 
 def check_parts(manifest: Manifest) -> None:
     """Check that components, conditioning, schedule and acceleration plan fit together.
@@ -71,8 +69,6 @@ def check_parts(manifest: Manifest) -> None:
         ManifestError: they do not; the message names the key.
         SettingsError: a timestep of the acceleration plan is not in the schedule.
     """
-    if (steps := manifest.schedule.train_steps) > _MAX_TRAIN_STEPS:
-        raise ManifestError(f"schedule: train_steps is at most {_MAX_TRAIN_STEPS}, not {steps}")
     for encoder in manifest.conditioning.encoders:
         _check_encoder(manifest, encoder)
     for name, component in manifest.components.items():

@@ -19,6 +19,7 @@ BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "explicit"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 _SPACINGS = get_args(Spacing)
+_MAX_TRAIN_STEPS = 100_000
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
@@ -58,6 +59,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ManifestError(
                     f"schedule: unknown {name} {getattr(self, name)!r}: choose from {names}"
                 )
+        if self.train_steps > _MAX_TRAIN_STEPS:  # each takes memory
+            raise ManifestError(
+                f"schedule: train_steps is at most {_MAX_TRAIN_STEPS}, not {self.train_steps}"
+            )
         if self.train_steps < 1 or self.offset < 0:
             raise ManifestError("schedule: train_steps must be at least 1 and offset at least 0")
         if len(self.betas) != (self.train_steps if self.beta_kind == "explicit" else 0):

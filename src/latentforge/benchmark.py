@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,21 @@ from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Request, Settings, resolve
+from latentforge.runtime.validation import (
+    check_count,
+    check_flag,
+    check_items,
+    checked_path,
+    plain,
+    shown,
+)
 
 __all__ = ["BenchRequest", "benchmark", "diffusers_scheduler"]
 
 
 _MAX_REPEATS = 1000
+_MAX_POINT = 16_384
+_MAX_THREADS = 4096
 _CORRECTED_OPTIONS: Sequence[str] = ("steps_offset", "clip_sample")
 
 
@@ -67,10 +78,22 @@ class BenchRequest:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.repeats <= _MAX_REPEATS:
-            raise SettingsError(
-                f"repeats must be a whole number from 1 to {_MAX_REPEATS}, not {self.repeats}"
-            )
+        engines = [self.engines] if isinstance(self.engines, str | Path) else self.engines
+        if not isinstance(engines, Sequence) or not engines:
+            raise SettingsError(f"engines must be one or several paths, not {shown(engines)}")
+        paths = tuple(checked_path("each of engines", path) for path in engines)
+        object.__setattr__(self, "engines", paths)
+        for name in ("batches", "sizes"):
+            values = plain(getattr(self, name))
+            check_items(name, values, partial(check_count, max=_MAX_POINT))
+            object.__setattr__(self, name, values)
+        for name in ("layers", "unaccelerated", "one_at_a_time"):
+            check_flag(name, getattr(self, name))
+        check_count("repeats", self.repeats, _MAX_REPEATS)
+        if self.threads != 0 or isinstance(self.threads, bool):
+            check_count("threads", self.threads, _MAX_THREADS)
+        if not isinstance(self.settings, Mapping):
+            raise SettingsError(f"settings must be a dictionary, not {shown(self.settings)}")
 
 
 def benchmark(request: BenchRequest, *, quiet: bool = True) -> Results:
@@ -86,6 +109,8 @@ def benchmark(request: BenchRequest, *, quiet: bool = True) -> Results:
     """
     manifest = Manifest.read(request.engines[0])
     settings = resolve(manifest.defaults, request.prompt, {"seed": 0, **request.settings})
+    if isinstance(settings.seed, tuple):
+        raise SettingsError("bench draws all images of a run from one seed: give one, not a list")
     checkpoint = request.checkpoint or manifest.source.checkpoint
     peers = _peers(request, checkpoint, settings) if request.against else []
     participants = _with_unique_names([*peers, *_engine_participants(request)])

@@ -375,4 +375,4 @@ def _exists(path: Path, origin: Mapping[str, Any]) -> bool:
 def _pictures(settings: Sequence[Settings], galleries: Mapping[str, _Gallery]) -> Iterator[Picture]:
     for index, each in enumerate(settings[:_SHOWN]):
         shown = {name: to_array([gallery[index]])[0] for name, gallery in galleries.items()}
-        yield Picture.of(each.prompts[0], each.seed, shown)
+        yield Picture.of(each.prompts[0], each.seeds[0], shown)

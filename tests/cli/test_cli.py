@@ -110,6 +110,16 @@ def test_run_stores_the_settings_in_the_image(made: Path) -> None:
     assert text["prompt"] == "b" and text["seed"] == 9 and text["steps"] == 2
 
 
+def test_run_takes_a_seed_for_each_image(tiny_engines: Path, tmp_path: Path) -> None:
+    request = ["a", "b", "--seed", "9,-3", "--steps", "2", "-o", "image.png"]
+    result = latentforge("run", tiny_engines, *request, cwd=tmp_path)
+    assert result.returncode == 0 and "seed 9, -3" in result.stderr
+    for number, seed in ((1, 9), (2, -3)):
+        image = Image.open(tmp_path / f"image-{number}.png")
+        text = json.loads(image.text["latentforge"])  # type: ignore[attr-defined]
+        assert text["seed"] == seed and text["seeds"] == [9, -3]
+
+
 def test_equal_commands_write_equal_bytes(made: Path, tiny_engines: Path, tmp_path: Path) -> None:
     request = ["a", "b", "--images", "2", "--steps", "2", "--seed", "9", "-o", "image.png"]
     latentforge("run", tiny_engines, *request, cwd=tmp_path)

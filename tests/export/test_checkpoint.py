@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 pytest.importorskip("diffusers", exc_type=ImportError)
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
-from latentforge.export.families import family_of
+from latentforge.export.families import ExportPlan, family_of
 from latentforge.export.modules import load_module
 from latentforge.export.schedulers import default_sampler, prediction_of, schedule_of
 from latentforge.export.tokenizers import write_tokenizer
@@ -201,14 +202,196 @@ def test_a_missing_config(checkpoint: Path, tmp_path: Path, file: str) -> None:
     refused(lambda: read_all(checkpoint, tmp_path / "scratch"), file)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "max_position_embeddings"])
-def test_a_config_without_a_key(checkpoint: Path, key: str) -> None:
-    path = checkpoint / "text_encoder" / "config.json"
+def drop_key(path: Path, key: str) -> None:
     content = json.loads(path.read_text())
     del content[key]
     path.write_text(json.dumps(content))
-    opened = open_checkpoint(str(checkpoint))
-    refused(lambda: family_of(opened).plan(opened), key)
+
+
+def test_an_absent_key_has_the_default_of_the_class(checkpoint: Path) -> None:
+    for key in ("in_channels", "out_channels"):  # 4 in diffusers and in this checkpoint
+        drop_key(checkpoint / "unet" / "config.json", key)
+    plan(checkpoint)
+    drop_key(checkpoint / "text_encoder" / "config.json", "hidden_size")
+    refused(lambda: plan(checkpoint), "512", "32")
+
+
+def plan(path: Path) -> ExportPlan:
+    opened = open_checkpoint(str(path))
+    return family_of(opened).plan(opened)
+
+
+HUGE = 2**31
+MALFORMED: list[tuple[str, dict[str, object]]] = [
+    ("text_encoder", {"num_hidden_layers": HUGE}),
+    ("text_encoder", {"num_hidden_layers": 50_000}),
+    ("text_encoder", {"num_hidden_layers": 0}),
+    ("text_encoder", {"num_hidden_layers": True}),
+    ("text_encoder", {"vocab_size": 10**12}),
+    ("text_encoder", {"vocab_size": 1_000_000}),
+    ("text_encoder", {"hidden_size": 10**6}),
+    ("text_encoder", {"num_attention_heads": HUGE}),
+    ("text_encoder", {"max_position_embeddings": 10**9}),
+    ("text_encoder", {"max_position_embeddings": "77"}),
+    ("text_encoder", {"projection_dim": 1.5}),
+    ("text_encoder", {"layer_norm_eps": "small"}),
+    ("text_encoder", {"hidden_act": ["gelu"]}),
+    ("text_encoder", {"quantization_config": {"quant_method": "gptq"}}),
+    ("text_encoder", {"per_layer_config": {"0": {"hidden_size": 1}}}),
+    ("unet", {"layers_per_block": HUGE}),
+    ("unet", {"layers_per_block": [1, 30_000]}),
+    ("unet", {"layers_per_block": -1}),
+    ("unet", {"layers_per_block": "2"}),
+    ("unet", {"transformer_layers_per_block": 10**6}),
+    ("unet", {"block_out_channels": [32, 10**9]}),
+    ("unet", {"block_out_channels": [32, 2**18]}),
+    ("unet", {"block_out_channels": 64}),
+    ("unet", {"block_out_channels": [[[[[[64]]]]]]}),
+    ("unet", {"attention_head_dim": 2**40}),
+    ("unet", {"cross_attention_dim": {"a": 1}}),
+    ("unet", {"cross_attention_dim": [32, 48]}),
+    ("unet", {"conv_in_kernel": 2**20}),
+    ("unet", {"norm_eps": 1e300}),
+    ("unet", {"norm_eps": True}),
+    ("unet", {"act_fn": "\x1b[31m"}),
+    ("unet", {"sample_size": None}),
+    ("unet", {"sample_size": 0}),
+    ("unet", {"sample_size": [16]}),
+    ("unet", {"sample_size": [16, "24"]}),
+    ("unet", {"sample_size": 1 << 19}),
+    ("vae", {"layers_per_block": HUGE}),
+    ("vae", {"scaling_factor": "0.18"}),
+    ("vae", {"scaling_factor": True}),
+    ("vae", {"scaling_factor": 0}),
+    ("vae", {"scaling_factor": -1.0}),
+    ("vae", {"scaling_factor": 1e-30}),
+    ("vae", {"scaling_factor": 1e400}),
+    ("vae", {"scaling_factor": None}),
+    ("vae", {"latent_channels": [4]}),
+    ("vae", {"latents_mean": "0"}),
+]
+
+
+@pytest.mark.parametrize(("folder", "changes"), MALFORMED, ids=str)
+def test_malformed_values_are_refused_before_anything_is_built(
+    checkpoint: Path, folder: str, changes: dict[str, object]
+) -> None:
+    edit_json(checkpoint / folder / "config.json", **changes)
+    start = time.monotonic()
+    key = next(iter(changes))
+    message = refused(lambda: plan(checkpoint), str(checkpoint))
+    assert key in message or "far larger" in message or "cannot load" in message, message
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("value", [r'"\ud800"', "NaN", "-NaN", "Infinity", "9" * 400 + ".0"])
+@pytest.mark.parametrize("folder", KINDS)
+def test_values_that_no_number_or_text_has(checkpoint: Path, folder: str, value: str) -> None:
+    path = checkpoint / folder / "config.json"
+    key = {"text_encoder": "layer_norm_eps", "unet": "norm_eps", "vae": "scaling_factor"}[folder]
+    content = {**json.loads(path.read_text()), key: "HERE"}
+    path.write_text(json.dumps(content).replace('"HERE"', value))
+    refused(lambda: plan(checkpoint), f"{folder}/config.json")
+
+
+UNSUPPORTED: list[dict[str, object]] = [
+    {"num_class_embeds": 10},
+    {"class_embed_type": "timestep"},
+    {"class_embed_type": "identity"},
+    {"dual_cross_attention": True},
+    {"out_channels": 8},
+    {"addition_embed_type": "text_image"},
+    {"addition_embed_type": "text"},
+    {"encoder_hid_dim": 64},
+    {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 64},
+    {"attention_type": "gated"},
+]
+
+
+@pytest.mark.parametrize("changes", UNSUPPORTED, ids=str)
+def test_unets_that_need_other_inputs(checkpoint: Path, changes: dict[str, object]) -> None:
+    """Whole checkpoints: their weights are those of the configuration."""
+    config = {**json.loads((checkpoint / "unet" / "config.json").read_text()), **changes}
+    UNet2DConditionModel(
+        **{key: value for key, value in config.items() if not key.startswith("_")}
+    ).save_pretrained(checkpoint / "unet")
+    key = next(iter(changes))
+    refused(lambda: plan(checkpoint), "8 channels" if key == "out_channels" else key)
+
+
+@pytest.mark.parametrize(
+    ("folder", "named"),
+    [
+        ("text_encoder", "LDMBertModel"),
+        ("text_encoder", "BertModel"),
+        ("text_encoder", "T5EncoderModel"),
+        ("text_encoder", "CLIPTextModelWithProjection"),
+        ("vae", "VQModel"),
+        ("vae", "ConsistencyDecoderVAE"),
+        ("unet", "UNetMotionModel"),
+    ],
+)
+def test_components_of_other_classes(checkpoint: Path, folder: str, named: str) -> None:
+    edit_json(checkpoint / "model_index.json", **{folder: ["transformers", named]})
+    refused(lambda: plan(checkpoint), f"{folder} is a {named}", "supported: ")
+    edit_json(checkpoint / "model_index.json", **{folder: None})
+    key = "architectures" if folder == "text_encoder" else "_class_name"
+    value = [named] if folder == "text_encoder" else named
+    edit_json(checkpoint / folder / "config.json", **{key: value})
+    refused(lambda: plan(checkpoint), f"{folder} is a {named}", "supported: ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"shift_factor": 0.0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}],
+    ids=["absent", "neutral"],
+)
+def test_neutral_normalizations_of_latents(checkpoint: Path, changes: dict[str, object]) -> None:
+    edit_json(checkpoint / "vae" / "config.json", **changes)
+    assert plan(checkpoint).latent.scaling_factor == 0.18215
+    for key, value in (("shift_factor", 0.1), ("latents_mean", [0, 0, 0, 1]), ("latents_std", [2])):
+        edit_json(checkpoint / "vae" / "config.json", **{key: value})
+        refused(lambda: plan(checkpoint), key)
+        edit_json(checkpoint / "vae" / "config.json", **{key: None})
+
+
+@pytest.mark.parametrize(
+    ("size", "version", "pixels"),
+    [
+        ([16, 24], "0.42.1", (32, 48)),
+        (20, "0.42.1", (40, 40)),
+        (32, "0.8.0", (128, 128)),  # diffusers takes 64: early releases wrote 32 for every model
+        (32, "0.8.0.dev0", (128, 128)),
+        (96, "0.8.0", (192, 192)),
+    ],
+)
+def test_sample_size(checkpoint: Path, size: object, version: str, pixels: tuple[int, int]) -> None:
+    edit_json(checkpoint / "unet" / "config.json", sample_size=size, _diffusers_version=version)
+    assert plan(checkpoint).sample_size == pixels
+
+
+@pytest.mark.parametrize(
+    ("folder", "key"), [("unet", "use_foo"), ("vae", "decoder_kind"), ("text_encoder", "windows")]
+)
+def test_an_unknown_key_is_named(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, folder: str, key: str
+) -> None:
+    plan(checkpoint)
+    assert caplog.messages == []
+    edit_json(checkpoint / folder / "config.json", **{key: 3})
+    plan(checkpoint)
+    (message,) = caplog.messages
+    assert key in message and folder in message
+
+
+def test_settings_of_transformers_are_not_read(checkpoint: Path) -> None:
+    """Such as attn_implementation, by which transformers fetches and runs code of a hub."""
+    file = checkpoint / "text_encoder" / "config.json"
+    edit_json(file, attn_implementation="org/kernels", return_dict=False, num_labels=HUGE)
+    plan(checkpoint)
+    module = load_module(open_checkpoint(str(checkpoint)), "text_encoder", CLIPTextModel)
+    assert module.config._attn_implementation == "sdpa"
+    assert module(torch.zeros(1, 24, dtype=torch.int64)).last_hidden_state.shape == (1, 24, 32)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +401,6 @@ def test_a_config_without_a_key(checkpoint: Path, key: str) -> None:
         ("text_encoder", {"hidden_size": 0}),
         ("text_encoder", {"hidden_act": "os.system"}),
         ("text_encoder", {"vocab_size": 10**12}),
-        ("text_encoder", {"num_hidden_layers": 0}),
         ("text_encoder", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
         ("unet", {"norm_num_groups": 0}),
         ("unet", {"block_out_channels": []}),
@@ -288,12 +470,18 @@ def test_a_missing_weight(checkpoint: Path, folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", KINDS)
-def test_an_unexpected_weight(
-    checkpoint: Path, folder: str, capfd: pytest.CaptureFixture[str]
+def test_a_weight_without_a_place_is_named(
+    checkpoint: Path,
+    folder: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    extra = {"surplus.weight": np.zeros(3, np.float32)}
+    extra = {"surplus.weight": np.zeros(3, np.float32), "text_projection.weight": np.eye(2)}
     edit_weights(checkpoint, folder, lambda weights: weights.update(extra))
-    refused(load(checkpoint, folder), folder, "1 unexpected keys", "surplus.weight")
+    load(checkpoint, folder)()
+    load(checkpoint, folder)()
+    (message,) = caplog.messages
+    assert f"{folder} does not use 2 of its weights, such as surplus.weight" in message
     assert capfd.readouterr() == ("", "")
 
 
@@ -344,12 +532,10 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, object], tuple[str, ...]]] = [
     ("sd", "unet", {"in_channels": 9}, ("conv_in.weight", "[32, 9, 3, 3]", "[32, 4, 3, 3]")),
     ("sd", "unet", {"in_channels": 5}, ("5 channels", "4", "9")),
     ("sd", "unet", {"block_out_channels": [32, 96]}, ("[96]", "[64]")),
-    ("sd", "unet", {"mid_block_type": None}, ("46 unexpected keys", "mid_block.")),
     ("sd", "text_encoder", {"intermediate_size": 128}, ("128", "64", "mlp")),
     ("sd", "text_encoder", {"num_hidden_layers": 2}, ("16 missing keys", "layers.1.")),
     ("sd", "vae", {"latent_channels": 8}, ("4 channels", "8")),
-    ("sd", "vae", {"latents_mean": [0.0] * 4}, ("latents_mean",)),
-    ("lcm", "unet", {"time_cond_proj_dim": None}, ("unexpected", "cond_proj")),
+    ("sd", "vae", {"latents_mean": [0.5] * 4}, ("latents_mean",)),
     ("sdxl", "unet", {"addition_embed_type": None}, ("text_time", "None")),
     ("sdxl", "unet", {"addition_time_embed_dim": 4}, ("48", "72")),
     ("sdxl", "unet", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
@@ -381,12 +567,39 @@ def test_a_configuration_that_contradicts_the_weights(
 # Variants and shards
 
 
-def test_the_fp16_variant_is_used_if_it_is_the_only_one(checkpoint: Path) -> None:
+@pytest.mark.parametrize("folder", KINDS)
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema", "mine-2"])
+def test_a_variant_is_used_if_there_is_nothing_else(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, folder: str, variant: str
+) -> None:
+    file = weight_file(checkpoint, folder)
+    file.rename(file.with_name(f"{file.stem}.{variant}.safetensors"))
+    assert open_checkpoint(str(checkpoint)).weights(folder)[1] == variant
+    load(checkpoint, folder)()
+    (message,) = caplog.messages
+    assert f"using {variant}" in message and folder in message
+
+
+def test_plain_weights_come_before_variants(checkpoint: Path) -> None:
+    file, opened = checkpoint / UNET, open_checkpoint(str(checkpoint))
+    order = ["non_ema", "b", "a", "bf16", "fp16", "fp32", "ema"]
+    for variant in order:
+        shutil.copy(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+    assert opened.weights("unet")[1] is None
+    file.unlink()
+    for variant in reversed(order):
+        assert opened.weights("unet")[1] == variant
+        file.with_name(f"{file.stem}.{variant}.safetensors").unlink()
+
+
+def test_weights_under_another_name(checkpoint: Path) -> None:
     file = checkpoint / UNET
-    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    opened = open_checkpoint(str(checkpoint))
-    assert opened.weights("unet")[1] == "fp16"
-    load(checkpoint, "unet")()
+    file.rename(file.with_name("pytorch_lora_weights.safetensors"))
+    refused(load(checkpoint, "unet"), "pytorch_lora_weights", "diffusion_pytorch_model")
+    (checkpoint / "unet" / "pytorch_lora_weights.safetensors").rename(
+        file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors")
+    )
+    refused(load(checkpoint, "unet"), "no index of its shards")
 
 
 def shard(path: Path, names: tuple[str, str]) -> Path:
@@ -416,6 +629,18 @@ def test_shards(checkpoint: Path) -> None:
     refused(load(checkpoint, "unet"), SHARDS[1], "damaged")
     (checkpoint / "unet" / SHARDS[1]).unlink()
     refused(load(checkpoint, "unet"), SHARDS[1], "not there")
+
+
+@pytest.mark.parametrize("folder", ["unet", "text_encoder"])
+def test_shards_of_a_variant(checkpoint: Path, folder: str) -> None:
+    file = weight_file(checkpoint, folder)
+    first = f"{file.stem}.fp16-00001-of-00001.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), first)}
+    (checkpoint / folder / f"{file.stem}.safetensors.index.fp16.json").write_text(json.dumps(index))
+    file.rename(file.with_name(first))
+    files, variant = open_checkpoint(str(checkpoint)).weights(folder)
+    assert [file.name for file in files] == [first] and variant == "fp16"
+    load(checkpoint, folder)()
 
 
 @pytest.mark.parametrize(
@@ -475,8 +700,6 @@ def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
         edit_json(
             checkpoint / folder / "config.json",
             auto_map=auto,
-            _class_name="Evil",
-            architectures=["Evil"],
             custom_pipelines={"evil": {}},
             trust_remote_code=True,
         )
@@ -489,8 +712,8 @@ def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
     edit_json(checkpoint / "scheduler" / "scheduler_config.json", _class_name="Evil")
     edit_json(
         checkpoint / "model_index.json",
-        unet=["pipeline", "Evil"],
-        vae=["evil", "Evil"],
+        unet=["pipeline", "UNet2DConditionModel"],
+        vae=["evil", "AutoencoderKL"],
         scheduler=["os", "system"],
         custom=["evil", "Evil"],
     )
@@ -501,6 +724,8 @@ def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_code_is_never_run(trap: Path, tmp_path: Path) -> None:
     read_all(trap, tmp_path / "scratch")
+    edit_json(trap / "model_index.json", unet=["pipeline", "Evil"])
+    refused(lambda: plan(trap), "unet is a Evil")
 
 
 def test_refuses_adapters(checkpoint: Path) -> None:
@@ -541,6 +766,22 @@ def test_truncated_merges(
     assert "no merge produces 20 tokens" in message and "truncated" in message
 
 
+def test_a_tokenizer_with_dropout(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers' CLIPTokenizer takes the file of a fast tokenizer without its dropout."""
+    opened = open_checkpoint(str(checkpoint))
+    entry = write_tokenizer(opened, "tokenizer", tmp_path)
+    content = json.loads((tmp_path / entry.file).read_text())
+    file = checkpoint / "tokenizer" / "tokenizer.json"
+    for name, dropout in (("null", None), ("zero", 0.0)):
+        content["model"]["dropout"] = dropout
+        file.write_text(json.dumps(content))
+        (tmp_path / name).mkdir()
+        assert write_tokenizer(opened, "tokenizer", tmp_path / name).sha256 == entry.sha256
+    content["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(content))
+    refused(lambda: write_tokenizer(opened, "tokenizer", tmp_path), "dropout of 0.5")
+
+
 @pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings"])
 @pytest.mark.parametrize("size", [3, 0, "x"])
 def test_a_text_encoder_for_another_tokenizer(
@@ -563,6 +804,8 @@ def test_an_impossible_length(checkpoint: Path, tmp_path: Path, length: object) 
     [
         {"num_train_timesteps": "1000"},
         {"num_train_timesteps": -1},
+        {"num_train_timesteps": 1_000_000_000},
+        {"num_train_timesteps": True},
         {"beta_schedule": "sigmoid"},
         {"beta_schedule": ["linear"]},
         {"beta_start": None},

@@ -20,10 +20,12 @@ import pytest
 pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from latentforge.export import parity
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.families import ComponentPlan, family_of
+from latentforge.export.families.parts import unet_multiple
 from latentforge.export.onnx import Dimensions
 from latentforge.export.reference.eager import EagerPipeline
 from latentforge.export.stage import ExportRequest, export
@@ -65,7 +67,7 @@ def test_the_manifest(tiny_engines: Path, tiny_checkpoint: Path) -> None:
     assert manifest.name == "tiny" and manifest.family == "stable_diffusion"
     assert list(manifest.components) == COMPONENTS
     assert manifest.prediction == "epsilon" and manifest.defaults.sampler == "pndm"
-    assert manifest.latent.downscale == 2 and manifest.latent.multiple == 2
+    assert manifest.latent.downscale == 2 and manifest.latent.multiple == 1
     assert (manifest.defaults.height, manifest.defaults.width) == (32, 32)
     assert manifest.source.checkpoint == str(tiny_checkpoint)
     for part in manifest.components.values():
@@ -259,6 +261,43 @@ def test_a_fixed_batch_serves_guided_requests_of_many(fixed: Path, tiny_engines:
             assert psnr(theirs.latents, ours.latents) > 80
 
 
+SIDES = [(16, 16), (9, 8), (7, 13), (1, 1), (2, 31)]
+
+
+def test_a_unet_of_any_sides(tiny_checkpoint: Path, tiny_engines: Path) -> None:
+    """As diffusers' own, whose skip connections say how far it upsamples."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_checkpoint / "unet").eval()
+    engine = load(tiny_engines, threads=1).engines["denoiser"]
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(2, 24, 32, generator=generator)
+    for height, width in SIDES:
+        sample = torch.randn(2, 4, height, width, generator=generator)
+        with torch.no_grad():
+            expected = unet(sample, torch.tensor(5.0), context).sample.numpy()
+        rows = {"sample": sample.numpy(), "encoder_hidden_states": context.numpy()}
+        output = engine.run(rows, {"timestep": np.float32([5])})["out_sample"]
+        assert relative_error(expected, output) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "multiple"),
+    [
+        ({}, 1),
+        ({"downsample_padding": 0}, 4),
+        ({"down_block_types": ["ResnetDownsampleBlock2D"] * 3}, 4),
+        ({"up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3}, 4),
+    ],
+)
+def test_other_unets_keep_their_multiples(changes: dict[str, Any], multiple: int) -> None:
+    """Those of blocks that double, or that downsample in another way."""
+    config = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [32, 64, 64],
+    }
+    assert unet_multiple({**config, **changes}) == multiple
+
+
 # Refusals before any work
 
 
@@ -270,7 +309,7 @@ def test_a_fixed_batch_serves_guided_requests_of_many(fixed: Path, tiny_engines:
             SettingsError,
             "no component 'unett'; .* text_encoder, denoiser",
         ),
-        ({"dimensions": {"height": 30}}, ShapeError, "must be multiples of 4, not 30"),
+        ({"dimensions": {"height": 31}}, ShapeError, "must be multiples of 2, not 31"),
         ({"dimensions": {"batch": 0}}, SettingsError, "batch must be a positive integer, not 0"),
         (
             {"dimensions": {"width": 2.5}},

@@ -7,9 +7,11 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Handmade
 from msgspec.structs import replace as replace_record
 
 from latentforge.benchmark import BenchRequest, benchmark
@@ -23,7 +25,7 @@ from latentforge.measure.results import ConfidenceInterval, Results
 from latentforge.runtime import machine
 from latentforge.runtime.errors import BackendError, SettingsError
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.settings import Settings
+from latentforge.runtime.settings import Request, Settings
 
 SETTINGS = Settings(
     prompts=("a cat",), sampler="euler", steps=2, guidance_scale=2.0, guidance_rescale=0.0,
@@ -331,6 +333,41 @@ def test_directories_of_one_name_get_different_names(tiny_engines: Path, tmp_pat
     results = benchmark(request)
     assert len({entry.name for entry in results.entries}) == 3
     assert all(entry.status == "ok" for entry in results.entries)
+
+
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({"engines": ()}, "engines must be one or several paths"),
+    ({"engines": 3}, "engines must be one or several paths, not 3"),
+    ({"engines": [3]}, "each of engines must be a path, not 3"),
+    ({"repeats": "3"}, "repeats must be an integer from 1 to 1000, not '3'"),
+    ({"repeats": True}, "repeats must be an integer from 1 to 1000, not True"),
+    ({"threads": "2"}, "threads must be an integer"),
+    ({"threads": -1}, "threads must be an integer"),
+    ({"threads": False}, "threads must be an integer"),
+    ({"batches": 3}, "batches must be a tuple of numbers"),
+    ({"batches": ["3"]}, "each of batches must be an integer"),
+    ({"sizes": [0]}, "each of sizes must be an integer"),
+    ({"layers": 1}, "layers must be True or False"),
+    ({"settings": 3}, "settings must be a dictionary"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_REQUESTS, ids=[m for _, m in BAD_REQUESTS])
+def test_a_request_of_other_types(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        BenchRequest(**{"engines": [Path("engines")], **options})
+
+
+def test_a_request_of_numpy_numbers() -> None:
+    points: Any = np.array([1, 2])
+    request = BenchRequest(engines="engines", repeats=np.int64(3), batches=points)  # type: ignore[arg-type]
+    assert request.engines == (Path("engines"),) and request.batches == (1, 2)
+
+
+def test_a_seed_for_each_image_is_refused(handmade: Handmade) -> None:
+    settings: Request = {"seed": [1, 2], "images_per_prompt": 2}
+    with pytest.raises(SettingsError, match="one seed: give one, not a list"):
+        benchmark(BenchRequest(engines=[handmade()], settings=settings))
 
 
 @pytest.mark.parametrize("repeats", [0, -1, 1001])

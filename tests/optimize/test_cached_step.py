@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +46,9 @@ Unet = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def unet(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Unet:
-    """Return a function from a family to the engine directory of its exported denoiser."""
-    pytest.importorskip("diffusers", exc_type=ImportError)
-    from latentforge.export.stage import ExportRequest, export
-
-    folder = tmp_path_factory.mktemp("split")
-
-    @cache
-    def exported(family: str) -> Path:
-        export(str(tiny(family)), folder / family, ExportRequest(components=("denoiser",)))
-        return folder / family
-
-    return exported
+def unet(tiny_denoiser: Unet) -> Unet:
+    """Return a function from a family to an engine directory with its exported denoiser."""
+    return tiny_denoiser
 
 
 def whole(directory: Path) -> GraphPartition:

@@ -186,8 +186,8 @@ def _edit(directory: Path, name: str, change: Callable[[ir.Model], None]) -> Non
     _replace(directory, name, (directory / "changed").read_bytes())
 
 
-def test_auto_records_candidates_and_choice(tiny_engines: Path, tmp_path: Path) -> None:
-    manifest = optimize(tiny_engines, tmp_path / "out", quick(recipe="auto", repeats=1))
+def test_auto_records_candidates_and_choice(small_engines: Path, tmp_path: Path) -> None:
+    manifest = optimize(small_engines, tmp_path / "out", quick(recipe="auto", repeats=1))
     options = manifest.history[-1].options
     assert set(options["candidates"]) == {"fp32", "fp16", "int8"}
     assert options["chosen"] in options["candidates"]

@@ -146,9 +146,12 @@ Both = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module")
-def both(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Both:
+def both(
+    tiny: Callable[[str], Path],
+    tiny_denoiser: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Both:
     """Return a function that exports a family, whole and partitioned; ``sd/2`` has batch 2."""
-    pytest.importorskip("diffusers", exc_type=ImportError)
     from latentforge.export.onnx import Dimensions
     from latentforge.export.stage import ExportRequest, export
 
@@ -158,8 +161,11 @@ def both(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     def built(name: str) -> tuple[Path, Path]:
         family, _, batch = name.partition("/")
         whole = folder / name.replace("/", "-")
-        sizes = Dimensions(batch=int(batch) if batch else None)
-        export(str(tiny(family)), whole, ExportRequest(components=("denoiser",), dimensions=sizes))
+        if batch:
+            part = ExportRequest(components=("denoiser",), dimensions=Dimensions(batch=int(batch)))
+            export(str(tiny(family)), whole, part)
+        else:
+            shutil.copytree(tiny_denoiser(family), whole)
         complete(whole)
         return whole, cut(whole, whole.with_name(f"{whole.name}-cut"))
 

@@ -857,6 +857,22 @@ def test_fuse_conv() -> None:
     assert last.attributes.get_int("upsample", -1) == 2
 
 
+def test_fuse_conv_enlarges_to_a_size() -> None:
+    """As the last upsampling of a UNet does whose sides are odd."""
+    sized = (
+        "up = Resize",
+        "front = Shape<end = 2>(sum)  sizes = Concat<axis = 0>(front, skip)\n  up = Resize",
+    )
+    changes = [sized, ("(sum, , scales)", "(sum, , , sizes)"), ("20, 10, 14] y", "20, 9, 14] y")]
+    model = resnet(*changes, ("<int64[3] cut", "<int64[2] skip = {9, 14}, int64[3] cut"))
+    assert [node.op_type for node in model.graph].count("Transpose") == 3
+    left = rewritten("fuse-conv", model, RESNET_FEEDS, 5, atol=DECIMALS)
+    assert left["Conv"] == 4 and left["Transpose"] == 3 and "Resize" not in left
+    (last,) = (node for node in model.graph if node.name == "block/y")
+    assert [place for place, value in enumerate(last.inputs) if value is not None] == [0, 1, 7]
+    assert last.attributes.get_int("upsample", 0) == 1
+
+
 def test_fuse_conv_adds_a_single_pixel_as_a_row() -> None:
     model = resnet(("Add(c1, t)", "Add(pixel, c1)"))
     left = rewritten("fuse-conv", model, RESNET_FEEDS, 5, atol=DECIMALS)
@@ -877,7 +893,7 @@ def test_fuse_conv_adds_a_single_pixel_as_a_row() -> None:
             "{1, 1, 2, 2}",
             "{1, 1, 3, 3}",
             {"Resize"},
-            "the Resize before it does not double by nearest neighbours",
+            "the Resize before it neither doubles nor is to a size, by nearest neighbours",
         ),
         ("Add(c3, c2)", "Mul(c3, c2)", {"Mul"}, None),
     ],

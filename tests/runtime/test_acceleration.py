@@ -25,10 +25,11 @@ import onnx_ir as ir
 from latentforge.__main__ import main
 from latentforge.commands.describe import describe
 from latentforge.runtime.acceleration import AccelerationPlan, StepPolicy, resolve_acceleration
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Component, FileEntry, Manifest
 from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.resolved_request import ResolvedRequest
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.sampling import SAMPLERS, noise_plan
 from latentforge.runtime.sampling.levels import NoisePlan
@@ -303,6 +304,26 @@ def test_a_batch_gives_what_its_prompts_give_alone(
         ddim(pipe, 5), noise(2, 3), means, interval=(0.4, 0.9), cached_steps=cheap["cached_steps"]
     )
     close(together, expected)
+
+
+def test_a_feature_of_half_the_sides_needs_even_ones(pipe: Pipeline) -> None:
+    """A feature of half the sides has a side rounded up where a latent's is odd."""
+    cached = pipe.manifest.components["denoiser_cached"]
+    half = ("batch", 4, "latent_height//2", "latent_width//2")
+    inputs = {**cached.inputs, "cached_feature": TensorSpec("float32", half)}
+    cached = msgspec.structs.replace(cached, inputs=inputs)
+    manifest = msgspec.structs.replace(
+        pipe.manifest,
+        latent=msgspec.structs.replace(pipe.manifest.latent, multiple=1),
+        components={**pipe.manifest.components, "denoiser_cached": cached},
+    )
+    settings = replace(pipe.settings("a", steps=4, cached_steps=(1,)), height=24)
+    with pytest.raises(
+        ShapeError, match="height must be a multiple of 16 for cached steps, not 24"
+    ):
+        ResolvedRequest.of(settings, manifest, pipe.engines)
+    full = replace(settings, cached_steps=())
+    assert ResolvedRequest.of(full, manifest, pipe.engines).settings == full
 
 
 def test_interleaved_streams_do_not_share_a_feature(pipe: Pipeline) -> None:

@@ -149,7 +149,7 @@ def test_a_plan_for_a_backend_that_needs_sizes(tiny_engines: Path) -> None:
         (["--backend", "null", "--option", "level=3"], "no backend option 'level'"),
         (["--backend", "null", "--option", "threads=3"], "not stored in them"),
         (["--backend", "onnxruntime", "--option", "prepack=maybe"], "prepack must be of type bool"),
-        (["--backend", "null", "--height", "33"], "height must be a multiple of 4 "),
+        (["--backend", "null", "--height", "33"], "height must be a multiple of 2 "),
         (["--backend", "null", "--height", "512:64"], "MIN:OPT:MAX"),
         (["--backend", "null", "--batch", "0"], "from 1 up"),
         (["--backend", "null", "--batch", ",".join(map(str, range(1, 40)))], "39 sizes are too"),

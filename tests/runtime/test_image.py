@@ -2,14 +2,25 @@
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from latentforge.runtime.errors import ShapeError, TargetError
-from latentforge.runtime.image import MAX_PSNR, from_array, psnr, save_image, to_array
+from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
+from latentforge.runtime.image import (
+    MAX_PSNR,
+    from_array,
+    psnr,
+    read_image,
+    save_image,
+    to_array,
+    to_mask,
+)
 
 
 def image(seed: int = 0, size: tuple[int, int] = (5, 7)) -> Image.Image:
@@ -41,6 +52,83 @@ def test_channels_and_axes_keep_their_places() -> None:
     array[0, 2, 1, 3] = 1
     (result,) = from_array(array)
     assert result.size == (4, 2) and result.getpixel((3, 1)) == (0, 0, 255)
+
+
+# Pictures of more than 8 bits
+
+RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (RAMP, "I;16"),
+        (RAMP.astype(">u2"), "I;16B"),
+        (RAMP.astype(np.int32), "I"),
+        (RAMP.astype(np.int32) >> 8, "I"),
+        (RAMP.astype(np.float32) / 65535, "F"),
+        ((RAMP >> 8).astype(np.float32), "F"),
+    ],
+)
+def test_grey_pictures_keep_their_levels(pixels: NDArray[Any], mode: str) -> None:
+    given = Image.fromarray(pixels)
+    assert given.mode == mode
+    grey = np.asarray(read_image("image", given), np.int32)
+    assert np.array_equal(np.unique(grey), np.arange(256))
+    assert np.abs(grey - RAMP / 257).max() <= 1
+    assert to_array([read_image("image", given)]).shape == (1, 3, 256, 256)
+    assert to_mask(read_image("mask", given)).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_file_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    for name in ("ramp.png", "ramp.tiff"):
+        Image.fromarray(RAMP).save(tmp_path / name)
+        assert len(np.unique(np.asarray(read_image("image", tmp_path / name)))) == 256
+
+
+VALUES: list[tuple[Any, str]] = [
+    (np.float32([[0, np.nan]]), "image holds NaN or infinity: give finite numbers from 0 to"),
+    (np.float32([[0, np.inf]]), "image holds NaN or infinity"),
+    (np.float32([[0, -1]]), r"image holds values from -1.0 to 0.0: scale them to 0 to"),
+    (np.float32([[0, 256]]), "image holds values from 0.0 to 256.0: scale"),
+    (np.int32([[0, -1]]), "image holds values from -1 to 0: scale"),
+    (np.int32([[0, 65536]]), "image holds values from 0 to 65536: scale them to 0 to 65535"),
+]
+
+
+@pytest.mark.parametrize(("pixels", "message"), VALUES)
+def test_values_that_no_picture_has(pixels: NDArray[Any], message: str, tmp_path: Path) -> None:
+    Image.fromarray(pixels).save(tmp_path / "image.tiff")
+    for value in (Image.fromarray(pixels), tmp_path / "image.tiff"):
+        with pytest.raises(SettingsError, match=message):
+            read_image("image", value)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.complex64, "U1", object])
+def test_arrays_of_other_types(kind: Any) -> None:
+    with pytest.raises(SettingsError, match="^mask must be an array of bool, uint8, uint16 or"):
+        read_image("mask", np.zeros((4, 4), kind))
+    with pytest.raises(SettingsError, match="scale them to 0 to 1$"):
+        read_image("mask", np.full((4, 4), 2.0))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
+def test_a_truncated_picture_that_was_opened_already(kind: str) -> None:
+    file = BytesIO()
+    image(size=(64, 64)).save(file, kind)
+    content = file.getvalue()
+    opened = Image.open(BytesIO(content[: len(content) * 2 // 3]))
+    with pytest.raises(SettingsError, match="^cannot read image: ") as caught:
+        read_image("image", opened)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_closed_picture(tmp_path: Path) -> None:
+    image().save(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as opened:
+        pass
+    with pytest.raises(SettingsError, match="^cannot read image: "):
+        read_image("image", opened)
 
 
 # psnr

@@ -43,14 +43,14 @@ def ran(op_type: str, inputs: list[Array | None], outputs: int = 1, **attributes
     node = onnx.helper.make_node(
         op_type, names, [f"o{place}" for place in range(outputs)], domain=DOMAIN, **attributes
     )
-    kind = onnx.TensorProto.FLOAT
+    kind = onnx.helper.np_dtype_to_tensor_dtype
     fixed = {name: array for name, array in zip(names[1:3], inputs[1:3], strict=True) if name}
     feeds = {n: a for n, a in zip(names, inputs, strict=True) if n and n not in fixed}
     graph = onnx.helper.make_graph(
         [node],
         "one",
-        [onnx.helper.make_tensor_value_info(n, kind, a.shape) for n, a in feeds.items()],
-        [onnx.helper.make_tensor_value_info(name, kind, None) for name in node.output],
+        [onnx.helper.make_tensor_value_info(n, kind(a.dtype), a.shape) for n, a in feeds.items()],
+        [onnx.helper.make_tensor_value_info(name, 1, None) for name in node.output],
         [onnx.numpy_helper.from_array(array, name) for name, array in fixed.items()],
     )
     opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(DOMAIN, 1)]
@@ -83,6 +83,7 @@ def check_conv(
     row: int = 0,
     residual: bool = False,
     half: bool = False,
+    grow: tuple[int, int] | None = None,
 ) -> None:
     """Compare Conv with its definition."""
     n, _, _, c = shape
@@ -97,9 +98,11 @@ def check_conv(
         some(n, c, seed=4) if norm else None,
         some(row, channels, seed=5) if row else None,
     ]
-    wanted = convolution(*inputs, act=act, **given)  # type: ignore[arg-type]
+    _, h, w, _ = shape
+    size = None if grow is None else np.array([n, 2 * h - grow[0], 2 * w - grow[1], c])
+    wanted = convolution(*inputs, None, size, act=act, **given)  # type: ignore[arg-type]
     added = some(*wanted.shape, seed=6) if residual else None
-    got = ran("Conv", [*inputs, added], silu=int(act), **given)
+    got = ran("Conv", [*inputs, added, size], silu=int(act), **given)
     close(got, wanted if added is None else wanted + added)
 
 
@@ -115,6 +118,9 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "all in half": {"norm": True, "act": True, "row": 1, "residual": True, "half": True},
     "enlarged": {"upsample": 2},
     "enlarged, all": {"upsample": 2, "norm": True, "act": True, "row": 2, "residual": True},
+    "to a size": {"grow": (1, 0)},
+    "to a size, all": {"grow": (1, 1), "norm": True, "act": True, "row": 2, "residual": True},
+    "doubled by size": {"grow": (0, 0), "residual": True},
     "stride": {"stride": 2},
     "stride, all": {"stride": 2, "norm": True, "act": True, "row": 2, "residual": True},
     "as the VAE's": {"stride": 2, "pads": (0, 0, 1, 1)},
@@ -293,6 +299,12 @@ def test_refuses_wrong_inputs() -> None:
         ran("Conv", [x, weight, None, None, None, None, some(1, 4, 4, 16)], **given)
     with pytest.raises(Exception, match="a stride and an upsample of 1 or 2"):
         ran("Conv", [x, weight, None], **{**given, "stride": 3})
+    for sides in ([2, 8, 8, 32], [1, 3, 8, 32], [1, 8, 129, 32], [1, 8, 8, 16], [1, 8, 8]):
+        inputs = [x, weight, *[None] * 5, np.array(sides)]
+        with pytest.raises(Exception, match="Conv takes a size of"):
+            ran("Conv", inputs, **given)
+    with pytest.raises(Exception, match="Conv takes a size of four int64, without upsample"):
+        ran("Conv", [*inputs[:-1], np.array([1, 8, 8, 32])], **{**given, "upsample": 2})
     tokens, packed = some(3, 32), pack(some(32, 32, 1, 1))
     with pytest.raises(Exception, match="a gated MatMul takes no residual"):
         ran("MatMul", [tokens, packed, None, some(3, 16)], channels=32, gated=1)

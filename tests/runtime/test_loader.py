@@ -71,8 +71,49 @@ def test_limits_of_rows(handmade: Handmade) -> None:
         engines = load(directory, **options).engines
         assert engines["denoiser"].max_rows == expected
         assert engines["vae_decoder"].max_rows == 1 and engines["text_encoder"].max_rows is None
-    with pytest.raises(SettingsError, match="max_rows must be an integer of at least 1, not 0"):
+    with pytest.raises(SettingsError, match="max_rows must be an integer from 1 to [0-9]+, not 0"):
         load(directory, max_rows=0)
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_rows": "2"}, "max_rows must be an integer from 1 to .*, not '2'"),
+    ({"max_rows": True}, "max_rows must be an integer from 1 to .*, not True"),
+    ({"max_rows": 1.5}, "max_rows must be an integer from 1 to .*, not 1.5"),
+    ({"hashes": "no"}, "hashes must be True or False, not 'no'"),
+    ({"low_memory": 1}, "low_memory must be True or False, not 1"),
+    ({"wrap_session": "x"}, "wrap_session must be a function, not 'x'"),
+    ({"directory": None}, "directory must be a path, not None"),
+    ({"directory": b"engines"}, "directory must be a path, not b'engines'"),
+    ({"directory": "a\0b"}, "directory must be a path"),
+    ({"thread": 2}, "no backend option 'thread'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[text for _, text in BAD_OPTIONS])
+def test_refuses_options(handmade: Handmade, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        load(**{"directory": handmade(), **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_options(handmade: Handmade) -> None:
+    engines = load(handmade(), max_rows=np.int64(3), hashes=np.True_).engines  # type: ignore[arg-type]
+    assert engines["denoiser"].max_rows == 3
+
+
+@pytest.mark.parametrize("value", [0, -1, "2", 1.5, True, None])
+def test_refuses_arguments_of_a_pipeline(handmade: Handmade, value: Any) -> None:
+    pipeline = load(handmade())
+    for name in ("repetitions", "batch_size"):
+        with pytest.raises(SettingsError, match=f"^{name} must be an integer from 1 to"):
+            pipeline.benchmark(**{name: value})
+    if value is not None:
+        with pytest.raises(SettingsError, match="^max_rows must be an integer from 1 to"):
+            pipeline.stream("a", max_rows=value)
+    with pytest.raises(SettingsError, match="^settings must be a Settings record, not"):
+        pipeline.run(value)
+    with pytest.raises(SettingsError, match="^no component .*: choose from text_encoder, denoiser"):
+        pipeline.load_engine(value)
 
 
 def test_engines_cannot_be_replaced(handmade: Handmade) -> None:

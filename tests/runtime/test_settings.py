@@ -1,7 +1,9 @@
 """A request is complete and possible, or rejected with a message that names the mistake."""
 
+import json
 import math
 import re
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,59 @@ def test_seeds_differ_and_are_kept() -> None:
         assert request(seed=edge).seed == edge
 
 
+def test_a_seed_for_each_image() -> None:
+    for seeds in ([1, 2], (1, 2), range(1, 3), np.array([1, 2])):
+        settings = request(seed=seeds, images_per_prompt=2)
+        assert settings.seed == settings.seeds == (1, 2)
+        assert all(type(seed) is int for seed in settings.seeds)
+    assert request(["a", "b"], seed=[5, 5]).seeds == (5, 5)
+    assert request(seed=[5]).seed == 5 and request(seed=5, images_per_prompt=2).seeds == (5,)
+    for seeds, images in (([1, 2], 1), ([1], 2), ([], 1), ([1, 2, 3], 2)):
+        with pytest.raises(SettingsError, match=f"^{len(seeds)} seeds for {images} images: give"):
+            request(seed=seeds, images_per_prompt=images)
+    with pytest.raises(SettingsError, match="^2 seeds for 1 images"):
+        replace(request(), seed=(1, 2))
+
+
+NUMPY: dict[str, Any] = {
+    "seed": np.uint64(2**64 - 1),
+    "steps": np.int64(4),
+    "images_per_prompt": np.int8(2),
+    "height": np.int32(64),
+    "width": np.array(72),
+    "guidance_scale": np.float32(7.5),
+    "guidance_rescale": np.float16(0.5),
+    "strength": np.float32(0.75),
+    "aesthetic_score": np.int64(5),
+    "denoising_end": np.float64(0.5),
+    "original_size": np.array([64, 72]),
+    "crop": [np.int64(0), 8],
+    "timesteps": np.array([900, 600, 300, 0.5], np.float32),
+    "guidance_interval": np.array([0.25, 0.5]),
+    "cached_steps": np.array([1, 3]),
+    "unaccelerated": np.True_,
+}
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """They become Python's own, which JSON and other records take."""
+    settings = request(**NUMPY)
+    python = {
+        name: tuple(value.tolist()) if np.ndim(value) else value.item()
+        for name, value in ((name, np.array(value)) for name, value in NUMPY.items())
+    }
+    assert settings == request(**python) == replace(settings, **NUMPY)
+    assert json.loads(json.dumps(asdict(settings)))["crop"] == [0, 8]
+    assert request(cache_interval=np.int64(2), steps=np.int64(4)).cached_steps == (1, 3)
+
+
+@pytest.mark.parametrize("value", [np.float32("nan"), np.float64("inf"), np.True_, np.complex64(1)])
+def test_other_values_of_numpy_are_refused(value: Any) -> None:
+    for name in ("steps", "guidance_scale", "seed", "strength", "guidance_rescale"):
+        with pytest.raises(SettingsError, match=f"^{name} must be a"):
+            request(**{name: value})
+
+
 HUGE = 10**5000  # which Python refuses to print
 
 BAD = [
@@ -74,7 +129,7 @@ BAD = [
     ("images_per_prompt", (0, -1, 1.0, True, 1025, HUGE)),
     ("guidance_scale", (math.nan, math.inf, -math.inf, -0.1, 1001, HUGE, -HUGE, True, "7", 1j)),
     ("guidance_rescale", (math.nan, -0.1, 1.1, HUGE, False, "0")),
-    ("seed", (-(2**63) - 1, 2**64, 1.0, True, "0", HUGE, np.int64(3))),
+    ("seed", (-(2**63) - 1, 2**64, 1.0, True, "0", HUGE, np.True_, np.nan, {1}, [1.0], [True])),
 ]
 
 

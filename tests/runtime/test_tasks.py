@@ -110,6 +110,29 @@ def test_the_image_is_kept_outside_of_the_mask(
     assert np.abs(result.latents[..., 3:] - given[..., 3:]).min() > 1e-3
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "lcm"])
+@pytest.mark.parametrize("mask", [None, half_mask()], ids=["image", "mask"])
+def test_a_seed_for_each_image_draws_it_as_alone(
+    handmade: Handmade, sampler: str, mask: Image.Image | None
+) -> None:
+    """Also the sample of the encoder's distribution, whose variance is 1 here."""
+    noisy = ENCODER.replace("low = {-60}", "low = {0}")
+    pictures = [picture(), Image.new("RGB", (48, 32), "navy")]
+    request: dict[str, Any] = {"steps": 4, "strength": 0.5, "mask": mask, "sampler": sampler}
+    with load(handmade(onnx={**NETWORKS, "vae_encoder": noisy}), threads=1) as pipe:
+        together = pipe(
+            ["a", "red"], image=pictures, seed=[1, 2, 3, 1], images_per_prompt=2, **request
+        )
+        alone = [
+            pipe(prompt, image=image, seed=seed, **request).latents
+            for prompt, image, seed in zip(
+                ["a", "a", "red", "red"], np.repeat([0, 1], 2), [1, 2, 3, 1], strict=True
+            )
+            for image in [pictures[image]]
+        ]
+    assert together.latents.tobytes() == np.concatenate(alone).tobytes()
+
+
 def test_an_image_for_each_prompt(pipe: Pipeline) -> None:
     pictures = [picture(), Image.new("RGB", (48, 32), "navy")]
     request: dict[str, Any] = {"steps": 4, "strength": 0.5, "images_per_prompt": 2}
@@ -141,6 +164,39 @@ def test_image_modes(pipe: Pipeline) -> None:
     assert to_mask(half_mask().convert("RGBA")).tolist() == to_mask(half_mask()).tolist()
 
 
+FORMS: list[Any] = [
+    picture(),
+    [picture()],
+    (picture(),),
+    np.asarray(picture()),
+    np.asarray(picture())[None],
+    [np.asarray(picture())],
+    np.asarray(picture()) / 255,
+    (np.asarray(picture()) / 255).astype(np.float32)[None],
+    np.asarray(picture().convert("RGBA")),
+    np.asarray(picture()).astype(np.uint16) * 257,
+]
+
+
+@pytest.mark.parametrize("form", range(len(FORMS) + 2))
+def test_pictures_are_images_arrays_or_paths(pipe: Pipeline, tmp_path: Path, form: int) -> None:
+    picture().save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
+    image = [*FORMS, path, str(path)][form]
+    result = pipe("a fox", image=image, mask=np.zeros((32, 48), bool), steps=2, seed=1)
+    np.testing.assert_allclose(result.latents, clean(picture()), atol=1e-6)
+    assert result.images[0].size == (48, 32)
+
+
+def test_masks_are_images_arrays_or_paths(pipe: Pipeline, tmp_path: Path) -> None:
+    half_mask().save(tmp_path / "mask.png")
+    grey = np.asarray(half_mask())
+    request: dict[str, Any] = {"image": picture(), "steps": 2, "seed": 1}
+    expected = pipe("a fox", mask=half_mask(), **request).latents.tobytes()
+    for mask in (grey, grey > 0, grey[..., None], grey / 255, tmp_path / "mask.png"):
+        assert pipe("a fox", mask=mask, **request).latents.tobytes() == expected
+
+
 # Rejected requests
 
 NAN = np.full((1, 4, 4, 6), np.nan, np.float32)
@@ -163,16 +219,22 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"strength": 0.5}, SettingsError, "give image too"),
     ({"mask": half_mask()}, SettingsError, "give image too"),
     ({"image": picture(), "mask": half_mask(32)}, ShapeError, "32x32 and the image 48x32"),
-    ({"image": picture(), "mask": "mask.png"}, SettingsError, "mask must be a PIL image, not str"),
-    ({"image": "cat.png"}, SettingsError, "image must be a PIL image, not str"),
-    ({"image": [1, 2]}, SettingsError, "image must be a PIL image, not int"),
-    ({"image": []}, SettingsError, "image must be a PIL image"),
-    ({"image": 3}, SettingsError, "image must be a PIL image, not int"),
+    ({"image": picture(), "mask": "mask.png"}, SettingsError, "cannot read mask.png as an image"),
+    ({"image": picture(), "mask": 3}, SettingsError, "mask must be a PIL image, a path or .* int"),
+    ({"image": "cat.png"}, SettingsError, "cannot read cat.png as an image: No such file"),
+    ({"image": ["cat.png"]}, SettingsError, "cannot read cat.png as an image: No such file"),
+    ({"image": [1, 2]}, SettingsError, "image must be a PIL image, a path or an array, not int"),
+    ({"image": []}, SettingsError, "image is empty"),
+    ({"image": 3}, SettingsError, "image must be a PIL image, a path or an array, not int"),
+    ({"image": np.zeros((0, 32, 48, 3), np.uint8)}, SettingsError, "image is empty"),
+    ({"image": np.zeros((3, 32, 48))}, SettingsError, r"array \(h, w\).* \(3, 32, 48\)"),
+    ({"image": Image.new("L", (0, 9))}, SettingsError, "image must have pixels, and is 0x9"),
+    ({"image": Image.new("La", (48, 32))}, SettingsError, "cannot read image: conversion"),
     ({"image": [picture()] * 3}, SettingsError, "3 images for 1 prompts"),
     ({"image": picture(8, 8)}, ShapeError, "8x8 pixels, and this model needs at least 16x16"),
     ({"image": picture(), "denoising_start": 0.5}, SettingsError, "continues from latents"),
     ({"image": LATENTS, "mask": half_mask()}, SettingsError, "a mask needs an image"),
-    ({"image": LATENTS[0]}, ShapeError, "latents must be"),
+    ({"image": LATENTS[0]}, SettingsError, "latents are"),
     ({"image": LATENTS[:, :3]}, ShapeError, r"shape \(1, 3, 4, 6\), .* \(1, 4, 4, 6\)"),
     ({"image": NAN, "denoising_start": 0.5}, SettingsError, "finite"),
     ({"image": LATENTS.astype(int)}, SettingsError, "floating"),

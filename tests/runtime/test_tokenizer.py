@@ -13,7 +13,7 @@ import pytest
 
 from latentforge.export.demo import CHECKPOINT, COLORS, NAMES
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
-from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import Manifest, TokenizerEntry
 
 Written = tuple[Path, TokenizerEntry]
@@ -202,3 +202,51 @@ def test_rejects_another_length_than_in_the_manifest(written: Written, tmp_path:
 def test_the_entry_is_that_of_the_file(written: Written, tiny_engines: Path) -> None:
     entry = Manifest.read(tiny_engines).tokenizers["tokenizer"]
     assert entry == written[1] and entry.max_length == 24
+
+
+# Textual inversions of several vectors
+
+TOYS = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<dog>", "<fur>", "<fur>_1", "<fur>_3", "Zed_1"]
+TOY_PROMPTS = [
+    "a <cat-toy> fox",
+    "<cat-toy><cat-toy> and <dog>, <fur>",
+    "a <cat-toy>_1 alone, <fur>_3",
+    "<CAT-TOY> Zed cat-toy <fur",
+    "no toy",
+    "",
+    "<fur> " * 9,
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_placeholders_become_all_their_vectors(written: Written, tmp_path: Path) -> None:
+    from diffusers.loaders import TextualInversionLoaderMixin
+    from transformers import CLIPTokenizer
+
+    theirs = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    assert theirs.add_tokens(TOYS) == len(TOYS)
+    content = json.loads(theirs.backend_tokenizer.to_str())
+    content |= {key: json.loads(written[0].read_text())[key] for key in ("padding", "truncation")}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    prompts = TextualInversionLoaderMixin().maybe_convert_prompt(TOY_PROMPTS, theirs)
+    assert prompts[0] == "a <cat-toy> <cat-toy>_1 <cat-toy>_2 fox"
+    expected = theirs(prompts, padding="max_length", max_length=24, truncation=True)["input_ids"]
+    assert Tokenizer(path, written[1])(TOY_PROMPTS).tolist() == expected
+
+
+def test_placeholders_have_an_end(written: Written, tmp_path: Path) -> None:
+    """Added tokens are free, but the prompt with all of them is not longer than it may be."""
+    content = json.loads(written[0].read_text())
+    template, count = content["added_tokens"][0], len(content["model"]["vocab"])
+    names = ["<x>", *(f"<x>_{index}" for index in range(1, 1000))]
+    content["added_tokens"] += [
+        {**template, "content": name, "id": count + index, "special": False}
+        for index, name in enumerate(names)
+    ]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    many = Tokenizer(path, written[1])
+    assert many(["<x>"])[0, 1:23].tolist() == list(range(count, count + 22))
+    with pytest.raises(SettingsError, match="characters with all vectors of '<x>'"):
+        many(["<x>" * 100])

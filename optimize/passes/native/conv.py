@@ -6,9 +6,10 @@ into a Conv what stands next to it. No library has rules for operators of others
 
 The operators, version 1, take float32 of shape (batch, height, width, channels):
 
-* ``Conv(x, weight, bias, scale, shift, row, residual)``, all but the first two optional: the input
-  becomes act(x * scale + shift), is repeated ``upsample`` times in both directions, padded with
-  zeros and convolved; row and residual are added. ``weight`` is (blocks of 16 output channels,
+* ``Conv(x, weight, bias, scale, shift, row, residual, size)``, all but the first two optional: the
+  input becomes act(x * scale + shift), is repeated ``upsample`` times in both directions, or
+  enlarged by nearest neighbours to ``size``, the four sizes as int64, padded with zeros and
+  convolved; row and residual are added. ``weight`` is (blocks of 16 output channels,
   input channels, height, width, 16), in float32 or float16; ``scale`` and ``shift`` are (batch,
   channels), ``row`` is (batch or 1, output channels). With ``silu``, act is SiLU.
 * ``GroupScale(x, gamma, beta)``: scale and shift of a group normalization, (batch, channels).

@@ -23,7 +23,7 @@ from latentforge.runtime.kernels import DOMAIN
 
 __all__ = ["fuse_conv"]
 
-_X, _SCALE, _ROW, _RESIDUAL = 0, 3, 5, 6  # inputs of Conv
+_X, _SCALE, _ROW, _RESIDUAL, _SIZE = 0, 3, 5, 6, 7  # inputs of Conv
 
 
 def fuse_conv(model: ir.Model) -> int:
@@ -31,9 +31,9 @@ def fuse_conv(model: ir.Model) -> int:
 
     ::
 
-        x ─ [GroupNorm [silu]] or [Resize x2] ─ Conv ─ [Add row] ─ [Add residual] ─ y
+        x ─ [GroupNorm [silu]] or [Resize] ─ Conv ─ [Add row] ─ [Add residual] ─ y
      ->
-        x ─┬──────────────────────────────┬─ Conv ([upsample], [silu], row, residual) ─ y
+        x ─┬──────────────────────────────┬─ Conv ([upsample], [silu], row, residual, size) ─ y
            └─ [GroupScale (scale, shift)] ┘
 
     Returns:
@@ -42,8 +42,8 @@ def fuse_conv(model: ir.Model) -> int:
     editor, count = Editor(model.graph), 0
     for node in model.graph:
         if is_native(node, "Conv"):
-            if (image := attempt(_match_resize, node)) is not None:
-                _merge_resize(node, image)
+            if (resize := attempt(_match_resize, node)) is not None:
+                _merge_resize(editor, node, resize)
                 count += 1
         elif is_native(node, "GroupNorm"):
             if attempt(_check_norm, node) is not None:
@@ -55,8 +55,8 @@ def fuse_conv(model: ir.Model) -> int:
     return count
 
 
-def _match_resize(conv: ir.Node) -> ir.Value | None:
-    """Return the image that is doubled before a Conv, or None if none is."""
+def _match_resize(conv: ir.Node) -> ir.Node | None:
+    """Return the Resize that enlarges the image before a Conv, or None if none does."""
     resize, weight = producer_of(conv.inputs[_X], "Resize"), conv.inputs[1]
     if resize is None or resize.inputs[0] is None:
         return None
@@ -64,22 +64,26 @@ def _match_resize(conv: ir.Node) -> ir.Value | None:
         raise Declined("its kernel is not 3x3, so it cannot read a Resize's input")
     if conv.attributes.get_int("stride", 1) != 1 or conv.attributes.get_int("upsample", 1) != 1:
         raise Declined("it has a stride or upsamples already, so it cannot read a Resize's input")
-    if not _doubles(resize):
-        raise Declined("the Resize before it does not double by nearest neighbours")
+    if not _enlarges(resize):
+        raise Declined(
+            "the Resize before it neither doubles nor is to a size, by nearest neighbours"
+        )
     if input_at(conv, _SCALE) is not None:
         raise Declined("it normalizes its input, so it cannot read a Resize's input")
-    return resize.inputs[0]
+    return resize
 
 
-def _merge_resize(conv: ir.Node, image: ir.Value) -> None:
-    conv.replace_input_with(_X, image)
-    conv.attributes.add(ir.AttrInt64("upsample", 2))
+def _merge_resize(editor: Editor, conv: ir.Node, resize: ir.Node) -> None:
+    conv.replace_input_with(_X, resize.inputs[0])
+    if (size := input_at(resize, 3)) is not None:
+        editor.set_input(conv, _SIZE, size)
+    else:
+        conv.attributes.add(ir.AttrInt64("upsample", 2))
 
 
-def _doubles(resize: ir.Node) -> bool:
-    """Return True if a Resize doubles height and width by nearest neighbours."""
-    inputs = [*resize.inputs, None, None, None][:4]
-    scales = constant(inputs[2])
+def _enlarges(resize: ir.Node) -> bool:
+    """Return True if a Resize doubles height and width, or is to a size, by nearest neighbours."""
+    scales = constant(input_at(resize, 2))
     modes = {
         "mode": "nearest",
         "nearest_mode": "floor",
@@ -87,7 +91,8 @@ def _doubles(resize: ir.Node) -> bool:
     }
     same = all(resize.attributes.get_string(name, "") == mode for name, mode in modes.items())
     twice = scales is not None and scales.tolist() == [1, 2, 2, 1]
-    return same and twice and inputs[3] is None and "axes" not in resize.attributes
+    sized = input_at(resize, 3) is not None
+    return same and twice != sized and "axes" not in resize.attributes
 
 
 def _check_norm(norm: ir.Node) -> bool:

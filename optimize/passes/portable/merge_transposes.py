@@ -13,6 +13,7 @@ from latentforge.optimize.passes.dims import dim
 from latentforge.optimize.passes.matching import (
     Declined,
     attempt,
+    input_at,
     is_channel_vector,
     producer_of,
     scalar,
@@ -20,6 +21,8 @@ from latentforge.optimize.passes.matching import (
 from latentforge.optimize.passes.rewriting import TO_NCHW, TO_NHWC, Editor, remove_unused
 
 __all__ = ["merge_transposes"]
+
+_SCALES, _SIZES = 2, 3  # inputs of Resize
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Gelu", "QuickGelu", "Cast"})
 
@@ -35,7 +38,7 @@ def merge_transposes(model: ir.Model) -> int:
      ->
         A ─ Op ─ B
 
-    Op is elementwise, Concat over channels, or nearest Resize by constant scales.
+    Op is elementwise, Concat over channels, or nearest Resize by constant scales or to sizes.
 
     Images that are flattened to tokens, and tokens that become images, are transposed before the
     Reshape instead of after it, where channels last need no Transpose::
@@ -53,7 +56,7 @@ def merge_transposes(model: ir.Model) -> int:
         elif node.op_type == "Reshape":
             count += _from_tokens(editor, node)
         elif node.op_type == "Shape":
-            count += _measure(node)
+            count += _measure(editor, node)
         elif _reads_nchw(node) and attempt(_check_movable, node) is not None:
             _sink(editor, node)
             count += 1
@@ -102,17 +105,35 @@ def _to_tokens(editor: Editor, node: ir.Node) -> bool:
     return True
 
 
-def _measure(node: ir.Node) -> bool:
-    """Read one size of an image from the image before its Transpose."""
-    rows, start = _untransposed(node.inputs[0], TO_NCHW), node.attributes.get_int("start", 0)
-    if rows is None or not 0 <= start < 4 or node.attributes.get_int("end", 4) != start + 1:
+def _measure(editor: Editor, node: ir.Node) -> bool:
+    """Read the sizes of an image from the image before its Transpose."""
+    rows, output = _untransposed(node.inputs[0], TO_NCHW), node.outputs[0]
+    axes = TO_NCHW[node.attributes.get_int("start", 0) : node.attributes.get_int("end", 4)]
+    if rows is None or not axes:
         return False
-    axis = TO_NCHW[start]
+    if len(axes) > 1 and not _sizes_resize(output):
+        return False
+    if len(axes) > 1:
+        whole = editor.add("Shape", [rows], before=node, shape=[4])
+        whole.type = output.type or ir.TensorType(ir.DataType.INT64)
+        order = editor.add_initializer(f"{output.name}/order", np.array(axes, np.int64))
+        sizes = editor.add("Gather", [whole, order], before=node, shape=[len(axes)])
+        editor.replace(output, sizes)
+        return True
     node.replace_input_with(0, rows)
     node.attributes.update(
-        {"start": ir.AttrInt64("start", axis), "end": ir.AttrInt64("end", axis + 1)}
+        {"start": ir.AttrInt64("start", axes[0]), "end": ir.AttrInt64("end", axes[0] + 1)}
     )
     return True
+
+
+def _sizes_resize(sizes: ir.Value) -> bool:
+    """Return True if sizes are for Resizes alone: other Reshapes have rewrites of their own."""
+    consumers = sizes.consumers()
+    return bool(consumers) and all(
+        node.op_type == "Resize" or (node.op_type == "Concat" and _sizes_resize(node.outputs[0]))
+        for node in consumers
+    )
 
 
 def _from_tokens(editor: Editor, node: ir.Node) -> bool:
@@ -158,11 +179,13 @@ def _check_movable(node: ir.Node) -> bool:
 
 
 def _check_resize(node: ir.Node) -> None:
-    """Decline a Resize unless it is by constant scales and to the nearest neighbour."""
-    inputs = [*node.inputs, None, None, None][:4]
-    scales = constant(inputs[2])
-    if scales is None or scales.size != 4 or inputs[3] is not None or "axes" in node.attributes:
-        raise Declined("Resize is not by four constant scales")
+    """Decline a Resize unless it is by constant scales or to sizes, and by nearest neighbours."""
+    if "axes" in node.attributes:
+        raise Declined("Resize is of some axes alone")
+    if input_at(node, _SIZES) is None:
+        scales = constant(input_at(node, _SCALES))
+        if scales is None or scales.size != 4:
+            raise Declined("Resize is not by four constant scales")
     if (mode := node.attributes.get_string("mode", "nearest")) != "nearest":
         raise Declined(f"Resize is {mode}, not nearest")
 
@@ -256,8 +279,12 @@ def _to_nhwc(editor: Editor, node: ir.Node, value: ir.Value | None) -> ir.Value 
 
 
 def _resize_inputs(editor: Editor, node: ir.Node) -> list[ir.Value | None]:
-    """Return the inputs of a Resize by constant scales with channels last."""
+    """Return the inputs of a Resize by constant scales, or to sizes, with channels last."""
     image, region, scales = node.inputs[:3]
+    if (sizes := input_at(node, _SIZES)) is not None:
+        order = editor.add_initializer(f"{sizes.name}/order", np.array(TO_NHWC, np.int64))
+        nhwc = editor.add("Gather", [sizes, order], before=node, shape=[4])
+        return [_untransposed(image, TO_NCHW), region, None, nhwc]
     array = constant(scales)
     assert scales is not None and array is not None
     nhwc = editor.add_initializer(f"{scales.name}/nhwc", array[list(TO_NHWC)])

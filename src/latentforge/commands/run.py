@@ -63,8 +63,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="negative prompt: what to avoid")
     parser.add_argument(
         "--seed",
-        type=int,
-        help="seed of the noise (default: random); gives the same image as in diffusers",
+        type=_seeds,
+        metavar="N",
+        help="seed of the noise (default: random), as in diffusers; N,N,... gives each of several "
+        "images its own",
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="number of images per prompt (default: 1)"
@@ -100,6 +102,16 @@ def _add_acceleration_arguments(parser: Any) -> None:
         help="evaluate the whole denoiser only in every Nth step; the others reuse the cached "
         "feature of its deep blocks (DeepCache)",
     )
+
+
+def _seeds(text: str) -> int | tuple[int, ...]:
+    try:
+        seeds = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer, or one per image such as 1,2, not {text!r}"
+        ) from None
+    return seeds if "," in text else seeds[0]
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -181,9 +193,9 @@ def _run(options: argparse.Namespace) -> None:
     for index, image in enumerate(result.images):
         prompt = result.settings.prompts[index // result.settings.images_per_prompt]
         path = _numbered(options.output, index, len(result.images))
-        save_image(image, path, {**_metadata(result.settings), "prompt": prompt, "index": index})
+        save_image(image, path, {**_metadata(result, index), "prompt": prompt, "index": index})
         print(path)
-    print(f"seed {result.seed}, {result.timings}", file=sys.stderr)
+    print(f"seed {', '.join(map(str, result.settings.seeds))}, {result.timings}", file=sys.stderr)
 
 
 def _generated(options: argparse.Namespace, request: dict[str, Any]) -> Result:
@@ -226,7 +238,11 @@ def _numbered(path: Path, index: int, count: int) -> Path:
     return path if count == 1 else path.with_stem(f"{path.stem}-{index + 1}")
 
 
-def _metadata(settings: Any) -> dict[str, Any]:
+def _metadata(result: Result, index: int) -> dict[str, Any]:
+    """Return the settings of an image; with a seed per image its own, and the list as seeds."""
     from dataclasses import asdict
 
-    return {"latentforge": __version__, **asdict(settings)}
+    settings = {"latentforge": __version__, **asdict(result.settings)}
+    if isinstance(result.seed, tuple):
+        settings |= {"seed": result.seed[index], "seeds": result.seed}
+    return settings
