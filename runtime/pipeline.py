@@ -16,7 +16,7 @@ from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.depth import DepthInput
 from latentforge.runtime.denoising.initial_latents import ImageInput, Picture, image_size
 from latentforge.runtime.engine import Engine, Engines
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.example import example_depth_map, example_image
 from latentforge.runtime.generation import DenoisingStep, Model, Result, generate
 from latentforge.runtime.image import from_array
@@ -271,7 +271,17 @@ class Pipeline:
         return from_array(self.decode_pixels(latents))
 
     def decode_pixels(self, latents: Array) -> Array:
-        """Decode latents (n, channels, h, w) to pixels (n, 3, height, width), not clipped."""
+        """Decode latents (n, channels, h, w) to pixels (n, 3, height, width), not clipped.
+
+        Raises:
+            ShapeError: they are no such array, or of sizes that the engines do not take.
+        """
+        floats = isinstance(latents, np.ndarray) and np.issubdtype(latents.dtype, np.floating)
+        if not floats or latents.ndim != 4:
+            raise ShapeError(
+                "latents must be an array of floats (n, channels, h, w), not "
+                f"{shown(getattr(latents, 'shape', latents))}"
+            )
         return self._model.vae.decode(latents)
 
     def load_engine(self, name: str) -> Engine:
@@ -280,7 +290,7 @@ class Pipeline:
         Raises:
             SettingsError: the directory has no such component.
         """
-        return self._engines.load(name)
+        return self._engines.load(name if isinstance(name, str) else shown(name))
 
     def versions(self) -> dict[str, str]:
         """Return the libraries that run the engines, and their versions."""

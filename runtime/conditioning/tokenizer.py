@@ -1,7 +1,8 @@
 """Conversion of prompts to token ids, by the tokenizers library."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -45,16 +46,10 @@ class Tokenizer:
                 at random, or has no tokens or no time limit for some text.
         """
         self.max_length = entry.max_length
-        try:
+        self._path = path
+        with _blaming(path):
             self._tokenizer = _load(_read(path), self.max_length)
             self._added = _Placeholders(self._tokenizer)
-        except BaseException as error:  # plain Exception, or a Rust panic, which is not even that
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            reason = one_line(error)
-            raise ManifestError(
-                f"{path} is not a valid tokenizer file: {reason}; export again"
-            ) from error
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Encode prompts into ids of shape (len(prompts), max_length).
@@ -63,15 +58,31 @@ class Tokenizer:
 
         Raises:
             SettingsError: a prompt becomes too long with all vectors of its textual inversions.
+            ManifestError: the library fails on a prompt, which a damaged file lets it do.
         """
-        texts = [self._added.expand(prompt) for prompt in prompts]
-        encodings = self._tokenizer.encode_batch(texts)
+        with _blaming(self._path):
+            texts = [self._added.expand(prompt) for prompt in prompts]
+            encodings = self._tokenizer.encode_batch(texts)
         for prompt, encoding in zip(texts, encodings, strict=True):
             if encoding.overflowing:
                 tail = prompt[_first_character(encoding.overflowing[0]) :].strip()
                 shown = tail if len(tail) <= _SHOWN else f"{tail[: _SHOWN - 3]}..."
                 _log.warning("prompt truncated to %d tokens; ignored: %r", self.max_length, shown)
         return np.array([encoding.ids for encoding in encodings], np.int64)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn errors of the tokenizers library into ManifestErrors about a file."""
+    try:
+        yield
+    except BaseException as error:  # plain Exception, or a Rust panic, which is not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | SettingsError):
+            raise
+        reason = one_line(error)
+        raise ManifestError(
+            f"{path} is not a valid tokenizer file: {reason}; export again"
+        ) from error
 
 
 def _first_character(encoding: tokenizers.Encoding) -> int:

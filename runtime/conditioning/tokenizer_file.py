@@ -112,7 +112,8 @@ def _check_template(step: _Section) -> None:
     pieces = step.get("single")
     if not isinstance(pieces, list) or len(pieces) > _MAX_TEMPLATE:
         raise ValueError(f"its template is not a list of at most {_MAX_TEMPLATE} pieces")
-    if sum("Sequence" in piece for piece in pieces) != 1:
+    prompts = [piece["Sequence"] for piece in pieces if "Sequence" in piece]
+    if len(prompts) != 1 or prompts[0].get("id") != "A":
         raise ValueError("its template does not hold the prompt exactly once")
 
 

@@ -9,7 +9,7 @@ from conftest import Handmade
 from numpy.typing import NDArray
 
 from latentforge.runtime.backends import LayerTime, Session
-from latentforge.runtime.errors import BackendError, SettingsError
+from latentforge.runtime.errors import BackendError, SettingsError, ShapeError
 from latentforge.runtime.loader import EngineLoader, load
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.tensor import Feeds
@@ -114,6 +114,9 @@ def test_refuses_arguments_of_a_pipeline(handmade: Handmade, value: Any) -> None
         pipeline.run(value)
     with pytest.raises(SettingsError, match="^no component .*: choose from text_encoder, denoiser"):
         pipeline.load_engine(value)
+    for latents in (value, [value], np.zeros((1, 4, 2)), np.zeros((1, 4, 2, 2), int)):
+        with pytest.raises(ShapeError, match="^latents must be an array of floats"):
+            pipeline.decode(latents)
 
 
 def test_engines_cannot_be_replaced(handmade: Handmade) -> None:

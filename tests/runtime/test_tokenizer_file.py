@@ -133,6 +133,8 @@ def test_templates_that_repeat_the_prompt(tmp_path: Path) -> None:
         template = TemplateProcessing(single=single, special_tokens=[("?", 0)])
         file["post_processor"] = json.loads(template.__getstate__())
         refused(file, tmp_path, "template does not hold the prompt exactly once")
+    file["post_processor"]["single"] = [{"Sequence": {"id": "B", "type_id": 0}}]
+    refused(file, tmp_path, "template does not hold the prompt exactly once")
     many = TemplateProcessing(single="? " * 999 + "$A", special_tokens=[("?", 0)])
     file["post_processor"] = json.loads(many.__getstate__())
     refused(file, tmp_path, "at most 64 pieces")
@@ -200,6 +202,18 @@ def test_the_file_is_loaded_as_it_was_checked(tmp_path: Path) -> None:
     path.write_text(text)
     entry = TokenizerEntry(file="t", sha256="0" * 64, bytes=1, max_length=LENGTH)
     assert Tokenizer(path, entry)(["owl"])[0, 0] == WORDS["owl"]
+
+
+def test_an_error_at_a_prompt_blames_the_file(tmp_path: Path) -> None:
+    tokenizer = load(content(), tmp_path)
+
+    class Failing:
+        def encode_batch(self, prompts: list[str]) -> None:
+            raise ValueError(f"cannot encode {prompts}")
+
+    tokenizer._tokenizer = Failing()  # type: ignore[assignment]
+    with pytest.raises(ManifestError, match="tokenizer.json is not a valid .* cannot encode"):
+        tokenizer(["owl"])
 
 
 @pytest.mark.parametrize("value", [None, 3, [], "x", {}, {"model": None}, {"model": {}}])
