@@ -36,6 +36,7 @@ __all__ = [
     "flag",
     "inpainting",
     "latent_space",
+    "overflows_fp16",
     "reading",
     "sample_size",
     "text_encoder",
@@ -369,6 +370,16 @@ def vae(
         **shared,
     )
     return decoder, encoder
+
+
+def overflows_fp16(checkpoint: Checkpoint) -> bool:
+    """Return True if diffusers' pipelines that regard it run the VAE in float32 alone.
+
+    They do unless AutoencoderKL has a force_upcast of false; the other classes never have it.
+    """
+    kind = select_class(checkpoint, "vae", _VAES)
+    config = read_config(checkpoint, "vae", kind)
+    return kind is AutoencoderKL and config["force_upcast"] is not False
 
 
 def latent_space(checkpoint: Checkpoint, multiple: int, *, normalized: bool = False) -> Latent:

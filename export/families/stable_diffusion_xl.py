@@ -70,8 +70,7 @@ def plan(
                 "time_ids": len(time_ids),
             },
         )
-        # diffusers' pipelines assume that the VAE overflows in fp16 unless force_upcast is false.
-        upcast = checkpoint.config("vae").get("force_upcast", True) is not False
+        upcast = parts.overflows_fp16(checkpoint)
         return ExportPlan(
             components=(*texts, unet, *parts.vae(checkpoint, latent, overflows_fp16=upcast)),
             conditioning=Conditioning(

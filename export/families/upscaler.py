@@ -49,8 +49,7 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
             images=_CHANNELS,
             added={"noise_level": 1},
         )
-        # diffusers' pipeline assumes that the VAE overflows in fp16 unless force_upcast is false.
-        upcast = bool(checkpoint.config("vae").get("force_upcast", True))
+        upcast = parts.overflows_fp16(checkpoint)
         decoder, _ = parts.vae(checkpoint, latent, overflows_fp16=upcast)
         return ExportPlan(
             components=(text, unet, decoder),

@@ -348,7 +348,7 @@ def _read_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
                 weight = opened.get_slice(key)
                 if key in shapes:
                     raise CheckpointError(f"two files contain {shortened(key)}")
-                if weight.get_dtype() not in _FLOATS:
+                if weight.get_dtype() not in _FLOATS and key.endswith((".weight", ".bias")):
                     raise CheckpointError(
                         f"{shortened(key)} has dtype {weight.get_dtype()}: expected a float of "
                         "16 bits or more"

@@ -160,6 +160,16 @@ def test_autoencoders_that_do_not_fit(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "upcast"), [("kl", True), ("tiny", False), ("asymmetric", False)])
+def test_autoencoders_that_overflow_half_precision_in_xl(
+    tiny: Callable[[str], Path], copy: Callable[[Path], Path], name: str, upcast: bool
+) -> None:
+    path = tiny("sdxl") if name == "kl" else with_vae(copy(tiny("sdxl")), name)
+    opened = open_checkpoint(str(path))
+    decoder = family_of(opened).plan(opened).components[-2]
+    assert decoder.overflows_fp16 is upcast
+
+
 def test_optimum_has_no_tiny_autoencoder(
     tiny_checkpoint: Path, copy: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -684,7 +684,7 @@ def test_load_is_strict(configured: bool, tmp_path: Path) -> None:
 def test_load_names_weights_without_a_place(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    extra = {"ema.decay": torch.zeros(1), "mid_block.x": torch.zeros(1)}
+    extra = {"ema.decay": torch.zeros(1), "steps": torch.zeros(1, dtype=torch.int64)}
     load_flexible_unet(written_checkpoint(tmp_path, weights=small_weights() | extra))
     (message,) = caplog.messages
     assert "2 of its weights, such as 'ema.decay'" in message
