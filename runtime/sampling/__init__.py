@@ -9,17 +9,27 @@ from types import MappingProxyType
 
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.ddim import DDIM
+from latentforge.runtime.sampling.ddpm import DDPM
+from latentforge.runtime.sampling.deis import DEIS
+from latentforge.runtime.sampling.dpm_2m import DPM_2M, DPM_2M_SDE
 from latentforge.runtime.sampling.dpmpp_2m import DPMPP_2M, DPMPP_2M_KARRAS
 from latentforge.runtime.sampling.dpmpp_2m_sde import DPMPP_2M_SDE, DPMPP_2M_SDE_KARRAS
+from latentforge.runtime.sampling.dpmpp_2s import DPM_2S, DPMPP_2S, DPMPP_2S_SDE
+from latentforge.runtime.sampling.edm import EDM_DPMPP_2M, EDM_DPMPP_2M_SDE, EDM_EULER
 from latentforge.runtime.sampling.euler import EULER
 from latentforge.runtime.sampling.euler_ancestral import EULER_ANCESTRAL
 from latentforge.runtime.sampling.heun import HEUN
+from latentforge.runtime.sampling.kdpm2 import KDPM2
+from latentforge.runtime.sampling.kdpm2_ancestral import KDPM2_ANCESTRAL
 from latentforge.runtime.sampling.lcm import LCM
 from latentforge.runtime.sampling.levels import NoisePlan
+from latentforge.runtime.sampling.lms import LMS
 from latentforge.runtime.sampling.pndm import PNDM
+from latentforge.runtime.sampling.pndm_prk import PNDM_PRK
 from latentforge.runtime.sampling.sampler import Sampler
-from latentforge.runtime.sampling.schedule import Schedule
+from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule
 from latentforge.runtime.sampling.squeezed import SQUEEZED_10, SQUEEZED_11
+from latentforge.runtime.sampling.tcd import TCD
 from latentforge.runtime.sampling.unipc import UNIPC
 
 __all__ = ["SAMPLERS", "get", "noise_plan"]
@@ -27,17 +37,32 @@ __all__ = ["SAMPLERS", "get", "noise_plan"]
 _ROWS = (
     DDIM,
     PNDM,
+    PNDM_PRK,
     EULER,
     EULER_ANCESTRAL,
     HEUN,
+    LMS,
+    KDPM2,
+    KDPM2_ANCESTRAL,
     DPMPP_2M,
     DPMPP_2M_KARRAS,
     DPMPP_2M_SDE,
     DPMPP_2M_SDE_KARRAS,
+    DPMPP_2S,
+    DPMPP_2S_SDE,
+    DPM_2M,
+    DPM_2M_SDE,
+    DPM_2S,
+    DEIS,
     UNIPC,
+    DDPM,
     SQUEEZED_10,
     SQUEEZED_11,
     LCM,
+    TCD,
+    EDM_EULER,
+    EDM_DPMPP_2M,
+    EDM_DPMPP_2M_SDE,
 )
 
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType({sampler.name: sampler for sampler in _ROWS})
@@ -56,7 +81,7 @@ def get(name: str) -> Sampler:
 
 
 def noise_plan(
-    name: str, schedule: Schedule, steps: int, timesteps: Sequence[float] = ()
+    name: str, schedule: Schedule | EDMSchedule, steps: int, timesteps: Sequence[float] = ()
 ) -> NoisePlan:
     """Return the complete plan of a sampler.
 
@@ -71,10 +96,19 @@ def noise_plan(
             them is not in the schedule.
     """
     sampler = get(name)
+    if not isinstance(schedule, sampler.schedule):
+        raise SettingsError(_other_kind(sampler, schedule))
     if not timesteps:
         return sampler.plan(schedule, steps)
-    if sampler.plan_from_timesteps is None:
+    if sampler.plan_from_timesteps is None or isinstance(schedule, EDMSchedule):
         able = ", ".join(row.name for row in _ROWS if row.plan_from_timesteps)
         raise SettingsError(f"{name} does not support custom timesteps; these samplers do: {able}")
     schedule.check(timesteps)
     return sampler.plan_from_timesteps(schedule, timesteps)
+
+
+def _other_kind(sampler: Sampler, schedule: Schedule | EDMSchedule) -> str:
+    able = ", ".join(row.name for row in _ROWS if isinstance(schedule, row.schedule))
+    return (
+        f"{sampler.name} cannot step along this model's noise schedule; these samplers can: {able}"
+    )

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from latentforge.runtime.sampling.levels import NoiseInterval, NoisePlan
-from latentforge.runtime.sampling.moves import ddim_move
+from latentforge.runtime.sampling.moves import clipped_move
 from latentforge.runtime.sampling.sampler import (
     Array,
     DiffusersScheduler,
@@ -17,7 +17,10 @@ from latentforge.runtime.sampling.sampler import (
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.sampling.spacing import check_steps, level_at, spaced_timesteps
 
-__all__ = ["DDIM", "first_order", "plan_ddim", "plan_ddim_from_timesteps"]
+__all__ = ["CLIP_OPTIONS", "DDIM", "first_order", "plan_ddim", "plan_ddim_from_timesteps"]
+
+CLIP_OPTIONS = frozenset({"clip_sample", "clip_sample_range"})
+"""Options of the diffusers schedulers that may clip the clean latent."""
 
 
 def plan_ddim(schedule: Schedule, steps: int) -> NoisePlan:
@@ -27,7 +30,8 @@ def plan_ddim(schedule: Schedule, steps: int) -> NoisePlan:
     """
     stride = schedule.train_steps // check_steps(schedule, steps)
     times = np.round(spaced_timesteps(schedule, steps, "leading")).tolist()
-    return NoisePlan(tuple(NoiseInterval(schedule.at(t), schedule.at(t - stride)) for t in times))
+    intervals = tuple(NoiseInterval(schedule.at(t), schedule.at(t - stride)) for t in times)
+    return NoisePlan(intervals, options=schedule.options)
 
 
 def plan_ddim_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> NoisePlan:
@@ -35,14 +39,15 @@ def plan_ddim_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> 
     stride = timesteps[-2] - timesteps[-1] if len(timesteps) > 1 else schedule.train_steps
     last = schedule.at(min(timesteps[-1] - stride, -1))
     levels = [*(level_at(schedule, t) for t in timesteps), last]
-    return NoisePlan(tuple(NoiseInterval(*pair) for pair in pairwise(levels)))
+    intervals = tuple(NoiseInterval(*pair) for pair in pairwise(levels))
+    return NoisePlan(intervals, options=schedule.options)
 
 
 def first_order(run: SamplerRun, x: Array) -> Updates:
     """Step as in equation 12 with eta 0, which is Euler's method in sigma / alpha."""
     for interval in run.plan.intervals:
         denoised = run.denoise(x, interval.start)
-        x = ddim_move(x, denoised, interval)
+        x, denoised = clipped_move(x, denoised, interval, run.plan.options)
         x = yield x, denoised
 
 
@@ -52,5 +57,7 @@ DDIM = Sampler(
     plan=plan_ddim,
     plan_from_timesteps=plan_ddim_from_timesteps,
     method=first_order,
-    diffusers=DiffusersScheduler(name="DDIMScheduler"),
+    diffusers=DiffusersScheduler(
+        name="DDIMScheduler", follows=CLIP_OPTIONS, aliases=("DDIMParallelScheduler",)
+    ),
 )

@@ -1,6 +1,9 @@
 """Ancestral sampling with Euler steps, which is DDPM's step: Ho et al. (2020)."""
 
+from collections.abc import Sequence
+
 from latentforge.runtime.sampling.euler import plan_euler, plan_euler_from_timesteps
+from latentforge.runtime.sampling.levels import NoisePlan
 from latentforge.runtime.sampling.moves import renoise_move
 from latentforge.runtime.sampling.sampler import (
     Array,
@@ -9,8 +12,17 @@ from latentforge.runtime.sampling.sampler import (
     SamplerRun,
     Updates,
 )
+from latentforge.runtime.sampling.schedule import Schedule
 
 __all__ = ["EULER_ANCESTRAL"]
+
+
+def _plan(schedule: Schedule, steps: int) -> NoisePlan:
+    return plan_euler(schedule.followed(()), steps)
+
+
+def _plan_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> NoisePlan:
+    return plan_euler_from_timesteps(schedule.followed(()), timesteps)
 
 
 def _ancestral(run: SamplerRun, x: Array) -> Updates:
@@ -24,8 +36,8 @@ def _ancestral(run: SamplerRun, x: Array) -> Updates:
 EULER_ANCESTRAL = Sampler(
     name="euler_ancestral",
     summary="Euler, with fresh noise at each step",
-    plan=plan_euler,
-    plan_from_timesteps=plan_euler_from_timesteps,
+    plan=_plan,
+    plan_from_timesteps=_plan_from_timesteps,
     method=_ancestral,
     diffusers=DiffusersScheduler(name="EulerAncestralDiscreteScheduler"),
 )

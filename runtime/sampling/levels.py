@@ -8,8 +8,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.sampling.options import DEFAULT_OPTIONS, SolverOptions
 
-__all__ = ["CLEAN", "NoiseInterval", "NoiseLevel", "NoisePlan", "chain"]
+__all__ = ["CLEAN", "NoiseInterval", "NoiseLevel", "NoisePlan", "SolverStep", "chain"]
+
+_RUNGE_KUTTA = 9  # further evaluations of PNDM's three Runge-Kutta steps
 
 
 class NoiseLevel(NamedTuple):
@@ -43,6 +46,22 @@ class NoiseInterval(NamedTuple):
     end: NoiseLevel
 
 
+class SolverStep(NamedTuple):
+    """Particulars of a method in one interval, which depend on the complete plan.
+
+    Attributes:
+        order: highest order of the method in this interval.
+        correct: False if UniPC does not correct the step that ends where this one starts.
+        weights: of the last outputs of a linear multistep method, latest first.
+        middle: level at which a method of order two evaluates the network again.
+    """
+
+    order: int = 1
+    correct: bool = True
+    weights: tuple[float, ...] = ()
+    middle: NoiseLevel | None = None
+
+
 @dataclass(frozen=True)
 class NoisePlan:
     """Steps of one sampling run. An interval usually starts where the previous one ended.
@@ -55,16 +74,29 @@ class NoisePlan:
         scale: standard deviation of the initial latents.
         repeat_intervals: for PNDM, whose second evaluation repeats the first step; one for every
             interval but the first: the interval that replaces it if it is evaluated second.
+        solver: particulars of the method, one per interval; empty: the method's defaults.
+        options: options of the method.
+        runge_kutta: True if the first twelve intervals are the evaluations of PNDM's three
+            Runge-Kutta steps. Such a plan cannot be divided.
     """
 
     intervals: tuple[NoiseInterval, ...]
     scale: float = 1.0
     repeat_intervals: tuple[NoiseInterval, ...] = ()
+    solver: tuple[SolverStep, ...] = ()
+    options: SolverOptions = DEFAULT_OPTIONS
+    runge_kutta: bool = False
 
     @property
     def steps(self) -> int:
-        """Number of steps of a complete plan, not counting PNDM's repetition."""
-        return len(self.intervals) - bool(self.repeat_intervals)
+        """Number of steps of a complete plan, not counting PNDM's further evaluations."""
+        extra = _RUNGE_KUTTA if self.runge_kutta else bool(self.repeat_intervals)
+        return len(self.intervals) - extra
+
+    @property
+    def solver_steps(self) -> tuple[SolverStep | None, ...]:
+        """Particulars of the method for each interval, None where there are none."""
+        return self.solver or (None,) * len(self.intervals)
 
     @property
     def timesteps(self) -> list[float]:
@@ -77,12 +109,31 @@ class NoisePlan:
         PNDM then repeats the first of the remaining steps, as it does in diffusers, so the
         interval after it is never covered. That is hardly what its authors intended.
         """
-        intervals, repeats = self.intervals[count:], self.repeat_intervals[count:]
-        return dataclasses.replace(self, intervals=intervals, repeat_intervals=repeats)
+        if not count:
+            return self
+        self._check_divisible()
+        return dataclasses.replace(
+            self,
+            intervals=self.intervals[count:],
+            repeat_intervals=self.repeat_intervals[count:],
+            solver=self.solver[count:],
+        )
 
     def until(self, count: int) -> "NoisePlan":
         """Return the first `count` intervals, for a run that ends early with noise left."""
-        return dataclasses.replace(self, intervals=self.intervals[:count])
+        if count >= len(self.intervals):
+            return self
+        self._check_divisible()
+        return dataclasses.replace(
+            self, intervals=self.intervals[:count], solver=self.solver[:count]
+        )
+
+    def _check_divisible(self) -> None:
+        if self.runge_kutta:
+            raise SettingsError(
+                "PNDM with Runge-Kutta steps takes all steps from pure noise: for images and for "
+                "parts of a run set sampler to pndm"
+            )
 
     def of_strength(self, strength: float) -> "NoisePlan":
         """Return the last part of a complete plan, for image-to-image.
@@ -136,14 +187,15 @@ class NoisePlan:
         return self.until(kept).after(skipped)
 
 
-def chain(levels: Sequence[NoiseLevel]) -> tuple[NoiseInterval, ...]:
-    """Return the intervals from each level to the next, and from the last to the clean latent.
+def chain(levels: Sequence[NoiseLevel], last: NoiseLevel = CLEAN) -> tuple[NoiseInterval, ...]:
+    """Return the intervals from each level to the next, and from there to the last one.
 
     Raises:
-        SettingsError: two successive levels have the same noise.
+        SettingsError: two successive levels have the same noise. (The last may repeat it: some
+            schedules of diffusers end on the level of their last timestep.)
     """
-    intervals = tuple(NoiseInterval(*pair) for pair in pairwise([*levels, CLEAN]))
-    for start, end in intervals:
+    intervals = tuple(NoiseInterval(*pair) for pair in pairwise([*levels, last]))
+    for start, end in intervals if last is CLEAN else intervals[:-1]:
         if start.log_snr >= end.log_snr:
             raise SettingsError(
                 f"{len(levels)} steps are too many: the step at timestep {start.timestep:g} would "

@@ -1,4 +1,4 @@
-"""Three moves between noise levels, from which the samplers are made.
+"""Moves between noise levels, from which the samplers are made.
 
 All of them keep x in the variance-preserving scale, x = alpha * clean + sigma * noise, where every
 step is finite at zero terminal SNR. There, most samplers differ only in the levels they visit and
@@ -8,9 +8,11 @@ in the clean latent they step towards:
     noise    x' = alpha' (x - sigma e) / alpha + sigma' e
     renoise  x' = alpha' D + sigma' (r (x - alpha D) / sigma + sqrt(1 - r**2) z)
 
+    shift    x' = alpha' x / alpha + 2 sigma' (1 - q) e + sigma' sqrt(q**2 - 1) z
+
 D is a clean latent, e a noise, z fresh noise, a prime marks the level at the end of the interval,
 and r is the ratio of sigma' / alpha' to sigma / alpha. With e = (x - alpha D) / sigma, the second
-move equals the first. Weights are computed in float64, arrays in float32.
+move equals the first; q is 1 / r. Weights are computed in float64, arrays in float32.
 """
 
 import math
@@ -19,8 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.sampling.levels import NoiseInterval, NoiseLevel
+from latentforge.runtime.sampling.options import SolverOptions
 
-__all__ = ["blend", "ddim_move", "noise_in", "noise_move", "renoise_move"]
+__all__ = [
+    "blend",
+    "clipped",
+    "clipped_move",
+    "ddim_move",
+    "noise_in",
+    "noise_move",
+    "renoise_move",
+    "shift_move",
+]
 
 Array = NDArray[np.float32]
 
@@ -38,6 +50,27 @@ def ddim_move(x: Array, clean: Array, interval: NoiseInterval) -> Array:
     return blend((kept, x), (end.alpha - kept * start.alpha, clean))
 
 
+def clipped(clean: Array, options: SolverOptions) -> Array:
+    """Return a clean latent, clipped if the options ask for it."""
+    limit = np.float32(options.clip_sample_range)
+    return np.clip(clean, -limit, limit) if options.clip_sample else clean
+
+
+def clipped_move(
+    x: Array, clean: Array, interval: NoiseInterval, options: SolverOptions
+) -> tuple[Array, Array]:
+    """Step towards the clipped clean latent and keep the noise of the unclipped one.
+
+    Returns:
+        The latents, and the clean latent that the step went towards.
+    """
+    if not options.clip_sample:
+        return ddim_move(x, clean, interval), clean
+    limited = clipped(clean, options)
+    noise = noise_in(x, clean, interval.start)
+    return blend((interval.end.alpha, limited), (interval.end.sigma, noise)), limited
+
+
 def noise_move(x: Array, noise: Array, interval: NoiseInterval) -> Array:
     """Step along a noise that need not be the one in x."""
     start, end = interval
@@ -52,6 +85,14 @@ def renoise_move(x: Array, clean: Array, interval: NoiseInterval, fresh: Array) 
     kept = ratio * end.sigma / start.sigma
     added = end.sigma * math.sqrt(1 - ratio**2)
     return blend((kept, x), (end.alpha - kept * start.alpha, clean), (added, fresh))
+
+
+def shift_move(x: Array, noise: Array, interval: NoiseInterval, fresh: Array) -> Array:
+    """Step twice as far along a noise as noise_move(), and add fresh noise (SDE-DPM-Solver)."""
+    start, end = interval
+    growth = start.sigma * end.alpha / (start.alpha * end.sigma)
+    along, added = 2 * end.sigma * (1 - growth), end.sigma * math.sqrt(growth**2 - 1)
+    return blend((end.alpha / start.alpha, x), (along, noise), (added, fresh))
 
 
 def noise_in(x: Array, clean: Array, level: NoiseLevel) -> Array:

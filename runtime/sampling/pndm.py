@@ -14,10 +14,10 @@ from latentforge.runtime.sampling.sampler import (
 )
 from latentforge.runtime.sampling.schedule import Schedule
 
-__all__ = ["PNDM", "plan_pndm"]
+__all__ = ["ADAMS_BASHFORTH", "PNDM", "plan_pndm"]
 
 # Weights of the mean of a function over the next step, from its last values, latest first.
-_ADAMS_BASHFORTH = (
+ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -32,7 +32,7 @@ def plan_pndm(schedule: Schedule, steps: int) -> NoisePlan:
     training timestep by default.
     """
     ends_clean = schedule.final_alpha_one is True
-    schedule = replace(schedule, zero_terminal_snr=False, final_alpha_one=ends_clean)
+    schedule = replace(schedule.followed(()), zero_terminal_snr=False, final_alpha_one=ends_clean)
     first, *rest = plan_ddim(schedule, steps).intervals
     if not rest:
         return NoisePlan((first,))
@@ -58,7 +58,7 @@ def _pndm(run: SamplerRun, x: Array) -> Updates:
             x, mean = origin, blend((1 / 2, output), (1 / 2, outputs[0]))
         else:
             outputs = [output, *outputs[:3]]
-            mean = blend(*zip(_ADAMS_BASHFORTH[len(outputs) - 1], outputs, strict=True))
+            mean = blend(*zip(ADAMS_BASHFORTH[len(outputs) - 1], outputs, strict=True))
         x = noise_move(x, run.prediction.noise(x, mean, interval.start), interval)
         x = yield x, denoised
 

@@ -1,7 +1,9 @@
 """Prediction types: what a denoiser's output means, and how to convert it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -17,8 +19,8 @@ __all__ = ["PREDICTIONS", "Prediction", "PredictionType", "prediction_type"]
 Array = NDArray[np.float32]
 Conversion = Callable[[Array, Array, NoiseLevel], Array]
 
-Prediction = Literal["epsilon", "v_prediction"]
-"""Name of a prediction type, under the name that diffusers has for it."""
+Prediction = Literal["epsilon", "v_prediction", "sample", "edm_epsilon", "edm_v_prediction"]
+"""Name of a prediction type: diffusers' own, or that with "edm" for an EDM schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,38 @@ def _v_noise(x: Array, output: Array, level: NoiseLevel) -> Array:
     return blend((level.alpha, output), (level.sigma, x))
 
 
+def _sample_clean(x: Array, output: Array, level: NoiseLevel) -> Array:
+    return output
+
+
+def _sample_output(x: Array, clean: Array, level: NoiseLevel) -> Array:
+    return clean
+
+
+def _edm_clean(x: Array, output: Array, level: NoiseLevel, *, sign: float = 1) -> Array:
+    """Apply c_skip and c_out of Karras et al. (2022), table 1.
+
+    There x is the network's input, so that alpha is c_in and sigma_data follows from the level.
+    """
+    ratio = level.sigma / level.alpha
+    data = math.sqrt(1 / level.alpha**2 - ratio**2)
+    return blend((data**2 * level.alpha, x), (sign * ratio * data * level.alpha, output))
+
+
+def _edm_output(x: Array, clean: Array, level: NoiseLevel, *, sign: float = 1) -> Array:
+    ratio = level.sigma / level.alpha
+    data = math.sqrt(1 / level.alpha**2 - ratio**2)
+    factor = 1 / (sign * ratio * data * level.alpha)
+    return blend((factor, clean), (-factor * data**2 * level.alpha, x))
+
+
+def _noise_of(clean: Conversion) -> Conversion:
+    """Return the conversion to the noise, by way of the clean latent."""
+    return lambda x, output, level: noise_in(x, clean(x, output, level), level)
+
+
+_edm_v_clean = partial(_edm_clean, sign=-1)
+
 _ROWS = (
     # The noise itself: Ho et al. (2020).
     PredictionType(
@@ -91,6 +125,29 @@ _ROWS = (
         output=_v_output,
         noise=_v_noise,
         defined_without_signal=True,
+    ),
+    # The clean latent itself.
+    PredictionType(
+        name="sample",
+        clean=_sample_clean,
+        output=_sample_output,
+        noise=_noise_of(_sample_clean),
+        defined_without_signal=True,
+    ),
+    # The preconditioned network of EDM, and its negative, which diffusers names v_prediction.
+    PredictionType(
+        name="edm_epsilon",
+        clean=_edm_clean,
+        output=_edm_output,
+        noise=_noise_of(_edm_clean),
+        defined_without_signal=False,
+    ),
+    PredictionType(
+        name="edm_v_prediction",
+        clean=_edm_v_clean,
+        output=partial(_edm_output, sign=-1),
+        noise=_noise_of(_edm_v_clean),
+        defined_without_signal=False,
     ),
 )
 

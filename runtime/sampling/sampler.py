@@ -7,6 +7,7 @@ sigma * noise. Guidance and engines are hidden behind it.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel, NoisePlan
 from latentforge.runtime.sampling.moves import blend
 from latentforge.runtime.sampling.prediction import Prediction, PredictionType, prediction_type
-from latentforge.runtime.sampling.schedule import Schedule
+from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule
 
 __all__ = [
     "Array",
@@ -42,8 +43,8 @@ Noise = Callable[[], Array]
 MaskBlend = Callable[[Array, NoiseLevel], Array]
 """(x, level) -> x with the image, noised to this level, put back outside of the mask."""
 
-Planner = Callable[[Schedule, int], NoisePlan]
-"""(schedule, steps) -> plan."""
+Planner = Callable[[Any, int], NoisePlan]
+"""(schedule, steps) -> plan; the schedule is of the sampler's kind."""
 
 TimestepPlanner = Callable[[Schedule, Sequence[float]], NoisePlan]
 """(schedule, timesteps) -> plan; timesteps are strictly decreasing and may be fractional."""
@@ -102,11 +103,16 @@ class DiffusersScheduler:
         options: arguments of its from_config, besides the checkpoint's own configuration.
         explicit_timesteps: True if its set_timesteps needs the timesteps of the sampler's plan,
             because it cannot compute them from a number of steps.
+        follows: arguments of its constructor that the sampler takes from the checkpoint, besides
+            those of the noise schedule.
+        aliases: further class names of the same numbers.
     """
 
     name: str
     options: Mapping[str, bool | int | str] = field(default_factory=dict)
     explicit_timesteps: bool = False
+    follows: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,7 @@ class Sampler:
             function of timesteps.
         method: steps from level to level.
         diffusers: the equivalent diffusers scheduler.
+        schedule: kind of schedule that it steps along.
     """
 
     name: str
@@ -129,6 +136,7 @@ class Sampler:
     plan_from_timesteps: TimestepPlanner | None
     method: Method
     diffusers: DiffusersScheduler
+    schedule: type[Schedule] | type[EDMSchedule] = Schedule
 
     def run(
         self,

@@ -1,28 +1,38 @@
 """Noise schedule of a discrete diffusion model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel
+from latentforge.runtime.sampling.options import DEFAULT_OPTIONS, SolverOptions
 
-__all__ = ["BetaKind", "Schedule", "Spacing"]
+__all__ = ["BetaKind", "EDMSchedule", "Schedule", "Spacing"]
 
-BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "explicit"]
+BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "explicit"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 _SPACINGS = get_args(Spacing)
 _MAX_TRAIN_STEPS = 100_000
 
 
-class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+class Schedule(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    dict=True,
+    tag_field="kind",
+    tag="discrete",
+):
     """Noise schedule of a checkpoint: plain data, stored in the manifest under "schedule".
 
     It gives the amount of noise that the network saw at each training timestep: a latent at
@@ -40,6 +50,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         zero_terminal_snr: rescale the betas so that the last training timestep is pure noise.
         final_alpha_one: True if DDIM and PNDM end on the clean latent, False if on the first
             training timestep; None: each sampler's default in diffusers.
+        options: further options of the checkpoint's scheduler.
     """
 
     train_steps: int = 1000
@@ -51,6 +62,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     offset: int
     zero_terminal_snr: bool
     final_alpha_one: bool | None
+    options: SolverOptions = DEFAULT_OPTIONS
 
     def __post_init__(self) -> None:
         for name, known in (("beta_kind", get_args(BetaKind)), ("spacing", (*_SPACINGS, None))):
@@ -100,6 +112,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         sigma = math.sqrt(np.float32(1) - square)
         return NoiseLevel(math.sqrt(square), sigma, float(timestep))
 
+    def followed(self, keys: Collection[str]) -> "Schedule":
+        """Return the schedule without the options that a sampler does not read."""
+        return replace(self, options=self.options.followed(keys))
+
     def check(self, timesteps: Sequence[float]) -> None:
         """Check that the network was trained on a range that holds these timesteps.
 
@@ -121,9 +137,68 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 ends = math.sqrt(self.beta_start), math.sqrt(self.beta_end)
                 return np.square(_linspace(*ends, self.train_steps))
             case "squaredcos_cap_v2":
-                return _cosine_betas(self.train_steps)
+                return _capped_betas(_cosine, self.train_steps)
+            case "laplace":
+                return _capped_betas(_laplace, self.train_steps)
+            case "sigmoid":
+                curve = 1 / (1 + np.exp(-_linspace(-6, 6, self.train_steps).astype(np.float64)))
+                betas = curve * (self.beta_end - self.beta_start) + self.beta_start
+                return np.asarray(betas, np.float32)
             case "explicit":
                 return np.array(self.betas, np.float32)
+
+
+class EDMSchedule(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="kind",
+    tag="edm",
+):
+    """Noise schedule of a model in the preconditioning of Karras et al. (2022), table 1.
+
+    The network sees x = (clean + sigma * noise) / sqrt(sigma**2 + sigma_data**2), and
+    log(sigma) / 4 as its timestep.
+
+    Attributes:
+        train_steps: number of steps that can be taken.
+        sigma_min, sigma_max: ends of the noise.
+        sigma_data: standard deviation of the data.
+        sigma_schedule: spacing of the steps.
+        rho: exponent of the "karras" spacing.
+        options: further options of the checkpoint's scheduler.
+    """
+
+    train_steps: int = 1000
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+    sigma_schedule: Literal["karras", "exponential"]
+    rho: float = 7.0
+    options: SolverOptions = DEFAULT_OPTIONS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ManifestError("schedule: sigma_min must be above 0 and below sigma_max")
+        if not (0 < self.sigma_data < math.inf and 0 < self.rho < math.inf):
+            raise ManifestError("schedule: sigma_data and rho must be positive numbers")
+        if self.train_steps < 1:
+            raise ManifestError("schedule: train_steps must be at least 1")
+
+    def level(self, sigma: float) -> NoiseLevel:
+        """Return the level of a standard deviation of noise, in the scale of the network."""
+        alpha = 1 / math.hypot(sigma, self.sigma_data)
+        return NoiseLevel(alpha, sigma * alpha, math.log(sigma) / 4 if sigma else 0.0)
+
+    def check(self, timesteps: Sequence[float]) -> None:
+        """Check custom timesteps, of which there are none here.
+
+        Raises:
+            SettingsError: there are some.
+        """
+        if timesteps:
+            raise SettingsError("an EDM schedule has no timesteps to choose: set steps instead")
 
 
 # Betas, rounded as torch rounds them.
@@ -138,15 +213,22 @@ def _linspace(first: float, last: float, count: int) -> NDArray[np.float32]:
     return np.where(index < max(count // 2, 1), rising, falling).astype(np.float32)
 
 
-def _cosine_betas(count: int) -> NDArray[np.float32]:
-    """Compute the betas of Nichol & Dhariwal (2021), equation 17, capped at 0.999."""
-
-    def alpha_bar(t: float) -> float:
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
+def _capped_betas(alpha_bar: Callable[[float], float], count: int) -> NDArray[np.float32]:
+    """Compute the betas of a curve of alpha**2 over time from 0 to 1, capped at 0.999."""
     times = [index / count for index in range(count + 1)]
     betas = [min(1 - alpha_bar(after) / alpha_bar(t), 0.999) for t, after in pairwise(times)]
     return np.array(betas, np.float32)
+
+
+def _cosine(t: float) -> float:
+    """Evaluate Nichol & Dhariwal (2021), equation 17."""
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(t: float) -> float:
+    """Evaluate the Laplace schedule of Hang et al. (2024), arXiv 2407.03297, as diffusers does."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
+    return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
 
 
 def _rescaled(betas: NDArray[np.float32]) -> NDArray[np.float32]:

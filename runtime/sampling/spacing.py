@@ -5,26 +5,40 @@ schedulers, which this follows to the last rounding, read each in their own way.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.sampling.levels import NoiseLevel
+from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel
+from latentforge.runtime.sampling.options import SigmaSpacing
 from latentforge.runtime.sampling.schedule import Schedule, Spacing
+from latentforge.runtime.sampling.sigmas import respaced
 
 __all__ = [
+    "Rounding",
     "check_steps",
+    "final_level",
     "level_at",
     "levels_at",
     "levels_of_ratios",
     "noise_ratios",
+    "respaced_levels",
     "spaced_timesteps",
     "timesteps_of_ratios",
+    "unrounded",
 ]
 
+Rounding = Callable[[NDArray[np.float64], SigmaSpacing], NDArray[np.float64]]
+"""(timesteps, spacing) -> timesteps as the diffusers scheduler of a sampler rounds them."""
+
 _NEARLY_ZERO = 2.0**-24  # replaces alpha**2 = 0 where a sampler works with sigma / alpha
+
+
+def unrounded(times: NDArray[np.float64], _: SigmaSpacing) -> NDArray[np.float64]:
+    """Return the timesteps as they are."""
+    return times
 
 
 def check_steps(schedule: Schedule, steps: int) -> int:
@@ -38,20 +52,23 @@ def check_steps(schedule: Schedule, steps: int) -> int:
     return steps
 
 
-def spaced_timesteps(schedule: Schedule, count: int, default: Spacing) -> NDArray[np.float64]:
+def spaced_timesteps(
+    schedule: Schedule, count: int, default: Spacing, clipped: int = 0
+) -> NDArray[np.float64]:
     """Return decreasing timesteps in one of the three spacings, of shape (count,).
 
     Args:
         schedule: names the spacing.
         count: number of timesteps.
         default: the sampler's own spacing, for a schedule that names none.
+        clipped: number of the noisiest training timesteps to leave out.
     """
-    total = schedule.train_steps
+    total = schedule.train_steps - clipped
     match schedule.spacing or default:
         case "leading":
             return np.arange(float(count))[::-1] * (total // count) + schedule.offset
         case "trailing":
-            return np.round(np.arange(total, 0.0, -total / count)[:count]) - 1
+            return np.round(np.arange(total, 0.0, -schedule.train_steps / count)[:count]) - 1
         case "linspace":
             return np.linspace(0, total - 1, count)[::-1]
 
@@ -78,6 +95,32 @@ def timesteps_of_ratios(
     below = np.clip(np.searchsorted(logs, target, side="right") - 1, 0, len(logs) - 2)
     weight = np.clip((logs[below] - target) / (logs[below] - logs[below + 1]), 0, 1)
     return np.asarray((1 - weight) * below + weight * (below + 1), np.float64)
+
+
+def respaced_levels(
+    schedule: Schedule, count: int, ends: NDArray[np.floating], rounding: Rounding
+) -> list[NoiseLevel]:
+    """Return levels at the spacing of sigma / alpha that the schedule's options name.
+
+    Args:
+        schedule: names the spacing, and may name its ends.
+        count: number of levels.
+        ends: values of sigma / alpha of which the first and the last are used, where the schedule
+            names none.
+        rounding: rounds the timesteps of the levels.
+    """
+    options, spacing = schedule.options, schedule.options.sigma_spacing or "karras"
+    high, low = options.sigma_max or float(ends[0]), options.sigma_min or float(ends[-1])
+    chosen = respaced(spacing, high, low, count)
+    times = timesteps_of_ratios(noise_ratios(schedule), chosen)
+    return levels_of_ratios(chosen, rounding(times, spacing))
+
+
+def final_level(schedule: Schedule) -> NoiseLevel:
+    """Return the level on which a sampler ends that reads final_sigmas_type."""
+    if schedule.options.final_sigmas_type == "zero":
+        return CLEAN
+    return levels_at(schedule, [0])[0]
 
 
 def level_at(schedule: Schedule, timestep: float) -> NoiseLevel:

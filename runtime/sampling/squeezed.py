@@ -7,16 +7,19 @@ import numpy as np
 from msgspec.structs import replace
 
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.sampling.dpmpp_2m import DPM_SCHEDULER, multistep
-from latentforge.runtime.sampling.levels import NoiseInterval, NoisePlan, chain
-from latentforge.runtime.sampling.multistep import Evaluation, extrapolate
-from latentforge.runtime.sampling.sampler import Array, DiffusersScheduler, Sampler
+from latentforge.runtime.sampling.dpmpp_2m import DPM_SCHEDULER
+from latentforge.runtime.sampling.levels import NoisePlan, chain
+from latentforge.runtime.sampling.multistep import multistep, multistep_orders
+from latentforge.runtime.sampling.options import SolverOptions
+from latentforge.runtime.sampling.sampler import DiffusersScheduler, Sampler
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.sampling.spacing import check_steps, levels_at, noise_ratios
 
 __all__ = ["SQUEEZED_10", "SQUEEZED_11"]
 
 _SQUEEZED_FROM = 16  # number of steps that Deci's modes are made for
+# Averages the linearly extrapolated clean latent over each step.
+_OPTIONS = SolverOptions(solver_order=2, solver_type="heun")
 _LOG_SNR = -7.5  # training timesteps below it are left out
 
 
@@ -44,21 +47,9 @@ def _plan(schedule: Schedule, steps: int, *, count: int, kept: int) -> NoisePlan
             f"{steps} steps cannot be squeezed into {count}: use {_SQUEEZED_FROM}, as Deci does"
         )
     times = np.append(planned[:kept], stride * np.arange(count - kept, -1, -1))
-    return NoisePlan(chain(levels_at(schedule, times.tolist()))[:-1])
-
-
-def _mean(now: Evaluation, last: Evaluation | None, interval: NoiseInterval) -> Array:
-    """Average the linearly extrapolated clean latent over the interval.
-
-    The weights are those of the exact solution: Lu et al. (2022), arXiv 2211.01095, proposition
-    4.1; algorithm 2 takes the value at the midpoint. diffusers has both, and calls this one
-    "heun". The step to the first training timestep is first order, as it is there in runs of
-    fewer than 15 steps.
-    """
-    if last is None or interval.end.timestep == 0:
-        return now.denoised
-    h = interval.end.log_snr - now.level.log_snr
-    return extrapolate(now, last, interval, -1 / math.expm1(-h) - 1 / h)
+    intervals = chain(levels_at(schedule, times.tolist()))[:-1]
+    solver = multistep_orders(len(intervals), _OPTIONS, ends_clean=False)
+    return NoisePlan(intervals, solver=solver, options=_OPTIONS)
 
 
 _SCHEDULER = DiffusersScheduler(
@@ -78,7 +69,7 @@ SQUEEZED_10 = Sampler(
     summary="DeciDiffusion 2.0's: 16 steps squeezed into 10",
     plan=partial(_plan, count=10, kept=6),  # Deci's squeeze mode "10,6"
     plan_from_timesteps=None,
-    method=partial(multistep, target=_mean),
+    method=multistep,
     diffusers=_SCHEDULER,
 )
 
@@ -87,6 +78,6 @@ SQUEEZED_11 = Sampler(
     summary="DeciDiffusion 2.0's: 16 steps squeezed into 11",
     plan=partial(_plan, count=11, kept=7),  # Deci's squeeze mode "11,7"
     plan_from_timesteps=None,
-    method=partial(multistep, target=_mean),
+    method=multistep,
     diffusers=_SCHEDULER,
 )

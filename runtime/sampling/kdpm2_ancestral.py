@@ -1,0 +1,60 @@
+"""Ancestral sampling with steps of DPM-Solver-2, as in k-diffusion."""
+
+import math
+
+from latentforge.runtime.sampling.euler import SIGMA_OPTIONS
+from latentforge.runtime.sampling.kdpm2 import plan_with_middles
+from latentforge.runtime.sampling.levels import NoiseInterval, NoisePlan
+from latentforge.runtime.sampling.moves import blend, ddim_move, noise_in
+from latentforge.runtime.sampling.sampler import (
+    Array,
+    DiffusersScheduler,
+    Sampler,
+    SamplerRun,
+    Updates,
+)
+from latentforge.runtime.sampling.schedule import Schedule
+
+__all__ = ["KDPM2_ANCESTRAL"]
+
+
+def _below(start: float, end: float) -> float:
+    """Return the value of sigma / alpha below the end, up to which fresh noise is added."""
+    return end * end / start
+
+
+def _plan(schedule: Schedule, steps: int) -> NoisePlan:
+    return plan_with_middles(schedule, steps, _below)
+
+
+def _kdpm2_ancestral(run: SamplerRun, x: Array) -> Updates:
+    """Step below the planned level, along the noise in the middle, and add fresh noise up to it."""
+    for interval, solver in zip(run.plan.intervals, run.plan.solver_steps, strict=True):
+        denoised = run.denoise(x, interval.start)
+        if solver is None or solver.middle is None:
+            x = yield ddim_move(x, denoised, interval), denoised
+            continue
+        halfway = ddim_move(x, denoised, NoiseInterval(interval.start, solver.middle))
+        halfway = run.mask_blend(halfway, solver.middle)
+        denoised = run.denoise(halfway, solver.middle)
+        noise = noise_in(halfway, denoised, solver.middle)
+        x = yield _renoised(x, noise, interval, run.noise()), denoised
+
+
+def _renoised(x: Array, noise: Array, interval: NoiseInterval, fresh: Array) -> Array:
+    start, end = interval
+    before, after = start.sigma / start.alpha, end.sigma / end.alpha
+    below = _below(before, after)
+    added = math.sqrt(after**2 - below**2)
+    scaled = (end.alpha / start.alpha, x), (end.alpha * (below - before), noise)
+    return blend(*scaled, (end.alpha * added, fresh))
+
+
+KDPM2_ANCESTRAL = Sampler(
+    name="kdpm2_ancestral",
+    summary="kdpm2, with fresh noise at each step",
+    plan=_plan,
+    plan_from_timesteps=None,
+    method=_kdpm2_ancestral,
+    diffusers=DiffusersScheduler(name="KDPM2AncestralDiscreteScheduler", follows=SIGMA_OPTIONS),
+)
