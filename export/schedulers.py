@@ -3,7 +3,9 @@
 import inspect
 import logging
 import reprlib
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,7 @@ __all__ = [
     "default_sampler",
     "diffusers_scheduler",
     "prediction_of",
+    "quiet_diffusers",
     "schedule_of",
 ]
 
@@ -74,13 +77,13 @@ class Counterpart:
 
     scheduler: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    timesteps: Callable[[Schedule, int], list[int]] | None = None
+    timesteps: Callable[[Any, int], list[int]] | None = None
 
     @classmethod
     def of(cls, sampler: Sampler) -> "Counterpart":
         """Return the counterpart that a sampler names."""
 
-        def timesteps(schedule: Schedule, steps: int) -> list[int]:
+        def timesteps(schedule: Any, steps: int) -> list[int]:
             return [int(time) for time in sampler.plan(schedule, steps).timesteps]
 
         row = sampler.diffusers
@@ -157,12 +160,22 @@ def diffusers_scheduler(name: str, config: Mapping[str, Any], **options: Any) ->
         CheckpointError: diffusers refuses the configuration.
     """
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # keys that it ignores are warned of here
     try:
-        return getattr(diffusers, name).from_config(public, **options)
+        with quiet_diffusers():  # keys that it ignores are warned of here
+            return getattr(diffusers, name).from_config(public, **options)
     except Exception as error:
         raise CheckpointError(f"scheduler_config.json: {name}: {one_line(error)}") from error
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Context manager that silences the warnings of diffusers."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
 
@@ -210,8 +223,8 @@ def default_sampler(config: Mapping[str, Any]) -> str:
     rows = [row for row in SAMPLERS.values() if _is_counterpart(row, name, resolved)]
     if not rows:
         raise CheckpointError(
-            f"scheduler_config.json: no sampler corresponds to this {name}: to take another, export "
-            "with --sampler"
+            f"scheduler_config.json: no sampler corresponds to this {name}: to take another, "
+            "export with --sampler"
         )
     sampler = max(rows, key=lambda row: len(row.diffusers.options))
     if ignored := _ignored_options(name, resolved, sampler):
@@ -232,9 +245,7 @@ def _is_counterpart(row: Sampler, name: str, resolved: Mapping[str, Any]) -> boo
     )
 
 
-def _ignored_options(
-    name: str, resolved: Mapping[str, Any], sampler: Sampler
-) -> dict[str, Any]:
+def _ignored_options(name: str, resolved: Mapping[str, Any], sampler: Sampler) -> dict[str, Any]:
     """Return the options that differ from their defaults and that the sampler does not read."""
     read = _SCHEDULE_KEYS | sampler.diffusers.follows | set(sampler.diffusers.options)
     read |= _INERT_KEYS[""] | _INERT_KEYS.get(name, frozenset())
@@ -252,11 +263,11 @@ def _class_name(config: Mapping[str, Any], sampler: str | None) -> str:
     Raises:
         CheckpointError: there is no such class, or no network here can use it.
     """
-    name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    name = str(config.get("_class_name"))
+    kind = getattr(diffusers, name, None)
     if inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin):
         if "beta_schedule" in _defaults(name) or "sigma_data" in _defaults(name):
-            return str(name)
+            return name
         raise CheckpointError(
             f"scheduler_config.json: {name} has no noise schedule of betas, which these models are "
             "trained on: diffusers' pipeline cannot use it either"
@@ -294,7 +305,8 @@ def _resolved(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warn_of_unknown_keys(name: str, config: Mapping[str, Any]) -> None:
-    known = {*_defaults(name), *_SCHEDULE_KEYS, *_INERT_KEYS[""], "clip_sample", "sigma_min", "sigma_max"}
+    known = {*_defaults(name), *_SCHEDULE_KEYS, *_INERT_KEYS[""]}
+    known |= {"clip_sample", "sigma_min", "sigma_max"}  # of the pipelines, of every spacing
     unknown = [key for key in config if key not in known and not key.startswith("_")]
     if unknown:
         _log.warning(
@@ -305,9 +317,7 @@ def _warn_of_unknown_keys(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _schedule(
-    resolved: Mapping[str, Any], config: Mapping[str, Any]
-) -> Schedule | EDMSchedule:
+def _schedule(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> Schedule | EDMSchedule:
     options = _options(resolved, config)
     if "sigma_data" in resolved:
         names = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")

@@ -23,7 +23,7 @@ from latentforge.runtime.manifest.formats import FORMAT, check_format
 from latentforge.runtime.manifest.integrity import check_file, check_hashes, read_content
 from latentforge.runtime.record import Record
 from latentforge.runtime.sampling.prediction import Prediction
-from latentforge.runtime.sampling.schedule import Schedule
+from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule
 from latentforge.runtime.shapes import ANY, Range, Shapes, bounding_range, nearest
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 from latentforge.runtime.version import __version__
@@ -44,6 +44,7 @@ __all__ = [
     "Manifest",
     "NoiseAugmentation",
     "RequestDefaults",
+    "ScheduleProof",
     "Stage",
     "TextEncoding",
     "TimeId",
@@ -310,6 +311,24 @@ class RequestDefaults(Record, frozen=True, kw_only=True):
     width: Positive
 
 
+class ScheduleProof(Record, frozen=True, kw_only=True):
+    """Comparison of the default sampler with the checkpoint's own scheduler, made at export.
+
+    Attributes:
+        scheduler: diffusers class that the checkpoint names.
+        sampler: the sampler.
+        options: options of the sampling method that the checkpoint names and the sampler follows.
+        steps: numbers of steps that were compared.
+        difference: largest difference of the latents, relative to their range.
+    """
+
+    scheduler: str
+    sampler: str
+    options: Mapping[str, bool | int | float | str | tuple[int, ...] | None] = {}
+    steps: tuple[int, ...]
+    difference: float
+
+
 class Stage(Record, frozen=True, kw_only=True):
     """Entry of the history: one stage that this directory went through.
 
@@ -364,7 +383,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     prediction: Prediction
     latent: Latent
     conditioning: Conditioning
-    schedule: Schedule
+    schedule: Schedule | EDMSchedule
+    schedule_proof: ScheduleProof | None = None
     defaults: RequestDefaults
     tokenizers: Mapping[str, TokenizerEntry]
     components: Mapping[str, Component]

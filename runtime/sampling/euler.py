@@ -103,7 +103,9 @@ def plan_euler_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) ->
     if schedule.options.continuous_timesteps:
         raise SettingsError("this model takes continuous timesteps: set steps instead")
     levels = levels_at(schedule, timesteps)
-    return NoisePlan(chain(levels, unscaled(final_level(schedule))), start_scale(schedule, levels[0]))
+    return NoisePlan(
+        chain(levels, unscaled(final_level(schedule))), start_scale(schedule, levels[0])
+    )
 
 
 EULER = Sampler(

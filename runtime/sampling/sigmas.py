@@ -32,8 +32,11 @@ def respaced(spacing: SigmaSpacing, high: float, low: float, count: int) -> Arra
         case "karras":
             ends = high ** (1 / _KARRAS_RHO), low ** (1 / _KARRAS_RHO)
             return np.asarray((ends[0] + ramp * (ends[1] - ends[0])) ** _KARRAS_RHO)
-        case "exponential" | "lu":
+        case "exponential":
             return np.exp(np.linspace(math.log(high), math.log(low), count))
+        case "lu":  # with ends in float32, as diffusers has them
+            first, last = (float(np.log(np.float32(value))) for value in (high, low))
+            return np.exp(first + ramp * (last - first))
         case "beta":
             return low + _beta_quantiles(1 - ramp) * (high - low)
 

@@ -110,7 +110,9 @@ def respaced_levels(
         rounding: rounds the timesteps of the levels.
     """
     options, spacing = schedule.options, schedule.options.sigma_spacing or "karras"
-    high, low = options.sigma_max or float(ends[0]), options.sigma_min or float(ends[-1])
+    high, low = float(ends[0]), float(ends[-1])
+    if spacing != "lu":  # which has no such options in diffusers
+        high, low = options.sigma_max or high, options.sigma_min or low
     chosen = respaced(spacing, high, low, count)
     times = timesteps_of_ratios(noise_ratios(schedule), chosen)
     return levels_of_ratios(chosen, rounding(times, spacing))
