@@ -139,9 +139,13 @@ class CheckpointScheduler:
 
     @property
     def followed(self) -> dict[str, Any]:
-        """Options of the sampling method that the checkpoint names and the sampler reads."""
-        reads = SAMPLERS[self.sampler].diffusers.follows
-        return {key: value for key, value in self.config.items() if key in reads}
+        """Options that the checkpoint names and that the schedule holds or the sampler reads."""
+        counterpart = SAMPLERS[self.sampler].diffusers
+        reads = _SCHEDULE_KEYS | counterpart.follows | set(counterpart.options)
+        named = {key: value for key, value in self.config.items() if key in reads}
+        if named.get("trained_betas"):
+            named["trained_betas"] = f"{len(named['trained_betas'])} values"
+        return named
 
 
 def corrected(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +21,8 @@ from latentforge.export.onnx import (
 )
 from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
-from latentforge.export.schedulers import default_sampler, prediction_of, schedule_of
+from latentforge.export.schedule_proof import prove_schedule
+from latentforge.export.schedulers import CheckpointScheduler
 from latentforge.export.tokenizers import write_tokenizer
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ from latentforge.runtime.manifest import (
 )
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.progress import Progress
+from latentforge.runtime.sampling import get as get_sampler
 
 __all__ = ["ExportRequest", "export"]
 
@@ -60,6 +61,8 @@ class ExportRequest:
         components: names of the components to export; all of the family's if empty.
         dimensions: sizes to fix in the graphs; the others stay free.
         layout: arrangement of the engine directory; optimum's pipelines load ``optimum`` too.
+        sampler: default sampler of the engines, in place of the one that corresponds to the
+            checkpoint's scheduler.
         overwrite: replace an existing engine directory.
         quiet: show no progress.
     """
@@ -67,6 +70,7 @@ class ExportRequest:
     components: tuple[str, ...] = ()
     dimensions: Dimensions = Dimensions()
     layout: Layout = "plain"
+    sampler: str | None = None
     overwrite: bool = False
     quiet: bool = True
 
@@ -83,6 +87,7 @@ class _ExportJob:
         family: its model family.
         plan: the family's plan for it, adapted to the layout.
         components: the components to export, of the plan's.
+        scheduler: the checkpoint's scheduler, with the default sampler.
         dimensions: sizes that the graphs are fixed to.
         layout: arrangement of the engine directory.
         graphs: graphs of a checkpoint that optimum exported, by component name.
@@ -92,6 +97,7 @@ class _ExportJob:
     family: Family
     plan: ExportPlan
     components: tuple[ComponentPlan, ...]
+    scheduler: CheckpointScheduler
     dimensions: Dimensions
     layout: Layout
     graphs: Mapping[str, OptimumGraph] = field(default_factory=dict)
@@ -156,6 +162,7 @@ def _job(source: str, request: ExportRequest) -> _ExportJob:
         family=family,
         plan=plan,
         components=_selected(family, plan, request.components),
+        scheduler=_scheduler(checkpoint, family, plan, request.sampler),
         dimensions=request.dimensions,
         layout=request.layout,
     )
@@ -164,6 +171,17 @@ def _job(source: str, request: ExportRequest) -> _ExportJob:
     for component in plan.components:
         checkpoint.weights(component.folder)  # refuse pickles and damage before any work
     return job
+
+
+def _scheduler(
+    checkpoint: Checkpoint, family: Family, plan: ExportPlan, sampler: str | None
+) -> CheckpointScheduler:
+    """Return the checkpoint's scheduler, with the sampler to take by default."""
+    config = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
+    own = checkpoint.sidecar.get("defaults", {}).get("sampler", plan.defaults.sampler)
+    if (chosen := sampler or own) is not None:
+        get_sampler(chosen)
+    return CheckpointScheduler.of(config, chosen)
 
 
 def _selected(family: Family, plan: ExportPlan, names: Sequence[str]) -> tuple[ComponentPlan, ...]:
@@ -223,8 +241,8 @@ def _check_space(job: _ExportJob, directory: Path) -> None:
 
 def _draft(job: _ExportJob, directory: Path) -> Manifest:
     """Write the tokenizers, and return a manifest without components."""
-    checkpoint, plan = job.checkpoint, job.plan
-    scheduler = job.family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
+    checkpoint, plan, scheduler = job.checkpoint, job.plan, job.scheduler
+    defaults = _defaults(job)
     folders = [] if job.graphs else sorted({component.folder for component in job.components})
     return Manifest(
         name=checkpoint.sidecar.get("name") or Path(checkpoint.name).name,
@@ -234,21 +252,21 @@ def _draft(job: _ExportJob, directory: Path) -> Manifest:
             license=checkpoint.license,
             sha256={folder: checkpoint.sha256(folder) for folder in folders},
         ),
-        prediction=prediction_of(scheduler),
+        prediction=scheduler.prediction,
         latent=plan.latent,
         conditioning=plan.conditioning,
-        schedule=schedule_of(scheduler),
-        defaults=_defaults(job, scheduler),
+        schedule=scheduler.schedule,
+        schedule_proof=prove_schedule(scheduler, defaults.steps),
+        defaults=defaults,
         tokenizers={name: write_tokenizer(checkpoint, name, directory) for name in plan.tokenizers},
         components={},
     )
 
 
-def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
+def _defaults(job: _ExportJob) -> RequestDefaults:
     """Return the request defaults: the checkpoint's own where its sidecar has any."""
     family = job.plan.defaults
     defaults = {
-        "sampler": family.sampler or default_sampler(scheduler),
         "steps": family.steps,
         "guidance_scale": family.guidance_scale,
         "guidance_rescale": family.guidance_rescale,
@@ -258,8 +276,9 @@ def _defaults(job: _ExportJob, scheduler: Mapping[str, Any]) -> RequestDefaults:
         "width": job.dimensions.width or job.plan.sample_size[1],
     }
     sidecar = job.checkpoint.sidecar.get("defaults", {})
+    sampler = {"sampler": job.scheduler.sampler}
     try:
-        return msgspec.convert({**defaults, **sidecar}, RequestDefaults)
+        return msgspec.convert({**defaults, **sidecar, **sampler}, RequestDefaults)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{job.checkpoint.name}: defaults: {error}") from error
 

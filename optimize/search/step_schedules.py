@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.optimize.search.timesteps import TimestepResult, Timesteps, search_timesteps
+from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.settings import Settings
 
 __all__ = ["StepSchedules"]
@@ -52,6 +54,10 @@ class StepSchedules:
             return default.sampler, ()
         if steps not in self._results:
             schedule = self._load().manifest.schedule
+            if not isinstance(schedule, Schedule):
+                raise SettingsError(
+                    "timesteps cannot be searched on an EDM schedule: build without --fast"
+                )
             self._results[steps] = search_timesteps(
                 schedule, steps, self._distance, moves=self._moves
             )

@@ -65,12 +65,14 @@ class BuildRequest:
         optimization: recipe, gate, prompts and timing. Its target may also be AUTO: the fastest
             backend of each component on this machine. Its ``overwrite`` and ``quiet`` apply to the
             whole build.
+        sampler: default sampler, in place of the one that follows the checkpoint's scheduler.
         sizes: to build for; unset sizes stay free if the backend supports that.
         options: of the backend, each as KEY=VALUE.
         search: request for an acceleration plan; None for engines without one.
     """
 
     optimization: OptimizeRequest = field(default_factory=OptimizeRequest)
+    sampler: str | None = None
     sizes: Sizes = field(default_factory=Sizes)
     options: tuple[str, ...] = ()
     search: SearchRequest | None = None
@@ -95,7 +97,9 @@ def build(checkpoint: str, target: Path, request: BuildRequest = _DEFAULT) -> Ma
     """
     _check(request)
     options = request.optimization
-    fixed = ExportRequest(dimensions=dimensions(request.sizes), quiet=options.quiet)
+    fixed = ExportRequest(
+        dimensions=dimensions(request.sizes), sampler=request.sampler, quiet=options.quiet
+    )
     with staged_directory(target, overwrite=options.overwrite) as directory:
         exported = directory / "exported"
         try:

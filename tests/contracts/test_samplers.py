@@ -23,7 +23,7 @@ from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.levels import NoiseInterval, NoiseLevel, NoisePlan
 from latentforge.runtime.sampling.prediction import PREDICTIONS, Prediction, prediction_type
 from latentforge.runtime.sampling.sampler import Array
-from latentforge.runtime.sampling.schedule import BetaKind, Schedule, Spacing
+from latentforge.runtime.sampling.schedule import BetaKind, EDMSchedule, Schedule, Spacing
 
 # torch tensors and numpy 2 disagree on a keyword of __array__, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -34,12 +34,6 @@ STD = 0.5  # of the data
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 KARRAS = {"use_karras_sigmas": True}
-SPACINGS = [
-    (name, spacing)
-    for name in SAMPLERS
-    for spacing in ("leading", "trailing", "linspace")
-    if spacing == "leading" or not re.search("lcm|karras|squeezed", name)  # which ignore it
-]
 SQUEEZED = {"squeezed_10": (10, 6), "squeezed_11": (11, 7)}
 DECI = {
     "solver_type": "heun",
@@ -48,6 +42,7 @@ DECI = {
     "timestep_spacing": "linspace",
     "rescale_betas_zero_snr": False,
 }
+# The others are compared by the proof of the schedule: see tests/export/test_schedule_proof.py.
 REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -63,6 +58,19 @@ REFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "squeezed_11": ("DPMSolverMultistepScheduler", DECI),
     "lcm": ("LCMScheduler", {}),
 }
+SPACINGS = [
+    (name, spacing)
+    for name in REFERENCES
+    for spacing in ("leading", "trailing", "linspace")
+    if spacing == "leading" or not re.search("lcm|karras|squeezed", name)  # which ignore it
+]
+
+
+EDM = EDMSchedule(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras")
+
+
+def schedule_for(name: str) -> Schedule | EDMSchedule:
+    return schedule() if SAMPLERS[name].schedule is Schedule else EDM
 
 
 @cache
@@ -301,7 +309,7 @@ def test_parts_and_images_equal_diffusers(
         assert difference(run, expected) < 1e-5, part
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", REFERENCES)
 def test_the_image_is_put_back_after_every_step(name: str) -> None:
     network = Network(schedule(), "epsilon")
     run, free = (sample(name, network, 16, Part(repaint=kept)) for kept in (True, False))
@@ -398,9 +406,9 @@ def test_fresh_noise_keeps_the_deviation(name: str) -> None:
 def test_every_step_is_reported(name: str) -> None:
     generator = Generator(1)
     sampler = sampling.get(name)
-    plan = sampler.plan(schedule(), 8)
+    plan = sampler.plan(schedule_for(name), 8)
     steps = list(sampler.run(exact, plan, lambda: generator.randn(SHAPE), prediction="epsilon"))
-    count = {"pndm": 9, "squeezed_10": 10, "squeezed_11": 11}.get(name, 8)
+    count = {"pndm": 9, "pndm_prk": 17, "squeezed_10": 10, "squeezed_11": 11}.get(name, 8)
     assert [step.index for step in steps] == list(range(count))
     assert {step.count for step in steps} == {count}
     assert [step.level for step in steps] == [interval.start for interval in plan.intervals]
@@ -419,11 +427,11 @@ def test_nothing_is_computed_ahead(name: str) -> None:
 
     sampler = SAMPLERS[name]
     noise = Generator(1)
-    plan = sampler.plan(schedule(), 10)
+    plan = sampler.plan(schedule_for(name), 10)
     run = sampler.run(count, plan, lambda: noise.randn(SHAPE), prediction="epsilon")
     assert calls == 0
     next(run)
-    assert calls == (2 if name == "heun" else 1)
+    assert calls == (2 if name in {"heun", "kdpm2", "kdpm2_ancestral"} else 1)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "heun", "unipc"])
@@ -438,7 +446,7 @@ def test_may_start_at_a_later_level(name: str) -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match="no sampler 'dpm': choose from ddim, pndm, euler, "):
+    with pytest.raises(SettingsError, match="no sampler 'dpm': choose from ddim, pndm, pndm_prk, "):
         sampling.get("dpm")
 
 
@@ -455,14 +463,19 @@ def test_custom_timesteps_need_a_sampler_that_takes_them() -> None:
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_a_prediction_type_inverts_itself(name: str) -> None:
     """Clean latent and noise give the output, and the output gives them back."""
-    kind, level = PREDICTIONS[name], NoiseLevel(0.6, 0.8, 500.0)
+    kind, level = PREDICTIONS[name], EDM.level(0.9) if "edm" in name else NoiseLevel(0.6, 0.8, 500)
     clean, noise = (Generator(seed).randn(SHAPE) for seed in (1, 2))
     x = np.float32(level.alpha) * clean + np.float32(level.sigma) * noise
     output = kind.output(x, clean, level)
     np.testing.assert_allclose(kind.clean(x, output, level), clean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(kind.noise(x, output, level), noise, rtol=1e-4, atol=1e-5)
-    expected = {"epsilon": noise, "v_prediction": level.alpha * noise - level.sigma * clean}
-    np.testing.assert_allclose(output, expected[name], rtol=1e-4, atol=1e-5)
+    expected = {
+        "epsilon": noise,
+        "v_prediction": level.alpha * noise - level.sigma * clean,
+        "sample": clean,
+    }
+    if name in expected:
+        np.testing.assert_allclose(output, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_zero_terminal_snr_needs_a_prediction_that_is_defined_there() -> None:
@@ -484,7 +497,6 @@ def test_an_unknown_prediction_is_an_error() -> None:
 
 
 def test_rows_are_complete() -> None:
-    assert set(SAMPLERS) == set(REFERENCES)
-    for name, sampler in SAMPLERS.items():
-        assert sampler.diffusers.name == REFERENCES[name][0]
+    for name, (scheduler, _) in REFERENCES.items():
+        assert SAMPLERS[name].diffusers.name == scheduler
     assert all(name == sampler.name and sampler.summary for name, sampler in SAMPLERS.items())

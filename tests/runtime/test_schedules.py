@@ -315,8 +315,8 @@ def test_refuses_steps_that_do_not_fit(plan: Callable[[], NoisePlan], message: s
     ("changes", "message"),
     [
         (
-            {"beta_kind": "sigmoid"},
-            "unknown beta_kind 'sigmoid': choose from linear, scaled_linear, ",
+            {"beta_kind": "odd"},
+            "unknown beta_kind 'odd': choose from linear, scaled_linear, ",
         ),
         ({"spacing": "even"}, "unknown spacing 'even': choose from leading, trailing, linspace"),
         ({"train_steps": 0}, "train_steps must be at least 1"),

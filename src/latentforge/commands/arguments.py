@@ -107,6 +107,13 @@ def add_stage(parser: Any) -> None:
         help="optimum: arrange the files so that optimum-onnx's pipelines can load the directory "
         "too, by from_pretrained(ENGINES, export=False) (default: plain)",
     )
+    parser.add_argument(
+        "--sampler",
+        dest="default_sampler",
+        metavar="NAME",
+        help="default sampler of the engines, listed by run --help (default: the one that follows "
+        "the checkpoint's scheduler; a scheduler that none follows is refused)",
+    )
     add_target(parser)
 
 

@@ -125,6 +125,7 @@ def _request(options: argparse.Namespace, sizes: Sizes) -> BuildRequest:
     search = _search_request(options, optimization)
     return BuildRequest(
         optimization=replace(optimization, gate=()) if search else optimization,
+        sampler=options.default_sampler,
         sizes=sizes,
         options=tuple(options.option),
         search=search,

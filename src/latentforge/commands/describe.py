@@ -6,7 +6,15 @@ from typing import Any
 
 from latentforge.measure.equivalence import required_psnr
 from latentforge.measure.formatting import level
-from latentforge.runtime.manifest import AccelerationPlan, Component, ImageChannels, Manifest, Stage
+from latentforge.runtime.manifest import (
+    AccelerationPlan,
+    Component,
+    ImageChannels,
+    Manifest,
+    ScheduleProof,
+    Stage,
+)
+from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
 
@@ -55,14 +63,25 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
     )
     yield f"prompts     {encoders}"
     yield f"tasks       {_tasks(manifest)}"
-    yield (
-        f"schedule    {manifest.prediction}, {schedule.beta_kind}, "
-        f"{schedule.train_steps} training steps"
-    )
+    kind = schedule.beta_kind if isinstance(schedule, Schedule) else "EDM"
+    yield f"schedule    {manifest.prediction}, {kind}, {schedule.train_steps} training steps"
+    if manifest.schedule_proof is not None:
+        yield from _proof_lines(manifest.schedule_proof)
     yield (
         f"defaults    {defaults.sampler}, {defaults.steps} steps, guidance "
         f"{defaults.guidance_scale:g} (rescale {defaults.guidance_rescale:g}{image}), "
         f"{defaults.width}x{defaults.height}"
+    )
+
+
+def _proof_lines(proof: ScheduleProof) -> Iterator[str]:
+    """Describe how nearly the default sampler follows the checkpoint's scheduler."""
+    options = ", ".join(f"{name} {value}" for name, value in sorted(proof.options.items()))
+    counts = ", ".join(map(str, proof.steps))
+    yield f"scheduler   {proof.scheduler}: {options or 'no further options'}"
+    yield (
+        f"{'':<12}{proof.sampler} differs by {proof.difference:.0e} of the range at most, at "
+        f"{counts} steps"
     )
 
 

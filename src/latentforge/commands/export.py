@@ -64,6 +64,7 @@ def export_engines(
         components=components,
         dimensions=dimensions,
         layout=options.layout,
+        sampler=options.default_sampler,
         overwrite=options.overwrite,
         quiet=False,
     )
