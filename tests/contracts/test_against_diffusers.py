@@ -12,10 +12,10 @@ from latentforge.runtime.image import psnr, to_array
 pytest.importorskip("diffusers")
 
 # The others are compared by their own files: see test_scheduler_files.py.
-NAMES = "ddim pndm euler euler_ancestral heun unipc lcm dpmpp_2m dpmpp_2m_karras dpmpp_2m_sde".split()
-    "ddim pndm euler euler_ancestral heun dpmpp_2m dpmpp_2m_karras dpmpp_2m_sde unipc lcm".split()
+NAMES = (
+    *("ddim", "pndm", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_karras"),
+    *("dpmpp_2m_sde", "dpmpp_2m_sde_karras", "unipc", "squeezed_10", "squeezed_11", "lcm"),
 )
-NAMES += ["dpmpp_2m_sde_karras", "squeezed_10", "squeezed_11"]
 STEPS = {"lcm": 4, "squeezed_10": 16, "squeezed_11": 16}
 
 

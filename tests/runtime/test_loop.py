@@ -266,7 +266,7 @@ def test_a_random_seed_is_recorded(simple: Pipeline) -> None:
     assert again.latents.tobytes() == first.latents.tobytes()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if "edm" not in name])
 def test_every_sampler_repeats_itself(simple: Pipeline, sampler: str) -> None:
     steps = 16 if sampler.startswith("squeezed") else 4
     settings: dict[str, Any] = {"steps": steps, "seed": 7, "sampler": sampler, "guidance_scale": 1}

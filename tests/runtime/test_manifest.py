@@ -22,13 +22,15 @@ from latentforge.runtime.manifest import (
     Manifest,
     NoiseAugmentation,
     RequestDefaults,
+    ScheduleProof,
     Stage,
     TextEncoding,
     TokenizerEntry,
     WeightSource,
 )
 from latentforge.runtime.manifest.checks import DENOISER_INPUTS, REQUIRED_TENSORS
-from latentforge.runtime.sampling.schedule import Schedule
+from latentforge.runtime.sampling.options import SolverOptions
+from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule
 from latentforge.runtime.tensor import TensorSpec
 
 Tree = dict[str, Any]
@@ -154,7 +156,7 @@ WRONG: list[tuple[str, object]] = [
     ("name", None),
     ("format", "1"),
     ("format", True),
-    ("prediction", "sample"),
+    ("prediction", "flow"),
     ("latent/channels", 0),
     ("latent/downscale", 8.5),
     ("latent/downscale", 10**9),
@@ -696,6 +698,9 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "latent": (Latent,),
     "conditioning": (Conditioning, NoiseAugmentation, TextEncoding),
     "schedule": (Schedule,),
+    "edm": (EDMSchedule,),
+    "options": (SolverOptions,),
+    "schedule_proof": (ScheduleProof,),
     "defaults": (RequestDefaults,),
     "acceleration": (AccelerationPlan,),
     "files": (FileEntry,),
