@@ -18,7 +18,7 @@ from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.prediction import Prediction
 from latentforge.runtime.sampling.sampler import Sampler
-from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule
+from latentforge.runtime.sampling.schedule import MAX_TRAIN_STEPS, EDMSchedule, Schedule
 from latentforge.runtime.text import one_line
 
 __all__ = [
@@ -34,8 +34,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_MAX_TRAIN_STEPS = 100_000
 
 _SCHEDULE_KEYS = frozenset(
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
@@ -296,9 +294,9 @@ def _resolved(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: a value is malformed or not supported.
     """
     steps = config.get("num_train_timesteps", 1)
-    if not isinstance(steps, int) or not 1 <= steps <= _MAX_TRAIN_STEPS:
+    if type(steps) is not int or not 1 <= steps <= MAX_TRAIN_STEPS:
         raise CheckpointError(
-            f"scheduler_config.json: num_train_timesteps must be between 1 and {_MAX_TRAIN_STEPS}, "
+            f"scheduler_config.json: num_train_timesteps must be between 1 and {MAX_TRAIN_STEPS}, "
             f"not {reprlib.repr(steps)}"
         )
     if config.get("thresholding"):

@@ -22,6 +22,7 @@ from latentforge.runtime.manifest import (
     NoiseAugmentation,
     TextEncoding,
 )
+from latentforge.runtime.sampling.schedule import Schedule
 
 __all__ = ["UPSCALER"]
 
@@ -71,6 +72,8 @@ def _noise_augmentation(checkpoint: Checkpoint, config: dict[str, Any]) -> Noise
         CheckpointError: the UNet has no class for the largest level, or the schedule none.
     """
     schedule = schedule_of(checkpoint.config("low_res_scheduler", "scheduler_config.json"))
+    if not isinstance(schedule, Schedule):
+        raise CheckpointError(f"{checkpoint.name}: low_res_scheduler has no betas")
     level = checkpoint.index.get("max_noise_level", _MAX_NOISE_LEVEL)
     classes = config.get("num_class_embeds")
     counts = (classes, schedule.train_steps)

@@ -15,13 +15,14 @@ from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel
 from latentforge.runtime.sampling.options import DEFAULT_OPTIONS, SolverOptions
 
-__all__ = ["BetaKind", "EDMSchedule", "Schedule", "Spacing"]
+__all__ = ["MAX_TRAIN_STEPS", "BetaKind", "EDMSchedule", "Schedule", "Spacing"]
 
 BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "explicit"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 _SPACINGS = get_args(Spacing)
-_MAX_TRAIN_STEPS = 100_000
+MAX_TRAIN_STEPS = 100_000
+"""Largest number of training timesteps; each takes memory."""
 
 
 class Schedule(
@@ -71,9 +72,9 @@ class Schedule(
                 raise ManifestError(
                     f"schedule: unknown {name} {getattr(self, name)!r}: choose from {names}"
                 )
-        if self.train_steps > _MAX_TRAIN_STEPS:  # each takes memory
+        if self.train_steps > MAX_TRAIN_STEPS:
             raise ManifestError(
-                f"schedule: train_steps is at most {_MAX_TRAIN_STEPS}, not {self.train_steps}"
+                f"schedule: train_steps is at most {MAX_TRAIN_STEPS}, not {self.train_steps}"
             )
         if self.train_steps < 1 or self.offset < 0:
             raise ManifestError("schedule: train_steps must be at least 1 and offset at least 0")
@@ -183,8 +184,11 @@ class EDMSchedule(
             raise ManifestError("schedule: sigma_min must be above 0 and below sigma_max")
         if not (0 < self.sigma_data < math.inf and 0 < self.rho < math.inf):
             raise ManifestError("schedule: sigma_data and rho must be positive numbers")
-        if self.train_steps < 1:
-            raise ManifestError("schedule: train_steps must be at least 1")
+        if not 1 <= self.train_steps <= MAX_TRAIN_STEPS:
+            raise ManifestError(
+                f"schedule: train_steps must be between 1 and {MAX_TRAIN_STEPS}, not "
+                f"{self.train_steps}"
+            )
 
     def level(self, sigma: float) -> NoiseLevel:
         """Return the level of a standard deviation of noise, in the scale of the network."""

@@ -723,6 +723,8 @@ def trap(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_code_is_never_run(trap: Path, tmp_path: Path) -> None:
+    refused(lambda: read_all(trap, tmp_path / "first"), "'Evil' is no scheduler of diffusers")
+    edit_json(trap / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler")
     read_all(trap, tmp_path / "scratch")
     edit_json(trap / "model_index.json", unet=["pipeline", "Evil"])
     refused(lambda: plan(trap), "unet is a Evil")
@@ -816,7 +818,7 @@ def test_an_impossible_length(checkpoint: Path, tmp_path: Path, length: object) 
         {"timestep_spacing": "other"},
         {"rescale_betas_zero_snr": "yes"},
         {"set_alpha_to_one": 1},
-        {"prediction_type": "sample"},
+        {"prediction_type": "flow_prediction"},
         {"prediction_type": {"a": 1}},
     ],
     ids=str,
