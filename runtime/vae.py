@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.engine import Engines
+from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Latent
 
 __all__ = ["Draw", "Posterior", "Vae"]
@@ -72,6 +73,18 @@ class Vae:
         return Posterior(parameters=outputs["latent_parameters"], latent=self.latent)
 
     def decode(self, latents: Array) -> Array:
-        """Return images (n, 3, height, width) of latents, about -1..1 and not clipped."""
+        """Return images (n, 3, height, width) of latents, about -1..1 and not clipped.
+
+        Raises:
+            BackendError: the decoder returns something else, though its manifest agrees.
+        """
         scaled = latents / np.float32(self.latent.scaling_factor)
-        return self.engines["vae_decoder"].run({"latent_sample": scaled})["sample"]
+        pixels = self.engines["vae_decoder"].run({"latent_sample": scaled})["sample"]
+        rows, _, *sides = latents.shape
+        expected = (rows, 3, *(side * self.latent.downscale for side in sides))
+        if pixels.shape != expected or pixels.dtype.kind != "f":
+            found = f"{pixels.dtype}{list(pixels.shape)}"
+            raise BackendError(
+                f"vae_decoder: output sample is {found}, expected float32{list(expected)}"
+            )
+        return pixels

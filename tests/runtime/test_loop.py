@@ -374,4 +374,7 @@ def test_a_network_that_gives_nan(handmade: Handmade) -> None:
 
 def test_a_latent_space_of_other_sides(handmade: Handmade) -> None:
     pipe = load(handmade(latent=Latent(channels=4, scaling_factor=0.5, downscale=4, multiple=4)))
-    assert pipe("a", steps=1).latents.shape == (1, 4, 8, 12)
+    *_, last = pipe.stream("a", steps=1)
+    assert last.latents.shape == (1, 4, 8, 12)
+    with pytest.raises(BackendError, match=r"output sample is float32\[1, 3, 64, 96\], expected "):
+        pipe("a", steps=1)  # this decoder enlarges by 8
