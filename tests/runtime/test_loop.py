@@ -275,7 +275,7 @@ def test_every_sampler_repeats_itself(simple: Pipeline, sampler: str) -> None:
     assert first.latents.tobytes() == second.latents.tobytes()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if "edm" not in name])
 def test_a_seed_for_each_image_draws_it_as_alone(simple: Pipeline, sampler: str) -> None:
     steps = 16 if sampler.startswith("squeezed") else 4
     settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance_scale": 1}
