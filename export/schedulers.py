@@ -28,6 +28,7 @@ __all__ = [
     "corrected",
     "default_sampler",
     "diffusers_scheduler",
+    "follows",
     "prediction_of",
     "quiet_diffusers",
     "schedule_of",
@@ -370,3 +371,14 @@ def _options(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     if resolved.get("timestep_type") == "continuous":
         options["continuous_timesteps"] = resolved.get("prediction_type") == "v_prediction"
     return options
+
+
+def follows(sampler: str, config: Mapping[str, Any]) -> bool:
+    """Return True if a sampler stands for the checkpoint's own scheduler, as it is configured.
+
+    False if the family or the user has another sampler in its place.
+    """
+    try:
+        return default_sampler(config) == sampler
+    except CheckpointError:  # the user has chosen a sampler for a scheduler that none follows
+        return False

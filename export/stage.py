@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from latentforge.export import optimum
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import ComponentPlan, ExportPlan, Family, family_of
+from latentforge.export.image_parity import (
+    ImageParity,
+    ImageReference,
+    check_image,
+)
 from latentforge.export.onnx import (
     OPSET,
     Dimensions,
@@ -22,7 +27,7 @@ from latentforge.export.onnx import (
 from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
 from latentforge.export.schedule_proof import prove_schedule
-from latentforge.export.schedulers import CheckpointScheduler
+from latentforge.export.schedulers import CheckpointScheduler, follows
 from latentforge.export.tokenizers import write_tokenizer
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
@@ -34,7 +39,7 @@ from latentforge.runtime.errors import (
     ShapeError,
 )
 from latentforge.runtime.files import check_space, check_target, staged_directory
-from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.image import to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import (
     Component,
@@ -118,8 +123,9 @@ def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Mani
     """Export a checkpoint to an engine directory in float32, and compare the engines with torch.
 
     A denoising run in torch records each component's inputs and outputs; the exported component
-    must reproduce the outputs. Graphs of a directory that optimum exported are copied unchanged,
-    and must produce an image.
+    must reproduce the outputs. An image of a few steps with the default sampler must be that of
+    diffusers' own pipeline, with the checkpoint's own scheduler. Graphs of a directory that optimum
+    exported are copied unchanged, and must produce an image.
 
     Args:
         source: a diffusers directory, one that optimum-onnx exported, a hub id, or ``demo``.
@@ -130,7 +136,8 @@ def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Mani
         CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind.
         SettingsError: unknown component or layout.
         ShapeError: a size that the model cannot have.
-        GateError: the outputs of an engine differ from torch's.
+        GateError: the outputs of an engine differ from torch's, or the image from that of
+            diffusers.
         TargetError: the directory cannot be written.
     """
     start = time.perf_counter()
@@ -143,11 +150,11 @@ def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Mani
         _check_space(job, directory)
         manifest = _draft(job, directory)
         write_components = _copy_graphs if job.graphs else _export_modules
-        manifest = write_components(job, manifest, directory, progress)
+        manifest, parity = write_components(job, manifest, directory, progress)
         if job.layout == "optimum":
             names = list(manifest.components)
             optimum.write_companions(job.checkpoint, job.plan, names, directory)
-        manifest = msgspec.structs.replace(manifest, history=(_history(job, start),))
+        manifest = msgspec.structs.replace(manifest, history=(_history(job, start, parity),))
         manifest.write(directory)
     return manifest
 
@@ -285,7 +292,7 @@ def _defaults(job: _ExportJob) -> RequestDefaults:
 
 def _copy_graphs(
     job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
-) -> Manifest:
+) -> tuple[Manifest, None]:
     """Copy the graphs that the checkpoint consists of, and check that they run."""
     components = {}
     for name, graph in job.graphs.items():
@@ -300,7 +307,7 @@ def _copy_graphs(
             _check_graphs_run(job, manifest, directory)
         except LatentforgeError as error:
             raise CheckpointError(f"{job.checkpoint.name}: {error}") from error
-    return manifest
+    return manifest, None
 
 
 def _check_graphs_run(job: _ExportJob, manifest: Manifest, directory: Path) -> None:
@@ -325,33 +332,50 @@ def _check_graphs_run(job: _ExportJob, manifest: Manifest, directory: Path) -> N
 
 def _export_modules(
     job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
-) -> Manifest:
-    """Export the components from torch, and compare the engines and their image with it."""
+) -> tuple[Manifest, ImageParity | None]:
+    """Export the components from torch, and compare them with it, and their image with diffusers.
+
+    Returns:
+        The manifest with components, and the comparison of images, if all components are there.
+    """
     with progress.part("recording a run in torch"):
-        sessions, reference = _record(job, manifest, directory)
+        sessions = _record(job, manifest, directory)
     manifest = _export_components(job, manifest, directory, sessions, progress)
-    with progress.part("comparing images"):
-        return _check_image(job, manifest, directory, reference)
+    with progress.part("comparing images with diffusers"):
+        if any(name not in manifest.components for name in manifest.required_components):
+            return manifest, None
+        parity = _check_image(job, manifest, directory, progress)
+    quality = {**manifest.quality, "image": parity.figures}
+    return msgspec.structs.replace(manifest, quality=quality), parity
 
 
-def _record(
-    job: _ExportJob, manifest: Manifest, directory: Path
-) -> tuple[dict[str, TorchSession], Result]:
+def _record(job: _ExportJob, manifest: Manifest, directory: Path) -> dict[str, TorchSession]:
     """Run the checkpoint in torch with the runtime's loop, recording each component."""
+    sessions = _torch_sessions(job)
+    pipeline = _torch_pipeline(sessions, manifest, directory)
+    result = _short_run(job, pipeline)
+    encoder = sessions.get("vae_encoder")
+    if encoder and encoder.plan in job.components and not encoder.recording.runs:
+        pipeline.engines["vae_encoder"].run({"sample": to_array(result.images)})
+    pipeline.close()
+    return sessions
+
+
+def _torch_sessions(job: _ExportJob) -> dict[str, TorchSession]:
     modules = LazyModules(job.checkpoint)
-    sessions = {plan.name: TorchSession(plan, modules) for plan in job.plan.components}
+    return {plan.name: TorchSession(plan, modules) for plan in job.plan.components}
+
+
+def _torch_pipeline(
+    sessions: Mapping[str, TorchSession], manifest: Manifest, directory: Path
+) -> Pipeline:
+    """Return the runtime's pipeline over torch modules in place of engines."""
     engines = Engines(lambda name, _: _torch_engine(sessions[name]), sessions)
     tokenizers = {
         name: Tokenizer(directory / entry.file, entry)
         for name, entry in manifest.tokenizers.items()
     }
-    pipeline = Pipeline(manifest, engines, tokenizers, directory, example_images=True)
-    result = _short_run(job, pipeline)
-    encoder = sessions.get("vae_encoder")
-    if encoder and encoder.plan in job.components and not encoder.recording.runs:
-        engines["vae_encoder"].run({"sample": to_array(result.images)})
-    modules.free()
-    return sessions, result
+    return Pipeline(manifest, engines, tokenizers, directory, example_images=True)
 
 
 def _torch_engine(session: TorchSession) -> Engine:
@@ -404,29 +428,36 @@ def _export_components(
 
 
 def _check_image(
-    job: _ExportJob, manifest: Manifest, directory: Path, reference: Result
-) -> Manifest:
-    """Repeat the recorded run on the engines: add the PSNR of latents and of pixels, in dB."""
-    if any(name not in manifest.components for name in manifest.required_components):
-        return manifest
+    job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
+) -> ImageParity:
+    """Compare an image by the engines with that of diffusers."""
     manifest.write(directory)
-    with load(directory, hashes=False, low_memory=True, example_images=True) as pipeline:
-        result = _short_run(job, pipeline)
-    pixels = psnr(to_array(reference.images), to_array(result.images), peak=2.0)
-    image = {"latents_psnr": psnr(reference.latents, result.latents), "psnr": pixels}
-    return msgspec.structs.replace(manifest, quality={**manifest.quality, "image": image})
+    reference = ImageReference(
+        checkpoint=job.checkpoint,
+        own_scheduler=follows(manifest.defaults.sampler, job.scheduler.config),
+        height=job.dimensions.height or 0,
+        width=job.dimensions.width or 0,
+    )
+    in_torch = _torch_pipeline(_torch_sessions(job), manifest, directory)
+    parity = check_image(
+        directory, reference, lambda settings, image: in_torch.run(settings, image=image)
+    )
+    progress.note(parity.summary)
+    return parity
 
 
-def _history(job: _ExportJob, start: float) -> Stage:
+def _history(job: _ExportJob, start: float, parity: ImageParity | None) -> Stage:
     traced = () if job.graphs else ("torch", "onnxscript")
     names = (*traced, "diffusers", "transformers", "onnxruntime")
     chosen = {"components": [component.name for component in job.components]}
     kind = {} if job.graphs else {"opset": OPSET}
     layout = {} if job.layout == "plain" else {"layout": job.layout}
     fixed = {key: size for key, size in asdict(job.dimensions).items() if size is not None}
+    compared = {} if parity is None else {"reference": parity.reference}
     return Stage.ended(
         "import" if job.graphs else "export",
         start,
-        {**kind, **chosen, **layout, **fixed},
+        {**kind, **chosen, **layout, **fixed, **compared},
         packages=names,
+        measured={} if parity is None else {"image": parity.figures},
     )

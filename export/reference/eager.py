@@ -20,7 +20,8 @@ from transformers import CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import family_of
-from latentforge.export.schedulers import SCHEDULERS, schedule_of
+from latentforge.export.reference.sequential import SequentialModules
+from latentforge.export.schedulers import SCHEDULERS, diffusers_scheduler, schedule_of
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.bench.worker import ServedModel, serve
 from latentforge.runtime.errors import SettingsError
@@ -39,15 +40,26 @@ class EagerPipeline:
     They take the runtime's settings and return its results and timings.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, sequential: bool = False) -> None:
+        """Load the modules of a checkpoint.
+
+        Args:
+            checkpoint: the checkpoint.
+            sequential: keep the weights of at most one module in memory.
+        """
         family = family_of(checkpoint)
         plan = family.plan(checkpoint)
         scheduler = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
         self._config = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+        self.own_scheduler_class = str(scheduler.get("_class_name"))
         self._index = checkpoint.index
         self._reference = family.reference
-        modules = {component.part: component.module for component in plan.components}
-        self._parts: dict[str, Any] = {part: load(checkpoint) for part, load in modules.items()}
+        loaders = {component.part: component.module for component in plan.components}
+        self._parts: dict[str, Any] = (
+            dict(SequentialModules(checkpoint, loaders).modules)
+            if sequential
+            else {part: load(checkpoint) for part, load in loaders.items()}
+        )
         for name in plan.tokenizers:
             self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
         self._conditioning = plan.conditioning
@@ -64,6 +76,7 @@ class EagerPipeline:
         image: Image.Image | torch.Tensor | None = None,
         mask: Image.Image | torch.Tensor | None = None,
         depth_map: Image.Image | None = None,
+        own_scheduler: bool = False,
     ) -> Result:
         """Run one request, with the noise and the timesteps that the runtime uses for it.
 
@@ -73,6 +86,8 @@ class EagerPipeline:
                 needs an image gets the example image if there is none.
             mask: area to repaint, for inpainting.
             depth_map: of the image, likewise for a model that needs one.
+            own_scheduler: use the checkpoint's scheduler as it is configured, and the timesteps
+                that it computes, in place of the settings' sampler.
         """
         size = settings.height, settings.width
         if image is None and self._conditioning.requires_image:
@@ -81,7 +96,8 @@ class EagerPipeline:
             depth_map = example_depth_map(*size)
         if image is None and "mask" in self._conditioning.channels:
             image, mask = torch.full((1, 3, *size), 0.5), torch.ones((1, 1, *size))
-        pipe = self._pipeline(settings, image, mask)
+        scheduler = self._own_scheduler() if own_scheduler else self._scheduler(settings.sampler)
+        pipe = self._pipeline(scheduler, image, mask)
         watch = Stopwatch()
         with watch.running(), torch.inference_mode(), self._timed(watch):
             given = {"image": image, "mask_image": mask, "depth_map": _depth_tensor(depth_map)}
@@ -102,20 +118,34 @@ class EagerPipeline:
         vae = self._parts["vae"]
         vae.decode = torch.compile(vae.decode)
 
+    def pipeline_class(self, image: Any = None, mask: Any = None) -> str:
+        """Return the name of diffusers' class for the task that an image and a mask make.
+
+        Raises:
+            SettingsError: diffusers has none.
+        """
+        kinds = self._reference
+        whole = image is None and "mask" in self._conditioning.channels
+        if mask is not None or whole:
+            name = kinds.inpaint
+        elif image is not None or self._conditioning.requires_image:
+            name = kinds.image
+        else:
+            name = kinds.text
+        if name is None:
+            raise SettingsError("diffusers has no pipeline for this task of this model")
+        return name
+
     @property
     def bytes(self) -> int:
         """Size of the weights in memory."""
         modules = (self._parts[part] for part in (*self._texts, "unet", "vae"))
         return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
-    def _pipeline(self, settings: Settings, image: Any, mask: Any) -> Any:
+    def _pipeline(self, scheduler: Any, image: Any, mask: Any) -> Any:
         """Return the pipeline for a task, with the modules that its signature names."""
-        kinds = self._reference
-        name = kinds.text if image is None else kinds.image if mask is None else kinds.inpaint
-        if name is None:
-            raise SettingsError("diffusers has no pipeline for this task of this model")
-        kind = getattr(diffusers, name)
-        parts = {**self._parts, "scheduler": self._scheduler(settings.sampler)}
+        kind = getattr(diffusers, self.pipeline_class(image, mask))
+        parts = {**self._parts, "scheduler": scheduler}
         arguments: dict[str, Any] = {}
         for key, parameter in inspect.signature(kind.__init__).parameters.items():
             if key in parts:
@@ -129,6 +159,10 @@ class EagerPipeline:
         pipe: Any = kind(**arguments)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def _own_scheduler(self) -> Any:
+        """Return the checkpoint's scheduler, with the family's corrections of its configuration."""
+        return diffusers_scheduler(self.own_scheduler_class, self._config)
 
     def _scheduler(self, sampler: str) -> Any:
         """Return the diffusers scheduler that corresponds to a sampler.

@@ -54,6 +54,30 @@ def test_a_description_has_the_plan_and_every_component_and_stage(handmade: Hand
         assert f"\n{name}: " in text and f"\n{name:<18}null" in text
 
 
+@pytest.mark.parametrize(("own", "owner"), [(True, "the checkpoint's"), (False, "the sampler's")])
+def test_a_description_has_the_image_that_an_export_was_compared_with(
+    handmade: Handmade, own: bool, owner: str
+) -> None:
+    reference = {
+        "pipeline": "StableDiffusionPipeline",
+        "scheduler": "PNDMScheduler",
+        "own_scheduler": own,
+        "sequential": False,
+        "sampler": "pndm",
+        "steps": 5,
+        "height": 64,
+        "width": 96,
+    }
+    image = {"latents_psnr": 98.25, "psnr": 90.0}
+    exported = stage("export", options={"reference": reference}, measured={"image": image})
+    for history in ((exported,), (exported, optimized("fp32"))):
+        fields = {"history": history, "quality": {"image": image}}
+        text = described(handmade, name=f"after-{len(history)}", **fields)
+        assert f"image against diffusers' StableDiffusionPipeline, {owner} PNDMScheduler" in text
+        assert "  pndm, 5 steps at 96x64: latents_psnr 98.2 dB, psnr 90.0 dB" in text
+        assert ("\nimage against input: " in text) == (len(history) > 1)
+
+
 def test_a_description_has_what_an_engine_was_built_for(handmade: Handmade) -> None:
     directory = handmade()
     manifest = Manifest.read(directory)

@@ -96,7 +96,10 @@ def test_quality_is_measured(tiny_engines: Path) -> None:
 def test_history_records_options_and_tools(tiny_engines: Path) -> None:
     (stage,) = Manifest.read(tiny_engines).history
     assert stage.name == "export" and stage.seconds > 0
-    assert stage.options == {"opset": 20, "components": COMPONENTS}
+    reference = stage.options["reference"]
+    assert stage.options == {"opset": 20, "components": COMPONENTS, "reference": reference}
+    assert (reference["scheduler"], reference["own_scheduler"]) == ("PNDMScheduler", True)
+    assert stage.measured == {"image": Manifest.read(tiny_engines).quality["image"]}
     assert {"latentforge", "torch", "diffusers", "onnxruntime"} <= set(stage.tools)
     assert stage.tools["torch"] == torch.__version__
 

@@ -116,7 +116,8 @@ def _component_lines(manifest: Manifest) -> Iterator[str]:
     for name, component in manifest.components.items():
         yield from _restrictions(name, component)
         yield f"{name}: {_signature(component.inputs)} -> {_signature(component.outputs)}"
-    if "image" in manifest.quality:
+    shown = any(s.name == "export" and "image" in s.measured for s in manifest.history[-1:])
+    if "image" in manifest.quality and not shown:  # the lines of the export have it
         yield f"image {reference}: {_figures(manifest.quality['image'])}"
 
 
@@ -154,6 +155,20 @@ def _figures(figures: Mapping[str, float]) -> str:
 def stage_lines(stage: Stage) -> Iterator[str]:
     """Yield what a stage changed and measured, line by line."""
     yield from _STAGE_LINES.get(stage.name, _graph_lines)(stage)
+
+
+def _export_lines(stage: Stage) -> Iterator[str]:
+    """Yield the image that the engines' image was compared with, and the difference."""
+    reference = stage.options.get("reference")
+    if reference is None:
+        return
+    owner = "the checkpoint's" if reference["own_scheduler"] else "the sampler's"
+    pipeline, scheduler = reference["pipeline"], reference["scheduler"]
+    yield f"image against diffusers' {pipeline}, {owner} {scheduler}"
+    yield (
+        f"  {reference['sampler']}, {reference['steps']} steps at "
+        f"{reference['width']}x{reference['height']}: {_figures(stage.measured['image'])}"
+    )
 
 
 def _select_lines(stage: Stage) -> Iterator[str]:
@@ -281,6 +296,7 @@ def _float_layers(layers: list[Mapping[str, Any]]) -> Iterator[str]:
 
 _STAGE_LINES: Mapping[str, Callable[[Stage], Iterator[str]]] = {
     "compile": _compile_lines,
+    "export": _export_lines,
     "select": _select_lines,
     "search": _search_lines,
 }

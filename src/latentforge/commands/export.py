@@ -22,7 +22,8 @@ def add(commands: Any) -> None:
         _export,
         "Export a checkpoint to ONNX engines, and compare each with torch",
         "Each component must reproduce torch's outputs, within a thousandth of the largest one, on "
-        "inputs recorded from a denoising run. Needs pip install 'latentforge[cpu,export]'.",
+        "inputs recorded from a denoising run, and their image must be that of diffusers' own "
+        "pipeline. Needs pip install 'latentforge[cpu,export]'.",
     )
     arguments.add_stage(parser)
     for name in ("height", "width"):
