@@ -32,6 +32,7 @@ __all__ = [
     "prediction_of",
     "quiet_diffusers",
     "schedule_of",
+    "warn_of_other_class",
 ]
 
 _log = logging.getLogger(__name__)
@@ -181,6 +182,25 @@ def quiet_diffusers() -> Iterator[None]:
             yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
+
+
+def warn_of_other_class(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Log a warning if model_index.json names another scheduler than the scheduler's own file.
+
+    Args:
+        config: scheduler_config.json.
+        index: model_index.json, which decides in diffusers.
+    """
+    entry = index.get("scheduler")
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    if named is not None and named != config.get("_class_name"):
+        _log.warning(
+            "model_index.json names the scheduler %s, and scheduler_config.json %s: this follows "
+            "scheduler_config.json, but diffusers would load %s",
+            reprlib.repr(named),
+            reprlib.repr(config.get("_class_name")),
+            reprlib.repr(named),
+        )
 
 
 def schedule_of(config: Mapping[str, Any]) -> Schedule | EDMSchedule:

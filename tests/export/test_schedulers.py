@@ -13,6 +13,7 @@ from latentforge.export.schedulers import (
     default_sampler,
     prediction_of,
     schedule_of,
+    warn_of_other_class,
 )
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.sampling import SAMPLERS
@@ -151,6 +152,13 @@ def test_another_sampler_may_be_requested() -> None:
     assert CheckpointScheduler.of(config, "euler").sampler == "euler"
     with pytest.raises(CheckpointError, match="cannot use it either"):
         CheckpointScheduler.of({**SD15, "_class_name": "FlowMatchEulerDiscreteScheduler"}, "euler")
+
+
+def test_another_class_in_the_index_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_other_class(SD15, {"scheduler": ["diffusers", "PNDMScheduler"]})
+    assert caplog.text == ""
+    warn_of_other_class(SD15, {"scheduler": ["diffusers", "DDIMScheduler"]})
+    assert "diffusers would load 'DDIMScheduler'" in caplog.text
 
 
 def test_an_unknown_key_is_named(caplog: pytest.LogCaptureFixture) -> None:
