@@ -142,6 +142,8 @@ def test_every_cell_of_the_table_is_a_test() -> None:
 def test_every_sampler_is_listed() -> None:
     listed = re.search(r"^Samplers: (.*?);", text("docs/models.md"), re.DOTALL | re.MULTILINE)
     assert listed and set(re.findall(r"`(\w+)`", listed[1])) == set(SAMPLERS)
+    table = text("README.md").partition("| scheduler of a checkpoint |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(SAMPLERS)
 
 
 def test_every_command_is_listed() -> None:
