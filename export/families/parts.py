@@ -122,11 +122,13 @@ class UNet(nn.Module):
         noise_level: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        # DeciDiffusion's UNet takes none.
+        labels = {} if noise_level is None else {"class_labels": noise_level[:, 0].to(torch.int64)}
         output = self.model(
             sample,
             timestep,
             encoder_hidden_states,
-            class_labels=None if noise_level is None else noise_level[:, 0].to(torch.int64),
+            **labels,
             timestep_cond=timestep_cond,
             added_cond_kwargs=None if text_embeds is None else added,
             return_dict=False,
