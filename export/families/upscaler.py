@@ -6,6 +6,7 @@ have the size of the image, and the VAE only decodes them.
 """
 
 import reprlib
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -27,7 +28,8 @@ from latentforge.runtime.sampling.schedule import Schedule
 __all__ = ["UPSCALER"]
 
 _CHANNELS: tuple[ImageChannels, ...] = ("low_resolution",)
-_DEFAULTS = FamilyDefaults(steps=75, guidance_scale=9.0, noise_level=20)
+_DEFAULTS = FamilyDefaults(steps=75, guidance_scale=9.0)
+_NOISE_LEVEL = 20
 
 # As diffusers' pipeline sets them, whatever the checkpoint says.
 _SCALING_FACTOR = 0.08333
@@ -61,8 +63,13 @@ def _plan(checkpoint: Checkpoint) -> ExportPlan:
             ),
             latent=latent,
             sample_size=parts.sample_size(checkpoint, config, latent),
-            defaults=parts.defaults(checkpoint, _DEFAULTS),
+            defaults=_defaults(checkpoint, augmentation),
         )
+
+
+def _defaults(checkpoint: Checkpoint, augmentation: NoiseAugmentation) -> FamilyDefaults:
+    level = min(_NOISE_LEVEL, augmentation.max_level)
+    return replace(parts.defaults(checkpoint, _DEFAULTS), noise_level=level)
 
 
 def _noise_augmentation(checkpoint: Checkpoint, config: dict[str, Any]) -> NoiseAugmentation:
@@ -75,6 +82,11 @@ def _noise_augmentation(checkpoint: Checkpoint, config: dict[str, Any]) -> Noise
     if not isinstance(schedule, Schedule):
         raise CheckpointError(f"{checkpoint.name}: low_res_scheduler has no betas")
     level = checkpoint.index.get("max_noise_level", _MAX_NOISE_LEVEL)
+    if type(level) is not int or level < 0:
+        raise CheckpointError(
+            f"{checkpoint.name}: max_noise_level must be an integer of at least 0, not "
+            f"{reprlib.repr(level)}"
+        )
     classes = config.get("num_class_embeds")
     counts = (classes, schedule.train_steps)
     if not all(type(count) is int and count > level for count in counts):

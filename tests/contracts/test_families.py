@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ from latentforge.export.reference.eager import EagerPipeline
 from latentforge.export.stage import ExportRequest, export
 from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.stage.stage import optimize
+from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.image import psnr, to_array
 from latentforge.runtime.loader import load
@@ -355,6 +357,33 @@ def test_aesthetic_scores_condition_the_unet(built: Built, picture: Image.Image)
     check(ours, eager(settings, image=picture))
     plain = pipe("a fox", image=picture, **request(pipe, strength=0.7))
     assert psnr(ours.latents, plain.latents) < 80
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "message"),
+    [
+        ("sdxl-pix2pix", {"is_cosxl_edit": True}, "noise schedule is continuous"),
+        ("upscaler", {"max_noise_level": 1000}, "up to 1000, but the UNet has 1000 classes"),
+        ("upscaler", {"max_noise_level": "350"}, "must be an integer of at least 0, not '350'"),
+        ("upscaler", {"max_noise_level": -1}, "must be an integer of at least 0, not -1"),
+    ],
+)
+def test_refuses_an_index_that_no_engine_follows(
+    tiny: Callable[[str], Path], name: str, entry: dict[str, object], message: str
+) -> None:
+    checkpoint = open_checkpoint(str(tiny(name)))
+    other = replace(checkpoint, index={**checkpoint.index, **entry})
+    with pytest.raises(CheckpointError, match=message):
+        family_of(other).plan(other)
+
+
+@pytest.mark.parametrize(("given", "default"), [({}, 20), ({"max_noise_level": 7}, 7)])
+def test_the_default_noise_level_is_one_that_the_model_has(
+    tiny: Callable[[str], Path], given: dict[str, object], default: int
+) -> None:
+    checkpoint = open_checkpoint(str(tiny("upscaler")))
+    other = replace(checkpoint, index={**checkpoint.index, **given})
+    assert family_of(other).plan(other).defaults.noise_level == default
 
 
 @pytest.mark.parametrize(("name", "overflows_fp16"), [("sd", False), ("sdxl", True)])

@@ -541,6 +541,13 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, object], tuple[str, ...]]] = [
     ("sdxl", "unet", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
     ("sdxl", "text_encoder", {"hidden_size": 48}, ("64", "80")),
     ("decidiffusion-1", "text_encoder", {"hidden_size": 48}, ("32", "48")),
+    ("sd", "unet", {"num_class_embeds": 10}, ("num_class_embeds", "None", "10")),
+    ("pix2pix", "unet", {"in_channels": 4}, ("4 channels", "latents + image", "8")),
+    ("pix2pix", "unet", {"time_cond_proj_dim": 16}, ("embedded guidance",)),
+    ("sd-depth", "unet", {"in_channels": 4}, ("4 channels", "latents + depth", "5")),
+    ("upscaler", "unet", {"num_class_embeds": None}, ("350", "None classes")),
+    ("upscaler", "unet", {"num_class_embeds": 350}, ("350", "350 classes")),
+    ("upscaler", "unet", {"class_embed_type": "timestep"}, ("class_embed_type", "timestep")),
 ]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from test_loop import APPLE, EMPTY, NETWORKS, factor, noise
 from test_tasks import ENCODER, clean, half_mask, picture, run
 
+from latentforge.commands.output import print_next_step
 from latentforge.runtime.denoising.guidance import Guidance
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.example import example_image
@@ -173,6 +174,13 @@ def test_the_depth_map_is_a_channel(deep: Pipeline) -> None:
     change = slope * (depth[1] - depth[0])[None].repeat(4, axis=0)
     np.testing.assert_allclose(results[0][2:] - results[1][2:], [change] * 2, atol=1e-4)
     np.testing.assert_array_equal(results[0][:2], results[1][:2])
+
+
+def test_the_next_command_names_the_images(
+    deep: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_next_step(deep.directory)
+    assert "--image photo.jpg --depth-map depth.png -o" in capsys.readouterr().out
 
 
 def test_a_depth_map_goes_with_latents_too(deep: Pipeline) -> None:

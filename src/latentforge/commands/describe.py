@@ -53,6 +53,7 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
     latent, defaults, schedule = manifest.latent, manifest.defaults, manifest.schedule
     scale = defaults.image_guidance_scale
     image = "" if scale == 1 else f", image {scale:g}"
+    noise = f", noise level {defaults.noise_level}" if defaults.noise_level else ""
     license = manifest.source.license or "unknown"
     encoders = " + ".join(encoder.component for encoder in manifest.conditioning.encoders)
     yield f"{manifest.name} ({manifest.family}), format {manifest.format}"
@@ -70,7 +71,7 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
     yield (
         f"defaults    {defaults.sampler}, {defaults.steps} steps, guidance "
         f"{defaults.guidance_scale:g} (rescale {defaults.guidance_rescale:g}{image}), "
-        f"{defaults.width}x{defaults.height}"
+        f"{defaults.width}x{defaults.height}{noise}"
     )
 
 

@@ -100,7 +100,12 @@ def command_line() -> str:
 
 def print_next_step(engines: Path) -> None:
     """Print the command that generates an image with the engines."""
-    print(f'\nnext: latentforge run {engines} "a prompt of yours" -o image.png')
+    from latentforge.runtime.manifest import Manifest
+
+    conditioning = Manifest.read(engines, hashes=False).conditioning
+    image = " --image photo.jpg" if conditioning.requires_image else ""
+    depth = " --depth-map depth.png" if "depth" in conditioning.channels else ""
+    print(f'\nnext: latentforge run {engines} "a prompt of yours"{image}{depth} -o image.png')
 
 
 def print_changes(manifest: Manifest) -> None:
