@@ -3,14 +3,17 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from msgspec.structs import replace
-from numpy.polynomial import polynomial
 
 from latentforge.runtime.sampling.dpmpp_2m import whole_levels
 from latentforge.runtime.sampling.levels import NoiseInterval, NoisePlan, chain
 from latentforge.runtime.sampling.moves import blend, noise_move
-from latentforge.runtime.sampling.multistep import NOISE, Evaluation, multistep_orders
+from latentforge.runtime.sampling.multistep import (
+    NOISE,
+    Evaluation,
+    lagrange_basis,
+    multistep_orders,
+)
 from latentforge.runtime.sampling.sampler import (
     Array,
     DiffusersScheduler,
@@ -69,12 +72,7 @@ def _weights(history: Sequence[Evaluation], interval: NoiseInterval) -> list[flo
         return [1.0, *(0.0 for _ in history[1:])]
     nodes = [start.log_snr - past.level.log_snr for past in history]
     moments = _moments(width, len(nodes))
-    weights = []
-    for at, node in enumerate(nodes):
-        others = nodes[:at] + nodes[at + 1 :]
-        basis = polynomial.polyfromroots(others) / np.prod([node - other for other in others])
-        weights.append(float(basis @ moments) / math.expm1(width))
-    return weights
+    return [float(basis @ moments) / math.expm1(width) for basis in lagrange_basis(nodes)]
 
 
 def _moments(width: float, count: int) -> list[float]:

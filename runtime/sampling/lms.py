@@ -1,12 +1,12 @@
 """Linear multistep in sigma / alpha (LMS), as in k-diffusion: Adams-Bashforth of order four."""
 
-import numpy as np
 from msgspec.structs import replace
 from numpy.polynomial import polynomial
 
 from latentforge.runtime.sampling.euler import SIGMA_OPTIONS, sigma_levels, start_scale
 from latentforge.runtime.sampling.levels import NoisePlan, SolverStep, chain
 from latentforge.runtime.sampling.moves import blend, noise_in, noise_move
+from latentforge.runtime.sampling.multistep import lagrange_basis
 from latentforge.runtime.sampling.sampler import (
     Array,
     DiffusersScheduler,
@@ -37,13 +37,11 @@ def _weights(ratios: list[float], index: int) -> tuple[float, ...]:
     """
     start, end = ratios[index : index + 2]
     nodes = [ratio - start for ratio in ratios[max(0, index - _ORDER + 1) : index + 1][::-1]]
-    weights = []
-    for at, node in enumerate(nodes):
-        others = nodes[:at] + nodes[at + 1 :]
-        basis = polynomial.polyfromroots(others) / np.prod([node - other for other in others])
-        mean = polynomial.polyval(end - start, polynomial.polyint(basis)) / (end - start)
-        weights.append(float(mean))
-    return tuple(weights)
+    means = (
+        polynomial.polyval(end - start, polynomial.polyint(basis)) / (end - start)
+        for basis in lagrange_basis(nodes)
+    )
+    return tuple(map(float, means))
 
 
 def _lms(run: SamplerRun, x: Array) -> Updates:

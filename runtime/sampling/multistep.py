@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.polynomial import polynomial
+from numpy.typing import NDArray
+
 from latentforge.runtime.sampling.levels import NoiseInterval, NoiseLevel, SolverStep
 from latentforge.runtime.sampling.moves import (
     blend,
@@ -30,6 +34,7 @@ __all__ = [
     "Algorithm",
     "Evaluation",
     "extrapolate",
+    "lagrange_basis",
     "multistep",
     "multistep_orders",
 ]
@@ -46,7 +51,7 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What a solver steps along, and if it adds fresh noise.
+    """Quantity that a solver steps along, with or without fresh noise.
 
     Attributes:
         along_noise: True for the noise, False for the clean latent.
@@ -138,6 +143,16 @@ def extrapolate(
         weight = slope * h / lasts[0]
         return blend((1 + weight, now.output), (-weight, history[1].output))
     return _third_order(history, (h / lasts[0], h / (lasts[1] - lasts[0])), slope, algorithm, size)
+
+
+def lagrange_basis(nodes: Sequence[float]) -> list[NDArray[np.float64]]:
+    """Return the coefficients of the Lagrange polynomials of some nodes, lowest power first."""
+    basis = []
+    for at, node in enumerate(nodes):
+        others = [*nodes[:at], *nodes[at + 1 :]]
+        scale = math.prod(node - other for other in others)
+        basis.append(np.asarray(polynomial.polyfromroots(others) / scale, np.float64))
+    return basis
 
 
 def first_weight(size: float) -> float:
