@@ -24,6 +24,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.sampling import SAMPLERS
+from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.settings import Request, Settings, resolve
 from latentforge.runtime.text import one_line
 
@@ -33,7 +34,6 @@ _STEPS = 5  # the fewest in which multistep samplers reach their order in betwee
 _SIDE = 128  # pixels of each side, where sizes are free
 _LARGE = 512 * 512  # pixels from which a step takes long on a CPU
 _STEPS_LARGE = 2
-_PLAIN_SAMPLER = "ddim"
 
 Array = NDArray[np.float32]
 Run = Callable[[Settings, Array | None], Result]
@@ -116,6 +116,7 @@ class _ImageComparison:
         self._reference = reference
         self.settings = _settings(manifest, reference)
         self.latents = _initial_latents(manifest, self.settings)
+        self._plain_sampler = "ddim" if isinstance(manifest.schedule, Schedule) else "edm_euler"
         self._sequential = not _fit_together(reference.checkpoint)
 
     @cached_property
@@ -165,7 +166,7 @@ class _ImageComparison:
         """
         if engines:
             return "the engines differ from torch"
-        plain = replace(self.settings, sampler=_PLAIN_SAMPLER)
+        plain = replace(self.settings, sampler=self._plain_sampler)
         if _same(_figures(self.run_diffusers(plain), self.run_engines(plain))):
             return f"sampler {self.settings.sampler} does not follow scheduler_config.json"
         return "the denoising loop or its schedule differs from diffusers"

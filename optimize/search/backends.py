@@ -10,6 +10,7 @@ import msgspec
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.results import BenchResult
 from latentforge.optimize.timing import MARGIN, fastest, time_engines
+from latentforge.runtime import sampling
 from latentforge.runtime.compile.verify import trial_settings
 from latentforge.runtime.files import copy_files
 from latentforge.runtime.loader import load
@@ -112,12 +113,13 @@ def _single_row_speedup(directory: Path, repeats: int) -> float:
     """Return the speedup of single rows over all rows per run; the first pair is a warm-up."""
     with load(directory, hashes=False, example_images=True) as pipeline:
         count = pipeline.settings("a cat").guidance_rows
+        sampler = sampling.plain(pipeline.manifest.schedule)
         seconds: dict[int, list[float]] = {count: [], 1: []}
         for _ in range(repeats + 1):
             for rows, times in seconds.items():
                 start = time.perf_counter()
                 for _step in pipeline.stream(
-                    "a cat", max_rows=rows, sampler="euler", steps=1, seed=0, unaccelerated=True
+                    "a cat", max_rows=rows, sampler=sampler, steps=1, seed=0, unaccelerated=True
                 ):
                     pass
                 times.append(time.perf_counter() - start)

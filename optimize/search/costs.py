@@ -6,6 +6,7 @@ from statistics import median
 
 from latentforge.optimize.search.engines import SearchEngines
 from latentforge.optimize.search.space import Costs, EvaluationKind, Variant
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.pipeline import Pipeline, Result
 from latentforge.runtime.settings import Settings
@@ -51,7 +52,7 @@ def _evaluation_seconds(
     """Return the shortest time of each kind of evaluation: other load only adds time."""
     steps = replace(
         request,
-        sampler="euler",
+        sampler=sampling.plain(pipeline.manifest.schedule),
         steps=_STEPS,
         cached_steps=() if variant.level is None else tuple(range(1, _STEPS)),
         variant="denoiser_reduced" if variant.reduced else "denoiser",

@@ -23,6 +23,7 @@ from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.recording import CallRecording, sample_evenly
 from latentforge.optimize.stage.component import Rewriter, Rewritten, save_part
 from latentforge.optimize.targets import Target
+from latentforge.runtime import sampling
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.errors import BackendError, GateError
 from latentforge.runtime.files import copy_files
@@ -169,7 +170,8 @@ class _SessionSlot:
 
 def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: int) -> Denoise:
     """Return a function from a denoiser session to the final latents of a short run."""
-    settings = replace(reference.settings, sampler="euler", steps=steps)
+    sampler = sampling.plain(pipeline.manifest.schedule)
+    settings = replace(reference.settings, sampler=sampler, steps=steps)
 
     def latents(session: Session) -> NDArray[np.float32]:
         slot.session = session

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentforge.runtime import sampling
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr, to_array
 from latentforge.runtime.loader import EngineLoader, load
@@ -103,7 +104,7 @@ def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: in
     )
     return pipeline.settings(
         PROMPT,
-        sampler="euler",
+        sampler=sampling.plain(manifest.schedule),
         steps=steps,
         seed=0,
         height=height,

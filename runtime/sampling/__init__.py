@@ -32,7 +32,7 @@ from latentforge.runtime.sampling.squeezed import SQUEEZED_10, SQUEEZED_11
 from latentforge.runtime.sampling.tcd import TCD
 from latentforge.runtime.sampling.unipc import UNIPC
 
-__all__ = ["SAMPLERS", "get", "noise_plan"]
+__all__ = ["SAMPLERS", "get", "noise_plan", "plain"]
 
 _ROWS = (
     DDIM,
@@ -78,6 +78,11 @@ def get(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise SettingsError(f"no sampler {name!r}: choose from {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def plain(schedule: Schedule | EDMSchedule) -> str:
+    """Return the name of a first-order sampler of this kind of schedule, without fresh noise."""
+    return (EULER if isinstance(schedule, Schedule) else EDM_EULER).name
 
 
 def noise_plan(
