@@ -249,9 +249,18 @@ class _Proof:
                 self._set_timesteps(theirs, case.steps)
                 if wide:
                     _widen(theirs)
-                return _loop(theirs, case, nudge, torch.float64 if wide else torch.float32)
+                loop = partial(_loop, theirs, case, self._skipped(case))
+                return loop(nudge, torch.float64 if wide else torch.float32)
         except _BREAKS:
             return None
+
+    def _skipped(self, case: _Case) -> int:
+        """Return the number of steps that a diffusers pipeline leaves out at the start."""
+        explicit = SCHEDULERS[self._scheduler.sampler].timesteps
+        steps = case.steps
+        if explicit:
+            steps = len(explicit(self._scheduler.schedule, steps))
+        return steps - int(steps * case.strength)
 
     def _set_timesteps(self, theirs: Any, steps: int) -> None:
         explicit = SCHEDULERS[self._scheduler.sampler].timesteps
@@ -298,8 +307,8 @@ def _widen(theirs: Any) -> None:
             setattr(theirs, name, getattr(theirs, name).double())
 
 
-def _loop(theirs: Any, case: _Case, nudge: float, dtype: torch.dtype) -> _Trajectory:
-    first = (case.steps - int(case.steps * case.strength)) * theirs.order
+def _loop(theirs: Any, case: _Case, skipped: int, nudge: float, dtype: torch.dtype) -> _Trajectory:
+    first = skipped * theirs.order
     if hasattr(theirs, "set_begin_index"):  # else it searches, and fails where two are equal
         theirs.set_begin_index(first)
     generator = torch.Generator("cpu").manual_seed(0)

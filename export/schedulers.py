@@ -371,7 +371,7 @@ def _converted(fields: Mapping[str, Any], kind: type[Any]) -> Any:
 
 
 def _options(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the solver options that the configuration names, and those of a class that clips.
+    """Return the solver options that the configuration names.
 
     Options that it leaves out stay out: each sampler then has the default of its own diffusers
     counterpart, as after from_config there.
@@ -383,8 +383,6 @@ def _options(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         for key in config
         if key in names - edm_keys and resolved.get(key) is not None
     }
-    if "clip_sample" in resolved:
-        options["clip_sample"] = resolved["clip_sample"]
     spacing = [value for key, value in _SPACINGS.items() if resolved.get(key)]
     if spacing:
         options["sigma_spacing"] = spacing[0]

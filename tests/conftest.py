@@ -26,6 +26,7 @@ from latentforge.runtime.manifest import (
     TokenizerEntry,
     WeightSource,
 )
+from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.tensor import TensorSpec
 
@@ -123,6 +124,7 @@ def handmade(tmp_path: Path) -> Handmade:
                 offset=1,
                 zero_terminal_snr=False,
                 final_alpha_one=False,
+                options=SolverOptions(clip_sample=False),
             ),
             "defaults": RequestDefaults(
                 sampler="ddim",

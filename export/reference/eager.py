@@ -51,6 +51,7 @@ class EagerPipeline:
         plan = family.plan(checkpoint)
         scheduler = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
         self._config = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+        self._scheduler_file = scheduler
         self.own_scheduler_class = str(scheduler.get("_class_name"))
         self._index = checkpoint.index
         self._reference = family.reference
@@ -210,7 +211,7 @@ class EagerPipeline:
             "negative_aesthetic_score": settings.negative_aesthetic_score,
         }
         if timesteps := SCHEDULERS[settings.sampler].timesteps:
-            arguments["timesteps"] = timesteps(schedule_of(self._config), settings.steps)
+            arguments["timesteps"] = timesteps(schedule_of(self._scheduler_file), settings.steps)
         accepted = inspect.signature(pipe.__call__).parameters
         return {name: value for name, value in arguments.items() if name in accepted}
 

@@ -31,7 +31,7 @@ def plan_ddim(schedule: Schedule, steps: int) -> NoisePlan:
     stride = schedule.train_steps // check_steps(schedule, steps)
     times = np.round(spaced_timesteps(schedule, steps, "leading")).tolist()
     intervals = tuple(NoiseInterval(schedule.at(t), schedule.at(t - stride)) for t in times)
-    return NoisePlan(intervals, options=schedule.options)
+    return NoisePlan(intervals, options=schedule.options.clipping)
 
 
 def plan_ddim_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> NoisePlan:
@@ -40,7 +40,7 @@ def plan_ddim_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> 
     last = schedule.at(min(timesteps[-1] - stride, -1))
     levels = [*(level_at(schedule, t) for t in timesteps), last]
     intervals = tuple(NoiseInterval(*pair) for pair in pairwise(levels))
-    return NoisePlan(intervals, options=schedule.options)
+    return NoisePlan(intervals, options=schedule.options.clipping)
 
 
 def first_order(run: SamplerRun, x: Array) -> Updates:

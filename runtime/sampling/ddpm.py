@@ -30,7 +30,7 @@ def _plan(schedule: Schedule, steps: int) -> NoisePlan:
 def _plan_from_timesteps(schedule: Schedule, timesteps: Sequence[float]) -> NoisePlan:
     """Plan these timesteps, down to the clean latent."""
     levels = [level_at(schedule, t) for t in timesteps]
-    return NoisePlan(chain(levels), options=schedule.options)
+    return NoisePlan(chain(levels), options=schedule.options.clipping)
 
 
 def _ddpm(run: SamplerRun, x: Array) -> Updates:

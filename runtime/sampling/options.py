@@ -58,7 +58,7 @@ class SolverOptions(
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large"] = "fixed_small"
-    clip_sample: bool = False
+    clip_sample: bool | None = None
     clip_sample_range: float = 1.0
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
@@ -78,6 +78,11 @@ class SolverOptions(
             raise ManifestError("schedule: lambda_min_clipped must be finite")
         if self.original_inference_steps < 1:
             raise ManifestError("schedule: original_inference_steps must be at least 1")
+
+    @property
+    def clipping(self) -> "SolverOptions":
+        """The options of a sampler that clips by default, as DDIM does in diffusers."""
+        return replace(self, clip_sample=True) if self.clip_sample is None else self
 
     def key(self, field: str) -> str:
         """Return the name that diffusers has for the present value of a field."""

@@ -21,6 +21,7 @@ from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.rng import Generator
 from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.levels import NoiseInterval, NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.prediction import PREDICTIONS, Prediction, prediction_type
 from latentforge.runtime.sampling.sampler import Array
 from latentforge.runtime.sampling.schedule import BetaKind, EDMSchedule, Schedule, Spacing
@@ -88,6 +89,7 @@ def schedule(
         offset=1,
         zero_terminal_snr=zero_terminal_snr,
         final_alpha_one=final_alpha_one,
+        options=SolverOptions(clip_sample=False),
     )
 
 

@@ -18,6 +18,7 @@ from latentforge.export import schedule_proof
 from latentforge.export.schedule_proof import TOLERANCE, prove_schedule
 from latentforge.export.schedulers import CheckpointScheduler
 from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.schedule import Schedule
 
 Options = Sequence[Mapping[str, Any]]
@@ -181,6 +182,15 @@ def test_the_proof_names_what_is_followed(name: str, options: dict[str, Any], sa
     assert (proof.scheduler, proof.sampler) == (name, sampler)
     assert proof.difference <= TOLERANCE
     assert options.keys() <= proof.options.keys() | {"prediction_type"}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_requested_sampler_is_proved_too(sampler: str) -> None:
+    """Against its own counterpart, with the checkpoint's configuration."""
+    edm = {"_class_name": "EDMEulerScheduler"}
+    config = edm if "edm" in sampler else {"_class_name": "DDIMScheduler", **SCALED, **LEADING}
+    proof = prove_schedule(CheckpointScheduler.of(config, sampler), 16)
+    assert (proof.sampler, proof.difference <= TOLERANCE) == (sampler, True)
 
 
 def test_a_dropped_option_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,15 @@ def test_samplers_have_a_diffusers_scheduler() -> None:
     """With the options that StableDiffusionPipeline corrects in older checkpoints."""
     assert diffusers_scheduler(DEMO, "dpmpp_2m_karras", 20) == {
         "name": "DPMSolverMultistepScheduler",
-        "options": {"steps_offset": 1, "clip_sample": False, "use_karras_sigmas": True},
+        "options": {
+            "steps_offset": 1,
+            "clip_sample": False,
+            "algorithm_type": "dpmsolver++",
+            "use_karras_sigmas": True,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "use_lu_lambdas": False,
+        },
     }
     squeezed = diffusers_scheduler(DEMO, "squeezed_11", 8)
     assert squeezed["timesteps"][0] == 998

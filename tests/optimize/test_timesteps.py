@@ -15,6 +15,7 @@ from latentforge.optimize.search.timesteps import (
 from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.sampler import Array
 from latentforge.runtime.sampling.schedule import Schedule
 
@@ -26,6 +27,7 @@ SCHEDULE = Schedule(
     offset=1,
     zero_terminal_snr=False,
     final_alpha_one=False,
+    options=SolverOptions(clip_sample=False),
 )
 SPREAD = 0.05
 
