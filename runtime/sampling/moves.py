@@ -83,7 +83,7 @@ def renoise_move(x: Array, clean: Array, interval: NoiseInterval, fresh: Array) 
     start, end = interval
     ratio = end.sigma * start.alpha / (end.alpha * start.sigma)
     kept = ratio * end.sigma / start.sigma
-    added = end.sigma * math.sqrt(1 - ratio**2)
+    added = end.sigma * math.sqrt(max(0.0, 1 - ratio**2))  # 0 for a step of no length
     return blend((kept, x), (end.alpha - kept * start.alpha, clean), (added, fresh))
 
 
@@ -91,7 +91,8 @@ def shift_move(x: Array, noise: Array, interval: NoiseInterval, fresh: Array) ->
     """Step twice as far along a noise as noise_move(), and add fresh noise (SDE-DPM-Solver)."""
     start, end = interval
     growth = start.sigma * end.alpha / (start.alpha * end.sigma)
-    along, added = 2 * end.sigma * (1 - growth), end.sigma * math.sqrt(growth**2 - 1)
+    along = 2 * end.sigma * (1 - growth)
+    added = end.sigma * math.sqrt(max(0.0, growth**2 - 1))  # 0 for a step of no length
     return blend((end.alpha / start.alpha, x), (along, noise), (added, fresh))
 
 
