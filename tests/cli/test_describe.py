@@ -7,7 +7,7 @@ import pytest
 from conftest import Handmade
 
 from latentforge.commands.describe import describe, stage_lines
-from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, Stage
+from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, ScheduleProof, Stage
 from latentforge.runtime.shapes import Range
 
 PLAN = AccelerationPlan(
@@ -52,6 +52,21 @@ def test_a_description_has_the_plan_and_every_component_and_stage(handmade: Hand
     assert "export: 61 s with torch 2.9" in text and "  denoiser/gelu: 3" in text
     for name in ("text_encoder", "denoiser", "vae_decoder"):
         assert f"\n{name}: " in text and f"\n{name:<18}null" in text
+
+
+def test_a_description_has_the_options_of_the_scheduler_that_are_followed(
+    handmade: Handmade,
+) -> None:
+    proof = ScheduleProof(
+        scheduler="EulerDiscreteScheduler",
+        sampler="euler",
+        options={"use_karras_sigmas": True, "trained_betas": None},
+        steps=(4, 20),
+        difference=2e-6,
+    )
+    text = described(handmade, schedule_proof=proof)
+    assert "\nscheduler   EulerDiscreteScheduler, followed: use_karras_sigmas True\n" in text
+    assert "\n            euler differs by 2e-06 of the range at most, at 4, 20 steps\n" in text
 
 
 @pytest.mark.parametrize(("own", "owner"), [(True, "the checkpoint's"), (False, "the sampler's")])

@@ -1,5 +1,6 @@
 """Descriptions of engine directories and of the stages that made them, as text."""
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -77,9 +78,13 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
 
 def _proof_lines(proof: ScheduleProof) -> Iterator[str]:
     """Describe how nearly the default sampler follows the checkpoint's scheduler."""
-    options = ", ".join(f"{name} {value}" for name, value in sorted(proof.options.items()))
+    named = (item for item in sorted(proof.options.items()) if item[1] is not None)
+    options = ", ".join(f"{name} {value}" for name, value in named) or "no further options"
     counts = ", ".join(map(str, proof.steps))
-    yield f"scheduler   {proof.scheduler}: {options or 'no further options'}"
+    indent = " " * 12
+    yield textwrap.fill(
+        f"scheduler   {proof.scheduler}, followed: {options}", 100, subsequent_indent=indent
+    )
     yield (
         f"{'':<12}{proof.sampler} differs by {proof.difference:.0e} of the range at most, at "
         f"{counts} steps"
