@@ -13,6 +13,7 @@ import diffusers
 import msgspec
 from diffusers.utils import logging as diffusers_logging
 
+from latentforge.export.checkpoint import warn_once
 from latentforge.runtime.errors import CheckpointError, ManifestError
 from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.options import SolverOptions
@@ -32,7 +33,7 @@ __all__ = [
     "prediction_of",
     "quiet_diffusers",
     "schedule_of",
-    "warn_of_other_class",
+    "with_class",
 ]
 
 _log = logging.getLogger(__name__)
@@ -184,23 +185,26 @@ def quiet_diffusers() -> Iterator[None]:
         diffusers_logging.set_verbosity(verbosity)
 
 
-def warn_of_other_class(config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Log a warning if model_index.json names another scheduler than the scheduler's own file.
+def with_class(config: Mapping[str, Any], index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler_config.json with the class of model_index.json if it names none itself.
+
+    If the two differ, a warning says so: diffusers loads the one of model_index.json.
 
     Args:
         config: scheduler_config.json.
-        index: model_index.json, which decides in diffusers.
+        index: model_index.json.
     """
-    entry = index.get("scheduler")
+    entry, own = index.get("scheduler"), config.get("_class_name")
     named = entry[-1] if isinstance(entry, list) and entry else None
-    if named is not None and named != config.get("_class_name"):
-        _log.warning(
-            "model_index.json names the scheduler %s, and scheduler_config.json %s: this follows "
-            "scheduler_config.json, but diffusers would load %s",
-            reprlib.repr(named),
-            reprlib.repr(config.get("_class_name")),
-            reprlib.repr(named),
+    if own is None and isinstance(named, str):
+        return {**config, "_class_name": named}
+    if named is not None and named != own:
+        warn_once(
+            f"model_index.json names the scheduler {reprlib.repr(named)}, and "
+            f"scheduler_config.json {reprlib.repr(own)}: this follows scheduler_config.json, but "
+            f"diffusers would load {reprlib.repr(named)}"
         )
+    return dict(config)
 
 
 def schedule_of(config: Mapping[str, Any]) -> Schedule | EDMSchedule:
@@ -299,7 +303,7 @@ def _class_name(config: Mapping[str, Any], sampler: str | None) -> str:
         return SAMPLERS[sampler].diffusers.name
     raise CheckpointError(
         f"scheduler_config.json: {reprlib.repr(name)} is no scheduler of diffusers "
-        f"{diffusers.__version__}: to take a sampler, export with --sampler"
+        f"{diffusers.__version__} as installed: to take a sampler, export with --sampler"
     )
 
 

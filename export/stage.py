@@ -27,7 +27,7 @@ from latentforge.export.onnx import (
 from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
 from latentforge.export.schedule_proof import prove_schedule
-from latentforge.export.schedulers import CheckpointScheduler, follows, warn_of_other_class
+from latentforge.export.schedulers import CheckpointScheduler, follows, with_class
 from latentforge.export.tokenizers import write_tokenizer
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
@@ -184,10 +184,10 @@ def _scheduler(
     checkpoint: Checkpoint, family: Family, plan: ExportPlan, sampler: str | None
 ) -> CheckpointScheduler:
     """Return the checkpoint's scheduler, with the sampler to take by default."""
-    config = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
-    warn_of_other_class(config, checkpoint.index)
-    own = checkpoint.sidecar.get("defaults", {}).get("sampler", plan.defaults.sampler)
-    if (chosen := sampler or own) is not None:
+    own = checkpoint.config("scheduler", "scheduler_config.json")
+    config = family.scheduler(with_class(own, checkpoint.index))
+    default = checkpoint.sidecar.get("defaults", {}).get("sampler", plan.defaults.sampler)
+    if (chosen := sampler or default) is not None:
         get_sampler(chosen)
     return CheckpointScheduler.of(config, chosen)
 

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.reference.sequential import SequentialModules
-from latentforge.export.schedulers import SCHEDULERS, diffusers_scheduler, schedule_of
+from latentforge.export.schedulers import SCHEDULERS, diffusers_scheduler, schedule_of, with_class
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.bench.worker import ServedModel, serve
 from latentforge.runtime.errors import SettingsError
@@ -49,7 +49,8 @@ class EagerPipeline:
         """
         family = family_of(checkpoint)
         plan = family.plan(checkpoint)
-        scheduler = family.scheduler(checkpoint.config("scheduler", "scheduler_config.json"))
+        own = checkpoint.config("scheduler", "scheduler_config.json")
+        scheduler = family.scheduler(with_class(own, checkpoint.index))
         self._config = {k: v for k, v in scheduler.items() if not k.startswith("_")}
         self._scheduler_file = scheduler
         self.own_scheduler_class = str(scheduler.get("_class_name"))

@@ -13,7 +13,7 @@ from latentforge.export.schedulers import (
     default_sampler,
     prediction_of,
     schedule_of,
-    warn_of_other_class,
+    with_class,
 )
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.sampling import SAMPLERS
@@ -155,10 +155,16 @@ def test_another_sampler_may_be_requested() -> None:
 
 
 def test_another_class_in_the_index_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_other_class(SD15, {"scheduler": ["diffusers", "PNDMScheduler"]})
+    assert with_class(SD15, {"scheduler": ["diffusers", "PNDMScheduler"]}) == SD15
+    assert with_class(SD15, {}) == SD15
     assert caplog.text == ""
-    warn_of_other_class(SD15, {"scheduler": ["diffusers", "DDIMScheduler"]})
+    assert with_class(SD15, {"scheduler": ["diffusers", "DDIMScheduler"]}) == SD15
     assert "diffusers would load 'DDIMScheduler'" in caplog.text
+
+
+def test_the_index_names_the_class_where_the_file_does_not() -> None:
+    config = {key: value for key, value in SD15.items() if key != "_class_name"}
+    assert with_class(config, {"scheduler": ["diffusers", "PNDMScheduler"]}) == SD15
 
 
 def test_an_unknown_key_is_named(caplog: pytest.LogCaptureFixture) -> None:
