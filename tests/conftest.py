@@ -75,16 +75,6 @@ FIRST = ("test_build.py", "test_docs.py", "test_families.py", "test_search.py", 
 """The first two make the engines that others share; then come the longest."""
 
 
-def pytest_configure() -> None:
-    """Give each of several processes its share of the cores: threads of two only wait."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if worker and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) >= count:
-            os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: count])
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with files that several processes would otherwise wait for, at the start or end."""
     places = {name: place for place, name in enumerate(FIRST)}
