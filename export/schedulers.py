@@ -133,7 +133,7 @@ class CheckpointScheduler:
         return cls(
             config=config,
             name=name,
-            sampler=sampler or default_sampler(config),
+            sampler=sampler or _sampler_for(name, resolved),
             schedule=_schedule(resolved, config),
             prediction=prediction_of(resolved),
         )
@@ -246,7 +246,15 @@ def default_sampler(config: Mapping[str, Any]) -> str:
         CheckpointError: there is none, or it does not follow one of the scheduler's options.
     """
     name = _class_name(config, None)
-    resolved = _resolved(name, config)
+    return _sampler_for(name, _resolved(name, config))
+
+
+def _sampler_for(name: str, resolved: Mapping[str, Any]) -> str:
+    """Return the sampler that corresponds to a class with all of its arguments: default_sampler().
+
+    Raises:
+        CheckpointError: see default_sampler().
+    """
     rows = [row for row in SAMPLERS.values() if _is_counterpart(row, name, resolved)]
     if not rows:
         raise CheckpointError(

@@ -5,22 +5,21 @@ from functools import partial
 
 import numpy as np
 
-from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.ddim import first_order
 from latentforge.runtime.sampling.euler import unscaled
 from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel, NoisePlan, chain
 from latentforge.runtime.sampling.multistep import DATA, DATA_SDE, multistep, multistep_orders
 from latentforge.runtime.sampling.sampler import DiffusersScheduler, Sampler
 from latentforge.runtime.sampling.schedule import EDMSchedule
+from latentforge.runtime.sampling.spacing import check_steps
 
 __all__ = ["EDM_DPMPP_2M", "EDM_DPMPP_2M_SDE", "EDM_EULER"]
 
 
 def _levels(schedule: EDMSchedule, steps: int) -> list[NoiseLevel]:
     """Return levels at the spacing of sigma that the schedule names."""
-    if not 1 <= steps <= schedule.train_steps:
-        raise SettingsError(f"{steps} steps: choose between 1 and {schedule.train_steps}")
-    ramp, (low, high) = np.linspace(0, 1, steps), (schedule.sigma_min, schedule.sigma_max)
+    ramp = np.linspace(0, 1, check_steps(schedule, steps))
+    low, high = schedule.sigma_min, schedule.sigma_max
     if schedule.sigma_schedule == "karras":
         ends = high ** (1 / schedule.rho), low ** (1 / schedule.rho)
         sigmas = (ends[0] + ramp * (ends[1] - ends[0])) ** schedule.rho

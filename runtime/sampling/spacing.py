@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel
 from latentforge.runtime.sampling.options import SigmaSpacing
-from latentforge.runtime.sampling.schedule import Schedule, Spacing
+from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule, Spacing
 from latentforge.runtime.sampling.sigmas import respaced
 
 __all__ = [
@@ -41,7 +41,7 @@ def unrounded(times: NDArray[np.float64], _: SigmaSpacing) -> NDArray[np.float64
     return times
 
 
-def check_steps(schedule: Schedule, steps: int) -> int:
+def check_steps(schedule: Schedule | EDMSchedule, steps: int) -> int:
     """Return the number of steps if the schedule has that many.
 
     Raises:
