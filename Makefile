@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs slow optimum clean
+.PHONY: demo test check docs slow hostile optimum clean
 
 demo: $(VENV)/ready  ## build the demo checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
@@ -23,6 +23,9 @@ docs: $(VENV)/ready  ## build the documentation as a site, in site/
 
 slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 	$(BIN)/python -m pytest -m slow
+
+hostile: $(VENV)/ready  ## damaged and hostile inputs by the thousand, and kills: see docs/reliability.md
+	$(BIN)/python -m pytest -m slow tests/hostile
 
 optimum: $(VENV)/ready  ## beside optimum-onnx, in a second environment that this makes: minutes
 	$(BIN)/python -m pytest -m optimum
