@@ -23,6 +23,7 @@ from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Result
 from latentforge.runtime.profiling import PROMPT
+from latentforge.runtime.progress import Progress
 from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.settings import Request, Settings, resolve
@@ -79,7 +80,9 @@ class ImageParity:
         return text + turns * self.reference["sequential"]
 
 
-def check_image(directory: Path, reference: ImageReference, run_in_torch: Run) -> ImageParity:
+def check_image(
+    directory: Path, reference: ImageReference, run_in_torch: Run, progress: Progress
+) -> ImageParity:
     """Compare an image by the engines, with their default sampler, with that of diffusers.
 
     Seed, prompt and initial noise are the same. Of the three possible causes of a difference,
@@ -92,12 +95,13 @@ def check_image(directory: Path, reference: ImageReference, run_in_torch: Run) -
         directory: the exported engines.
         reference: how diffusers makes its image.
         run_in_torch: the runtime's loop over torch modules.
+        progress: shows the steps of the engines.
 
     Raises:
         CheckpointError: diffusers cannot run the checkpoint.
         GateError: the images differ; the message names the cause.
     """
-    comparison = _ImageComparison(directory, reference)
+    comparison = _ImageComparison(directory, reference, progress)
     settings, latents = comparison.settings, comparison.latents
     result = comparison.run_engines(settings)
     figures = _figures(comparison.run_diffusers(settings), result)
@@ -110,10 +114,11 @@ def check_image(directory: Path, reference: ImageReference, run_in_torch: Run) -
 class _ImageComparison:
     """Engines and diffusers' pipeline of one checkpoint, and the request that both run."""
 
-    def __init__(self, directory: Path, reference: ImageReference) -> None:
+    def __init__(self, directory: Path, reference: ImageReference, progress: Progress) -> None:
         manifest = Manifest.read(directory, hashes=False)
         self._directory = directory
         self._reference = reference
+        self._progress = progress
         self.settings = _settings(manifest, reference)
         self.latents = _initial_latents(manifest, self.settings)
         self._plain_sampler = "ddim" if isinstance(manifest.schedule, Schedule) else "edm_euler"
@@ -142,7 +147,7 @@ class _ImageComparison:
 
     def run_engines(self, settings: Settings) -> Result:
         with load(self._directory, hashes=False, low_memory=True, example_images=True) as pipeline:
-            return pipeline.run(settings, image=self.latents)
+            return pipeline.run(settings, image=self.latents, report=self._progress.step)
 
     def run_diffusers(self, settings: Settings) -> Result:
         """Run diffusers' pipeline: with the settings' sampler, if that is not the default one."""

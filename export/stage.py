@@ -305,13 +305,15 @@ def _copy_graphs(
     manifest = msgspec.structs.replace(manifest, source=source)
     with progress.part("running the graphs"):
         try:
-            _check_graphs_run(job, manifest, directory)
+            _check_graphs_run(job, manifest, directory, progress)
         except LatentforgeError as error:
             raise CheckpointError(f"{job.checkpoint.name}: {error}") from error
     return manifest, None
 
 
-def _check_graphs_run(job: _ExportJob, manifest: Manifest, directory: Path) -> None:
+def _check_graphs_run(
+    job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
+) -> None:
     """Load every engine, and make an image if all components are there.
 
     There is no torch module to compare these graphs with.
@@ -322,7 +324,7 @@ def _check_graphs_run(job: _ExportJob, manifest: Manifest, directory: Path) -> N
     pixels: NDArray[np.float32] | None = None
     if all(name in manifest.components for name in required):
         with load(directory, hashes=False, low_memory=True, example_images=True) as pipeline:
-            pixels = to_array(_short_run(job, pipeline).images)
+            pixels = to_array(_short_run(job, pipeline, progress).images)
         others -= set(required)
     for name in sorted(others):
         engine = Engine.load(name, manifest.components[name], directory, {}, low_memory=True)
@@ -340,7 +342,7 @@ def _export_modules(
         The manifest with components, and the comparison of images, if all components are there.
     """
     with progress.part("recording a run in torch"):
-        sessions = _record(job, manifest, directory)
+        sessions = _record(job, manifest, directory, progress)
     manifest = _export_components(job, manifest, directory, sessions, progress)
     with progress.part("comparing images with diffusers"):
         if any(name not in manifest.components for name in manifest.required_components):
@@ -350,11 +352,13 @@ def _export_modules(
     return msgspec.structs.replace(manifest, quality=quality), parity
 
 
-def _record(job: _ExportJob, manifest: Manifest, directory: Path) -> dict[str, TorchSession]:
+def _record(
+    job: _ExportJob, manifest: Manifest, directory: Path, progress: Progress
+) -> dict[str, TorchSession]:
     """Run the checkpoint in torch with the runtime's loop, recording each component."""
     sessions = _torch_sessions(job)
     pipeline = _torch_pipeline(sessions, manifest, directory)
-    result = _short_run(job, pipeline)
+    result = _short_run(job, pipeline, progress)
     encoder = sessions.get("vae_encoder")
     if encoder and encoder.plan in job.components and not encoder.recording.runs:
         pipeline.engines["vae_encoder"].run({"sample": to_array(result.images)})
@@ -393,9 +397,9 @@ def _torch_engine(session: TorchSession) -> Engine:
     return Engine(plan.name, component, session)
 
 
-def _short_run(job: _ExportJob, pipeline: Pipeline) -> Result:
+def _short_run(job: _ExportJob, pipeline: Pipeline, progress: Progress) -> Result:
     sides = {"height": job.dimensions.height or 0, "width": job.dimensions.width or 0}
-    return trial(pipeline, steps=_STEPS, **sides)
+    return trial(pipeline, steps=_STEPS, report=progress.step, **sides)
 
 
 def _export_components(
@@ -441,7 +445,7 @@ def _check_image(
     )
     in_torch = _torch_pipeline(_torch_sessions(job), manifest, directory)
     parity = check_image(
-        directory, reference, lambda settings, image: in_torch.run(settings, image=image)
+        directory, reference, lambda settings, image: in_torch.run(settings, image=image), progress
     )
     progress.note(parity.summary)
     return parity

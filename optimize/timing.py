@@ -7,6 +7,7 @@ from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.hardware import available_cores, fit_together
 from latentforge.measure.results import BenchResult, ConfidenceInterval
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
 
 __all__ = ["MARGIN", "FreeMemoryError", "fastest", "rounded", "speedup_figures", "time_engines"]
@@ -26,6 +27,7 @@ def time_engines(
     *,
     repeats: int,
     quiet: bool = True,
+    outer: Progress | None = None,
 ) -> dict[str, BenchResult]:
     """Time engine directories with interleaved runs of one request.
 
@@ -38,6 +40,7 @@ def time_engines(
         settings: the request.
         repeats: counted runs of each participant.
         quiet: show no progress.
+        outer: progress whose current part shows that of the runs.
 
     Returns:
         The results by name of the participant, in the order of the participants.
@@ -58,6 +61,7 @@ def time_engines(
         repeats=repeats,
         together=together,
         quiet=quiet,
+        outer=outer,
     )
     return {result.name: result for result in require_all_ok(measured).entries}
 

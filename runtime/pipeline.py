@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -151,6 +151,7 @@ class Pipeline:
         mask: Picture | None = None,
         depth_map: DepthInput | None = None,
         conditioning: ConditioningInputs | None = None,
+        report: Callable[[DenoisingStep], None] | None = None,
     ) -> Result:
         """Generate the images of a complete request, such as that of an earlier result.
 
@@ -158,6 +159,7 @@ class Pipeline:
             settings: complete settings.
             image, mask, depth_map: see __call__().
             conditioning: replaces the encoded prompts: see encode().
+            report: called after each step.
 
         Raises:
             SettingsError, ShapeError, BackendError: see __call__().
@@ -173,8 +175,10 @@ class Pipeline:
             depth_map=self._depth_map(depth_map, settings),
             conditioning=conditioning,
         )
-        *_, last = generate(self._model, request)
-        return last.result()
+        for step in generate(self._model, request):
+            if report is not None:
+                report(step)
+        return step.result()
 
     def encode(self, settings: Settings) -> ConditioningInputs:
         """Return the denoiser's conditioning inputs for a request, by input name.

@@ -1,9 +1,9 @@
-"""Texts for messages: errors on one line, sizes, and suggestions for mistyped names."""
+"""Texts for messages: errors on one line, sizes, durations, and suggestions for mistyped names."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["near_miss", "one_line", "printable", "size_text"]
+__all__ = ["duration_text", "near_miss", "one_line", "printable", "size_text"]
 
 
 def one_line(error: object, *, limit: int | None = 300) -> str:
@@ -33,3 +33,11 @@ def near_miss(word: str, choices: Iterable[str]) -> str:
 def size_text(count: float) -> str:
     """Return a number of bytes in MB, or in GB from 1 GB on."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as 45s, 12m or 2h05m: whole minutes from 90 seconds on."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m"

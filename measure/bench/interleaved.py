@@ -44,6 +44,7 @@ def measure(
     noise: Array | None = None,
     folder: Path | None = None,
     quiet: bool = True,
+    outer: Progress | None = None,
 ) -> Measured:
     """Measure participants with interleaved runs, so that drift of the machine affects all alike.
 
@@ -60,9 +61,12 @@ def measure(
             generator differs from torch's.
         folder: for the files that participants convert; a temporary one if None.
         quiet: show no progress.
+        outer: progress whose current part shows that of the runs.
     """
     total = len(participants) * (repeats + 2 if together else 3 * repeats)
-    with ExitStack() as stack, Progress(total, quiet=quiet) as progress:
+    with ExitStack() as stack:
+        counter = Progress(total, quiet=quiet) if outer is None else outer.inner(total)
+        progress = stack.enter_context(counter)
         jobs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latentforge-")))
         if noise is not None:
             np.save(jobs / "noise.npy", noise)

@@ -78,7 +78,7 @@ def image_errors(
     results = []
     for reference in references:
         with progress.part(f"gate: {reference.settings.prompts[0][:32]}"):
-            results.append(pipeline.run(reference.settings))
+            results.append(pipeline.run(reference.settings, report=progress.step))
     candidate = [image for result in results for image in result.images]
     reference_images = [image for result in references for image in result.images]
     if is_constant(candidate) and not is_constant(reference_images):

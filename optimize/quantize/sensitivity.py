@@ -31,7 +31,7 @@ from latentforge.optimize.quantize.nodes import add_copy, add_node, replace
 from latentforge.optimize.quantize.options import Int8Settings, QuantFormat, SensitivitySettings
 from latentforge.optimize.quantize.qdq import plan_layers, quantize
 from latentforge.optimize.quantize.write import Int8Writer, PlannedLayer
-from latentforge.runtime.backends import LayerTime, Session
+from latentforge.runtime.backends import LayerTime, Report, Session
 from latentforge.runtime.tensor import Feeds
 
 __all__ = [
@@ -78,6 +78,7 @@ def measure_sensitivity(
     denoise: Denoise,
     *,
     form: QuantFormat = "onnxruntime",
+    report: Report = lambda *_: None,
 ) -> list[LayerSensitivity]:
     """Measure each layer that would be quantized alone, over a whole denoising run.
 
@@ -90,6 +91,7 @@ def measure_sensitivity(
         denoise: computes the final latents with a session; called once for the float graph, and
             once per layer.
         form: representation of quantized layers.
+        report: called after each layer.
 
     Returns:
         One record per layer, the largest error first.
@@ -102,7 +104,7 @@ def measure_sensitivity(
     names = list(saved)
     writer = Int8Writer(copy.graph, limit=settings.weight_limit(form), form=form)
     _add_switches(copy.graph, planned, names, writer)
-    errors = _errors(_SwitchedSession(open_session(copy), len(names)), names, denoise)
+    errors = _errors(_SwitchedSession(open_session(copy), len(names)), names, denoise, report)
     seconds = _seconds_saved(model, feeds, settings, form, names)
     records = [
         LayerSensitivity(name=name, error=errors[name], bytes=saved[name], seconds=seconds[name])
@@ -151,7 +153,9 @@ class _SwitchedSession:
         pass
 
 
-def _errors(session: _SwitchedSession, names: Sequence[str], denoise: Denoise) -> dict[str, float]:
+def _errors(
+    session: _SwitchedSession, names: Sequence[str], denoise: Denoise, report: Report
+) -> dict[str, float]:
     """Return the relative error of the latents for each layer alone in 8 bits."""
     reference = np.asarray(denoise(session), np.float64)
     errors: dict[str, float] = {}
@@ -160,6 +164,7 @@ def _errors(session: _SwitchedSession, names: Sequence[str], denoise: Denoise) -
         session.mask[index] = 1
         difference = np.asarray(denoise(session), np.float64) - reference
         errors[name] = float(np.mean(difference**2) / np.mean(reference**2))
+        report("layer", index + 1, len(names))
     return errors
 
 

@@ -142,7 +142,9 @@ def _measure_layers(
             latents = _latents(
                 pipeline, slot, origin.calibration.results[0], recipe.sensitivity.steps
             )
-            layers = measure_sensitivity(model, feeds, recipe.int8, latents, form=form)
+            layers = measure_sensitivity(
+                model, feeds, recipe.int8, latents, form=form, report=progress.within
+            )
     return tuple(layers), select_sensitive(layers, recipe.sensitivity)
 
 

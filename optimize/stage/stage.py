@@ -141,6 +141,7 @@ def _time(
                 [manifest.size for manifest in (job.manifest, *(c.manifest for c in passing))],
                 settings,
                 repeats=job.request.repeats,
+                outer=progress,
             )
         except FreeMemoryError:  # an optimized directory without timing is better than none
             return None

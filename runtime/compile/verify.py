@@ -1,6 +1,6 @@
 """Verification of engine directories: file hashes, loading, and an image of one step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr, to_array
 from latentforge.runtime.loader import EngineLoader, load
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.pipeline import DenoisingStep, Pipeline, Result
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.shapes import ANY
@@ -78,9 +78,17 @@ def compare(source: Path, directory: Path) -> dict[str, float]:
     return figures
 
 
-def trial(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Result:
+def trial(
+    pipeline: Pipeline,
+    *,
+    steps: int,
+    height: int = 0,
+    width: int = 0,
+    report: Callable[[DenoisingStep], None] | None = None,
+) -> Result:
     """Generate a small image, which runs every engine of text to image: see trial_settings()."""
-    return pipeline.run(trial_settings(pipeline, steps=steps, height=height, width=width))
+    settings = trial_settings(pipeline, steps=steps, height=height, width=width)
+    return pipeline.run(settings, report=report)
 
 
 def trial_settings(pipeline: Pipeline, *, steps: int, height: int = 0, width: int = 0) -> Settings:

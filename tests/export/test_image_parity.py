@@ -24,6 +24,7 @@ from latentforge.runtime import sampling
 from latentforge.runtime.errors import CheckpointError, GateError
 from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Result
+from latentforge.runtime.progress import Progress
 
 Copy = Callable[[Path], Path]
 Run = Callable[[Any, Any], Result]
@@ -37,7 +38,7 @@ def in_torch(checkpoint: Path) -> Run:
 def compared(engines: Path, checkpoint: Path, run: Run, **changes: Any) -> ImageParity:
     opened = open_checkpoint(str(checkpoint))
     fields: dict[str, Any] = {"checkpoint": opened, "own_scheduler": True, **changes}
-    return check_image(engines, ImageReference(**fields), run)
+    return check_image(engines, ImageReference(**fields), run, Progress(1))
 
 
 def unused(*_: object) -> Result:

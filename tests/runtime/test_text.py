@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentforge.runtime.text import near_miss, one_line, printable, size_text
+from latentforge.runtime.text import duration_text, near_miss, one_line, printable, size_text
 
 
 def test_one_line_joins_lines_and_cuts() -> None:
@@ -43,3 +43,8 @@ def test_sizes() -> None:
         "1.0 GB",
         "2.6 GB",
     ]
+
+
+def test_durations() -> None:
+    texts = [duration_text(seconds) for seconds in (0.2, 89, 90, 3569, 3600, 7530)]
+    assert texts == ["0s", "89s", "2m", "59m", "1h00m", "2h06m"]

@@ -1,0 +1,60 @@
+"""Progress lines where there is no terminal: parts, their insides, and never a long silence."""
+
+import time
+
+import pytest
+
+from latentforge.runtime import progress as module
+from latentforge.runtime.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TICK", 0.01)
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
+
+
+def test_a_silent_part_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2, quiet=False) as progress:
+        progress.expect(600)
+        with progress.part("unet: compile"):
+            time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[1/2] unet: compile, still running after 0 s; 10m left in all"
+    assert 2 <= len(lines) <= 6 and lines[-1] == "[1/2] unet: compile (0.2 s)"
+
+
+def test_steps_have_their_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1, quiet=False) as progress, progress.part("reference"):
+        time.sleep(0.02)
+        progress.within("step", 1, 30001)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("[1/1] reference: step 1/30001, ") and "m left, still" in lines[0]
+
+
+def test_parts_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1, quiet=False) as progress, progress.part("timing"):
+        with (inner := progress.inner(2)).part("input: load"):
+            pass
+        with pytest.raises(ValueError, match="no"), inner.part("input: image"):
+            raise ValueError("no")
+    lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    shown = [f"[1/1] timing: input: {text}" for text in ("load 0/2", "load 1/2", "image 1/2")]
+    assert lines == [*shown, "[1/1] timing (0.0 s)"]
+
+
+def test_quiet_starts_no_thread_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1) as progress, progress.part("quiet"):
+        progress.within("step", 1, 2)
+        time.sleep(0.1)
+    assert capsys.readouterr().err == "" and progress._pulse is None
+
+
+def test_no_line_after_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1, quiet=False) as progress:
+        with progress.part("done"):
+            pass
+        capsys.readouterr()
+        time.sleep(0.1)
+    assert capsys.readouterr().err == "" and not progress._pulse._thread.is_alive()  # type: ignore[union-attr]
