@@ -1,5 +1,6 @@
 """File hashes, and atomic writing: a directory or a file is complete or does not exist."""
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -24,6 +25,7 @@ __all__ = [
     "check_target",
     "copy_files",
     "hash_file",
+    "restore",
     "staged_directory",
     "staged_file",
 ]
@@ -32,6 +34,7 @@ MANIFEST_FILE = "manifest.json"
 """File that makes a directory an engine directory."""
 
 _HASH_BLOCK = 1 << 20
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 def hash_file(path: Path) -> str:
@@ -52,6 +55,7 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         TargetError: something else is there, or its parent is not writable.
     """
     try:
+        restore(target)
         _check_old(target, overwrite)
         parent = next(parent for parent in target.absolute().parents if parent.exists())
     except OSError as error:
@@ -96,7 +100,8 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     Missing parents are created, and overwrite replaces an existing engine directory. If the block
     ends early, also by Ctrl-C, the sibling is removed. The next stage that writes the same target
     removes the sibling of a killed process. After a GateError the sibling is kept as
-    target.rejected, for inspection.
+    target.rejected, for inspection. The old engines stand until the new ones are on the disk and
+    under their name.
 
     Raises:
         TargetError: the directory cannot be written.
@@ -110,6 +115,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
+        restore(_rejected(target))
         partial.mkdir()
         lock = _lock(partial)
         yield partial
@@ -188,9 +194,13 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
         _swap(partial, target)
 
 
+def _rejected(target: Path) -> Path:
+    return target.with_name(f"{target.name}.rejected")
+
+
 def _reject(partial: Path, target: Path) -> str:
     """Keep partial as target.rejected, replacing an earlier one; return a note for the message."""
-    rejected = target.with_name(f"{target.name}.rejected")
+    rejected = _rejected(target)
     graphs = (*rejected.glob("*.onnx"), *rejected.glob("*/model.onnx"))
     try:
         if (graphs or (rejected / MANIFEST_FILE).exists()) and not rejected.is_symlink():
@@ -203,12 +213,70 @@ def _reject(partial: Path, target: Path) -> str:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Replace target by partial: move target aside, rename partial, delete the old target."""
-    old = _sibling(target)
-    target.rename(old)
+    """Replace target by partial, so that one of the two has the name at every moment.
+
+    Files reach the disk first: after a power failure, too, the old engines or the new ones are
+    whole.
+    """
+    for folder, _, files in os.walk(partial):
+        for name in (*files, "."):
+            _flush(Path(folder, name))
+    if _exchange(partial, target):
+        _flush(target.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        _set_aside(partial, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two directories in one step; False if the system or the file system cannot."""
     try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux, or an old C library
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    return bool(renameat2(_HERE, paths[0], _HERE, paths[1], _EXCHANGE) == 0)
+
+
+def _set_aside(partial: Path, target: Path) -> None:
+    """Replace target in two steps; restore() finds the old one if the process ends in between."""
+    old = target.with_name(f".{target.name}.previous-{secrets.token_hex(4)}")
+    lock = _lock(target)  # so that nobody takes it for that of a killed process
+    try:
+        target.rename(old)
         partial.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        _flush(target.parent)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def restore(target: Path) -> None:
+    """Give the engines their name back that a killed process set aside while it replaced them.
+
+    If there are engines at target, then its work was done, and the old ones are deleted.
+    """
+    for old in target.absolute().parent.glob(f".{glob.escape(target.name)}.previous-*"):
+        with suppress(OSError):  # locked by a running process, or not writable
+            lock = _lock(old)
+            try:
+                if (target / MANIFEST_FILE).is_file():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:
+                    old.rename(target)  # also in place of an empty directory
+            finally:
+                if lock is not None:
+                    os.close(lock)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a directory is on the disk, where the system can tell."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from latentforge.runtime.errors import ManifestError
-from latentforge.runtime.files import MANIFEST_FILE, hash_file
+from latentforge.runtime.files import MANIFEST_FILE, hash_file, restore
 
 if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.manifest import FileEntry
@@ -26,6 +26,8 @@ def read_content(path: Path) -> bytes:
     """
     hint = "is this a directory that latentforge build or export wrote?"
     try:
+        if not path.exists():
+            restore(path.parent)
         if not path.is_file():  # a pipe, say, would block the reader forever
             raise ManifestError(f"{path.parent} has no {MANIFEST_FILE}: {hint}")
         with path.open("rb") as file:

@@ -309,3 +309,56 @@ def test_two_writers_of_one_file_do_not_interfere(tmp_path: Path) -> None:
         first.write_text("1")
         second.write_text("2")
     assert target.read_text() == "1"
+
+
+# Kills between the renames of an overwrite
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from latentforge.runtime import files
+if sys.argv[2] == "two steps":
+    files._exchange = lambda first, second: False
+rename, left = os.rename, int(sys.argv[3])
+def dying(*paths):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    rename(*paths)
+os.rename = dying
+with files.staged_directory(Path(sys.argv[1]), overwrite=True) as partial:
+    (partial / "manifest.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("renames", range(4))
+@pytest.mark.parametrize("kind", ["one step", "two steps"])
+def test_a_kill_at_any_rename_loses_no_engines(tmp_path: Path, kind: str, renames: int) -> None:
+    target = engines(tmp_path / "new")
+    subprocess.run([sys.executable, "-c", DIE, str(target), kind, str(renames)], check=False)
+    with pytest.raises(KeyboardInterrupt), staged_directory(target, overwrite=True):
+        assert (target / "manifest.json").read_text() in ("old", "new")
+        raise KeyboardInterrupt
+    assert (target / "manifest.json").read_text() in ("old", "new")
+    assert names(tmp_path) == ["new"]
+
+
+def test_engines_that_were_set_aside_get_their_name_back(tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    engines(tmp_path / ".new.previous-0123abcd")
+    with pytest.raises(TargetError, match="--overwrite"):
+        check_target(target)
+    assert (target / "manifest.json").read_text() == "old"
+    engines(tmp_path / ".new.previous-4567abcd", "older")  # of a process that had done its work
+    check_target(target, overwrite=True)
+    assert names(tmp_path) == ["new"] and (target / "manifest.json").read_text() == "old"
+
+
+def test_nothing_else_gives_way_to_engines_that_were_set_aside(tmp_path: Path) -> None:
+    engines(tmp_path / ".new.previous-0123abcd")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "diary").touch()
+    with pytest.raises(TargetError, match="not an engine directory"):
+        check_target(tmp_path / "new", overwrite=True)
+    assert names(tmp_path) == [".new.previous-0123abcd", "new"]

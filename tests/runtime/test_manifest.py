@@ -755,3 +755,9 @@ def test_the_specification_names_every_required_tensor(specification: str) -> No
             assert f"`{tensor}`" in row
     for name in DENOISER_INPUTS:
         assert f"`{name}`" in specification
+
+
+def test_reads_engines_that_a_killed_process_set_aside(engines: Path) -> None:
+    manifest = Manifest.read(engines)
+    engines.rename(engines.with_name(f".{engines.name}.previous-0123abcd"))
+    assert Manifest.read(engines) == manifest and engines.is_dir()
