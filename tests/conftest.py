@@ -31,6 +31,7 @@ from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.tensor import TensorSpec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
+os.environ["LATENTFORGE_CACHE"] = "off"  # nor write to the user's cache
 
 Copy = Callable[[Path], Path]
 Handmade = Callable[..., Path]

@@ -12,17 +12,15 @@ from numpy.typing import NDArray
 
 from latentforge.measure.quality.metrics import Perceptual, compare_images, is_constant
 from latentforge.optimize.gate.gate import Gate
-from latentforge.optimize.recording import Call, CallRecording, sample_evenly
+from latentforge.optimize.recording import Call, CallRecording, RecordedImage
 from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, relative_error
-from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.timings import Stopwatch
 
 __all__ = ["component_errors", "image_errors"]
-
-_CALLS = 4  # compared calls of each component, spread over its run
 
 Outputs = Mapping[str, NDArray[Any]]
 
@@ -39,9 +37,7 @@ def component_errors(pipeline: Pipeline, recording: CallRecording) -> dict[str, 
     """
     errors = {}
     for name, calls in recording.calls.items():
-        errors[name] = _errors(
-            [(call.outputs, _run(pipeline, name, call)) for call in sample_evenly(calls, _CALLS)]
-        )
+        errors[name] = _errors([(call.outputs, _run(pipeline, name, call)) for call in calls])
     return errors
 
 
@@ -64,7 +60,7 @@ def _errors(pairs: Sequence[tuple[Outputs, Outputs]]) -> dict[str, float]:
 
 
 def image_errors(
-    pipeline: Pipeline, references: Sequence[Result], gate: Gate, progress: Progress
+    pipeline: Pipeline, references: Sequence[RecordedImage], gate: Gate, progress: Progress
 ) -> dict[str, float]:
     """Generate the recorded images again at equal seeds, and compare them.
 
@@ -83,7 +79,10 @@ def image_errors(
     reference_images = [image for result in references for image in result.images]
     if is_constant(candidate) and not is_constant(reference_images):
         raise GateError("the optimized engines generate an image of a single colour")
-    latents = [np.concatenate([r.latents for r in runs]) for runs in (references, results)]
+    latents = [
+        np.concatenate([reference.latents for reference in references]),
+        np.concatenate([result.latents for result in results]),
+    ]
     network = Perceptual(Path(gate.network)) if gate.network else None
     return {
         **compare_images(reference_images, candidate, network),

@@ -20,7 +20,7 @@ from latentforge.optimize.quantize.sensitivity import (
     select_sensitive,
 )
 from latentforge.optimize.recipe import Recipe
-from latentforge.optimize.recording import CallRecording, sample_evenly
+from latentforge.optimize.recording import CallRecording, RecordedImage, sample_evenly
 from latentforge.optimize.stage.component import Rewriter, Rewritten, save_part
 from latentforge.optimize.targets import Target
 from latentforge.runtime import sampling
@@ -29,7 +29,7 @@ from latentforge.runtime.errors import BackendError, GateError
 from latentforge.runtime.files import copy_files
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import CalibrationSchedule, Component, Manifest
-from latentforge.runtime.pipeline import Pipeline, Result
+from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.tensor import Feeds
 
@@ -170,7 +170,9 @@ class _SessionSlot:
         self.session.close()
 
 
-def _latents(pipeline: Pipeline, slot: _SessionSlot, reference: Result, steps: int) -> Denoise:
+def _latents(
+    pipeline: Pipeline, slot: _SessionSlot, reference: RecordedImage, steps: int
+) -> Denoise:
     """Return a function from a denoiser session to the final latents of a short run."""
     sampler = sampling.plain(pipeline.manifest.schedule)
     settings = replace(reference.settings, sampler=sampler, steps=steps)

@@ -2,8 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -16,7 +17,9 @@ from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.targets import Target
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import near_miss
+from latentforge.runtime.validation import plain
 
 __all__ = ["STAGE", "OptimizeJob", "check_request", "plan"]
 
@@ -81,12 +84,15 @@ def plan(source: Path, request: OptimizeRequest) -> OptimizeJob:
         _check_recipe(name, recipe, request.target, manifest)
     _check_graphs(source, manifest, recipes.values())
     _check_target(request, recipes)
+    prompts = request.prompts or tuple(read_prompts())
+    given = {name: plain(value) for name, value in request.settings.items()}
+    resolve(manifest.defaults, prompts[0], cast("Request", given))
     return OptimizeJob(
         source=source,
         manifest=manifest,
-        request=request,
+        request=replace(request, settings=given),
         recipes=recipes,
-        prompts=request.prompts or tuple(read_prompts()),
+        prompts=prompts,
     )
 
 

@@ -3,7 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ import msgspec
 
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.results import BenchResult
-from latentforge.optimize.recording import record
+from latentforge.optimize.graph_io import DENOISER
+from latentforge.optimize.recording import RecordingRequest
+from latentforge.optimize.references import recorded
 from latentforge.optimize.stage.candidate import Origin, RecipeCandidate, make
 from latentforge.optimize.stage.job import STAGE, OptimizeJob, plan
 from latentforge.optimize.stage.request import OptimizeRequest
@@ -72,11 +75,12 @@ def optimize_into(job: OptimizeJob, directory: Path) -> Manifest:
     start = time.perf_counter()
     check_space(directory, _bytes_needed(job))
     with Progress(_progress_parts(job), quiet=job.request.quiet) as progress:
-        origin = _record_source(job, progress)
-        candidates = [
-            make(name, recipe, origin, _folder(directory, name), progress)
-            for name, recipe in job.recipes.items()
-        ]
+        with _recordings(directory) as folder:
+            origin = _record_source(job, folder, progress)
+            candidates = [
+                make(name, recipe, origin, _folder(directory, name), progress)
+                for name, recipe in job.recipes.items()
+            ]
         results = _time(job, candidates, progress)
     chosen = _choose(candidates, results)
     _publish(chosen, candidates, directory)
@@ -100,18 +104,38 @@ def _progress_parts(job: OptimizeJob) -> int:
     return recorded + per_recipe * len(job.recipes)
 
 
-def _record_source(job: OptimizeJob, progress: Progress) -> Origin:
+@contextmanager
+def _recordings(directory: Path) -> Iterator[Path]:
+    """Make a folder for recordings on the disk of the result, and delete it afterwards."""
+    folder = directory / "recordings"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _record_source(job: OptimizeJob, folder: Path, progress: Progress) -> Origin:
     """Run the source on the prompts of gate and calibration, and record its engines' calls."""
     gate, calibration = job.prompt_sets
-    run = partial(record, job.source, settings=job.request.settings, progress=progress)
-    reference = run(gate, activity="reference")
+    images = RecordingRequest(prompts=gate, settings=job.request.settings)
+    inputs = RecordingRequest(
+        prompts=calibration,
+        settings=job.request.settings,
+        calls=max(recipe.calibration.samples for recipe in job.recipes.values()),
+        components=(DENOISER,),
+    )
+    run = partial(recorded, job.source, progress=progress)
+    reference = run(images, folder / "gate", activity="reference")
     settings = reference.results[0].settings
     return Origin(
         directory=job.source,
         manifest=job.manifest,
         target=job.target,
         gate=reference,
-        calibration=run(calibration, activity="calibration") if calibration else None,
+        calibration=run(inputs, folder / "calibration", activity="calibration")
+        if calibration
+        else None,
         schedule=CalibrationSchedule(
             sampler=settings.sampler, steps=settings.steps, guidance_scale=settings.guidance_scale
         ),

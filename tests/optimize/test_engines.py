@@ -17,7 +17,7 @@ import pytest
 
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.recipe import Recipe, read_recipe
-from latentforge.optimize.recording import CallRecording, record
+from latentforge.optimize.recording import CallRecording, RecordingRequest, record
 from latentforge.optimize.stage.component import Rewriter, save_part
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
@@ -53,16 +53,11 @@ SIZES = Sizes(height=SIDE, width=SIDE, batch=(Range(1, 2, 4),))
 
 
 @pytest.fixture(scope="module")
-def recording(tiny_engines: Path) -> CallRecording:
+def recording(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> CallRecording:
     """Inputs and outputs of every component in a short run."""
     with Progress(1, quiet=True) as progress:
-        return record(
-            tiny_engines,
-            ["red apple"],
-            settings={"steps": 2, "sampler": "ddim"},
-            progress=progress,
-            activity="",
-        )
+        request = RecordingRequest(prompts=("red apple",), settings={"steps": 2, "sampler": "ddim"})
+        return record(tiny_engines, request, tmp_path_factory.mktemp("recording"), progress, "")
 
 
 @pytest.fixture(scope="module")
