@@ -108,6 +108,11 @@ class Recipe(Record, frozen=True, kw_only=True):
         scored = self.sparsity is not None and self.sparsity.score == "activation"
         return int8 or scored or self.prune is not None
 
+    @property
+    def measures_layers(self) -> bool:
+        """True if the sensitivity of the denoiser's layers is measured."""
+        return self.sensitivity is not None and self.precision_of("denoiser") == "int8"
+
     def quantizes(self, component: str) -> bool:
         """Return True if a component's weights are stored in 8 or 4 bits."""
         return self.precision_of(component) not in ("fp32", "fp16")

@@ -1,10 +1,12 @@
 """Optimization job: a request with its source and recipes, checked before work begins."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -20,6 +22,9 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import near_miss
 from latentforge.runtime.validation import plain
+
+if TYPE_CHECKING:
+    from latentforge.optimize.stage.sizing import Sizing
 
 __all__ = ["STAGE", "OptimizeJob", "check_request", "plan"]
 
@@ -37,6 +42,8 @@ class OptimizeJob:
         request: as given.
         recipes: to carry out; of several, the fastest that passes its gate is taken.
         prompts: of the gate, then of the calibration.
+        steps_timed: of the images that are timed; those of all others if None.
+        sizing: sizes chosen for a budget; None before that, and without a budget.
     """
 
     source: Path
@@ -44,6 +51,24 @@ class OptimizeJob:
     request: OptimizeRequest
     recipes: Mapping[str, Recipe]
     prompts: tuple[str, ...]
+    steps_timed: int | None = None
+    sizing: Sizing | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of each image."""
+        settings = cast("Request", self.request.settings)
+        return resolve(self.manifest.defaults, self.prompts[0], settings).steps
+
+    @property
+    def timed_steps(self) -> int:
+        """Steps of the images that are timed."""
+        return self.steps if self.steps_timed is None else self.steps_timed
+
+    @property
+    def is_timed(self) -> bool:
+        """True if source and results are timed."""
+        return self.request.pairs > 0 and self.target.runs_on_cpu
 
     @property
     def target(self) -> Target:
@@ -135,7 +160,7 @@ def _recipes(request: OptimizeRequest) -> dict[str, Recipe]:
 def _check_target(request: OptimizeRequest, recipes: Mapping[str, Recipe]) -> None:
     """Refuse an unknown target, and several recipes where they cannot be timed."""
     runs_here = request.target_entry.runs_on_cpu
-    if len(recipes) > 1 and not (request.repeats and runs_here):
+    if len(recipes) > 1 and not (request.pairs and runs_here):
         raise SettingsError(
             f"recipe {request.recipe} chooses by measuring, which needs --repeats of 1 or more and "
             "a target that runs on this machine: name one recipe"

@@ -10,12 +10,15 @@ from latentforge.optimize.targets import TARGETS, Target
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.text import near_miss
 
-__all__ = ["MAX_REPEATS", "REPEATS", "OptimizeRequest"]
+__all__ = ["MAX_BUDGET", "MAX_REPEATS", "REPEATS", "OptimizeRequest"]
 
 REPEATS = 3
 """Default number of timed pairs of images."""
 
 MAX_REPEATS = 1000
+
+MAX_BUDGET = 10_000_000
+"""Largest budget in seconds: some months."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,11 @@ class OptimizeRequest:
         calibration_prompts: number of prompts to calibrate with; the recipe's if None.
         settings: of the schedule that will be deployed, such as steps and sampler, where they
             differ from the manifest's defaults. Calibration, gate and timing use it.
-        repeats: pairs of images that are timed; 0 disables timing.
+        repeats: pairs of images that are timed; 0 disables timing. None: REPEATS, or as many as the
+            budget allows.
+        budget: seconds to keep to, by smaller gates and calibrations; None sets no limit. See
+            sizing.py for what is reduced.
+        reserved: seconds of the budget that other stages take.
         overwrite: replace an existing engine directory.
         quiet: show no progress.
     """
@@ -41,13 +48,24 @@ class OptimizeRequest:
     prompts: tuple[str, ...] = ()
     calibration_prompts: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    repeats: int = REPEATS
+    repeats: int | None = None
+    budget: float | None = None
+    reserved: float = 0.0
     overwrite: bool = False
     quiet: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.repeats <= MAX_REPEATS:
+        if not 0 <= self.pairs <= MAX_REPEATS:
             raise SettingsError(f"repeats is a number from 0 to {MAX_REPEATS}, not {self.repeats}")
+        if self.budget is not None and not 0 < self.budget <= MAX_BUDGET:
+            raise SettingsError(
+                f"budget is a number of seconds up to {MAX_BUDGET}, not {self.budget}"
+            )
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of images that are timed."""
+        return REPEATS if self.repeats is None else self.repeats
 
     @property
     def target_entry(self) -> Target:

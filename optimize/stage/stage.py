@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from latentforge.optimize.graph_io import DENOISER
 from latentforge.optimize.recording import RecordingRequest
 from latentforge.optimize.references import recorded
 from latentforge.optimize.stage.candidate import Origin, RecipeCandidate, make
+from latentforge.optimize.stage.durations import measure_cost
 from latentforge.optimize.stage.job import STAGE, OptimizeJob, plan
 from latentforge.optimize.stage.request import OptimizeRequest
+from latentforge.optimize.stage.sizing import fit
 from latentforge.optimize.timing import (
     FreeMemoryError,
     fastest,
@@ -75,6 +77,9 @@ def optimize_into(job: OptimizeJob, directory: Path) -> Manifest:
     start = time.perf_counter()
     check_space(directory, _bytes_needed(job))
     with Progress(_progress_parts(job), quiet=job.request.quiet) as progress:
+        measured = job.request.budget is not None and job.sizing is None
+        job = sized(job, progress)
+        progress.resize(_progress_parts(job) + measured)
         with _recordings(directory) as folder:
             origin = _record_source(job, folder, progress)
             candidates = [
@@ -89,6 +94,20 @@ def optimize_into(job: OptimizeJob, directory: Path) -> Manifest:
     if chosen.failures:
         raise GateError(f"{chosen.name}: {'; '.join(chosen.failures)}")
     return manifest
+
+
+def sized(job: OptimizeJob, progress: Progress) -> OptimizeJob:
+    """Return the job in a size that keeps to its budget, if it has one and no size yet."""
+    if job.request.budget is None:
+        return job
+    if job.sizing is None:
+        job = fit(job, measure_cost(job, progress), job.request.budget)
+        assert job.sizing is not None
+        for line in job.sizing.lines():
+            progress.note(line)
+    if job.sizing is not None:
+        progress.expect(job.sizing.seconds)
+    return job
 
 
 def _bytes_needed(job: OptimizeJob) -> int:
@@ -153,10 +172,11 @@ def _time(
 ) -> Results | None:
     """Time the source and the candidates that passed; None if they cannot be timed here."""
     passing = [c for c in candidates if not c.failures]
-    if not (job.request.repeats and passing and job.target.runs_on_cpu):
+    if not (job.is_timed and passing):
         return None
     with load(job.source, hashes=False, low_memory=True, example_images=True) as pipeline:
         settings = pipeline.settings(job.prompts[0], seed=0, **job.request.settings)
+        settings = replace(settings, steps=job.timed_steps)
     with progress.part("interleaved timing"):
         try:
             return time_engines(
@@ -164,7 +184,7 @@ def _time(
                 + [Participant.of(c.folder, c.name) for c in passing],
                 [manifest.size for manifest in (job.manifest, *(c.manifest for c in passing))],
                 settings,
-                repeats=job.request.repeats,
+                repeats=job.request.pairs,
                 outer=progress,
             )
         except FreeMemoryError:  # an optimized directory without timing is better than none
@@ -253,6 +273,8 @@ def _options(
         "settings": msgspec.json.decode(msgspec.json.encode(chosen.recipe)),
         **job.request.settings,
     }
+    if job.sizing is not None:
+        options["sizing"] = job.sizing.record()
     if chosen.layers:
         kept = set(chosen.kept)
         options["layers"] = [{**asdict(x), "kept_float": x.name in kept} for x in chosen.layers]

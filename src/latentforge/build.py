@@ -108,8 +108,8 @@ def build(checkpoint: str, target: Path, request: BuildRequest = _DEFAULT) -> Ma
             manifest = optimize_and_compile(exported, directory, free)
         finally:
             shutil.rmtree(exported, ignore_errors=True)
-        if options.repeats:
-            manifest = tune_rows(directory, repeats=options.repeats)
+        if options.pairs:
+            manifest = tune_rows(directory, repeats=options.pairs)
         if request.search is None:
             return manifest
         return accelerate(directory, request.search, quiet=options.quiet)
@@ -139,7 +139,7 @@ def optimize_and_compile(exported: Path, directory: Path, request: BuildRequest)
         if not built:
             raise GateError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
         return select_backends(
-            built, directory, refused=refused, repeats=options.repeats or 1, quiet=options.quiet
+            built, directory, refused=refused, repeats=options.pairs or 1, quiet=options.quiet
         )
 
 

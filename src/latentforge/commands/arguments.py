@@ -32,6 +32,7 @@ __all__ = [
     "command",
     "names",
     "optimize_request",
+    "parse_duration",
     "parse_ranges",
     "request_of",
     "sizes_of",
@@ -50,6 +51,8 @@ _SIMILARITY = 0.7  # of difflib, from which an option counts as a typing mistake
 _WIDTH = 79
 
 _MAX_SIZE = 16_384  # pixels or rows
+
+_UNITS: Mapping[str, int] = {"s": 1, "m": 60, "h": 3600}
 
 
 def command(commands: Any, name: str, run: Any, summary: str, more: str = "") -> Any:
@@ -160,6 +163,13 @@ def add_recipe(parser: Any, name: str, default: str | None) -> None:
         help="pairs of images to time before and after; 0 disables timing (default: 3, or 6 for a "
         "plan of build --fast)",
     )
+    parser.add_argument(
+        "--budget",
+        default="15m",
+        metavar="TIME",
+        help="time to keep to, such as 90s, 15m or 2h, or none: gate, calibration and timing are "
+        "made smaller until they fit, never what other options give (default: 15m)",
+    )
 
 
 def optimize_request(options: argparse.Namespace, recipe: str) -> OptimizeRequest:
@@ -167,17 +177,34 @@ def optimize_request(options: argparse.Namespace, recipe: str) -> OptimizeReques
     from latentforge.measure.prompts import read_prompts
     from latentforge.optimize.stage.request import OptimizeRequest
 
-    repeats = {} if options.repeats is None else {"repeats": options.repeats}
     return OptimizeRequest(
         recipe=recipe,
         target=options.target,
         gate=tuple(options.gate),
         prompts=tuple(read_prompts(options.prompts)) if options.prompts else (),
         calibration_prompts=options.calibrate,
+        repeats=options.repeats,
+        budget=parse_duration(options.budget),
         overwrite=options.overwrite,
         quiet=False,
-        **repeats,
     )
+
+
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a duration in the command line's notation: ``90s``, ``15m``, ``2h``.
+
+    Returns:
+        None for ``none``, which sets no limit.
+
+    Raises:
+        SettingsError: the text has another form.
+    """
+    number, unit = text[:-1], _UNITS.get(text[-1:], 0)
+    if text == "none":
+        return None
+    if not (number.isascii() and number.replace(".", "", 1).isdigit() and unit):
+        raise SettingsError(f"a budget is a time such as 90s, 15m or 2h, or none, not {text!r}")
+    return float(number[:20]) * unit
 
 
 def add_sizes(parser: Any) -> None:

@@ -18,6 +18,7 @@ from latentforge.runtime.manifest import (
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
+from latentforge.runtime.text import duration_text
 
 __all__ = ["describe", "stage_lines"]
 
@@ -215,6 +216,7 @@ def _graph_lines(stage: Stage) -> Iterator[str]:
     """Yield what a stage did to graphs: passes, sizes, errors and speed."""
     if "recipe" in stage.options:
         yield f"recipe {stage.options['recipe']} for {stage.options['target']}"
+    yield from _sizing_lines(stage.options.get("sizing"))
     yield from (f"  {name}: {count}" for name, count in stage.passes.items())
     parts = {name: figures for name, figures in stage.measured.items() if "bytes_before" in figures}
     if parts:
@@ -233,6 +235,14 @@ def _graph_lines(stage: Stage) -> Iterator[str]:
     for name, figures in stage.options.get("candidates", {}).items():
         yield _candidate_row(name, figures, chosen=name == stage.options["chosen"])
     yield from _float_layers(stage.options.get("layers", []))
+
+
+def _sizing_lines(sizing: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what a budget reduced in gate, calibration and timing."""
+    if sizing is not None and sizing["reduced"]:
+        pairs = sizing["reduced"].items()
+        changes = ", ".join(f"{name} {wanted} -> {chosen}" for name, (wanted, chosen) in pairs)
+        yield f"reduced for a budget of {duration_text(sizing['budget'])}: {changes}"
 
 
 def _graph_row(name: str, figures: Mapping[str, float]) -> str:
