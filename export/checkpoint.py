@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -313,7 +314,7 @@ def _shards(index: Path) -> list[Path]:
     for name in names.values():
         inside = isinstance(name, str) and Path(name).name == name
         if not inside or not name.endswith(".safetensors") or not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names a shard {name!r} that is not there")
+            raise CheckpointError(f"{index} names a shard {reprlib.repr(name)} that is not there")
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
@@ -321,7 +322,7 @@ def _check_safetensors(path: Path) -> None:
     try:
         with safe_open(path, framework="numpy"):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # memory: of a huge sparse file
         raise CheckpointError(
             f"{path} is damaged or truncated ({one_line(error)}): fetch it again"
         ) from error

@@ -20,7 +20,7 @@ from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.prediction import Prediction
 from latentforge.runtime.sampling.sampler import Sampler
 from latentforge.runtime.sampling.schedule import MAX_TRAIN_STEPS, EDMSchedule, Schedule
-from latentforge.runtime.text import one_line
+from latentforge.runtime.text import one_line, printable
 
 __all__ = [
     "SCHEDULERS",
@@ -169,7 +169,8 @@ def diffusers_scheduler(name: str, config: Mapping[str, Any], **options: Any) ->
         with quiet_diffusers():  # keys that it ignores are warned of here
             return getattr(diffusers, name).from_config(public, **options)
     except Exception as error:
-        raise CheckpointError(f"scheduler_config.json: {name}: {one_line(error)}") from error
+        reason = printable(one_line(error))
+        raise CheckpointError(f"scheduler_config.json: {name}: {reason}") from error
 
 
 @contextmanager

@@ -9,7 +9,10 @@ from transformers import CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, read_json
 from latentforge.export.modules import quiet
-from latentforge.runtime.conditioning.tokenizer_file import check_tokenizer_file
+from latentforge.runtime.conditioning.tokenizer_file import (
+    check_token_ids,
+    check_tokenizer_file,
+)
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry
@@ -37,6 +40,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> Tok
     length = _length(checkpoint, folder)
     _check_dropout(checkpoint.path / folder)
     try:
+        _check_ids(checkpoint.path / folder)
         with quiet():
             clip = CLIPTokenizer.from_pretrained(checkpoint.path / folder, local_files_only=True)
         tokenizer = Tokenizer.from_str(clip.backend_tokenizer.to_str())
@@ -87,6 +91,16 @@ def _check_dropout(path: Path) -> None:
         raise CheckpointError(
             f"{file}: a dropout of {reprlib.repr(dropout)} draws tokens at random: set it to null"
         )
+
+
+def _check_ids(path: Path) -> None:
+    """Refuse token ids out of range in any file of a tokenizer, before the library reads it."""
+    if (file := path / "vocab.json").exists():
+        check_token_ids(read_json(file))
+    if (file := path / "tokenizer.json").exists():
+        model = read_json(file).get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        check_token_ids(vocabulary if isinstance(vocabulary, dict) else {})
 
 
 def _check_merges(path: Path, tokenizer: Tokenizer) -> None:

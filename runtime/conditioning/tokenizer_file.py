@@ -6,13 +6,14 @@ the process, because the library is compiled code that aborts.
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, TypeAlias
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-__all__ = ["check_tokenizer_file"]
+__all__ = ["check_token_ids", "check_tokenizer_file"]
 
 _Section: TypeAlias = Mapping[str, Any]
 
@@ -22,6 +23,7 @@ _MAX_GROWTH = 256
 _MAX_PATTERN = 1000
 _MAX_WORD = 1000  # characters: WordPiece takes time cubic in them
 _MAX_TEMPLATE = 64
+_MAX_ID = 1 << 20
 
 # Characters that a step makes of one at most (Unicode 16: UAX #15, SpecialCasing.txt).
 _GROWTH: Mapping[str, Mapping[str, int]] = {
@@ -170,9 +172,25 @@ def _check_model(model: _Section, pre_tokenizer: Any) -> None:
     length = model.get("max_input_chars_per_word", 0)
     if not isinstance(length, int) or length > _MAX_WORD:
         raise ValueError(f"its max_input_chars_per_word must be at most {_MAX_WORD}")
+    if isinstance(vocabulary := model.get("vocab"), dict):
+        check_token_ids(vocabulary)
     if not _HAS_UNKNOWN[kind](model, pre_tokenizer):
         token = model.get("unk_id") if kind == "Unigram" else model.get("unk_token")
         raise ValueError(f"its unknown token {token!r} is not in the vocabulary")
+
+
+def check_token_ids(vocabulary: Mapping[str, Any]) -> None:
+    """Refuse token ids that are no indices, or so large that the library's tables fill the memory.
+
+    Raises:
+        ValueError: there is one; the message names its token.
+    """
+    for token, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < _MAX_ID:
+            raise ValueError(
+                f"the id of token {token[:60]!r} must be an integer from 0 to {_MAX_ID - 1}, not "
+                f"{reprlib.repr(number)}"
+            )
 
 
 def _names_unknown(model: _Section, _: Any) -> bool:
