@@ -56,6 +56,7 @@ _WEIGHT_FILES = (
 _SHARD = re.compile(r"\d{5}-of-\d{5}")
 _MAX_JSON = 64 << 20
 _MAX_CARD = 64 << 10
+_MAX_WEIGHTS = 20_000  # of a file; those of Stable Diffusion XL have 1,700
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,12 +321,16 @@ def _shards(index: Path) -> list[Path]:
 
 def _check_safetensors(path: Path) -> None:
     try:
-        with safe_open(path, framework="numpy"):
-            pass
+        with safe_open(path, framework="numpy") as file:
+            count = len(file.keys())
     except (SafetensorError, OSError, MemoryError) as error:  # memory: of a huge sparse file
         raise CheckpointError(
             f"{path} is damaged or truncated ({one_line(error)}): fetch it again"
         ) from error
+    if count > _MAX_WEIGHTS:
+        raise CheckpointError(
+            f"{path} has {count} weights, and {_MAX_WEIGHTS} are allowed: fetch it again"
+        )
 
 
 def _no_weights_message(directory: Path) -> str:

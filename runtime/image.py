@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
 from latentforge.runtime.files import staged_file
-from latentforge.runtime.text import one_line
+from latentforge.runtime.text import one_line, printable
 from latentforge.runtime.validation import shown
 
 __all__ = [
@@ -160,8 +160,9 @@ def open_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders of damaged files have no common class
-        reason = one_line(getattr(error, "strerror", None) or error)
-        raise SettingsError(f"cannot read {path} as an image: {reason}") from error
+        reason = printable(one_line(getattr(error, "strerror", None) or error))
+        name = printable(one_line(path))
+        raise SettingsError(f"cannot read {name} as an image: {reason}") from error
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:

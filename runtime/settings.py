@@ -96,7 +96,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in (item.name for item in fields(self) if item.name not in _TEXTS):
             object.__setattr__(self, name, plain(getattr(self, name)))
-        sampling.get(str(self.sampler))
+        sampling.get(self.sampler if isinstance(self.sampler, str) else shown(self.sampler))
         _check_prompts(self.prompts, self.negative_prompts)
         check_count("steps", self.steps, MAX_STEPS)
         check_count("images_per_prompt", self.images_per_prompt, 1024)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.text import one_line, printable
 
 __all__ = [
     "check_count",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 _MAX_ROWS = 1 << 30
+_SHOWN = 100  # characters of a value in a message
 
 
 def plain(value: Any) -> Any:
@@ -102,8 +104,9 @@ def check_items(name: str, values: object, check: Callable[[str, Any], None]) ->
 
 
 def shown(value: object) -> str:
-    """Return the repr of a value, shortened to one line, even for an integer of 10,000 digits."""
+    """Return the repr of a value on a short line, even of 10,000 digits or of nested arrays."""
     try:
-        return reprlib.repr(value)
+        text = printable(one_line(reprlib.repr(value), limit=None))
     except ValueError:
         return "this value"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

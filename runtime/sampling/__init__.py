@@ -4,6 +4,7 @@ A new sampler is one module here, with its noise plan, its method and the name o
 counterpart, and one row in the table below.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -76,7 +77,7 @@ def get(name: str) -> Sampler:
         SettingsError: there is no such sampler.
     """
     if name not in SAMPLERS:
-        raise SettingsError(f"no sampler {name!r}: choose from {', '.join(SAMPLERS)}")
+        raise SettingsError(f"no sampler {reprlib.repr(name)}: choose from {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 

@@ -1,0 +1,41 @@
+"""Hostile arguments are refused in one line, or taken; nothing else happens."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import Handmade
+from hostile_settings import request
+from watched import failures, watched
+
+from latentforge.runtime.loader import load
+
+FEW = range(300)
+FULL = range(5000)
+
+
+def check(engines: Path, place: Path, indices: range) -> None:
+    place.mkdir()
+    pipeline = load(engines)
+
+    def run(index: int) -> None:
+        os.chdir(place)
+        arguments = request(index)
+        list(pipeline.stream(**arguments))
+
+    outcomes = list(watched(run, indices))
+    ends = [outcome.end for outcome in outcomes]
+    print({end: ends.count(end) for end in set(ends)}, max(o.seconds for o in outcomes))
+    assert not failures(outcomes, lambda index: repr(request(index).keys()))
+    assert ends.count("works") > len(ends) / 50 and ends.count("refused") > len(ends) / 3
+    assert {path.name for path in place.iterdir()} <= {"fifo"}
+
+
+def test_hostile_settings(handmade: Handmade, tmp_path: Path) -> None:
+    check(handmade(), tmp_path / "cases", FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_all_hostile_settings(handmade: Handmade, tmp_path: Path) -> None:
+    check(handmade(), tmp_path / "cases", FULL)
