@@ -1,15 +1,17 @@
 """Reference images from diffusers' own pipelines, for the same settings.
 
-``python -m latentforge.export.reference.eager [compile] JOB`` runs it as a benchmark participant,
-in eager mode or with torch.compile: see measure/bench/worker.py.
+As a program, ``eager [compile] JOB``, it is a benchmark participant, in eager mode or with
+torch.compile: see measure/bench/worker.py.
 """
 
 import functools
 import importlib.metadata
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -264,6 +266,8 @@ def _load(job: BenchJob) -> ServedModel:
     torch.set_num_threads(job.threads)
     pipeline = EagerPipeline(open_checkpoint(job.model))
     if "compile" in sys.argv[1:-1]:
+        if job.folder:  # otherwise compiled code lies where other users may write, in /tmp
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(job.folder) / "compiled"))
         pipeline.compile()
     ready = {
         "versions": pipeline.versions(),

@@ -16,6 +16,7 @@ from latentforge.measure.energy import EnergyMeter, total_joules
 from latentforge.measure.hardware import device_memory
 from latentforge.measure.results import TimedRun
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.isolation import child_environment
 from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.process import parse_message
 from latentforge.runtime.timings import Timings
@@ -144,7 +145,7 @@ def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**child_environment(), "OMP_NUM_THREADS": str(threads)},
                 start_new_session=True,
             )
         return process

@@ -15,7 +15,6 @@ Stages that a participant cannot time are left out. Before it answers a request,
 to the file that the job names.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,14 @@ import msgspec
 
 from latentforge.measure.equivalence import same_trajectory
 from latentforge.measure.results import Role
+from latentforge.runtime.isolation import program_command
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.record import Record
 from latentforge.runtime.settings import Settings
 
 __all__ = ["BenchJob", "Participant"]
 
-_WORKER = (sys.executable, "-m", "latentforge.measure.bench.worker")
+_WORKER = program_command("latentforge.measure.bench.worker")
 
 
 class BenchJob(Record, frozen=True, kw_only=True):

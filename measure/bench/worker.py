@@ -1,6 +1,6 @@
 """Participant's side of a benchmark, and the program that serves an engine directory.
 
-``python -m latentforge.measure.bench.worker JOB`` answers as described in bench/protocol.py.
+As a program with the path of a job, it answers as described in bench/protocol.py.
 """
 
 import sys

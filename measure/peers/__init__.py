@@ -7,13 +7,13 @@ environments. Help texts show this table, so that it imports nothing heavy.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.isolation import program_command
 from latentforge.runtime.text import near_miss
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class Peer:
 
     Attributes:
         summary: one line for help texts.
-        program: arguments of its interpreter: a file of this directory, or ``-m`` and a module of
-            latentforge.
+        program: a file of this directory, or a module of latentforge, and its arguments.
         requirements: of pip install.
     """
 
@@ -42,7 +41,7 @@ class Peer:
     @property
     def is_foreign(self) -> bool:
         """True if it runs without latentforge, in an environment without it."""
-        return self.program[0] != "-m"
+        return self.program[0].endswith(".py")
 
     @property
     def install(self) -> str:
@@ -55,7 +54,7 @@ def _script(name: str) -> tuple[str, ...]:
     return (str(_PROGRAMS / name),)
 
 
-_EAGER = ("-m", "latentforge.export.reference.eager")
+_EAGER = ("latentforge.export.reference.eager",)
 
 PEERS: Mapping[str, Peer] = {
     "eager": Peer(
@@ -127,7 +126,7 @@ def participant(
     peer = find_peer(name)
     return Participant(
         name=name,
-        command=(python or sys.executable, *peer.program),
+        command=program_command(*peer.program, python=python or ""),
         model=str(checkpoint.resolve()),
         scheduler=scheduler or {},
         install=peer.install,

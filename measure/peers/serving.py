@@ -92,6 +92,7 @@ def serve(load: Load, convert: Convert | None = None) -> None:
             not count as the participant's.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all files are on this machine
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # not imported
     out = _protocol_stream()
     try:
         if sys.argv[1] == "--convert":
@@ -175,7 +176,8 @@ def _converted(job: PeerJob, out: TextIO) -> Path | None:
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     start = time.perf_counter()
-    command = [sys.executable, sys.argv[0], "--convert", str(job.model), str(partial)]
+    program = [sys.executable, *sys.orig_argv[1:-1]]  # as this process, but without its job
+    command = [*program, "--convert", str(job.model), str(partial)]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if ended.stdout or ended.returncode:
         error = {"error": f"the conversion of the checkpoint exited with status {ended.returncode}"}

@@ -1,8 +1,8 @@
 """Build of one engine in a process of its own.
 
 A build takes gigabytes, and a library that runs out of memory ends its process: the caller must not
-share either. ``python -m latentforge.runtime.compile.build_process`` reads a BuildOrder as JSON
-from standard input, and writes JSON lines (runtime/process.py) to standard output:
+share either. As a program, this module reads a BuildOrder as JSON from standard input, and writes
+JSON lines (runtime/process.py) to standard output:
 
     {"activity": "optimizing", "done": 0, "total": 1}      progress, any number of times
     {"device": {}, "seconds": 1.5, "peak_memory": N}       a BuiltEngine; the process ends
@@ -24,6 +24,7 @@ import msgspec
 
 from latentforge.runtime import backends, errors
 from latentforge.runtime.errors import BackendError, LatentforgeError
+from latentforge.runtime.isolation import child_environment, program_command
 from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.process import parse_message, send, take_stdout
@@ -56,10 +57,15 @@ def build(order: BuildOrder, report: backends.Report) -> BuiltEngine:
     Raises:
         LatentforgeError: the backend's own error, or a BackendError if the process died.
     """
-    command = [sys.executable, "-m", "latentforge.runtime.compile.build_process"]
+    command = program_command("latentforge.runtime.compile.build_process")
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=child_environment(),
         )
         assert process.stdin is not None and process.stdout is not None
         try:

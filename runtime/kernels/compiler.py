@@ -34,7 +34,9 @@ def compiler() -> list[str] | None:
     """Return the command of a C++ compiler: $CXX, or an installed one; None if there is none."""
     if command := shlex.split(os.environ.get("CXX", "")):
         return command
-    paths = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    known = os.pathsep.join(filter(os.path.isabs, folders))  # not the working directory
+    paths = (shutil.which(name, path=known) for name in ("c++", "g++", "clang++"))
     return next(([path] for path in paths if path), None)
 
 

@@ -79,10 +79,10 @@ def test_commands_run(workplace: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_command_parses(page: Path) -> None:
     """Options of the commands that need a hub or minutes exist too."""
-    from latentforge.__main__ import _parser
+    from latentforge.command_line import parser
 
     for command in commands(name(page)):
-        _parser().parse_args(shlex.split(command, comments=True)[1:])
+        parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/production.md"])

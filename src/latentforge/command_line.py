@@ -1,0 +1,92 @@
+"""Command line, whose commands are the modules of latentforge.commands."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from latentforge import __version__
+from latentforge.commands import COMMANDS
+from latentforge.commands.arguments import unrecognized
+from latentforge.runtime.errors import GateError, LatentforgeError
+from latentforge.runtime.text import one_line
+
+__all__ = ["parser", "run"]
+
+EPILOG = """\
+first steps:
+  latentforge demo                                    try everything on the demo checkpoint
+  latentforge build stable-diffusion-v1-5/stable-diffusion-v1-5 engines/
+  latentforge run engines/ "a red apple" -o apple.png
+  latentforge build CHECKPOINT small/ --precision int8    or fp16, or auto for the fastest
+
+exit status: 0 success; 2 wrong usage or input, explained in one line; 3 a quality gate failed
+and the result was kept as TARGET.rejected, or compare found a regression; 130 interrupted,
+without leaving files behind
+"""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(unrecognized(options.parser, unknown))
+    logging.basicConfig(level=logging.WARNING, format="latentforge: %(message)s")
+    if options.debug:
+        logging.getLogger("latentforge").setLevel(logging.DEBUG)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        options.command(options)
+        return 0
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not change the message
+        print("latentforge: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    except (LatentforgeError, OSError, MemoryError, ImportError) as error:
+        if options.debug:
+            raise
+        print(f"latentforge: {_explained(error)}", file=sys.stderr)
+        return 3 if isinstance(error, GateError) else 2
+
+
+def _terminated(*_: object) -> NoReturn:
+    """Clean up after SIGTERM as after Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def _explained(error: BaseException) -> str:
+    """One line on an error, ours or the system's."""
+    if isinstance(error, MemoryError):
+        return "out of memory: close other programs, or use a smaller size or batch"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: make room, or name another place"
+    if isinstance(error, ImportError):
+        return f"{error}: pip install 'latentforge[export]' brings it, or [eval] what eval needs"
+    return one_line(error, limit=None)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    whole = argparse.ArgumentParser(
+        prog="latentforge",
+        description="Turn a text-to-image latent diffusion checkpoint into optimized engines, "
+        "and make images with them without torch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole.add_argument("--version", action="version", version=f"latentforge {__version__}")
+    whole.add_argument(
+        "--debug",
+        action="store_true",
+        help="show the traceback of an error, and what each pass of optimize rewrote and declined",
+    )
+    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        import_module(f"latentforge.commands.{name}").add(commands)
+    return whole
