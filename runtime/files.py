@@ -7,9 +7,11 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.text import size_text
@@ -25,6 +27,7 @@ __all__ = [
     "check_target",
     "copy_files",
     "hash_file",
+    "open_regular",
     "restore",
     "staged_directory",
     "staged_file",
@@ -34,16 +37,40 @@ MANIFEST_FILE = "manifest.json"
 """File that makes a directory an engine directory."""
 
 _HASH_BLOCK = 1 << 20
+_UNBLOCKED = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 def hash_file(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size  # a file that grows meanwhile has another hash
+        while block := file.read(min(left, _HASH_BLOCK)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, also through links.
+
+    Raises:
+        OSError: it is something else, such as a pipe, which would block a reader forever.
+    """
+    _check_regular(path.stat().st_mode, path)  # first, as opening a device may have an effect
+    file = os.fdopen(os.open(path, os.O_RDONLY | _UNBLOCKED), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()).st_mode, path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ from latentforge.runtime.acceleration import (
     resolve_acceleration,
 )
 from latentforge.runtime.errors import SettingsError, ShapeError
-from latentforge.runtime.manifest import RequestDefaults
+from latentforge.runtime.manifest import MAX_SIDE, RequestDefaults
 from latentforge.runtime.validation import (
     check_count,
     check_flag,
@@ -30,7 +30,6 @@ __all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
 MAX_PROMPT = 16_384
 """Longest prompt in characters. Text encoders read some 75 tokens: more is a mistake or attack."""
 
-_MAX_SIDE = 16_384
 _MAX_TIMESTEP = 100_000
 
 _TEXTS = ("prompts", "negative_prompts")
@@ -108,8 +107,8 @@ class Settings:
         if self.seed == self.seeds[:1]:
             object.__setattr__(self, "seed", self.seeds[0])
         for name, side in (("height", self.height), ("width", self.width)):
-            if type(side) is not int or not 1 <= side <= _MAX_SIDE:
-                raise ShapeError(f"{name} must be 1 to {_MAX_SIDE} pixels, not {shown(side)}")
+            if type(side) is not int or not 1 <= side <= MAX_SIDE:
+                raise ShapeError(f"{name} must be 1 to {MAX_SIDE} pixels, not {shown(side)}")
         check_number("strength", self.strength, 0, 1)
         _check_fractions(self.denoising_start, self.denoising_end)
         for name in ("original_size", "crop", "target_size"):
@@ -282,8 +281,8 @@ def _check_pair(name: str, pair: tuple[int, int] | None) -> None:
     if pair is None:
         return
     whole = isinstance(pair, tuple) and len(pair) == 2 and all(type(side) is int for side in pair)
-    if not whole or not all(0 <= side <= _MAX_SIDE for side in pair):
-        raise ShapeError(f"{name} must be two integers up to {_MAX_SIDE}, not {shown(pair)}")
+    if not whole or not all(0 <= side <= MAX_SIDE for side in pair):
+        raise ShapeError(f"{name} must be two integers up to {MAX_SIDE}, not {shown(pair)}")
 
 
 def _check_acceleration(settings: Settings) -> None:

@@ -84,7 +84,7 @@ def _link(source: Path, folder: Path, files: Iterable[str]) -> None:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(source / file, target)
+            os.link(os.path.realpath(source / file), target)
         except OSError:  # another file system, or one without links
             shutil.copyfile(source / file, target)
 

@@ -83,8 +83,8 @@ def optimize_into(job: OptimizeJob, directory: Path) -> Manifest:
         with _recordings(directory) as folder:
             origin = _record_source(job, folder, progress)
             candidates = [
-                make(name, recipe, origin, _folder(directory, name), progress)
-                for name, recipe in job.recipes.items()
+                make(name, recipe, origin, _folder(directory, index), progress)
+                for index, (name, recipe) in enumerate(job.recipes.items())
             ]
         results = _time(job, candidates, progress)
     chosen = _choose(candidates, results)
@@ -161,8 +161,8 @@ def _record_source(job: OptimizeJob, folder: Path, progress: Progress) -> Origin
     )
 
 
-def _folder(directory: Path, name: str) -> Path:
-    folder = directory / f"candidate-{name}"
+def _folder(directory: Path, index: int) -> Path:
+    folder = directory / f"candidate-{index}"  # the name may be the path of a recipe's file
     folder.mkdir()
     return folder
 

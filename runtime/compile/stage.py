@@ -92,6 +92,9 @@ def _build(
     """Build one engine under engines/BACKEND, and add its files to its component."""
     backend = task.component.backend
     folder = directory / "engines" / backend
+    names = [Path(entry.file).name for entry in task.source.data]
+    if any((folder / name).exists() for name in names):  # another component's, of the same name
+        folder /= task.name
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.rglob("*"))
     path = folder / f"{task.name}{backends.get(backend).SUFFIX}"

@@ -15,15 +15,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from latentforge.runtime.acceleration import AccelerationPlan, DenoiserVariant
+from latentforge.runtime.acceleration import MAX_STEPS, AccelerationPlan, DenoiserVariant
 from latentforge.runtime.errors import LatentforgeError, ManifestError, ShapeError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.manifest.checks import CACHED_FEATURE, DENOISER_PARTS, check_parts
+from latentforge.runtime.manifest.external import check_graph
 from latentforge.runtime.manifest.formats import FORMAT, check_format
 from latentforge.runtime.manifest.integrity import check_file, check_hashes, read_content
 from latentforge.runtime.record import Record
 from latentforge.runtime.sampling.prediction import Prediction
-from latentforge.runtime.sampling.schedule import EDMSchedule, Schedule
+from latentforge.runtime.sampling.schedule import MAX_TRAIN_STEPS, EDMSchedule, Schedule
 from latentforge.runtime.shapes import ANY, Range, Shapes, bounding_range, nearest
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 from latentforge.runtime.version import __version__
@@ -32,6 +33,7 @@ __all__ = [
     "CACHED_FEATURE",
     "DENOISER_PARTS",
     "FORMAT",
+    "MAX_SIDE",
     "MAX_TOKENS",
     "AccelerationPlan",
     "CalibrationSchedule",
@@ -55,7 +57,13 @@ __all__ = [
 MAX_TOKENS = 8192
 """Longest prompt that a tokenizer entry may declare."""
 
+MAX_SIDE = 16_384
+"""Longest side of an image in pixels."""
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Steps = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")]
 Small = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
@@ -65,7 +73,7 @@ class FileEntry(Record, frozen=True, kw_only=True):
 
     file: str
     sha256: Digest
-    bytes: int
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 
     @classmethod
     def of(cls, path: Path, directory: Path) -> "FileEntry":
@@ -78,7 +86,7 @@ class CalibrationSchedule(Record, frozen=True, kw_only=True):
     """Schedule of the denoising runs that the ranges of 8-bit activations were recorded on."""
 
     sampler: str
-    steps: Positive
+    steps: Steps
     guidance_scale: float
 
 
@@ -108,7 +116,7 @@ class Component(FileEntry, frozen=True, kw_only=True):
     options: Mapping[str, bool | int | float | str] = {}
     device: Mapping[str, str] = {}
     custom_ops: bool = False
-    max_rows: Positive | None = None
+    max_rows: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] | None = None
 
     @property
     def free_dimensions(self) -> tuple[str, ...]:
@@ -184,8 +192,8 @@ class TextEncoding(Record, frozen=True, kw_only=True):
     ``context`` is (batch, tokens, width); ``pooled``, if there is one, (batch, width).
     """
 
-    component: str
-    tokenizer: str
+    component: Name
+    tokenizer: Name
     context: str = "last_hidden_state"
     pooled: str | None = None
 
@@ -222,7 +230,7 @@ class NoiseAugmentation(Record, frozen=True, kw_only=True):
     """
 
     schedule: Schedule
-    max_level: Annotated[int, msgspec.Meta(ge=0)]
+    max_level: Annotated[int, msgspec.Meta(ge=0, lt=MAX_TRAIN_STEPS)]
 
 
 class Conditioning(Record, frozen=True, kw_only=True):
@@ -239,7 +247,7 @@ class Conditioning(Record, frozen=True, kw_only=True):
             ``noise_level`` input.
     """
 
-    encoders: tuple[TextEncoding, ...]
+    encoders: Annotated[tuple[TextEncoding, ...], msgspec.Meta(max_length=8)]
     zero_negative: bool = False
     time_ids: tuple[TimeId, ...] = ()
     channels: tuple[ImageChannels, ...] = ()
@@ -302,13 +310,13 @@ class RequestDefaults(Record, frozen=True, kw_only=True):
     """Settings of a request that does not set them."""
 
     sampler: str
-    steps: Positive
-    guidance_scale: float
-    guidance_rescale: float
-    image_guidance_scale: float = 1.0
-    noise_level: Annotated[int, msgspec.Meta(ge=0)] = 0
-    height: Positive
-    width: Positive
+    steps: Steps
+    guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=1000)]
+    guidance_rescale: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    image_guidance_scale: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 1.0
+    noise_level: Annotated[int, msgspec.Meta(ge=0, lt=MAX_TRAIN_STEPS)] = 0
+    height: Side
+    width: Side
 
 
 class ScheduleProof(Record, frozen=True, kw_only=True):
@@ -386,8 +394,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     schedule: Schedule | EDMSchedule
     schedule_proof: ScheduleProof | None = None
     defaults: RequestDefaults
-    tokenizers: Mapping[str, TokenizerEntry]
-    components: Mapping[str, Component]
+    tokenizers: Annotated[Mapping[Name, TokenizerEntry], msgspec.Meta(max_length=16)]
+    components: Annotated[Mapping[Name, Component], msgspec.Meta(max_length=64)]
     quality: Mapping[str, Mapping[str, float]] = {}
     acceleration: AccelerationPlan | None = None
     history: tuple[Stage, ...] = ()
@@ -425,7 +433,10 @@ class Manifest(Record, frozen=True, kw_only=True):
         Raises:
             ManifestError: it holds a value that a reader would refuse, such as NaN.
         """
-        text = msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        try:
+            text = msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        except (ValueError, RecursionError) as error:  # a lone surrogate, for example
+            raise ManifestError(f"{directory / MANIFEST_FILE}: {error}") from error
         _decode(directory / MANIFEST_FILE, text)
         (directory / MANIFEST_FILE).write_bytes(text)
 
@@ -433,7 +444,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     def read(cls, directory: Path, *, hashes: bool = True) -> "Manifest":
         """Read and check directory/manifest.json and every file that it names.
 
-        With ``hashes``, each file's sha256 is compared, not only its size.
+        With ``hashes``, each file's sha256 is compared, not only its size. Files that an ONNX graph
+        names must be those of its component.
 
         Raises:
             ManifestError: the manifest is missing, malformed, of another format, or names a
@@ -446,6 +458,8 @@ class Manifest(Record, frozen=True, kw_only=True):
             check_file(directory, entry)
         if hashes:
             check_hashes(directory, entries)
+        for component in manifest.components.values():
+            check_graph(directory, component)
         return manifest
 
 
@@ -464,7 +478,7 @@ def _decode(path: Path, content: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
         check_parts(manifest)
-    except (msgspec.DecodeError, LatentforgeError, ValueError) as error:
+    except (msgspec.DecodeError, LatentforgeError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: {error}; export again") from error
     return manifest
 

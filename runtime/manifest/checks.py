@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from latentforge.runtime.errors import ManifestError
+from latentforge.runtime import sampling
+from latentforge.runtime.errors import ManifestError, SettingsError
+from latentforge.runtime.manifest.history import check_stage
+from latentforge.runtime.shapes import ANY
 
 if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.acceleration import AccelerationPlan
@@ -54,6 +57,9 @@ DENOISER_INPUTS = {
 IMAGE_CHANNELS = ((), ("mask", "masked_image"), ("image",), ("depth",), ("low_resolution",))
 """Combinations of channels that a denoiser's sample may have after the latents."""
 
+MAX_ROWS, MAX_TIME_ROWS, MAX_MINIMUM = 256, 1 << 16, 1 << 16
+"""Largest numbers of rows that an engine may be fixed to, and smallest size of a range."""
+
 _LATER_INPUTS = {
     "denoiser_prompt": {"sample", "timestep"},
     "denoiser_time": {"sample"},
@@ -69,16 +75,20 @@ def check_parts(manifest: Manifest) -> None:
         ManifestError: they do not; the message names the key.
         SettingsError: a timestep of the acceleration plan is not in the schedule.
     """
+    for stage in manifest.history:
+        check_stage(stage)
     for encoder in manifest.conditioning.encoders:
         _check_encoder(manifest, encoder)
     for name, component in manifest.components.items():
         _check_shapes(name, component)
+        _check_rows(name, component)
         inputs, outputs = REQUIRED_TENSORS.get(name, ({}, {}))
         _check_tensors(f"{name}: input", component.inputs, inputs)
         _check_tensors(f"{name}: output", component.outputs, outputs)
     _check_channels(manifest)
     _check_conditioning(manifest)
     _check_variants(manifest.components)
+    _check_defaults(manifest)
     if manifest.acceleration is not None:
         _check_acceleration(manifest, manifest.acceleration)
 
@@ -91,6 +101,31 @@ def _check_shapes(name: str, component: Component) -> None:
             raise ManifestError(
                 f"{name}: shapes of {key}, which is not a free dimension of its inputs"
             )
+
+
+def _check_rows(name: str, component: Component) -> None:
+    """Check the rows that an engine needs at least, to which the runtime fills up a batch."""
+    largest = MAX_TIME_ROWS if name == "denoiser_time" else MAX_ROWS
+    ranges = [allowed for shapes in component.shapes for allowed in shapes.values()]
+    if any(allowed.min > MAX_MINIMUM or allowed.max > ANY.max for allowed in ranges):
+        raise ManifestError(
+            f"{name}: shapes of sizes above {ANY.max}, or that begin above {MAX_MINIMUM}"
+        )
+    for key, spec in component.inputs.items():
+        rows = spec.shape[0] if spec.shape else 1
+        if isinstance(rows, str):
+            rows = min((s[rows].min for s in component.shapes if rows in s), default=1)
+        if rows > largest:
+            raise ManifestError(f"{name}: input {key} has {rows} rows, more than {largest}")
+
+
+def _check_defaults(manifest: Manifest) -> None:
+    """Check that the default sampler can step along the noise schedule."""
+    defaults = manifest.defaults
+    try:
+        sampling.noise_plan(defaults.sampler, manifest.schedule, defaults.steps)
+    except SettingsError as error:
+        raise ManifestError(f"defaults: {error}") from error
 
 
 def _check_encoder(manifest: Manifest, encoder: TextEncoding) -> None:
@@ -231,6 +266,7 @@ def _check_acceleration(manifest: Manifest, plan: AccelerationPlan) -> None:
         if name not in manifest.components:
             raise ManifestError(f"acceleration: the plan uses {name}, which is not a component")
     manifest.schedule.check(plan.timesteps)
+    sampling.noise_plan(plan.sampler, manifest.schedule, plan.steps, plan.timesteps)
 
 
 def _check_tensors(place: str, specs: Mapping[str, TensorSpec], required: _Ranks) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentforge.runtime.errors import ManifestError
-from latentforge.runtime.files import MANIFEST_FILE, hash_file, restore
+from latentforge.runtime.files import MANIFEST_FILE, hash_file, open_regular, restore
 
 if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.manifest import FileEntry
@@ -16,6 +18,12 @@ if TYPE_CHECKING:  # the manifest imports this module
 __all__ = ["check_file", "check_hashes", "read_content"]
 
 _MAX_BYTES = 4 << 20
+_MAX_PATH, _MAX_NAME = 512, 200  # characters; bytes
+_RESERVED = frozenset('<>:"|?*\\')
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+_HOLLOW, _HOLLOW_SHARE, _BLOCK = 1 << 30, 64, 512
+"""Larger files of which the disk holds less than a 64th, in blocks, would take hours to hash."""
 
 
 def read_content(path: Path) -> bytes:
@@ -28,10 +36,10 @@ def read_content(path: Path) -> bytes:
     try:
         if not path.exists():
             restore(path.parent)
-        if not path.is_file():  # a pipe, say, would block the reader forever
-            raise ManifestError(f"{path.parent} has no {MANIFEST_FILE}: {hint}")
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        with open_regular(path) as file:
+            content = file.read(_MAX_BYTES + 1) or b""  # nothing yet, in a file of /proc
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ManifestError(f"{path.parent} has no {MANIFEST_FILE}: {hint}") from error
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}; {hint}") from error
     if len(content) > _MAX_BYTES:
@@ -40,32 +48,43 @@ def read_content(path: Path) -> bytes:
 
 
 def check_file(directory: Path, entry: FileEntry) -> None:
-    """Check that an entry names a regular file inside the directory, of the recorded size.
+    """Check that an entry names a regular file of the recorded size, which may be a link.
 
     Raises:
-        ManifestError: the path leads outside, also through a link, or the file is missing or has
+        ManifestError: the path is not one inside the directory, or the file is missing or has
             another size.
     """
-    pure = PurePosixPath(entry.file)
-    if not entry.file.isprintable() or pure.is_absolute() or ".." in pure.parts:
+    if not _is_portable(entry.file):
         raise ManifestError(
-            f"{directory}: {entry.file!r} is not a path inside the engine directory"
+            f"{directory}: {entry.file!r} is not a path inside the engine directory that all "
+            "systems can have"
         )
     path = directory / entry.file
     try:
-        inside = path.resolve().is_relative_to(directory.resolve())
-        size = path.stat().st_size if inside and path.is_file() else None
-    except (OSError, RuntimeError):  # name too long, circular links
-        inside, size = True, None
-    if not inside:
-        raise ManifestError(f"{directory}: {entry.file!r} is outside the engine directory")
-    if size is None:
+        status = path.stat()
+    except (OSError, RuntimeError):  # also circular links
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise ManifestError(f"{directory}: no file {entry.file!r}; export again")
+    size = status.st_size
     if size != entry.bytes:
         raise ManifestError(
             f"{path} has {size} bytes, but the manifest records {entry.bytes}: "
             "the file was truncated or replaced; export again"
         )
+    if size > _HOLLOW and getattr(status, "st_blocks", size) * _BLOCK < size // _HOLLOW_SHARE:
+        raise ManifestError(f"{path} is mostly a hole: that is not what weights are; export again")
+
+
+def _is_portable(file: str) -> bool:
+    """Return True for a relative path of names that every system can have, without ``..``."""
+    parts = file.split("/")
+    return len(file) <= _MAX_PATH and file.isprintable() and all(map(_is_portable_name, parts))
+
+
+def _is_portable_name(name: str) -> bool:
+    reserved = _RESERVED.intersection(name) or name[-1:] in ("", ".", " ")
+    return not (reserved or _DEVICE.fullmatch(name) or len(name.encode()) > _MAX_NAME)
 
 
 def check_hashes(directory: Path, entries: Sequence[FileEntry]) -> None:

@@ -4,9 +4,13 @@ A new sampler is one module here, with its noise plan, its method and the name o
 counterpart, and one row in the table below.
 """
 
+import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
+
+import numpy as np
 
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.ddim import DDIM
@@ -23,7 +27,7 @@ from latentforge.runtime.sampling.heun import HEUN
 from latentforge.runtime.sampling.kdpm2 import KDPM2
 from latentforge.runtime.sampling.kdpm2_ancestral import KDPM2_ANCESTRAL
 from latentforge.runtime.sampling.lcm import LCM
-from latentforge.runtime.sampling.levels import NoisePlan
+from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
 from latentforge.runtime.sampling.lms import LMS
 from latentforge.runtime.sampling.pndm import PNDM
 from latentforge.runtime.sampling.pndm_prk import PNDM_PRK
@@ -104,6 +108,36 @@ def noise_plan(
     sampler = get(name)
     if not isinstance(schedule, sampler.schedule):
         raise SettingsError(_other_kind(sampler, schedule))
+    try:
+        with np.errstate(all="ignore"):
+            plan = _noise_plan(sampler, schedule, steps, timesteps)
+    except (ArithmeticError, ValueError, IndexError) as error:
+        raise SettingsError(_no_plan(name, steps, str(error))) from error
+    if not all(map(math.isfinite, (plan.scale, *chain.from_iterable(_levels(plan))))):
+        raise SettingsError(_no_plan(name, steps, "a noise level is infinite or no number"))
+    return plan
+
+
+def _levels(plan: NoisePlan) -> Iterator[NoiseLevel]:
+    for step in (*plan.intervals, *plan.repeat_intervals):
+        yield from step
+    yield from (step.middle for step in plan.solver if step.middle is not None)
+
+
+def _no_plan(name: str, steps: int, reason: str) -> str:
+    return (
+        f"{name} cannot make {steps} steps along this noise schedule ({reason}): choose another "
+        "sampler or number of steps"
+    )
+
+
+def _noise_plan(
+    sampler: Sampler,
+    schedule: Schedule | EDMSchedule,
+    steps: int,
+    timesteps: Sequence[float],
+) -> NoisePlan:
+    name = sampler.name
     if not timesteps:
         return sampler.plan(schedule, steps)
     if sampler.plan_from_timesteps is None or isinstance(schedule, EDMSchedule):

@@ -11,6 +11,8 @@ from latentforge.runtime.errors import ManifestError
 
 __all__ = ["DEFAULT_OPTIONS", "SigmaSpacing", "SolverOptions"]
 
+_MAX_STEPS = 100_000  # as of training timesteps
+
 SigmaSpacing = Literal["karras", "exponential", "beta", "lu"]
 """Spacing of sigma / alpha instead of the timesteps: see sampling/sigmas.py."""
 
@@ -76,8 +78,8 @@ class SolverOptions(
             raise ManifestError("schedule: sigma_min must not be above sigma_max")
         if self.lambda_min_clipped is not None and not math.isfinite(self.lambda_min_clipped):
             raise ManifestError("schedule: lambda_min_clipped must be finite")
-        if self.original_inference_steps < 1:
-            raise ManifestError("schedule: original_inference_steps must be at least 1")
+        if not 1 <= self.original_inference_steps <= _MAX_STEPS:
+            raise ManifestError(f"schedule: original_inference_steps must be 1 to {_MAX_STEPS}")
 
     @property
     def clipping(self) -> "SolverOptions":

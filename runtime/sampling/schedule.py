@@ -85,6 +85,19 @@ class Schedule(
             )
         if not all(0 < beta < 1 for beta in self.betas or (self.beta_start, self.beta_end)):
             raise ManifestError("schedule: every beta must lie between 0 and 1")
+        if self.offset > MAX_TRAIN_STEPS:
+            raise ManifestError(f"schedule: offset is at most {MAX_TRAIN_STEPS}")
+        with np.errstate(all="ignore"):
+            self._check_noise()
+
+    def _check_noise(self) -> None:
+        """Refuse a schedule without noise, or one that is pure noise before its end."""
+        square = self.alphas_cumprod
+        if not (0 < square[0] < 1 and (square[:-1] > 0).all() and 0 <= square[-1] < 1):
+            raise ManifestError(
+                "schedule: its betas leave float32's range: at every training timestep the latent "
+                "must hold noise, and before the last one also some of the image"
+            )
 
     @cached_property
     def alphas_cumprod(self) -> NDArray[np.float32]:

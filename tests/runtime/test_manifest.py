@@ -12,6 +12,7 @@ import pytest
 from conftest import Handmade
 
 from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import (
     FORMAT,
     AccelerationPlan,
@@ -178,6 +179,22 @@ WRONG: list[tuple[str, object]] = [
     ("tokenizers/tokenizer/max_length", 10**9),
     ("components", []),
     ("components/denoiser", None),
+    ("components/denoiser/bytes", -1),
+    ("components/denoiser/bytes", 1 << 60),
+    ("components/denoiser/max_rows", 1 << 40),
+    ("components/denoiser/inputs/sample/shape", [99999, 4, "h", "w"]),
+    ("components/denoiser/inputs/sample/shape", [1 << 63, 4, "h", "w"]),
+    ("components/denoiser/inputs/sample/shape", [1] * 9),
+    ("components/denoiser/inputs/sample/shape", [1 << 20, 1 << 20]),
+    ("defaults/sampler", "none"),
+    ("defaults/steps", 10**6),
+    ("defaults/height", 1 << 20),
+    ("defaults/guidance_scale", -1),
+    ("defaults/guidance_scale", 1e9),
+    ("defaults/noise_level", 10**9),
+    ("schedule/offset", 1 << 63),
+    ("schedule/options", {"original_inference_steps": 10**9}),
+    ("schedule/beta_start", 1e-30),
     ("components/denoiser/sha256", "0" * 63),
     ("components/denoiser/sha256", "A" * 64),
     ("components/denoiser/sha256", "0" * 64 + "\n"),
@@ -587,6 +604,17 @@ def point_at(directory: Path, file: str) -> None:
         "..",
         "/etc/passwd",
         "//etc/passwd",
+        "",
+        ".",
+        "./denoiser.onnx",
+        "tokenizer//tokenizer.json",
+        "tokenizer\\tokenizer.json",
+        "C:denoiser.onnx",
+        "denoiser.onnx.",
+        "denoiser.onnx ",
+        "nul.onnx",
+        "x" * 300,
+        "a/" * 3000,
         "denoiser.onnx\x00.txt",
         "denoiser\n.onnx",
         "\x1b[2J",
@@ -598,23 +626,55 @@ def test_refuses_a_path_outside_the_directory(engines: Path, file: str) -> None:
     refused(engines, repr(file), "inside the engine directory")
 
 
-@pytest.mark.parametrize("file", ["missing.onnx", "", ".", "tokenizer", "x" * 5000, "a/" * 3000])
+@pytest.mark.parametrize("file", ["missing.onnx", "tokenizer", "denoiser.onnx/x"])
 def test_refuses_a_path_without_a_file(engines: Path, file: str) -> None:
     point_at(engines, file)
     refused(engines, "no file", repr(file), "export again")
 
 
-def test_refuses_a_link_to_the_outside(engines: Path) -> None:
-    outside = engines.parent / "outside"
-    (engines / "denoiser.onnx").rename(outside)
-    (engines / "denoiser.onnx").symlink_to(outside)
-    refused(engines, "'denoiser.onnx'", "outside")
+def test_follows_links_whose_target_has_the_hash(engines: Path) -> None:
+    manifest = Manifest.read(engines)
+    for name in ("denoiser.onnx", "tokenizer", "manifest.json"):
+        (engines / name).rename(engines.parent / name)
+        (engines / name).symlink_to(engines.parent / name)
+    assert Manifest.read(engines) == manifest
+    (engines.parent / "denoiser.onnx").write_bytes(b"denoisex")
+    refused(engines, "denoiser.onnx", "sha256")
 
 
-def test_refuses_a_linked_parent_outside(engines: Path) -> None:
-    (engines / "tokenizer").rename(engines.parent / "elsewhere")
-    (engines / "tokenizer").symlink_to(engines.parent / "elsewhere", target_is_directory=True)
-    refused(engines, "'tokenizer/tokenizer.json'", "outside")
+def test_a_snapshot_of_a_content_addressed_cache(engines: Path) -> None:
+    manifest = Manifest.read(engines)
+    snapshot, blobs = engines.parent / "cache" / "snapshots" / "abc", engines.parent / "cache/blobs"
+    blobs.mkdir(parents=True)
+    for path in [path for path in engines.rglob("*") if path.is_file()]:
+        link = snapshot / path.relative_to(engines)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = blobs / hash_file(path)
+        path.rename(blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert Manifest.read(snapshot) == manifest
+
+
+@pytest.mark.timeout(20)  # opening a pipe blocks
+@pytest.mark.parametrize("name", ["denoiser.onnx", "tokenizer/tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "/proc/self/environ", "/proc/kmsg", "."])
+@pytest.mark.parametrize("hashes", [True, False])
+def test_refuses_what_is_no_regular_file(
+    engines: Path, name: str, target: str, hashes: bool
+) -> None:
+    os.mkfifo(engines / "pipe")
+    (engines / name).unlink()
+    (engines / name).symlink_to(engines / target)
+    with pytest.raises(ManifestError):
+        Manifest.read(engines, hashes=hashes)
+
+
+def test_refuses_a_file_that_is_a_hole(engines: Path) -> None:
+    os.truncate(engines / "denoiser.onnx", 1 << 40)
+    content = load(engines)
+    content["components"]["denoiser"]["bytes"] = 1 << 40
+    store(engines, content)
+    refused(engines, "mostly a hole")
 
 
 def test_follows_a_link_that_stays_inside(engines: Path) -> None:
@@ -761,3 +821,76 @@ def test_reads_engines_that_a_killed_process_set_aside(engines: Path) -> None:
     manifest = Manifest.read(engines)
     engines.rename(engines.with_name(f".{engines.name}.previous-0123abcd"))
     assert Manifest.read(engines) == manifest and engines.is_dir()
+
+
+NAMES = (
+    *("/some/where/x", "../../../evil", "..", ".", "", "a/b", "a\\b", "a:b", "a.b", "a b", "A"),
+    *("nul\0", "-x", "x" * 65, "\ud800", "\x1b[31m", "e\u0301", "1st"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("group", ["components", "tokenizers"])
+def test_names_never_become_paths(engines: Path, group: str, name: str) -> None:
+    manifest = Manifest.read(engines)
+    content = load(engines)
+    content[group][name] = next(iter(content[group].values()))
+    store(engines, content)
+    refused(engines)
+    entry = next(iter(getattr(manifest, group).values()))
+    with pytest.raises(ManifestError):  # the writer refuses it too
+        msgspec.structs.replace(manifest, **{group: {name: entry}}).write(engines)
+
+
+SCHEDULES = {
+    "no noise": {"beta_kind": "linear", "beta_start": 1e-30, "beta_end": 1e-10},
+    "all noise": {"beta_kind": "linear", "beta_start": 0.9, "beta_end": 0.9},
+    "one step of all noise": {
+        "beta_kind": "explicit",
+        "betas": [0.5],
+        "train_steps": 1,
+        "zero_terminal_snr": True,
+    },
+}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler", "dpmpp_2m"])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_refuses_schedules_that_divide_by_zero(engines: Path, sampler: str, kind: str) -> None:
+    content = load(engines)
+    content["schedule"] |= SCHEDULES[kind]
+    content["defaults"] |= {"sampler": sampler, "steps": 1}
+    store(engines, content)
+    refused(engines, "schedule")
+
+
+STAGES: list[dict[str, Any]] = [
+    {"name": "compile", "options": {}},
+    {"name": "compile", "options": {"backends": [], "options": {}}},
+    {"name": "compile", "options": {"backends": {"denoiser": "null"}, "options": {}}},
+    {"name": "select", "options": {}},
+    {"name": "search", "options": {"plans": 3, "gate": "", "plan": ""}},
+    {"name": "export", "options": {"reference": {}}},
+    {"name": "optimize", "options": {"recipe": "int8"}},
+    {"name": "optimize", "options": {"recipe": [], "target": {}}},
+    {"name": "optimize", "options": {"candidates": {"x": {}}}},
+    {"name": "optimize", "options": {"layers": [{}]}},
+    {"name": "optimize", "options": {}, "measured": {"denoiser": {"bytes_before": 1}}},
+    {"name": "optimize", "options": {}, "measured": {"image": {"speedup": 0}}},
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_refuses_a_stage_without_what_readers_need(engines: Path, stage: dict[str, Any]) -> None:
+    content = load(engines)
+    content["history"] = [{"tools": {}, "seconds": 0, **stage}]
+    store(engines, content)
+    refused(engines, f"history: {stage['name']}")
+
+
+@pytest.mark.parametrize("depth", [500, 5000, 100_000])
+def test_json_nested_too_deeply(engines: Path, depth: int) -> None:
+    text = json.dumps({**load(engines), "history": 0})
+    nested = '[{"name": "x", "options": {"a": ' + "[" * depth + "]" * depth + "}}]"
+    (engines / "manifest.json").write_text(text.replace('"history": 0', f'"history": {nested}'))
+    refused(engines)
