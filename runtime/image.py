@@ -157,6 +157,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError("it is a pipe or a device")  # opening it may never return
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders of damaged files have no common class

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ def test_a_truncated_picture_that_was_opened_already(kind: str) -> None:
     with pytest.raises(SettingsError, match="^cannot read image: ") as caught:
         read_image("image", opened)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_as_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SettingsError, match="pipe.png as an image: it is a pipe or a device$"):
+        read_image("image", tmp_path / "pipe.png")
 
 
 def test_a_closed_picture(tmp_path: Path) -> None:
