@@ -31,6 +31,9 @@ __all__ = [
 MAX_RELATIVE_ERROR = 1e-3
 """Largest allowed difference of an fp32 engine from torch, relative to the largest output."""
 
+_COLLECTED = 64 << 20
+"""Bytes of weights from which a search for reference cycles is worth its half second."""
+
 Outputs = Mapping[str, NDArray[np.generic]]
 
 
@@ -56,6 +59,7 @@ class LazyModules:
         self._checkpoint = checkpoint
         self._name = ""
         self._module: nn.Module | None = None
+        self._bytes = 0  # counted when loaded: an export empties the weights
 
     def get(self, plan: ComponentPlan) -> nn.Module:
         """Return the module of a component, loading it in place of the previous one if needed."""
@@ -63,12 +67,15 @@ class LazyModules:
             self.free()
             self._module = plan.load(self._checkpoint)
             self._name = plan.name
+            self._bytes = sum(weight.nbytes for weight in self._module.state_dict().values())
         return self._module
 
     def free(self) -> None:
-        """Free the module in memory."""
+        """Free the module in memory; a small one may remain until Python's next collection."""
         self._module = None
-        gc.collect()  # modules hold reference cycles
+        if self._bytes >= _COLLECTED:
+            gc.collect()  # modules hold reference cycles
+        self._bytes = 0
 
 
 class TorchSession:

@@ -1,5 +1,6 @@
 """Export writes engines that reproduce torch's outputs, completely or not at all."""
 
+import gc
 import json
 import multiprocessing
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -57,6 +59,48 @@ def names(directory: Path) -> list[str]:
 def plans(checkpoint: Path) -> dict[str, ComponentPlan]:
     opened = open_checkpoint(str(checkpoint))
     return {plan.name: plan for plan in family_of(opened).plan(opened).components}
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("limit", "freed"), [(0, True), (1 << 40, False)])
+def test_weights_of_large_modules_are_freed_at_once(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, limit: int, freed: bool
+) -> None:
+    """Those of a module in a reference cycle too, also where an export has emptied them."""
+    plan = plans(tiny_checkpoint)["text_encoder"]
+    monkeypatch.setattr(parity, "_COLLECTED", limit)
+    modules = parity.LazyModules(open_checkpoint(str(tiny_checkpoint)))
+    module: Any = modules.get(plan)
+    module.cycle = [module]
+    for weight in module.parameters():
+        weight.data = torch.empty(0)
+    kept = weakref.ref(module)
+    del module, weight
+    gc.disable()
+    try:
+        modules.free()
+        assert (kept() is None) == freed
+    finally:
+        gc.enable()
+
+
+def test_a_module_is_large_by_its_weights(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its tensors count, and one of the limit's size is collected."""
+    plan = plans(tiny_checkpoint)["text_encoder"]
+    modules = parity.LazyModules(open_checkpoint(str(tiny_checkpoint)))
+    size = sum(tensor.nbytes for tensor in modules.get(plan).state_dict().values())
+    calls: list[int] = []
+    monkeypatch.setattr(parity.gc, "collect", lambda: calls.append(1) or 0)
+    for limit in (size + 1, size):
+        monkeypatch.setattr(parity, "_COLLECTED", limit)
+        modules.get(plan)
+        modules.free()
+        modules.free()  # nothing is left to collect
+    assert calls == [1]
 
 
 # Contents of the directory
