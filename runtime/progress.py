@@ -12,16 +12,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from latentforge.runtime.text import duration_text
+from latentforge.runtime.text import duration_text, printable
 
 if TYPE_CHECKING:
     from latentforge.runtime.generation import DenoisingStep
 
 __all__ = ["Progress"]
+
+
+def unescaped(stream: TextIO) -> TextIO:
+    """Return the stream under one that escapes what a bar needs to move the cursor."""
+    inner: TextIO = getattr(stream, "unescaped", stream)
+    return inner
+
 
 _TICK = 1.0  # seconds between two looks of the thread
 _LINE_SECONDS = 5.0  # between two lines about the inside of a part, at least
@@ -57,7 +64,9 @@ class Progress:
     def __init__(self, total: int, *, quiet: bool = True) -> None:
         terminal = sys.stderr.isatty()
         self._lines = not quiet and not terminal
-        self._bar = tqdm(total=total, disable=quiet or not terminal, bar_format=_FORMAT)
+        stream = unescaped(sys.stderr)
+        disabled = quiet or not terminal
+        self._bar = tqdm(total=total, file=stream, disable=disabled, bar_format=_FORMAT)
         self._done = 0
         self._since = self._printed = time.perf_counter()
         self._end: float | None = None
@@ -70,6 +79,7 @@ class Progress:
     @contextmanager
     def part(self, description: str) -> Iterator[None]:
         """Show a description while the block runs, and count the part if it succeeds."""
+        description = printable(description)
         with self._lock:
             self._bar.set_description(description)
             self._since = time.perf_counter()
@@ -82,6 +92,7 @@ class Progress:
 
     def within(self, activity: str, done: int, total: int) -> None:
         """Show the progress within the current part: in a second bar, or on lines in between."""
+        activity = printable(activity)
         with self._lock:
             last, now = self._inside, time.perf_counter()
             same = last is not None and last.activity == activity
@@ -115,6 +126,7 @@ class Progress:
         self._count(description, quiet=not last and time.perf_counter() - self._since < 1)
 
     def _count(self, description: str, *, quiet: bool = False) -> None:
+        description = printable(description)
         with self._lock:
             self._done += 1
             self._bar.set_description(description)
@@ -128,7 +140,7 @@ class Progress:
         """Print a permanent line above the bar."""
         with self._lock:
             if self._lines or not self._bar.disable:
-                tqdm.write(text, file=sys.stderr)
+                tqdm.write(printable(text), file=unescaped(sys.stderr))
                 self._printed = time.perf_counter()
 
     def close(self) -> None:
@@ -171,7 +183,10 @@ class Progress:
 
     def _show_inner(self, inside: _Inside) -> None:
         if self._inner is None:
-            self._inner = tqdm(total=inside.total, leave=False, position=1, bar_format=_INNER)
+            stream = unescaped(sys.stderr)
+            self._inner = tqdm(
+                total=inside.total, file=stream, leave=False, position=1, bar_format=_INNER
+            )
         self._inner.total = inside.total
         self._inner.set_description(f"  {inside.activity[:26]}", refresh=False)
         self._inner.update(inside.done - self._inner.n)

@@ -19,6 +19,8 @@ def one_line(error: object, *, limit: int | None = 300) -> str:
 
 def printable(text: str) -> str:
     """Return text with every character escaped that a terminal would not print."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

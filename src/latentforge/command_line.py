@@ -7,15 +7,17 @@ import errno
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from latentforge import __version__
 from latentforge.commands import COMMANDS
 from latentforge.commands.arguments import unrecognized
+from latentforge.commands.output import escaped_output
 from latentforge.runtime.errors import GateError, LatentforgeError
-from latentforge.runtime.text import one_line
+from latentforge.runtime.text import one_line, printable
 
 __all__ = ["parser", "run"]
 
@@ -34,10 +36,15 @@ without leaving files behind
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    with escaped_output():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         options.parser.error(unrecognized(options.parser, unknown))
-    logging.basicConfig(level=logging.WARNING, format="latentforge: %(message)s")
+    _log_to(sys.stderr)
     if options.debug:
         logging.getLogger("latentforge").setLevel(logging.DEBUG)
     signal.signal(signal.SIGTERM, _terminated)
@@ -50,9 +57,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (LatentforgeError, OSError, MemoryError, ImportError) as error:
         if options.debug:
-            raise
+            traceback.print_exc()
+            return 1
         print(f"latentforge: {_explained(error)}", file=sys.stderr)
         return 3 if isinstance(error, GateError) else 2
+
+
+class _OneLine(logging.Formatter):
+    """Formatter of messages that quote files and libraries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(one_line(super().format(record), limit=None))
+
+
+def _log_to(stream: TextIO) -> None:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_OneLine("latentforge: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -68,7 +89,7 @@ def _explained(error: BaseException) -> str:
         return "the disk is full: make room, or name another place"
     if isinstance(error, ImportError):
         return f"{error}: pip install 'latentforge[export]' brings it, or [eval] what eval needs"
-    return one_line(error, limit=None)
+    return printable(one_line(error, limit=None))
 
 
 def parser() -> argparse.ArgumentParser:

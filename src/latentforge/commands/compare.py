@@ -38,10 +38,11 @@ def add(commands: Any) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from latentforge.measure.regression import judge
     from latentforge.measure.results import Results
+    from latentforge.runtime.record import escaped
 
     if not 0 <= options.tolerance <= 100:
         raise SettingsError(f"--tolerance must be 0 to 100 percent, not {options.tolerance:g}")
-    old, new = map(Results.read, (options.old, options.new))
+    old, new = (escaped(Results.read(path)) for path in (options.old, options.new))
     verdict = judge(old, new, tolerance=options.tolerance / 100)
     print(verdict)
     if verdict.failed:

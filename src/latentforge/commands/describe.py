@@ -15,6 +15,7 @@ from latentforge.runtime.manifest import (
     ScheduleProof,
     Stage,
 )
+from latentforge.runtime.record import escaped
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
@@ -35,7 +36,7 @@ _NAME = 18  # columns of a component's name
 
 def describe(manifest: Manifest) -> str:
     """Return a description of a manifest in lines and tables."""
-    return "\n".join(_lines(manifest))
+    return "\n".join(_lines(escaped(manifest)))
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:
@@ -161,6 +162,7 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def stage_lines(stage: Stage) -> Iterator[str]:
     """Yield what a stage changed and measured, line by line."""
+    stage = escaped(stage)
     yield from _STAGE_LINES.get(stage.name, _graph_lines)(stage)
 
 

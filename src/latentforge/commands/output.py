@@ -7,10 +7,13 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from latentforge.runtime.errors import TargetError
+from latentforge.runtime.text import printable
 
 if TYPE_CHECKING:
     from latentforge.measure.results import Results
@@ -19,14 +22,52 @@ if TYPE_CHECKING:
 __all__ = [
     "check_result_files",
     "check_writable",
+    "EscapedStream",
     "command_line",
     "emit",
     "emit_results",
+    "escaped_output",
     "print_changes",
     "print_next_step",
     "quiet_libraries",
     "write_text",
 ]
+
+
+class EscapedStream:
+    """Text stream that escapes what would control a terminal, and never fails to encode.
+
+    Texts of files and messages of libraries are printed: control characters of C0 and C1, changes
+    of direction, invisible characters and lone surrogates appear as escapes; line ends stay.
+
+    Attributes:
+        unescaped: the stream that it writes to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unescaped = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, escaped."""
+        encoding = self.unescaped.encoding or "utf-8"
+        shown = "\n".join(map(_tabbed, text.split("\n")))
+        self.unescaped.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
+def _tabbed(line: str) -> str:
+    return "\t".join(map(printable, line.split("\t")))
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Escape what is printed to standard output and standard error while the block runs."""
+    output, errors = (EscapedStream(stream) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(output), redirect_stderr(errors):
+        yield
 
 
 def quiet_libraries() -> None:
@@ -86,7 +127,7 @@ def emit_results(results: Results, options: argparse.Namespace, text: str) -> No
 
         write_text(options.html, render(results))
     if options.json == "-":
-        print(results.encode().decode(), end="")
+        print(json.dumps(json.loads(results.encode()), indent=1))
         return
     if options.json:
         results.write(Path(options.json))
