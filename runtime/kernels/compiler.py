@@ -28,6 +28,12 @@ _INSTRUCTIONS = {
 }
 """Compiler flags of the files for one instruction set, by the end of their names. kernels.cpp
 selects the instruction set when the library is loaded."""
+_SANITIZERS = (
+    *("-O1", "-g", "-fno-omit-frame-pointer", "-DLATENTFORGE_EXACT"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+"""Compiler flags of a library that ends the process where it reads or writes outside of a buffer,
+or does what C++ leaves undefined."""
 
 
 def compiler() -> list[str] | None:
@@ -40,14 +46,21 @@ def compiler() -> list[str] | None:
     return next(([path] for path in paths if path), None)
 
 
-def build() -> str | None:
-    """Compile the library; on failure, change nothing and return the reason on one line."""
+def build(target: Path = LIBRARY, *, sanitize: bool = False) -> str | None:
+    """Compile the library; on failure, change nothing and return the reason on one line.
+
+    Args:
+        target: the file to write.
+        sanitize: compile for tests, with AddressSanitizer and UndefinedBehaviorSanitizer. Only a
+            process that preloads their libraries can load it.
+    """
     command = compiler()
     if command is None:
         return "no C++ compiler is installed"
     try:
-        with tempfile.TemporaryDirectory(dir=FOLDER, prefix=".build-") as folder:
-            _compile(command, Path(folder))
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+            linked = _compile(command, Path(folder), _SANITIZERS if sanitize else ())
+            linked.replace(target)
     except OSError as error:
         return str(error)
     except subprocess.CalledProcessError as error:
@@ -56,8 +69,8 @@ def build() -> str | None:
     return None
 
 
-def _compile(command: list[str], folder: Path) -> None:
-    """Compile each file, link them, and replace the library atomically."""
+def _compile(command: list[str], folder: Path, extra: tuple[str, ...]) -> Path:
+    """Compile each file with extra flags, link them, and return the library in the folder."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = []
     for source in sorted(FOLDER.glob("*.cpp")):
@@ -65,12 +78,12 @@ def _compile(command: list[str], folder: Path) -> None:
         instructions = _INSTRUCTIONS[ends[0]] if ends else ()
         if instructions and not x86:
             continue
-        flags = [*_FLAGS, *instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
+        flags = [*_FLAGS, *extra, *instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
         objects.append(str(folder / f"{source.stem}.o"))
         _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
     linked = folder / LIBRARY.name
-    _run([*command, "-shared", "-pthread", *objects, "-o", str(linked)])
-    linked.replace(LIBRARY)
+    _run([*command, "-shared", "-pthread", *extra, *objects, "-o", str(linked)])
+    return linked
 
 
 def _run(command: list[str]) -> None:

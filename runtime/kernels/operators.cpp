@@ -3,33 +3,20 @@
 // Compiled by compiler.py beside this file. Loaded by ONNX Runtime, to which
 // runtime/backends/onnxruntime.py passes the library's path: it calls RegisterCustomOps() below.
 
-#include <algorithm>
-#include <atomic>
+#include <array>
 #include <exception>
+#include <iterator>
 #include <new>
-#include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "checks.h"
+#include "host.h"
 #include "kernels.h"
 #include "ort.h"
 
 namespace latentforge {
 namespace {
-
-const OrtApi* api = nullptr;  // of this process's ONNX Runtime
-
-// Throws if a function of the API reported an error.
-void check(OrtStatus* status) {
-  if (status == nullptr) return;
-  ort::release_status(*api, status);
-  throw std::runtime_error("latentforge: ONNX Runtime refused a call");
-}
-
-void expect(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(std::string("latentforge: ") + what);
-}
 
 // Turns exceptions into a status, since they must not propagate into C code.
 template <typename Work>
@@ -44,137 +31,51 @@ OrtStatus* guarded(Work work) {
   }
 }
 
-int64_t integer(const OrtKernelInfo* info, const char* name) {
-  int64_t value = 0;
-  check(ort::int_attribute(*api, info, name, &value));
-  return value;
+// Creates an operator; a refusal names its node, as ONNX Runtime does in those of a run.
+template <typename Operator>
+Operator* create(const OrtKernelInfo* info) {
+  try {
+    return new Operator(Attributes(Operator::kChecks, info));
+  } catch (const std::invalid_argument& refusal) {
+    throw std::invalid_argument("Node '" + node_name(info) + "': " + refusal.what());
+  }
 }
 
-// Returns an attribute that graphs of earlier versions lack, or 0.
-int64_t optional_integer(const OrtKernelInfo* info, const char* name) {
-  int64_t value = 0;
-  OrtStatus* missing = ort::int_attribute(*api, info, name, &value);
-  if (missing == nullptr) return value;
-  ort::release_status(*api, missing);
-  return 0;
-}
-
-struct Tensor {
-  const void* data = nullptr;
-  std::vector<int64_t> shape;
-  int type = 0;
-
-  explicit operator bool() const { return data != nullptr; }
-  const float* floats() const { return static_cast<const float*>(data); }
-};
-
-// Inputs and outputs of one run of an operator.
-class Run {
- public:
-  explicit Run(OrtKernelContext* context) : context_(context) {
-    check(ort::input_count(*api, context, &count_));
-  }
-
-  // Returns an input, or an empty tensor if it was omitted.
-  Tensor input(size_t index) const {
-    const OrtValue* value = nullptr;
-    if (index < count_) check(ort::input(*api, context_, index, &value));
-    if (value == nullptr) return {};
-    Tensor tensor;
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(ort::tensor_shape(*api, value, &info));
-    size_t rank = 0;
-    check(ort::rank(*api, info, &rank));
-    tensor.shape.resize(rank);
-    check(ort::dimensions(*api, info, tensor.shape.data(), rank));
-    check(ort::element_type(*api, info, &tensor.type));
-    ort::release_shape(*api, info);
-    void* data = nullptr;
-    check(ort::tensor_data(*api, const_cast<OrtValue*>(value), &data));
-    tensor.data = data;
-    return tensor;
-  }
-
-  float* output(size_t index, const std::vector<int64_t>& shape) const {
-    OrtValue* value = nullptr;
-    check(ort::output(*api, context_, index, shape.data(), shape.size(), &value));
-    void* data = nullptr;
-    check(ort::tensor_data(*api, value, &data));
-    return static_cast<float*>(data);
-  }
-
-  Parallel parallel() const {
-    static const int threads = int(std::clamp(std::thread::hardware_concurrency(), 1u, 256u));
-    return {run, context_, threads};
-  }
-
- private:
-  OrtKernelContext* context_;
-  size_t count_ = 0;
-
-  // A task's exception is recorded for the calling thread: ONNX Runtime's threads cannot handle it.
-  struct Work {
-    Parallel::Body body;
-    void* data;
-    std::atomic<bool> failed{false};
-  };
-
-  static void run(void* context, Parallel::Body body, size_t count, void* data) {
-    if (count == 1) return body(data, 0);
-    Work work{body, data};
-    const auto one = [](void* pointer, size_t index) {
-      Work& work = *static_cast<Work*>(pointer);
-      try {
-        work.body(work.data, index);
-      } catch (const std::bad_alloc&) {
-        work.failed = true;
-      }
-    };
-    check(ort::parallel_for(*api, static_cast<OrtKernelContext*>(context), one, count, count, &work));
-    if (work.failed) throw std::bad_alloc();
-  }
-};
-
-void expect_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* what) {
-  expect(!tensor || (tensor.shape == shape && tensor.type == ort::kFloat), what);
-}
+constexpr int64_t blocks_of(int64_t channels) { return (channels + kLanes - 1) / kLanes; }
 
 struct ConvOperator {
-  static constexpr const char* kName = "Conv";
-  static constexpr size_t kInputs = 8, kRequiredInputs = 2, kOutputs = 1;
-  enum Input { kX, kWeight, kBias, kScale, kShift, kRow, kResidual, kSize };
+  static constexpr Checks kChecks{"Conv"};
+  static constexpr Input kInputs[] = {
+      {"x", Input::kFloats, true},       {"weight", Input::kWeights, true},
+      {"bias", Input::kFloats, false},   {"scale", Input::kFloats, false},
+      {"shift", Input::kFloats, false},  {"row", Input::kFloats, false},
+      {"residual", Input::kFloats, false}, {"size", Input::kSizes, false}};
+  static constexpr size_t kOutputs = 1;
+  enum Index { kX, kWeight, kBias, kScale, kShift, kRow, kResidual, kSize };
 
   static constexpr int64_t kMaxGrowth = 16;
   int64_t channels, stride, upsample, silu;
-  int64_t pads[4] = {};
+  std::array<int64_t, 4> pads;
 
-  explicit ConvOperator(const OrtKernelInfo* info)
-      : channels(integer(info, "channels")),
-        stride(integer(info, "stride")),
-        upsample(integer(info, "upsample")),
-        silu(integer(info, "silu")) {
-    size_t count = 4;
-    check(ort::ints_attribute(*api, info, "pads", pads, &count));
-    expect(count == 4 && *std::min_element(pads, pads + 4) >= 0, "Conv takes four pads");
-    expect((stride == 1 || stride == 2) && (upsample == 1 || upsample == 2),
-           "Conv takes a stride and an upsample of 1 or 2");
+  explicit ConvOperator(const Attributes& attributes)
+      : channels(attributes.integer("channels", 1, kMaxSide)),
+        stride(attributes.integer("stride", 1, 2)),
+        upsample(attributes.integer("upsample", 1, 2)),
+        silu(attributes.integer("silu", 0, 1)),
+        pads(attributes.four("pads", 2)) {
+    attributes.none_of({"auto_pad", "dilations", "group", "kernel_shape", "strides"});
   }
 
   void compute(const Run& run) const {
-    const Tensor x = run.input(kX), weight = run.input(kWeight);
-    const Tensor bias = run.input(kBias), scale = run.input(kScale), shift = run.input(kShift);
-    const Tensor row = run.input(kRow), residual = run.input(kResidual);
-    const Tensor size = run.input(kSize);
-    Conv conv = describe(x, weight, size);
-    const std::vector<int64_t> shape = {conv.n, conv.out_h, conv.out_w, conv.k};
-    expect_shape(bias, {conv.k}, "Conv takes a bias of one number per channel");
-    expect_shape(scale, {conv.n, conv.c}, "Conv takes a scale of one number per image and channel");
-    expect_shape(shift, {conv.n, conv.c}, "Conv takes a shift of one number per image and channel");
-    expect(bool(scale) == bool(shift), "Conv takes scale and shift together");
-    expect(!row || row.shape == std::vector<int64_t>{1, conv.k} ||
-               row.shape == std::vector<int64_t>{conv.n, conv.k},
-           "Conv takes a row of one number per channel, for each image or for all");
-    expect_shape(residual, shape, "Conv takes a residual of the output's shape");
+    Conv conv = describe(run);
+    const Shape shape = {conv.n, conv.out_h, conv.out_w, conv.k}, affine = {conv.n, conv.c};
+    const Tensor bias = run.shaped(kBias, {conv.k});
+    const Tensor scale = run.shaped(kScale, affine), shift = run.shaped(kShift, affine);
+    if (bool(scale) != bool(shift)) (scale ? shift : scale).refuse("scale and shift together", "none");
+    if (silu && !scale) scale.refuse("scale and shift with silu", "none");
+    const Tensor row = run.shaped(kRow, {kAny, conv.k});
+    if (row && row.shape[0] != 1) row.expect({conv.n, conv.k});
+    const Tensor residual = run.shaped(kResidual, shape);
     conv.bias = bias.floats();
     conv.scale = scale.floats();
     conv.shift = shift.floats();
@@ -182,27 +83,25 @@ struct ConvOperator {
     conv.row_stride = row && row.shape[0] > 1 ? conv.k : 0;
     conv.residual = residual.floats();
     conv.y = run.output(0, shape);
-    if (conv.n * conv.out_h * conv.out_w > 0) kernels().conv(conv, run.parallel());
+    if (conv.n > 0) kernels().conv(conv, run.parallel());
   }
 
-  Conv describe(const Tensor& x, const Tensor& weight, const Tensor& size) const {
-    expect(x.shape.size() == 4 && x.type == ort::kFloat, "Conv takes float images, channels last");
-    const auto& w = weight.shape;
-    expect(w.size() == 5 && w[2] == w[3] && (w[2] == 1 || w[2] == 3) && w[4] == kLanes &&
-               w[1] == x.shape[3] && w[0] == (channels + kLanes - 1) / kLanes,
-           "Conv takes weights packed as [channels / 16, input channels, 1 or 3, the same, 16]");
-    expect(weight.type == ort::kFloat || weight.type == ort::kHalf,
-           "Conv takes weights of float or float16");
+  Conv describe(const Run& run) const {
+    const Tensor x = run.shaped(kX, {kAny, kSome, kSome, kSome}), weight = run.ranked(kWeight, 0);
+    const bool single = weight.shape.size() == 5 && weight.shape[2] == 1;
     Conv conv{};
     conv.n = x.shape[0], conv.h = x.shape[1], conv.w = x.shape[2], conv.c = x.shape[3];
-    conv.k = channels, conv.kernel = w[2], conv.stride = stride;
-    enlarge(conv, size);
+    conv.k = channels, conv.kernel = single ? 1 : 3, conv.stride = stride;
+    weight.expect({blocks_of(channels), conv.c, conv.kernel, conv.kernel, kLanes});
+    enlarge(conv, run.shaped(kSize, {4}));
+    for (const int64_t pad : pads) kChecks.integer("pads", pad, 0, conv.kernel - 1);
     conv.pad_top = pads[0], conv.pad_left = pads[1], conv.silu = silu != 0;
-    conv.out_h = outputs(conv.seen_h, pads[0] + pads[2], conv.kernel);
-    conv.out_w = outputs(conv.seen_w, pads[1] + pads[3], conv.kernel);
+    conv.out_h = outputs(x, conv.seen_h + pads[0] + pads[2], conv.kernel);
+    conv.out_w = outputs(x, conv.seen_w + pads[1] + pads[3], conv.kernel);
     conv.half = weight.type == ort::kHalf;
     conv.x = x.floats();
     conv.weight = weight.data;
+    check_limits(kChecks, conv);
     return conv;
   }
 
@@ -211,41 +110,46 @@ struct ConvOperator {
   void enlarge(Conv& conv, const Tensor& size) const {
     conv.seen_h = conv.h * upsample, conv.seen_w = conv.w * upsample;
     if (!size) return;
-    expect(size.type == ort::kInt64 && size.shape == std::vector<int64_t>{4} && upsample == 1,
-           "Conv takes a size of four int64, without upsample");
+    if (upsample != 1) size.refuse("none, since upsample is 2", size.text());
     const int64_t* sides = static_cast<const int64_t*>(size.data);
-    expect(sides[0] == conv.n && sides[3] == conv.c && sides[1] >= conv.h && sides[2] >= conv.w &&
-               sides[1] <= kMaxGrowth * conv.h && sides[2] <= kMaxGrowth * conv.w,
-           "Conv takes a size of the input's images and channels, from its sides to 16 times these");
+    const bool fits = sides[0] == conv.n && sides[3] == conv.c && sides[1] >= conv.h &&
+                      sides[2] >= conv.w && sides[1] <= kMaxGrowth * conv.h &&
+                      sides[2] <= kMaxGrowth * conv.w;
+    if (!fits)
+      size.refuse(text_of({conv.n, conv.h, conv.w, conv.c}) + " or sides up to 16 times these",
+                  text_of(Shape(sides, sides + 4)));
     conv.seen_h = sides[1], conv.seen_w = sides[2];
   }
 
-  int64_t outputs(int64_t side, int64_t padding, int64_t kernel) const {
-    return std::max<int64_t>(0, (side + padding - kernel) / stride + 1);
+  int64_t outputs(const Tensor& x, int64_t padded, int64_t kernel) const {
+    if (padded < kernel) x.refuse("padded sides of at least " + std::to_string(kernel), x.text());
+    return (padded - kernel) / stride + 1;
   }
 };
 
+// Inputs and attributes that both operators of group normalization take.
 struct GroupNormBase {
-  static constexpr size_t kInputs = 3, kRequiredInputs = 3;
+  static constexpr Input kInputs[] = {{"x", Input::kFloats, true},
+                                      {"gamma", Input::kFloats, true},
+                                      {"beta", Input::kFloats, true}};
   int64_t groups;
-  float epsilon = 0;
+  float epsilon;
 
-  explicit GroupNormBase(const OrtKernelInfo* info) : groups(integer(info, "groups")) {
-    check(ort::float_attribute(*api, info, "epsilon", &epsilon));
-    expect(groups > 0, "group normalization takes a number of groups");
-  }
+  explicit GroupNormBase(const Attributes& attributes)
+      : groups(attributes.integer("groups", 1, kMaxSide)), epsilon(attributes.positive("epsilon")) {}
 
-  GroupNorm describe(const Run& run, std::vector<int64_t>& shape) const {
-    const Tensor x = run.input(0), gamma = run.input(1), beta = run.input(2);
-    expect(x.shape.size() >= 3 && x.type == ort::kFloat,
-           "group normalization takes floats of [n, ..., channels]");
+  // Describes the normalization of x, with its shape: [n, ..., channels].
+  GroupNorm describe(const Run& run, Shape& shape) const {
+    const Tensor x = run.ranked(0, 3);
+    shape = Shape(x.shape.size(), kSome), shape.front() = kAny;
+    x.expect(shape);
     shape = x.shape;
     GroupNorm norm{};
     norm.n = shape.front(), norm.c = shape.back(), norm.pixels = 1;
     for (size_t i = 1; i + 1 < shape.size(); ++i) norm.pixels *= shape[i];
-    expect_shape(gamma, {norm.c}, "group normalization takes a gamma of one number per channel");
-    expect_shape(beta, {norm.c}, "group normalization takes a beta of one number per channel");
-    expect(norm.c % groups == 0, "group normalization takes channels that groups divide");
+    if (norm.c % groups != 0)
+      x.refuse("channels that " + std::to_string(groups) + " groups divide", x.text());
+    const Tensor gamma = run.shaped(1, {norm.c}), beta = run.shaped(2, {norm.c});
     norm.groups = groups, norm.epsilon = epsilon;
     norm.x = x.floats(), norm.gamma = gamma.floats(), norm.beta = beta.floats();
     return norm;
@@ -253,102 +157,104 @@ struct GroupNormBase {
 };
 
 struct GroupScaleOperator : GroupNormBase {
-  static constexpr const char* kName = "GroupScale";
+  static constexpr Checks kChecks{"GroupScale"};
   static constexpr size_t kOutputs = 2;
   using GroupNormBase::GroupNormBase;
 
   void compute(const Run& run) const {
-    std::vector<int64_t> shape;
+    Shape shape;
     GroupNorm norm = describe(run, shape);
     norm.scale = run.output(0, {norm.n, norm.c});
     norm.shift = run.output(1, {norm.n, norm.c});
-    kernels().group_scale(norm, run.parallel());
+    if (norm.n > 0) kernels().group_scale(norm, run.parallel());
   }
 };
 
 struct GroupNormOperator : GroupNormBase {
-  static constexpr const char* kName = "GroupNorm";
+  static constexpr Checks kChecks{"GroupNorm"};
   static constexpr size_t kOutputs = 1;
   int64_t silu;
 
-  explicit GroupNormOperator(const OrtKernelInfo* info)
-      : GroupNormBase(info), silu(integer(info, "silu")) {}
+  explicit GroupNormOperator(const Attributes& attributes)
+      : GroupNormBase(attributes), silu(attributes.integer("silu", 0, 1)) {}
 
   void compute(const Run& run) const {
-    std::vector<int64_t> shape;
+    Shape shape;
     GroupNorm norm = describe(run, shape);
     std::vector<float> both(size_t(2 * norm.n * norm.c));
     norm.scale = both.data(), norm.shift = both.data() + norm.n * norm.c, norm.silu = silu != 0;
     norm.y = run.output(0, shape);
-    kernels().group_norm(norm, run.parallel());
+    if (norm.n > 0) kernels().group_norm(norm, run.parallel());
   }
 };
 
 struct MatMulOperator {
-  static constexpr const char* kName = "MatMul";
-  static constexpr size_t kInputs = 4, kRequiredInputs = 2, kOutputs = 1;
+  static constexpr Checks kChecks{"MatMul"};
+  static constexpr Input kInputs[] = {{"x", Input::kFloats, true},
+                                      {"weight", Input::kWeights, true},
+                                      {"bias", Input::kFloats, false},
+                                      {"residual", Input::kFloats, false}};
+  static constexpr size_t kOutputs = 1;
   int64_t channels, gated;
 
-  explicit MatMulOperator(const OrtKernelInfo* info)
-      : channels(integer(info, "channels")), gated(optional_integer(info, "gated")) {
-    expect(!gated || channels % kPair == 0, "a gated MatMul takes channels in pairs of 16");
+  explicit MatMulOperator(const Attributes& attributes)
+      : channels(attributes.integer("channels", 1, kMaxSide)),
+        gated(attributes.integer_or_0("gated", 0, 1)) {
+    if (gated && channels % kPair != 0)
+      kChecks.refuse("attribute channels", "a multiple of 32, in pairs of 16, if gated",
+                     std::to_string(channels));
   }
 
   void compute(const Run& run) const {
-    const Tensor x = run.input(0), weight = run.input(1), bias = run.input(2),
-                 residual = run.input(3);
-    Conv conv = describe(x, weight);
-    std::vector<int64_t> shape = x.shape;
+    const Tensor x = run.ranked(0, 1);
+    Conv conv = describe(x, run.ranked(1, 0));
+    Shape shape = x.shape;
     shape.back() = gated ? channels / 2 : channels;
-    expect_shape(bias, {channels}, "MatMul takes a bias of one number per channel");
-    expect_shape(residual, shape, "MatMul takes a residual of the output's shape");
-    expect(!gated || !residual, "a gated MatMul takes no residual");
+    const Tensor bias = run.shaped(2, {channels}), residual = run.shaped(3, shape);
+    if (gated && residual) residual.refuse("none, since the product is gated", residual.text());
     conv.bias = bias.floats(), conv.residual = residual.floats();
     conv.y = run.output(0, shape);
     if (conv.w > 0) kernels().conv(conv, run.parallel());
   }
 
   Conv describe(const Tensor& x, const Tensor& weight) const {
-    expect(!x.shape.empty() && x.type == ort::kFloat, "MatMul takes floats of [..., channels]");
     Conv conv{};
     conv.n = conv.h = conv.seen_h = conv.out_h = conv.kernel = conv.stride = 1;
     conv.c = x.shape.back(), conv.k = channels, conv.w = 1;
-    expect(weight.shape == std::vector<int64_t>{(channels + kLanes - 1) / kLanes, conv.c, 1, 1,
-                                                kLanes},
-           "MatMul takes weights packed as [channels / 16, input channels, 1, 1, 16]");
-    expect(weight.type == ort::kFloat || weight.type == ort::kHalf,
-           "MatMul takes weights of float or float16");
+    if (conv.c == 0) x.refuse("1 or more channels", x.text());
+    weight.expect({blocks_of(channels), conv.c, 1, 1, kLanes});
     for (size_t i = 0; i + 1 < x.shape.size(); ++i) conv.w *= x.shape[i];
     conv.out_w = conv.seen_w = conv.w, conv.half = weight.type == ort::kHalf, conv.gated = gated != 0;
     conv.x = x.floats(), conv.weight = weight.data;
+    check_limits(kChecks, conv);
     return conv;
   }
 };
 
 struct AttentionOperator {
-  static constexpr const char* kName = "Attention";
-  static constexpr size_t kInputs = 3, kRequiredInputs = 3, kOutputs = 1;
+  static constexpr Checks kChecks{"Attention"};
+  static constexpr Input kInputs[] = {{"query", Input::kFloats, true},
+                                      {"key", Input::kFloats, true},
+                                      {"value", Input::kFloats, true}};
+  static constexpr size_t kOutputs = 1;
   int64_t heads;
-  float scale = 0;
+  float scale;
 
-  explicit AttentionOperator(const OrtKernelInfo* info) : heads(integer(info, "heads")) {
-    check(ort::float_attribute(*api, info, "scale", &scale));
-    expect(heads > 0, "Attention takes a number of heads");
-  }
+  explicit AttentionOperator(const Attributes& attributes)
+      : heads(attributes.integer("heads", 1, kMaxSide)), scale(attributes.finite("scale")) {}
 
   void compute(const Run& run) const {
-    const Tensor query = run.input(0), key = run.input(1), value = run.input(2);
-    for (const Tensor* each : {&query, &key, &value})
-      expect(each->shape.size() == 3 && each->type == ort::kFloat,
-             "Attention takes floats of [n, tokens, channels]");
-    const auto &q = query.shape, &k = key.shape;
-    expect(k == value.shape && q[0] == k[0] && q[2] == k[2] && q[2] % heads == 0 && k[1] > 0,
-           "Attention takes keys and values alike, and channels that heads divide");
+    const Tensor query = run.shaped(0, {kAny, kAny, kSome});
+    const Shape& q = query.shape;
+    if (q[2] % heads != 0)
+      query.refuse("channels that " + std::to_string(heads) + " heads divide", query.text());
+    const Tensor key = run.shaped(1, {q[0], kSome, q[2]}), value = run.shaped(2, key.shape);
     Attention attention{};
-    attention.n = q[0], attention.queries = q[1], attention.keys = k[1];
+    attention.n = q[0], attention.queries = q[1], attention.keys = key.shape[1];
     attention.heads = heads, attention.size = q[2] / heads;
     attention.scale = scale;
     attention.query = query.floats(), attention.key = key.floats(), attention.value = value.floats();
+    check_limits(kChecks, attention);
     attention.y = run.output(0, q);
     if (q[0] * q[1] > 0) kernels().attention(attention, run.parallel());
   }
@@ -359,17 +265,17 @@ template <typename Operator>
 struct Entry : OrtCustomOp {
   Entry() : OrtCustomOp{} {
     version = ort::kVersion;
-    GetName = [](const OrtCustomOp*) { return Operator::kName; };
+    GetName = [](const OrtCustomOp*) { return Operator::kChecks.op; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-    GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
+    GetInputTypeCount = [](const OrtCustomOp*) { return std::size(Operator::kInputs); };
     GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
     GetInputType = [](const OrtCustomOp*, size_t index) {
-      const bool weight = index == 1 && Operator::kInputs > 3, size = index == 7;
-      return int(weight || size ? ort::kAny : ort::kFloat);
+      const bool floats = Operator::kInputs[index].kind == Input::kFloats;
+      return int(floats ? ort::kFloat : ort::kAny);
     };
     GetOutputType = [](const OrtCustomOp*, size_t) { return int(ort::kFloat); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-      return int(index < Operator::kRequiredInputs ? ort::kRequired : ort::kOptional);
+      return int(Operator::kInputs[index].required ? ort::kRequired : ort::kOptional);
     };
     GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int(ort::kRequired); };
     GetInputMemoryType = [](const OrtCustomOp*, size_t) { return int(ort::kDefault); };
@@ -381,10 +287,13 @@ struct Entry : OrtCustomOp {
     GetEndVersion = [](const OrtCustomOp*) { return 1; };
     CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info,
                         void** kernel) {
-      return guarded([&] { *kernel = new Operator(info); });
+      return guarded([&] { *kernel = create<Operator>(info); });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-      return guarded([&] { static_cast<const Operator*>(kernel)->compute(Run(context)); });
+      return guarded([&] {
+        const Run run(Operator::kChecks, Operator::kInputs, context);
+        static_cast<const Operator*>(kernel)->compute(run);
+      });
     };
     KernelDestroy = [](void* kernel) { delete static_cast<Operator*>(kernel); };
   }

@@ -75,6 +75,10 @@ inline OrtStatus* create_status(const OrtApi& api, ErrorCode code, const char* m
   return reinterpret_cast<OrtStatus* (*)(int, const char*)>(api[0])(code, message);
 }
 
+inline const char* error_message(const OrtApi& api, const OrtStatus* status) {
+  return reinterpret_cast<const char* (*)(const OrtStatus*)>(api[2])(status);
+}
+
 inline void release_status(const OrtApi& api, OrtStatus* status) {
   reinterpret_cast<void (*)(OrtStatus*)>(api[93])(status);
 }
@@ -93,10 +97,13 @@ constexpr Function<62, const OrtTensorTypeAndShapeInfo*, int64_t*, size_t> dimen
 constexpr Function<65, const OrtValue*, OrtTensorTypeAndShapeInfo**> tensor_shape;
 constexpr Function<85, const OrtKernelInfo*, const char*, float*> float_attribute;
 constexpr Function<86, const OrtKernelInfo*, const char*, int64_t*> int_attribute;
+constexpr Function<87, const OrtKernelInfo*, const char*, char*, size_t*> string_attribute;
 constexpr Function<88, const OrtKernelContext*, size_t*> input_count;
 constexpr Function<90, const OrtKernelContext*, size_t, const OrtValue**> input;
 constexpr Function<91, OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**> output;
+constexpr Function<162, const OrtKernelInfo*, const char*, float*, size_t*> floats_attribute;
 constexpr Function<163, const OrtKernelInfo*, const char*, int64_t*, size_t*> ints_attribute;
+constexpr Function<244, const OrtKernelInfo*, char*, size_t*> node_name;
 constexpr Function<274, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*>
     parallel_for;
 

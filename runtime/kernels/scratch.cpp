@@ -17,6 +17,21 @@ struct Buffer {
   size_t floats = 0;
 };
 
+#ifdef LATENTFORGE_EXACT
+
+// For sanitizers: the buffer ends with its last float, and none is used twice.
+constexpr bool kReused = false;
+
+Buffer allocate(size_t floats) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, floats * sizeof(float)) != 0) throw std::bad_alloc();
+  return {static_cast<float*>(memory), floats};
+}
+
+#else
+
+constexpr bool kReused = true;
+
 Buffer allocate(size_t floats) {
   const size_t unit = floats * sizeof(float) >= kHuge ? kHuge : 64;
   const size_t bytes = (floats * sizeof(float) + unit - 1) / unit * unit;
@@ -28,6 +43,8 @@ Buffer allocate(size_t floats) {
   return {static_cast<float*>(memory), bytes / sizeof(float)};
 }
 
+#endif
+
 struct ThreadBuffers {
   Buffer buffers[kScratchUses];
   ~ThreadBuffers() {
@@ -38,14 +55,14 @@ struct ThreadBuffers {
 std::mutex mutex;
 std::vector<Buffer>* idle = new std::vector<Buffer>;  // never freed: it outlives all threads that use it
 
-constexpr size_t kKept = 2;
+constexpr size_t kKept = kReused ? 2 : 0;
 
 }  // namespace
 
 float* scratch(ScratchUse use, size_t floats) {
   thread_local ThreadBuffers own;
   Buffer& buffer = own.buffers[use];
-  if (buffer.floats < floats) {
+  if (buffer.floats < floats || !kReused) {
     std::free(buffer.data);
     buffer = {};
     buffer = allocate(floats);

@@ -821,6 +821,8 @@ PADDED = "pads = [1, 1, 1, 1]>(x, w1"
         (PADDED, "pads = [2, 2, 2, 2], dilations = [2, 2]>(x, w1", "it is dilated or grouped"),
         (PADDED, "pads = [1, 1, 1, 1], strides = [1, 2]>(x, w1", "its strides are (1, 2)"),
         (PADDED, 'auto_pad = "SAME_UPPER">(x, w1', "its padding is automatic"),
+        (PADDED, "pads = [1, 1, 3, 1]>(x, w1", "its pads are (1, 1, 3, 1), not 0 to 2"),
+        ("float[6, 4, 3, 3] w1", "float[6, 4, 1, 1] w1", "its pads are (1, 1, 1, 1), not 0 to 0"),
         ("float[6, 4, 3, 3] w1", "float[6, 4, 5, 5] w1", "its kernel is (5, 5)"),
         ("float[6, 4, 3, 3] w1", "float[6, 2, 3, 3] w1", "it is dilated or grouped"),
     ],
@@ -832,7 +834,8 @@ def test_native_conv_declines_what_it_has_no_kernel_for(old: str, new: str, reas
     text = text.replace(old, new)
     groups = "2, 3, 3] w1" in text
     text = text.replace("<pads", "<group = 2, pads") if groups else text
-    weight = random(6, 2 if groups else 4, *([5, 5] if "5, 5" in text else [3, 3]))
+    side = next(side for side in (1, 3, 5) if f"{side}, {side}] w1" in text)
+    weight = random(6, 2 if groups else 4, side, side)
     untouched("native-conv", parsed(text, w1=weight), reason)
     untouched("native-conv", parsed(text), "weight and bias are no float32 constants")
 

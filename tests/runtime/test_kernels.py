@@ -1,6 +1,7 @@
 """latentforge's own operators: results, compilation, and messages if they are missing."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,31 +290,102 @@ def test_attention_with_large_scores() -> None:
     close(ran("Attention", [query, key, value], heads=2, scale=1.0), wanted)
 
 
+CONV: dict[str, Any] = {"channels": 16, "pads": (1,) * 4, "silu": 0, "stride": 1, "upsample": 1}
+
+
+def refused(message: str, op_type: str, inputs: list[Array | None], **attributes: Any) -> None:
+    with pytest.raises(Exception, match=re.escape(f"latentforge.{op_type}: {message}")):
+        ran(op_type, inputs, **attributes)
+
+
 @built
-def test_refuses_wrong_inputs() -> None:
+def test_convolution_refuses_what_it_cannot_compute() -> None:
     x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
-    given = {"channels": 16, "pads": (1, 1, 1, 1), "silu": 0, "stride": 1, "upsample": 1}
-    with pytest.raises(Exception, match="Conv takes weights packed as"):
-        ran("Conv", [x, weight[:, :16], None], **given)
-    with pytest.raises(Exception, match="a residual of the output's shape"):
-        ran("Conv", [x, weight, None, None, None, None, some(1, 4, 4, 16)], **given)
-    with pytest.raises(Exception, match="a stride and an upsample of 1 or 2"):
-        ran("Conv", [x, weight, None], **{**given, "stride": 3})
-    for sides in ([2, 8, 8, 32], [1, 3, 8, 32], [1, 8, 129, 32], [1, 8, 8, 16], [1, 8, 8]):
+    found = "input weight: expected float or float16[1, 32, 3, 3, 16], found "
+    refused(f"{found}float[1, 16, 3, 3, 16]", "Conv", [x, weight[:, :16], None], **CONV)
+    refused(
+        "input weight: expected float or float16, found double",
+        "Conv",
+        [x, weight.astype(np.float64), None],
+        **CONV,
+    )
+    nothing = [x[..., :0], weight[:, :0], None]
+    refused("input x: expected float[any, 1 or more, 1 or more, 1 or", "Conv", nothing, **CONV)
+    residual = [x, weight, None, None, None, None, some(1, 4, 4, 16)]
+    refused("input residual: expected float[1, 8, 8, 16], found", "Conv", residual, **CONV)
+    refused("input shift: expected scale and", "Conv", [x, weight, None, some(1, 32)], **CONV)
+    refused("input bias: expected float[16], found float[0]", "Conv", [x, weight, some(0)], **CONV)
+    tiny = "input x: expected padded sides of at least 3, found float[1, 2, 2, 32]"
+    refused(tiny, "Conv", [x[:, :2, :2], weight, None], **{**CONV, "pads": (0,) * 4, "stride": 2})
+
+
+@built
+def test_convolution_refuses_attributes() -> None:
+    x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
+    single = [x, weight[:, :, :1, :1], None]
+    refused("attribute pads: expected an integer from 0 to 0, found 1", "Conv", single, **CONV)
+    for change, message in (
+        ({"stride": 3}, "stride: expected an integer from 1 to 2, found 3"),
+        ({"stride": "two"}, "stride: expected an integer, found something else"),
+        ({"pads": (-1, 0, 0, 0)}, "pads: expected an integer from 0 to 2, found -1"),
+        ({"pads": (0, 0, 48, 48)}, "pads: expected an integer from 0 to 2, found 48"),
+        ({"pads": (1, 1)}, "pads: expected four integers, found something else"),
+        ({"channels": 2**63 - 1}, "channels: expected an integer from 1 to 2147483647, found 92"),
+        ({"dilations": (2, 2)}, "dilations: expected none, found one"),
+        ({"auto_pad": "SAME_UPPER"}, "auto_pad: expected none, found one"),
+    ):
+        refused(f"attribute {message}", "Conv", [x, weight, None], **{**CONV, **change})
+    without = {name: value for name, value in CONV.items() if name != "pads"}
+    refused("attribute pads: expected four integers, found none", "Conv", [x, weight, None],
+            **without)  # fmt: skip
+
+
+@built
+def test_convolution_refuses_sizes() -> None:
+    x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
+    huge = [1, 2**62, 2**62, 32]
+    for sides in (
+        *([2, 8, 8, 32], [1, 3, 8, 32], [1, 8, 129, 32], [1, 8, 8, 16], [1, -8, 8, 32], huge),
+        [1, 8, 8],
+    ):
         inputs = [x, weight, *[None] * 5, np.array(sides)]
-        with pytest.raises(Exception, match="Conv takes a size of"):
-            ran("Conv", inputs, **given)
-    with pytest.raises(Exception, match="Conv takes a size of four int64, without upsample"):
-        ran("Conv", [*inputs[:-1], np.array([1, 8, 8, 32])], **{**given, "upsample": 2})
+        refused("input size: expected", "Conv", inputs, **CONV)
+    inputs[-1] = np.array([1, 8, 8, 32])
+    refused("input size: expected none, since", "Conv", inputs, **{**CONV, "upsample": 2})
+
+
+@built
+def test_other_operators_refuse_what_they_cannot_compute() -> None:
     tokens, packed = some(3, 32), pack(some(32, 32, 1, 1))
-    with pytest.raises(Exception, match="a gated MatMul takes no residual"):
-        ran("MatMul", [tokens, packed, None, some(3, 16)], channels=32, gated=1)
-    with pytest.raises(Exception, match="a gated MatMul takes channels in pairs of 16"):
-        ran("MatMul", [tokens, packed[:1], None], channels=16, gated=1)
-    with pytest.raises(Exception, match="channels that groups divide"):
-        ran("GroupNorm", [x, some(32), some(32)], groups=5, epsilon=1e-5, silu=0)
-    with pytest.raises(Exception, match="keys and values alike"):
-        ran("Attention", [some(1, 4, 8), some(1, 4, 8), some(1, 5, 8)], heads=2, scale=1.0)
+    refused("input residual: expected none, since the product is gated", "MatMul",
+            [tokens, packed, None, some(3, 16)], channels=32, gated=1)  # fmt: skip
+    refused("attribute channels: expected a multiple of 32", "MatMul",
+            [tokens, packed[:1], None], channels=16, gated=1)  # fmt: skip
+    refused("input x: expected 1 or more channels", "MatMul",
+            [tokens[:, :0], packed[:, :0], None], channels=32)  # fmt: skip
+    norm = [some(1, 8, 8, 32), some(32), some(32)]
+    refused("input x: expected channels that 5 groups", "GroupNorm", norm, groups=5, epsilon=0.0,
+            silu=0)  # fmt: skip
+    for epsilon in (-1.0, float("nan"), float("inf")):
+        refused(
+            "attribute epsilon: expected a", "GroupNorm", norm, groups=4, epsilon=epsilon, silu=0
+        )
+    keys = [some(1, 4, 8), some(1, 4, 8), some(1, 5, 8)]
+    refused("input value: expected float[1, 4, 8]", "Attention", keys, heads=2, scale=1.0)
+    refused("attribute heads: expected an integer from 1", "Attention", keys, heads=0, scale=1.0)
+
+
+@built
+def test_empty_batches_are_legal() -> None:
+    conv = ran("Conv", [some(0, 8, 8, 32), pack(some(16, 32, 3, 3)), None], **CONV)
+    assert conv.shape == (0, 8, 8, 16)
+    assert ran("MatMul", [some(2, 0, 32), pack(some(5, 32, 1, 1)), None], channels=5).size == 0
+    norm = [some(0, 8, 8, 32), some(32), some(32)]
+    scale, shift = ran("GroupScale", norm, 2, groups=4, epsilon=0.0)
+    assert scale.shape == shift.shape == (0, 32)
+    assert ran("GroupNorm", norm, groups=4, epsilon=0.0, silu=1).shape == (0, 8, 8, 32)
+    attended = ran("Attention", [some(0, 4, 8)] * 3, heads=2, scale=1.0)
+    assert attended.shape == (0, 4, 8)
 
 
 @built

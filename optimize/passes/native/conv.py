@@ -90,6 +90,8 @@ def _check_conv(node: ir.Node) -> bool:
         raise Declined(f"its kernel is {kernel}, not 1x1 or 3x3")
     if (strides := _ints(node, "strides", 1)) not in ((1, 1), (2, 2)):
         raise Declined(f"its strides are {strides}, not 1 or 2 in both directions")
+    if not 0 <= min(pads := _ints(node, "pads", 0, 4)) <= max(pads) < kernel[0]:
+        raise Declined(f"its pads are {pads}, not 0 to {kernel[0] - 1}")
     if _ints(node, "dilations", 1) != (1, 1) or node.attributes.get_int("group", 1) != 1:
         raise Declined("it is dilated or grouped")
     if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
