@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from latentforge import __version__
 from latentforge.commands import COMMANDS
@@ -30,7 +29,7 @@ first steps:
 
 exit status: 0 success; 2 wrong usage or input, explained in one line; 3 a quality gate failed
 and the result was kept as TARGET.rejected, or compare found a regression; 130 interrupted,
-without leaving files behind
+by Ctrl-C or SIGTERM, without leaving files behind
 """
 
 
@@ -47,15 +46,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     _log_to(sys.stderr)
     if options.debug:
         logging.getLogger("latentforge").setLevel(logging.DEBUG)
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         options.command(options)
         return 0
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not change the message
-        print("latentforge: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
     except (LatentforgeError, OSError, MemoryError, ImportError) as error:
+        if interrupt := _interrupt_behind(error):
+            raise interrupt from None
         if options.debug:
             traceback.print_exc()
             return 1
@@ -76,9 +72,11 @@ def _log_to(stream: TextIO) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
-def _terminated(*_: object) -> NoReturn:
-    """Clean up after SIGTERM as after Ctrl-C."""
-    raise KeyboardInterrupt
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the interrupt that a library has turned into an error, such as an ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _explained(error: BaseException) -> str:
@@ -86,7 +84,8 @@ def _explained(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory: close other programs, or use a smaller size or batch"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full: make room, or name another place"
+        place = f" at {error.filename}" if error.filename else ""
+        return f"the disk is full{place}: make room, or name another place"
     if isinstance(error, ImportError):
         return f"{error}: pip install 'latentforge[export]' brings it, or [eval] what eval needs"
     return printable(one_line(error, limit=None))
