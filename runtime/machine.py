@@ -1,11 +1,22 @@
 """Processor of this machine, and the memory in use."""
 
+import os
 import platform
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available_memory", "cpu_name", "peak_memory", "resident_memory", "total_memory"]
+__all__ = [
+    "MemoryMeter",
+    "available_memory",
+    "cpu_name",
+    "peak_memory",
+    "resident_memory",
+    "total_memory",
+]
+
+_METER_SECONDS = 0.2
 
 
 def cpu_name() -> str:
@@ -56,3 +67,50 @@ def _memory(file: str, field: str) -> int | None:
         fields = dict(line.split(":", 1) for line in text.splitlines())
         return int(fields[field].split()[0]) * 1024
     return None
+
+
+class MemoryMeter:
+    """Thread that follows the memory of this process and its descendants, in a ``with`` block.
+
+    Attributes:
+        peak: largest sum of their resident sets in bytes so far; that of this process alone where
+            the system has no /proc. Pages that processes share count in each.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
+
+    def __enter__(self) -> "MemoryMeter":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self.peak = max(self.peak, _tree_memory())
+            if self._stopped.wait(_METER_SECONDS):
+                return
+
+
+def _tree_memory() -> int:
+    """Return the sum of the resident sets of this process and its descendants in bytes."""
+    pids, total = [os.getpid()], 0
+    while pids:
+        pid = pids.pop()
+        total += _memory(f"{pid}/status", "VmRSS") or 0
+        pids += _children(pid)
+    return total or peak_memory()
+
+
+def _children(pid: int) -> list[int]:
+    """Return the processes that a process has started; none where the system does not list them."""
+    children: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended
+            children += map(int, file.read_text().split())
+    return children

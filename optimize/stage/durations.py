@@ -5,21 +5,24 @@ numbers to a budget, and build.py adds the stages before and after.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from latentforge.optimize.graph import layers
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.stage.job import OptimizeJob
+from latentforge.optimize.targets import Target
 from latentforge.runtime.loader import load
 from latentforge.runtime.progress import Progress
 
-__all__ = ["ImageCost", "durations", "measure_cost"]
+__all__ = ["ImageCost", "Workload", "durations", "expected_speedup", "measure_cost"]
 
 _REWRITE_SECONDS = 9e-9  # per byte of weights: read, rewritten, written and hashed
 _INT8_RUNS = 4.0  # of the graph for each call: channel maxima, and ranges with their histogram
 _BLOCK_RUNS = 60.0  # residual branches, each left out once for each call
 _SCORE_RUNS = 1.5
+_KERNEL_SPEEDUP = 1.6  # of latentforge's own CPU kernels: 1.5 to 2.2 were measured
 _PROFILED_RUNS = 16.0  # of both graphs together, to time layers
 
 
@@ -45,6 +48,11 @@ class ImageCost:
         """Return the seconds of an image of so many steps, by loaded engines."""
         return self.encode + steps * self.step + self.decode
 
+    def faster(self, speedup: float) -> "ImageCost":
+        """Return the cost with engines that run faster by a factor."""
+        encode, step, decode = (s / speedup for s in (self.encode, self.step, self.decode))
+        return replace(self, encode=encode, step=step, decode=decode)
+
 
 def measure_cost(job: OptimizeJob, progress: Progress) -> ImageCost:
     """Measure the parts of an image of the source: the first step of a run, and its decoding."""
@@ -65,29 +73,70 @@ def measure_cost(job: OptimizeJob, progress: Progress) -> ImageCost:
     )
 
 
-def durations(job: OptimizeJob, cost: ImageCost) -> dict[str, float]:
-    """Return the seconds of a job by part."""
-    gate, calibration = (len(prompts) for prompts in job.prompt_sets)
-    image, recipes = cost.image(job.steps), list(job.recipes.values())
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Numbers of images and calls that decide how long an optimization takes.
+
+    Attributes:
+        recipes: to carry out.
+        bytes: of the weights in fp32.
+        images: of the gate.
+        prompts: of the calibration; 0 without one.
+        steps: of each image.
+        pairs: timed ones; 0 for no timing.
+        timed_steps: of the timed images.
+        speedup: expected of the result's steps.
+    """
+
+    recipes: Sequence[Recipe]
+    bytes: int
+    images: int
+    prompts: int
+    steps: int
+    pairs: int
+    timed_steps: int
+    speedup: float
+
+    @classmethod
+    def of(cls, job: OptimizeJob) -> "Workload":
+        """Return the numbers of a job."""
+        images, prompts = (len(prompts) for prompts in job.prompt_sets)
+        return cls(
+            recipes=list(job.recipes.values()),
+            bytes=job.manifest.size,
+            images=images,
+            prompts=prompts,
+            steps=job.steps,
+            pairs=job.request.pairs if job.is_timed else 0,
+            timed_steps=job.timed_steps,
+            speedup=expected_speedup(job.target),
+        )
+
+
+def expected_speedup(target: Target) -> float:
+    """Return the speedup to expect of a target's engines over the exported ones on this machine."""
+    return _KERNEL_SPEEDUP if target.post_partition_passes else 1.0
+
+
+def durations(work: Workload, cost: ImageCost) -> dict[str, float]:
+    """Return the seconds of an optimization by part."""
+    image, result, count = cost.image(work.steps), cost.faster(work.speedup), len(work.recipes)
+    calibrated = sum(map(_calibrated_runs, work.recipes)) * cost.step
     parts = {
-        "references": cost.load + gate * image,
-        "calibration": cost.load + calibration * image if calibration else 0.0,
-        "sensitivity": sum(_sensitivity_runs(recipe, cost.layers) for recipe in recipes)
-        * cost.step,
-        "rewriting": len(recipes) * _REWRITE_SECONDS * job.manifest.size
-        + sum(_calibrated_runs(recipe) for recipe in recipes) * cost.step,
-        "gate": len(recipes) * (cost.load + gate * image),
-        "timing": _timed_seconds(job, cost),
+        "references": cost.load + work.images * image,
+        "calibration": cost.load + work.prompts * image if work.prompts else 0.0,
+        "sensitivity": sum(_sensitivity_runs(r, cost.layers) for r in work.recipes) * cost.step,
+        "rewriting": count * _REWRITE_SECONDS * work.bytes + calibrated,
+        "gate": count * (result.load + work.images * result.image(work.steps)),
+        "timing": _timed(work, cost) + count * _timed(work, result),
     }
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
-def _timed_seconds(job: OptimizeJob, cost: ImageCost) -> float:
-    """Return the seconds of timing: one image to warm up and the counted ones, of each engine."""
-    if not job.is_timed:
-        return 0.0
-    images = (job.request.pairs + 1) * cost.image(job.timed_steps)
-    return (1 + len(job.recipes)) * (cost.load + images)
+def _timed(work: Workload, cost: ImageCost) -> float:
+    """Return the seconds to time engines: one image to warm up, and the counted ones."""
+    images = (work.pairs + 1) * cost.image(work.timed_steps)
+    return cost.load + images if work.pairs else 0.0
 
 
 def _calibrated_runs(recipe: Recipe) -> float:

@@ -26,7 +26,7 @@ from latentforge.runtime.validation import plain
 if TYPE_CHECKING:
     from latentforge.optimize.stage.sizing import Sizing
 
-__all__ = ["STAGE", "OptimizeJob", "check_request", "plan"]
+__all__ = ["STAGE", "OptimizeJob", "check_request", "plan", "recipes_of"]
 
 STAGE = "optimize"
 """Name of the stage in the history of a manifest."""
@@ -92,7 +92,7 @@ def check_request(request: OptimizeRequest) -> None:
     Raises:
         SettingsError: no such target, recipe or gate, or they do not fit together.
     """
-    _check_target(request, _recipes(request))
+    _check_target(request, recipes_of(request))
 
 
 def plan(source: Path, request: OptimizeRequest) -> OptimizeJob:
@@ -102,7 +102,7 @@ def plan(source: Path, request: OptimizeRequest) -> OptimizeJob:
         ManifestError: see optimize().
         SettingsError: see optimize().
     """
-    recipes = _recipes(request)
+    recipes = recipes_of(request)
     manifest = Manifest.read(source)
     _check_source(source, manifest)
     for name, recipe in recipes.items():
@@ -136,7 +136,7 @@ def _check_source(source: Path, manifest: Manifest) -> None:
         )
 
 
-def _recipes(request: OptimizeRequest) -> dict[str, Recipe]:
+def recipes_of(request: OptimizeRequest) -> dict[str, Recipe]:
     """Return the recipe, or its candidates, with the request's changes to gate and calibration."""
     recipe = read_recipe(request.recipe)
     recipes = {n: read_recipe(n) for n in recipe.candidates} or {request.recipe: recipe}

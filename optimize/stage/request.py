@@ -38,6 +38,7 @@ class OptimizeRequest:
         budget: seconds to keep to, by smaller gates and calibrations; None sets no limit. See
             sizing.py for what is reduced.
         reserved: seconds of the budget that other stages take.
+        shares: number of optimizations that share the rest of it.
         overwrite: replace an existing engine directory.
         quiet: show no progress.
     """
@@ -51,6 +52,7 @@ class OptimizeRequest:
     repeats: int | None = None
     budget: float | None = None
     reserved: float = 0.0
+    shares: int = 1
     overwrite: bool = False
     quiet: bool = True
 

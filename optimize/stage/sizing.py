@@ -13,14 +13,14 @@ from typing import Any, cast
 import msgspec
 
 from latentforge.optimize.recipe import Recipe
-from latentforge.optimize.stage.durations import ImageCost, durations
+from latentforge.optimize.stage.durations import ImageCost, Workload, durations
 from latentforge.optimize.stage.job import OptimizeJob
 from latentforge.runtime import sampling
 from latentforge.runtime.errors import LatentforgeError
 from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import duration_text
 
-__all__ = ["RunSize", "Sizing", "fit", "with_size"]
+__all__ = ["RunSize", "Sizing", "fit", "fit_alike", "with_size"]
 
 _REDUCTIONS = (
     ("sensitivity_steps", (2, 1)),
@@ -92,6 +92,8 @@ class Sizing:
     Attributes:
         budget: seconds of the whole command.
         reserved: seconds of them that other stages take.
+        shares: number of optimizations that share the rest.
+        cost: of an image, as it was measured.
         wanted: by the recipes and the request.
         chosen: the sizes.
         parts: predicted seconds by part.
@@ -99,6 +101,8 @@ class Sizing:
 
     budget: float
     reserved: float
+    shares: int
+    cost: ImageCost
     wanted: RunSize
     chosen: RunSize
     parts: Mapping[str, float]
@@ -130,7 +134,7 @@ class Sizing:
         if self.reduced:
             changes = ", ".join(f"{_NAMES[n]} {a} -> {b}" for n, (a, b) in self.reduced.items())
             yield f"reduced for the budget of {duration_text(self.budget)}: {changes}"
-        if self.reserved + self.seconds > self.budget:
+        if self.reserved + self.shares * self.seconds > self.budget:
             others = f" with the {duration_text(self.reserved)} of other stages" * bool(
                 self.reserved
             )
@@ -142,17 +146,31 @@ class Sizing:
 
 def fit(job: OptimizeJob, cost: ImageCost, budget: float) -> OptimizeJob:
     """Return a job that keeps to a budget in seconds, as nearly as its floor allows."""
-    wanted, reserved = RunSize.of(job), job.request.reserved
-    sized, parts = job, durations(job, cost)
+    wanted, reserved, shares = RunSize.of(job), job.request.reserved, job.request.shares
+    sized, parts = job, durations(Workload.of(job), cost)
     for size in _smaller(job, wanted):
-        if reserved + sum(parts.values()) <= budget:
+        if reserved + shares * sum(parts.values()) <= budget:
             break
         sized = with_size(job, size)
-        parts = durations(sized, cost)
+        parts = durations(Workload.of(sized), cost)
     sizing = Sizing(
-        budget=budget, reserved=reserved, wanted=wanted, chosen=RunSize.of(sized), parts=parts
+        budget=budget,
+        reserved=reserved,
+        shares=shares,
+        wanted=wanted,
+        chosen=RunSize.of(sized),
+        cost=cost,
+        parts=parts,
     )
     return replace(sized, sizing=sizing)
+
+
+def fit_alike(job: OptimizeJob, sizing: Sizing) -> OptimizeJob:
+    """Return a job in the sizes that were chosen for another job on the same source."""
+    sized = with_size(job, sizing.chosen)
+    parts = durations(Workload.of(sized), sizing.cost)
+    parts.pop("references")  # they are kept
+    return replace(sized, sizing=replace(sizing, parts=parts))
 
 
 def _smaller(job: OptimizeJob, size: RunSize) -> Iterator[RunSize]:

@@ -6,39 +6,45 @@ The stages only meet on disk; this module combines them.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
+
 from latentforge.accuracies import demo_accuracies
+from latentforge.build_plan import BuildPlan, CheckpointSize, PlannedStage, StageEstimates
 from latentforge.export.checkpoint import DEMO, Checkpoint, open_checkpoint
-from latentforge.export.families import Family, family_of
+from latentforge.export.families import family_of
 from latentforge.export.onnx import Dimensions
-from latentforge.export.optimum import is_exported
 from latentforge.export.stage import ExportRequest, export
 from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.backends import select_backends, tune_rows
 from latentforge.optimize.search.request import SearchRequest, check_search
 from latentforge.optimize.search.search import accelerate
-from latentforge.optimize.stage.job import check_request
+from latentforge.optimize.stage.job import OptimizeJob, check_request
 from latentforge.optimize.stage.job import plan as plan_optimization
 from latentforge.optimize.stage.request import OptimizeRequest
-from latentforge.optimize.stage.stage import optimize_into
+from latentforge.optimize.stage.sizing import Sizing, fit_alike
+from latentforge.optimize.stage.stage import optimize_into, sized
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
 from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
 from latentforge.runtime.compile.stage import compile_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
-from latentforge.runtime.files import staged_directory
+from latentforge.runtime.files import check_target, staged_directory
 from latentforge.runtime.kernels import library
-from latentforge.runtime.machine import available_memory
-from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.machine import MemoryMeter, available_memory, total_memory
+from latentforge.runtime.manifest import Manifest, Stage
+from latentforge.runtime.progress import Progress
 from latentforge.runtime.shapes import Range, Sizes
-from latentforge.runtime.text import near_miss, size_text
+from latentforge.runtime.text import near_miss
 
 __all__ = [
     "AUTO",
+    "STAGE",
     "BuildPlan",
     "BuildRequest",
     "build",
@@ -48,10 +54,12 @@ __all__ = [
     "with_demo_metrics",
 ]
 
+STAGE = "build"
+"""Name of the entry about the whole build in the history of a manifest."""
+
 AUTO = "auto"
 """Target that stands for the fastest backend of each component on this machine."""
 
-_EXPORT_MEMORY = 2.2  # as a multiple of the weights in fp32; 1.3 to 2.2 were measured
 _CANDIDATES = ("cpu", "openvino")
 _DEMO_PROMPTS = 3000  # enough for the three sets of the largest gate
 _ACCURACIES = ("colour", "retrieval")
@@ -95,24 +103,51 @@ def build(checkpoint: str, target: Path, request: BuildRequest = _DEFAULT) -> Ma
     Raises:
         LatentforgeError: any error of export, optimize and compile.
     """
+    start, options = time.perf_counter(), request.optimization
     _check(request)
-    options = request.optimization
+    check_target(target, overwrite=options.overwrite)
+    plan = estimate(checkpoint, request)
+    plan.check()
+    with (
+        MemoryMeter() as meter,
+        staged_directory(target, overwrite=options.overwrite) as directory,
+    ):
+        manifest, predicted = _build_into(checkpoint, directory, request, start)
+        stage = _record(plan, predicted, meter.peak, start)
+        manifest = msgspec.structs.replace(manifest, history=(*manifest.history, stage))
+        manifest.write(directory)
+    return manifest
+
+
+def _build_into(
+    checkpoint: str, directory: Path, request: BuildRequest, start: float
+) -> tuple[Manifest, float | None]:
+    """Carry out all stages, and return the seconds predicted after the export, if a step was timed.
+
+    Args:
+        checkpoint: see build().
+        directory: staged.
+        request: see build().
+        start: time.perf_counter() at the start of the build.
+    """
+    options, exported = request.optimization, directory / "exported"
     fixed = ExportRequest(
         dimensions=dimensions(request.sizes), sampler=request.sampler, quiet=options.quiet
     )
-    with staged_directory(target, overwrite=options.overwrite) as directory:
-        exported = directory / "exported"
-        try:
-            export(checkpoint, exported, fixed)
-            free = replace(request, sizes=_free_sizes(request.sizes))
-            manifest = optimize_and_compile(exported, directory, free)
-        finally:
-            shutil.rmtree(exported, ignore_errors=True)
-        if options.pairs:
-            manifest = tune_rows(directory, repeats=options.pairs)
-        if request.search is None:
-            return manifest
-        return accelerate(directory, request.search, quiet=options.quiet)
+    try:
+        export(checkpoint, exported, fixed)
+        free = replace(request, sizes=_free_sizes(request.sizes))
+        estimates = _estimates(CheckpointSize.of_engines(Manifest.read(exported)), free)
+        jobs = _jobs(exported, free, estimates, time.perf_counter() - start)
+        predicted = _predicted(jobs, estimates, time.perf_counter() - start)
+        manifest = _carry_out(jobs, directory, free)
+    finally:
+        shutil.rmtree(exported, ignore_errors=True)
+    if options.pairs:
+        manifest = tune_rows(directory, repeats=_pairs(jobs))
+    if request.search is not None:
+        manifest = accelerate(directory, request.search, quiet=options.quiet)
+    return manifest, predicted
 
 
 def optimize_and_compile(exported: Path, directory: Path, request: BuildRequest) -> Manifest:
@@ -123,30 +158,80 @@ def optimize_and_compile(exported: Path, directory: Path, request: BuildRequest)
         directory: existing, without engines.
         request: its sizes are those that the graphs are not fixed to.
     """
-    names, options = _targets(request), request.optimization
+    estimates = _estimates(CheckpointSize.of_engines(Manifest.read(exported)), request)
+    return _carry_out(_jobs(exported, request, estimates, 0.0), directory, request)
+
+
+def _jobs(
+    exported: Path, request: BuildRequest, estimates: StageEstimates, elapsed: float
+) -> dict[str, OptimizeJob]:
+    """Return the optimization of each target, all in the sizes that keep to the budget together."""
+    options = replace(request.optimization, shares=len(estimates.targets))
+    if options.budget is not None:
+        options = replace(options, reserved=elapsed + estimates.after(estimates.cost))
+    jobs: dict[str, OptimizeJob] = {}
+    sizing: Sizing | None = None
+    for name in estimates.targets:
+        job = plan_optimization(exported, replace(options, target=name))
+        if sizing is None:
+            with Progress(1, quiet=options.quiet) as progress:
+                job = sized(job, progress)
+            sizing = job.sizing
+        else:
+            job = fit_alike(job, sizing)
+        jobs[name] = job
+    return jobs
+
+
+def _predicted(
+    jobs: Mapping[str, OptimizeJob], estimates: StageEstimates, elapsed: float
+) -> float | None:
+    """Return the seconds of the whole build by the step that was measured; None if none was."""
+    sizings = [job.sizing for job in jobs.values() if job.sizing is not None]
+    if not sizings:
+        return None
+    after = replace(estimates, request=next(iter(jobs.values())).request).after(sizings[0].cost)
+    return elapsed + sum(sizing.seconds for sizing in sizings) + after
+
+
+def _pairs(jobs: Mapping[str, OptimizeJob]) -> int:
+    """Return the pairs to time, which the budget may have reduced."""
+    return next(iter(jobs.values())).request.pairs
+
+
+def _record(plan: BuildPlan, predicted: float | None, peak: int, start: float) -> Stage:
+    """Return the history entry of the whole build: what was predicted, and what it took."""
+    estimated = {"seconds": round(plan.seconds, 1), "memory": plan.memory, "disk": plan.disk}
+    options = {"budget": plan.budget, "estimated": estimated}
+    if predicted is not None:
+        options["predicted_seconds"] = round(predicted, 1)
+    return Stage.ended(STAGE, start, options, measured={"build": {"peak_memory": float(peak)}})
+
+
+def _carry_out(jobs: Mapping[str, OptimizeJob], directory: Path, request: BuildRequest) -> Manifest:
+    """Optimize and compile for each target, and select the fastest components of several."""
+    options = request.optimization
     if options.target != AUTO:
-        return _build_target(exported, directory, request)
+        return _build_target(jobs[options.target], directory, request)
     built, refused = dict[str, Path](), dict[str, str]()
     with _work_folder(directory) as work:
-        for name in names:
+        for name, job in jobs.items():
             (work / name).mkdir()
-            candidate = replace(request, optimization=replace(options, target=name))
             try:
-                _build_target(exported, work / name, candidate)
+                _build_target(job, work / name, request)
                 built[name] = work / name
             except (BackendError, GateError) as error:
                 refused[name] = str(error)
         if not built:
             raise GateError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
         return select_backends(
-            built, directory, refused=refused, repeats=options.pairs or 1, quiet=options.quiet
+            built, directory, refused=refused, repeats=_pairs(jobs) or 1, quiet=options.quiet
         )
 
 
-def _build_target(exported: Path, directory: Path, request: BuildRequest) -> Manifest:
+def _build_target(job: OptimizeJob, directory: Path, request: BuildRequest) -> Manifest:
     """Optimize for one target, and compile if its backend needs it or sizes or options are set."""
-    target = TARGETS[request.optimization.target]
-    job = plan_optimization(exported, request.optimization)
+    target = job.target
     if not target.needs_compile and not request.options and request.sizes == Sizes():
         return optimize_into(job, directory)
     optimized = directory / "optimized"
@@ -159,7 +244,7 @@ def _build_target(exported: Path, directory: Path, request: BuildRequest) -> Man
             sizes=request.sizes,
             quiet=request.optimization.quiet,
         )
-        origin = {"target": request.optimization.target}
+        origin = {"target": job.request.target}
         plan = plan_compilation(optimized, compilation, origin=origin)
         manifest = compile_into(plan, directory)
     except GateError:
@@ -288,42 +373,6 @@ def _missing(checkpoint: str, accuracies: Mapping[str, Accuracy]) -> str:
 # the estimate
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildPlan:
-    """Steps of a build and the resources that they take, estimated from a checkpoint's headers.
-
-    Attributes:
-        title: the checkpoint and its family.
-        weights: bytes in fp32 by component.
-        steps: one line each, in order.
-        memory: bytes of the largest step.
-        disk: bytes of all steps.
-        free_memory: bytes available now; None if unknown.
-        warnings: problems that do not prevent the build.
-    """
-
-    title: str
-    weights: Mapping[str, int]
-    steps: tuple[str, ...]
-    memory: int
-    disk: int
-    free_memory: int | None
-    warnings: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield f"build {self.title}:"
-        for name, size in self.weights.items():
-            yield f"  {name}: {size_text(size)} of weights in fp32"
-        yield from (f"{number}. {step}" for number, step in enumerate(self.steps, 1))
-        free = "" if self.free_memory is None else f" of {size_text(self.free_memory)} free"
-        yield f"memory: up to {size_text(self.memory)}{free}"
-        yield f"disk: up to {size_text(self.disk)}"
-        yield from (f"WARNING: {warning}" for warning in self.warnings)
-
-
 def estimate(checkpoint: str, request: BuildRequest = _DEFAULT) -> BuildPlan:
     """Estimate the work of build() from the headers of the checkpoint, without loading weights.
 
@@ -332,24 +381,32 @@ def estimate(checkpoint: str, request: BuildRequest = _DEFAULT) -> BuildPlan:
         SettingsError: no such target or recipe, or the search cannot be done.
     """
     _check(request)
-    targets = _targets(request)
-    source = open_checkpoint(checkpoint)
-    family = family_of(source)
-    weights = _weights(source, family)
-    total, free = sum(weights.values()), available_memory()
-    memory = int(_EXPORT_MEMORY * total)
-    compiled = [name for name in targets if _is_compiled(name, request.sizes)]
-    for name in compiled:
-        factor = backends.BACKENDS[TARGETS[name].backend].memory
-        memory = max(memory, int(factor * max(weights.values())))
+    return _plan(open_checkpoint(checkpoint), request)
+
+
+def _plan(source: Checkpoint, request: BuildRequest) -> BuildPlan:
+    family, options = family_of(source), request.optimization
+    stages = _estimates(CheckpointSize.of(source, family), request)
+    planned, free = tuple(_stages(stages, request)), available_memory()
+    memory = max(stage.memory for stage in planned)
     return BuildPlan(
         title=f"{source.name} ({family.name})",
-        weights=weights,
-        steps=tuple(_steps(request, targets, compiled, int(_EXPORT_MEMORY * total))),
-        memory=memory,
-        disk=(2 + len(targets)) * total,
+        weights=stages.size.weights,
+        stages=planned,
+        budget=options.budget,
         free_memory=free,
-        warnings=tuple(_warnings(targets, memory, free)),
+        total_memory=total_memory(),
+        warnings=tuple(_warnings(stages.targets, memory, free)),
+    )
+
+
+def _estimates(size: CheckpointSize, request: BuildRequest) -> StageEstimates:
+    targets = _targets(request)
+    return StageEstimates(
+        size=size,
+        request=request.optimization,
+        targets=tuple(targets),
+        compiled=tuple(name for name in targets if _is_compiled(name, request.sizes)),
     )
 
 
@@ -357,26 +414,22 @@ def _is_compiled(target: str, sizes: Sizes) -> bool:
     return TARGETS[target].needs_compile or bool(sizes.asdict())
 
 
-def _steps(
-    request: BuildRequest, targets: list[str], compiled: list[str], export_memory: int
-) -> Iterator[str]:
-    yield f"export: up to {size_text(export_memory)} of memory"
-    yield (
-        f"optimize by recipe {request.optimization.recipe}, for {', '.join(targets)}, behind a "
-        "quality gate on images"
-    )
-    for name in compiled:
-        backend = TARGETS[name].backend
-        default = "any size" if backends.BACKENDS[backend].any_size else "the model's default size"
-        sizes = ", ".join(f"{key} {value}" for key, value in request.sizes.asdict().items())
-        yield f"compile with {backend} for {sizes or default}"
-    if len(targets) > 1:
-        yield "time the targets with interleaved runs, and take the fastest of each component"
+def _stages(estimates: StageEstimates, request: BuildRequest) -> Iterator[PlannedStage]:
+    sizes = ", ".join(f"{key} {value}" for key, value in request.sizes.asdict().items())
+    yield estimates.export()
+    yield from map(estimates.optimize, estimates.targets)
+    yield from (estimates.compile(name, sizes) for name in estimates.compiled)
+    yield from estimates.choose()
     if request.search is not None:
-        yield f"search an acceleration plan: {request.search}"
+        yield PlannedStage(
+            name="search",
+            text=f"search an acceleration plan, outside of the budget: {request.search}",
+            seconds=None,
+            memory=0,
+        )
 
 
-def _warnings(targets: list[str], memory: int, free: int | None) -> Iterator[str]:
+def _warnings(targets: Sequence[str], memory: int, free: int | None) -> Iterator[str]:
     if library() is None and "cpu" in targets:
         yield (
             "latentforge's own CPU kernels were not compiled when it was installed, so engines "
@@ -384,11 +437,3 @@ def _warnings(targets: list[str], memory: int, free: int | None) -> Iterator[str
         )
     if free is not None and memory > free:
         yield "that is more memory than is free: close other programs, or expect the build to fail"
-
-
-def _weights(source: Checkpoint, family: Family) -> dict[str, int]:
-    """Return bytes in fp32 of each component's weights, or of the graphs that optimum exported."""
-    if is_exported(source):
-        return {"graphs": sum(path.stat().st_size for path in source.path.glob("*/*.onnx*"))}
-    folders = sorted({part.folder for part in family.plan(source).components})
-    return {folder: 4 * source.parameters(folder) for folder in folders}

@@ -8,6 +8,7 @@ from conftest import Handmade
 
 from latentforge.__main__ import main
 from latentforge.build import BuildRequest, build, dimensions, estimate, optimize_and_compile
+from latentforge.build_plan import CheckpointSize, StageEstimates
 from latentforge.commands.arguments import parse_ranges
 from latentforge.export.onnx import Dimensions
 from latentforge.optimize.search.backends import select_backends, tune_rows
@@ -163,9 +164,12 @@ def test_a_dry_run_prints_steps_and_resources(
     printed = capsys.readouterr().out
     for words in (
         "  unet: ",
-        "1. export: up to",
+        "1. export, and compare with torch and diffusers: about",
         "2. optimize by recipe fp16, for cpu",
-        "3. compile with onnxruntime for height 32,64",
+        "3. compile with onnxruntime for height 32,64: about",
+        "4. time guidance in runs of one row",
+        "time: about",
+        ", for a budget of 15m; measured anew after the export",
         "memory: up to",
         " free",
         "disk: up to",
@@ -177,9 +181,61 @@ def test_a_dry_run_prints_steps_and_resources(
 def test_an_estimate_is_data(tiny_checkpoint: Path) -> None:
     plan = estimate(str(tiny_checkpoint))
     assert {"text_encoder", "unet", "vae"} <= plan.weights.keys()
-    assert [step.split()[0].rstrip(":") for step in plan.steps] == ["export", "optimize"]
-    assert plan.disk == 3 * sum(plan.weights.values())
-    assert plan.memory >= 2 * sum(plan.weights.values())
+    assert [stage.name for stage in plan.stages] == ["export", "optimize", "rows"]
+    assert plan.disk == 2 * sum(plan.weights.values())
+    assert plan.memory == max(stage.memory for stage in plan.stages) > sum(plan.weights.values())
+    assert plan.seconds == sum(stage.seconds or 0 for stage in plan.stages) > 10
+    assert plan.budget is None
+
+
+def test_a_budget_bounds_the_estimate_down_to_its_floor(tiny_checkpoint: Path) -> None:
+    """Full-size Stable Diffusion on a machine of 150 GFLOP/s, without its checkpoint."""
+    size = CheckpointSize(
+        weights={"text_encoder": 492_000_000, "unet": 3_438_000_000, "vae": 334_000_000},
+        rows=2,
+        positions=64 * 64,
+        steps=50,
+    )
+
+    def seconds(budget: float | None, recipe: str = "fp32") -> float:
+        request = OptimizeRequest(budget=budget, recipe=recipe)
+        estimates = StageEstimates(size=size, request=request, targets=("cpu",), compiled=())
+        vars(estimates)["speed"] = 150e9  # as if measured
+        stages = [estimates.export(), estimates.optimize("cpu"), *estimates.choose()]
+        return sum(stage.seconds or 0 for stage in stages)
+
+    assert size.judged_memory == pytest.approx(19.0e9, rel=0.05)  # 19.0 GB were measured
+    assert seconds(None) > 3600
+    assert seconds(1800) == pytest.approx(1800)
+    assert 300 < seconds(1) < 900
+    assert seconds(1, "int8") > seconds(1)
+
+
+def test_a_build_that_does_not_fit_is_refused_before_it_starts(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentforge.build.total_memory", lambda: 1000)
+    with pytest.raises(BackendError, match=r"stage optimize of .* takes up to \d+ MB of memory"):
+        build(str(tiny_checkpoint), tmp_path / "out", BuildRequest())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_records_what_it_was_predicted_to_take(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", str(tiny_checkpoint), str(tmp_path / "out"), "--budget=10s"]
+    assert main(arguments) == 0
+    *_, optimized, stage = Manifest.read(tmp_path / "out").history
+    assert (optimized.name, stage.name) == ("optimize", "build")
+    options, sizing = stage.options, optimized.options["sizing"]
+    assert options["budget"] == sizing["budget"] == 10
+    assert options["estimated"].keys() == {"seconds", "memory", "disk"}
+    predicted = sizing["reserved"] + sum(sizing["predicted"].values())
+    assert options["predicted_seconds"] == pytest.approx(predicted, abs=1)
+    assert stage.measured["build"]["peak_memory"] > 100e6
+    assert stage.seconds >= optimized.seconds
+    out = capsys.readouterr().out
+    assert "\ntook " in out and " at its peak, estimated " in out
 
 
 def test_too_little_memory_is_a_warning(

@@ -157,14 +157,18 @@ def _search_request(
 
 
 def _print_result(manifest: Manifest) -> None:
-    """Print what the last stage changed in the graphs, and the outcome of the search."""
+    """Print what the last stage changed in the graphs, the outcome of the search, and the cost."""
+    from latentforge.build import STAGE
     from latentforge.commands.describe import stage_lines
     from latentforge.optimize.search.search import STAGES, summary_lines
 
-    *_, last = (stage for stage in manifest.history if stage.name not in STAGES)
+    *stages, build = manifest.history
+    assert build.name == STAGE
+    *_, last = (stage for stage in stages if stage.name not in STAGES)
     print("\n".join(stage_lines(last)))
-    if manifest.history[-1] is not last:
+    if stages[-1] is not last:
         print("\n".join(summary_lines(manifest)))
+    print("\n".join(stage_lines(build)))
 
 
 def _build_for_optimum(options: argparse.Namespace, sizes: Sizes) -> None:

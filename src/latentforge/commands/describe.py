@@ -19,7 +19,7 @@ from latentforge.runtime.record import escaped
 from latentforge.runtime.sampling.schedule import Schedule
 from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
-from latentforge.runtime.text import duration_text
+from latentforge.runtime.text import duration_text, size_text
 
 __all__ = ["describe", "stage_lines"]
 
@@ -197,6 +197,18 @@ def _search_lines(stage: Stage) -> Iterator[str]:
     yield f"{count} plans judged by {gate}; selected: {plan}"
 
 
+def _build_lines(stage: Stage) -> Iterator[str]:
+    """Yield what the whole build took, next to what was predicted."""
+    estimated, peak = stage.options["estimated"], stage.measured["build"]["peak_memory"]
+    predicted = stage.options.get("predicted_seconds")
+    measured = "" if predicted is None else f", {duration_text(predicted)} after the export"
+    yield (
+        f"took {duration_text(stage.seconds)}, estimated {duration_text(estimated['seconds'])}"
+        f"{measured}; memory {size_text(peak)} at its peak, estimated "
+        f"{size_text(estimated['memory'])}"
+    )
+
+
 def _compile_lines(stage: Stage) -> Iterator[str]:
     """Yield a table of the compiled engines, and the difference from the input if measured."""
     head = f"{'component':<{_NAME}}{'backend':<26}{'size in MB':>20}{'':>8}"
@@ -313,6 +325,7 @@ def _float_layers(layers: list[Mapping[str, Any]]) -> Iterator[str]:
 
 
 _STAGE_LINES: Mapping[str, Callable[[Stage], Iterator[str]]] = {
+    "build": _build_lines,
     "compile": _compile_lines,
     "export": _export_lines,
     "select": _select_lines,
