@@ -57,6 +57,7 @@ _ATTENTION_MEMORY = 8.4  # as a multiple of the attention scores of the exported
 _HEADS = 8
 _MAX_ATTENDED = 64 * 64  # positions: larger latents are attended to at a coarser level
 _BASE_MEMORY = 500_000_000  # libraries, and activations of a small image
+_JUDGED_MEMORY = 1_600_000_000  # the same of a process that has exported, and of two that time
 _FLOOR_STEPS = 4
 _SELECT_STEPS = 4
 _ROWS_STEPS = 2  # steps of a pair, with all rows and with single ones
@@ -208,7 +209,7 @@ class CheckpointSize:
         attended = min(self.positions, _MAX_ATTENDED)
         scores = 4 * self.rows * _HEADS * attended**2
         weights = int(_OPTIMIZE_MEMORY * self.bytes)
-        return weights + int(_ATTENTION_MEMORY * scores) + _BASE_MEMORY
+        return weights + int(_ATTENTION_MEMORY * scores) + _JUDGED_MEMORY
 
     def image_cost(self, speed: float) -> ImageCost:
         """Return a first estimate of an image's parts, at a speed in FLOP/s."""
@@ -370,7 +371,7 @@ def _floor(work: Workload) -> Workload:
     """Return the least that a budget may reduce an optimization to: see sizing.py."""
     return replace(
         work,
-        recipes=[_least(recipe) for recipe in work.recipes],
+        recipes=[_smallest(recipe) for recipe in work.recipes],
         images=1,
         prompts=min(work.prompts, 1),
         steps=min(work.steps, _FLOOR_STEPS),
@@ -379,6 +380,6 @@ def _floor(work: Workload) -> Workload:
     )
 
 
-def _least(recipe: Recipe) -> Recipe:
+def _smallest(recipe: Recipe) -> Recipe:
     calibration = msgspec.structs.replace(recipe.calibration, samples=2)
     return msgspec.structs.replace(recipe, calibration=calibration, sensitivity=None)

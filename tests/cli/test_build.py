@@ -204,7 +204,7 @@ def test_a_budget_bounds_the_estimate_down_to_its_floor(tiny_checkpoint: Path) -
         stages = [estimates.export(), estimates.optimize("cpu"), *estimates.choose()]
         return sum(stage.seconds or 0 for stage in stages)
 
-    assert size.judged_memory == pytest.approx(19.0e9, rel=0.05)  # 19.0 GB were measured
+    assert size.judged_memory == pytest.approx(19.0e9, rel=0.1)  # measured without torch
     assert seconds(None) > 3600
     assert seconds(1800) == pytest.approx(1800)
     assert 300 < seconds(1) < 900
@@ -221,8 +221,16 @@ def test_a_build_that_does_not_fit_is_refused_before_it_starts(
 
 
 def test_a_build_records_what_it_was_predicted_to_take(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    small_engines: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The export, which has its own tests, is replaced by a copy of what it wrote before."""
+    monkeypatch.setattr(
+        "latentforge.build.export", lambda _, path, __: shutil.copytree(small_engines, path)
+    )
     arguments = ["build", str(tiny_checkpoint), str(tmp_path / "out"), "--budget=10s"]
     assert main(arguments) == 0
     *_, optimized, stage = Manifest.read(tmp_path / "out").history
