@@ -36,13 +36,13 @@ _REDUCTIONS = (
 """Names of a RunSize and the values to try, in order: first what proves least for its time."""
 
 _NAMES: Mapping[str, str] = {
-    "steps": "steps of each image",
+    "sensitivity_steps": "steps for each layer's sensitivity",
+    "timed_steps": "steps of timed images",
     "images": "images of the gate",
     "prompts": "calibration prompts",
     "samples": "calibration calls",
-    "sensitivity_steps": "steps for each layer's sensitivity",
     "repeats": "timed pairs",
-    "timed_steps": "steps of timed images",
+    "steps": "steps of each image",
 }
 
 

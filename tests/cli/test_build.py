@@ -239,7 +239,8 @@ def test_a_build_records_what_it_was_predicted_to_take(
     assert options["budget"] == sizing["budget"] == 10
     assert options["estimated"].keys() == {"seconds", "memory", "disk"}
     predicted = sizing["reserved"] + sum(sizing["predicted"].values())
-    assert options["predicted_seconds"] == pytest.approx(predicted, abs=1)
+    # the prediction is made once a step was measured, and counts that time too
+    assert predicted - 1 <= options["predicted_seconds"] <= predicted + stage.seconds
     assert stage.measured["build"]["peak_memory"] > 100e6
     assert stage.seconds >= optimized.seconds
     out = capsys.readouterr().out

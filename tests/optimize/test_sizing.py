@@ -130,9 +130,9 @@ def test_the_history_and_inspect_say_what_was_reduced(
     assert sizing["reduced"]["images"] == [4, 1] and sizing["budget"] == 0.001
     assert sizing["predicted"].keys() == {"references", "rewriting", "gate", "timing"}
     assert manifest == Manifest.read(tmp_path / "out")
-    assert "reduced for a budget of 0s: steps" in describe(manifest)
+    assert "reduced for a budget of 0s: timed_steps 50 -> 2, images 4 -> 1" in describe(manifest)
     errors = capsys.readouterr().err
-    assert "reduced for the budget of 0s: steps of each image" in errors
+    assert "reduced for the budget of 0s: steps of timed images" in errors
     assert "over the budget" in errors
 
 
