@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,9 @@ def test_every_peer_has_a_program() -> None:
     for name in PEERS:
         peer = participant(name, DEMO, python="/there/python")
         assert (peer.name, peer.command[0]) == (name, "/there/python")
-        assert Path(peer.command[1]).is_file() or peer.command[1] == "-m"
+        launcher, program = peer.command[1:3]
+        assert Path(launcher).is_file()
+        assert Path(program).is_file() or find_spec(program) is not None
         assert peer.model == str(DEMO.resolve()) and peer.install.startswith("pip install '")
     message = "no peer 'sdcpp': did you mean 'sd-cpp'\\? choose from eager, compile"
     with pytest.raises(SettingsError, match=message):
