@@ -29,6 +29,7 @@ __all__ = [
     "hash_file",
     "open_regular",
     "restore",
+    "scratch_folder",
     "staged_directory",
     "staged_file",
 ]
@@ -118,6 +119,17 @@ def _check_old(target: Path, overwrite: bool) -> None:
             )
         if not (target / MANIFEST_FILE).is_file():
             raise TargetError(f"{target} is not an engine directory, so it is not overwritten")
+
+
+@contextmanager
+def scratch_folder(directory: Path, name: str) -> Iterator[Path]:
+    """Make a folder in a directory for the files of a block, and delete it afterwards."""
+    folder = directory / name
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Progress"]
 
 
-def unescaped(stream: TextIO) -> TextIO:
-    """Return the stream under one that escapes what a bar needs to move the cursor."""
-    inner: TextIO = getattr(stream, "unescaped", stream)
-    return inner
-
-
 _TICK = 1.0  # seconds between two looks of the thread
 _LINE_SECONDS = 5.0  # between two lines about the inside of a part, at least
 _SILENT_SECONDS = 20.0  # without a line, at most
@@ -64,7 +58,7 @@ class Progress:
     def __init__(self, total: int, *, quiet: bool = True) -> None:
         terminal = sys.stderr.isatty()
         self._lines = not quiet and not terminal
-        stream = unescaped(sys.stderr)
+        stream = _unescaped(sys.stderr)
         disabled = quiet or not terminal
         self._bar = tqdm(total=total, file=stream, disable=disabled, bar_format=_FORMAT)
         self._done = 0
@@ -140,7 +134,7 @@ class Progress:
         """Print a permanent line above the bar."""
         with self._lock:
             if self._lines or not self._bar.disable:
-                tqdm.write(printable(text), file=unescaped(sys.stderr))
+                tqdm.write(printable(text), file=_unescaped(sys.stderr))
                 self._printed = time.perf_counter()
 
     def close(self) -> None:
@@ -183,7 +177,7 @@ class Progress:
 
     def _show_inner(self, inside: _Inside) -> None:
         if self._inner is None:
-            stream = unescaped(sys.stderr)
+            stream = _unescaped(sys.stderr)
             self._inner = tqdm(
                 total=inside.total, file=stream, leave=False, position=1, bar_format=_INNER
             )
@@ -224,6 +218,12 @@ class _InnerProgress(Progress):
     def note(self, text: str) -> None:
         """Print a permanent line above the bar."""
         self._outer.note(text)
+
+
+def _unescaped(stream: TextIO) -> TextIO:
+    """Return the stream under one that escapes what a bar needs to move the cursor."""
+    inner: TextIO = getattr(stream, "unescaped", stream)
+    return inner
 
 
 class _Pulse:

@@ -15,7 +15,6 @@ lower confidence bound of its speedup is above 1.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +50,7 @@ from latentforge.optimize.search.space import (
 from latentforge.optimize.search.step_schedules import StepSchedules
 from latentforge.optimize.timing import rounded, speedup_figures, time_engines
 from latentforge.runtime import sampling
+from latentforge.runtime.files import scratch_folder
 from latentforge.runtime.manifest import AccelerationPlan, Manifest, Stage
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
@@ -85,18 +85,14 @@ def accelerate(directory: Path, request: SearchRequest, *, quiet: bool = True) -
     """
     start = time.perf_counter()
     gate = request.plan_gate
-    work = directory / "plans"
-    work.mkdir()
-    try:
-        with (
-            Progress(request.effort + 6, quiet=quiet) as progress,
-            SearchEngines(directory, work) as engines,
-        ):
-            outcome = _PlanSearch(engines, request, gate, progress).run()
-            if outcome.plan is not None:
-                engines.publish(outcome.variant)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with (
+        scratch_folder(directory, "plans") as work,
+        Progress(request.effort + 6, quiet=quiet) as progress,
+        SearchEngines(directory, work) as engines,
+    ):
+        outcome = _PlanSearch(engines, request, gate, progress).run()
+        if outcome.plan is not None:
+            engines.publish(outcome.variant)
     stage = Stage.ended(STAGE, start, {"gate": str(gate), **outcome.record})
     manifest = Manifest.read(directory, hashes=False)
     manifest = msgspec.structs.replace(

@@ -20,7 +20,7 @@ from latentforge.runtime.errors import LatentforgeError
 from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import duration_text
 
-__all__ = ["RunSize", "Sizing", "fit", "fit_alike", "with_size"]
+__all__ = ["FLOOR", "RunSize", "Sizing", "fit", "fit_alike", "with_size"]
 
 _REDUCTIONS = (
     ("sensitivity_steps", (2, 1)),
@@ -34,6 +34,9 @@ _REDUCTIONS = (
     ("sensitivity_steps", (0,)),
 )
 """Names of a RunSize and the values to try, in order: first what proves least for its time."""
+
+FLOOR: Mapping[str, int] = {name: values[-1] for name, values in _REDUCTIONS}
+"""Smallest values of a RunSize by name."""
 
 _NAMES: Mapping[str, str] = {
     "sensitivity_steps": "steps for each layer's sensitivity",
@@ -203,7 +206,7 @@ def _is_plannable(job: OptimizeJob, steps: int) -> bool:
     try:
         request = cast("Request", {**job.request.settings, "steps": steps})
         settings = resolve(job.manifest.defaults, "", request)
-        sampling.get(settings.sampler).plan(job.manifest.schedule, steps)
+        sampling.noise_plan(settings.sampler, job.manifest.schedule, steps)
     except LatentforgeError:
         return False
     return True

@@ -3,8 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,12 @@ from latentforge.optimize.timing import (
     time_engines,
 )
 from latentforge.runtime.errors import GateError, TargetError
-from latentforge.runtime.files import check_space, check_target, staged_directory
+from latentforge.runtime.files import (
+    check_space,
+    check_target,
+    scratch_folder,
+    staged_directory,
+)
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import CalibrationSchedule, Manifest, Stage
 from latentforge.runtime.progress import Progress
@@ -80,7 +84,7 @@ def optimize_into(job: OptimizeJob, directory: Path) -> Manifest:
         measured = job.request.budget is not None and job.sizing is None
         job = sized(job, progress)
         progress.resize(_progress_parts(job) + measured)
-        with _recordings(directory) as folder:
+        with scratch_folder(directory, "recordings") as folder:
             origin = _record_source(job, folder, progress)
             candidates = [
                 make(name, recipe, origin, _folder(directory, index), progress)
@@ -121,17 +125,6 @@ def _progress_parts(job: OptimizeJob) -> int:
     recorded = sum(map(len, job.prompt_sets))
     per_recipe = 2 * len(job.manifest.components) + images + 2
     return recorded + per_recipe * len(job.recipes)
-
-
-@contextmanager
-def _recordings(directory: Path) -> Iterator[Path]:
-    """Make a folder for recordings on the disk of the result, and delete it afterwards."""
-    folder = directory / "recordings"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _record_source(job: OptimizeJob, folder: Path, progress: Progress) -> Origin:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the manifest imports this module
 __all__ = ["check_graph"]
 
 _WORDS = (b"location", b"EPContext", b"ort_config")
-"""Words without one of which an ONNX file names no other file."""
+"""Words without one of which a file names no other file, even if it is no ONNX graph."""
 
 _MODEL = {7: "graph", 25: "function", 20: "training", 14: "metadata"}
 _GRAPH = {1: "node", 5: "tensor", 15: "sparse"}
@@ -74,13 +74,21 @@ def _named_files(path: Path) -> set[str]:
             if not file.seek(0, 2):
                 return set()
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                if all(data.find(word) < 0 for word in _WORDS):
-                    return set()
-                return set(_names(data, (0, len(data)), "model", 0))
+                return _names_in(data)
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, IndexError) as error:
         raise ManifestError(f"{path} is no ONNX graph ({error}): export again") from error
+
+
+def _names_in(data: mmap.mmap) -> set[str]:
+    """Return the files that a graph names: weights in it are skipped, not read."""
+    try:
+        return set(_names(data, (0, len(data)), "model", 0))
+    except (ValueError, IndexError):
+        if any(data.find(word) >= 0 for word in _WORDS):
+            raise
+        return set()
 
 
 def _names(data: mmap.mmap, span: Span, kind: str, depth: int) -> Iterator[str]:

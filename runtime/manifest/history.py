@@ -164,7 +164,7 @@ class _Judged(msgspec.Struct, frozen=True):
 
 
 def _require(stage: Stage, name: str, keys: Sequence[str]) -> None:
-    figures = stage.measured.get(name, {})
-    if missing := [key for key in keys if key not in figures] or name not in stage.measured:
-        key = missing[0] if isinstance(missing, list) else name
-        raise ManifestError(f"history: {stage.name}: {name} has no measured {key}")
+    figures = stage.measured.get(name)
+    missing = [key for key in keys if figures is None or key not in figures]
+    if missing or figures is None:
+        raise ManifestError(f"history: {stage.name}: {name} has no measured {[*missing, name][0]}")

@@ -9,9 +9,10 @@ from msgspec.structs import replace
 
 from latentforge.runtime.errors import ManifestError
 
-__all__ = ["DEFAULT_OPTIONS", "SigmaSpacing", "SolverOptions"]
+__all__ = ["DEFAULT_OPTIONS", "MAX_TRAIN_STEPS", "SigmaSpacing", "SolverOptions"]
 
-_MAX_STEPS = 100_000  # as of training timesteps
+MAX_TRAIN_STEPS = 100_000
+"""Largest number of training timesteps; each takes memory."""
 
 SigmaSpacing = Literal["karras", "exponential", "beta", "lu"]
 """Spacing of sigma / alpha instead of the timesteps: see sampling/sigmas.py."""
@@ -78,8 +79,10 @@ class SolverOptions(
             raise ManifestError("schedule: sigma_min must not be above sigma_max")
         if self.lambda_min_clipped is not None and not math.isfinite(self.lambda_min_clipped):
             raise ManifestError("schedule: lambda_min_clipped must be finite")
-        if not 1 <= self.original_inference_steps <= _MAX_STEPS:
-            raise ManifestError(f"schedule: original_inference_steps must be 1 to {_MAX_STEPS}")
+        if not 1 <= self.original_inference_steps <= MAX_TRAIN_STEPS:
+            raise ManifestError(
+                f"schedule: original_inference_steps must be 1 to {MAX_TRAIN_STEPS}"
+            )
 
     @property
     def clipping(self) -> "SolverOptions":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.sampling.levels import CLEAN, NoiseLevel
-from latentforge.runtime.sampling.options import DEFAULT_OPTIONS, SolverOptions
+from latentforge.runtime.sampling.options import DEFAULT_OPTIONS, MAX_TRAIN_STEPS, SolverOptions
 
 __all__ = ["MAX_TRAIN_STEPS", "BetaKind", "EDMSchedule", "Schedule", "Spacing"]
 
@@ -21,8 +21,6 @@ BetaKind = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "l
 Spacing = Literal["leading", "trailing", "linspace"]
 
 _SPACINGS = get_args(Spacing)
-MAX_TRAIN_STEPS = 100_000
-"""Largest number of training timesteps; each takes memory."""
 
 
 class Schedule(

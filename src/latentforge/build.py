@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from latentforge.runtime import backends
 from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
 from latentforge.runtime.compile.stage import compile_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
-from latentforge.runtime.files import check_target, staged_directory
+from latentforge.runtime.files import check_target, scratch_folder, staged_directory
 from latentforge.runtime.kernels import library
 from latentforge.runtime.machine import MemoryMeter, available_memory, total_memory
 from latentforge.runtime.manifest import Manifest, Stage
@@ -89,13 +89,20 @@ class BuildRequest:
 _DEFAULT = BuildRequest()
 
 
-def build(checkpoint: str, target: Path, request: BuildRequest = _DEFAULT) -> Manifest:
+def build(
+    checkpoint: str,
+    target: Path,
+    request: BuildRequest = _DEFAULT,
+    *,
+    plan: BuildPlan | None = None,
+) -> Manifest:
     """Build engines from a checkpoint, ready to run.
 
     Args:
         checkpoint: a diffusers directory, one that optimum-onnx exported, a hub id, or ``demo``.
         target: the engine directory to write; it appears complete or not at all.
         request: backend, recipe, sizes, and search for an acceleration plan.
+        plan: of estimate(), if the caller has made it.
 
     Returns:
         The manifest that was written.
@@ -106,7 +113,7 @@ def build(checkpoint: str, target: Path, request: BuildRequest = _DEFAULT) -> Ma
     start, options = time.perf_counter(), request.optimization
     _check(request)
     check_target(target, overwrite=options.overwrite)
-    plan = estimate(checkpoint, request)
+    plan = plan or estimate(checkpoint, request)
     plan.check()
     with (
         MemoryMeter() as meter,
@@ -135,9 +142,9 @@ def _build_into(
         dimensions=dimensions(request.sizes), sampler=request.sampler, quiet=options.quiet
     )
     try:
-        export(checkpoint, exported, fixed)
+        source = export(checkpoint, exported, fixed)
         free = replace(request, sizes=_free_sizes(request.sizes))
-        estimates = _estimates(CheckpointSize.of_engines(Manifest.read(exported)), free)
+        estimates = _estimates(CheckpointSize.of_engines(source), free)
         jobs = _jobs(exported, free, estimates, time.perf_counter() - start)
         predicted = _predicted(jobs, estimates, time.perf_counter() - start)
         manifest = _carry_out(jobs, directory, free)
@@ -158,7 +165,8 @@ def optimize_and_compile(exported: Path, directory: Path, request: BuildRequest)
         directory: existing, without engines.
         request: its sizes are those that the graphs are not fixed to.
     """
-    estimates = _estimates(CheckpointSize.of_engines(Manifest.read(exported)), request)
+    source = Manifest.read(exported, hashes=False)  # plan_optimization() compares the hashes
+    estimates = _estimates(CheckpointSize.of_engines(source), request)
     return _carry_out(_jobs(exported, request, estimates, 0.0), directory, request)
 
 
@@ -214,7 +222,7 @@ def _carry_out(jobs: Mapping[str, OptimizeJob], directory: Path, request: BuildR
     if options.target != AUTO:
         return _build_target(jobs[options.target], directory, request)
     built, refused = dict[str, Path](), dict[str, str]()
-    with _work_folder(directory) as work:
+    with scratch_folder(directory, "work") as work:
         for name, job in jobs.items():
             (work / name).mkdir()
             try:
@@ -259,16 +267,6 @@ def _move_missing(optimized: Path, directory: Path) -> None:
     for file in optimized.iterdir():
         if not (directory / file.name).exists():
             file.rename(directory / file.name)
-
-
-@contextmanager
-def _work_folder(directory: Path) -> Iterator[Path]:
-    work = directory / "work"
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 # checks before any work

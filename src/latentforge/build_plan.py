@@ -28,6 +28,7 @@ from latentforge.optimize.stage.durations import (
 )
 from latentforge.optimize.stage.job import recipes_of
 from latentforge.optimize.stage.request import OptimizeRequest
+from latentforge.optimize.stage.sizing import FLOOR
 from latentforge.optimize.targets import TARGETS
 from latentforge.runtime import backends
 from latentforge.runtime.errors import BackendError
@@ -58,7 +59,6 @@ _HEADS = 8
 _MAX_ATTENDED = 64 * 64  # positions: larger latents are attended to at a coarser level
 _BASE_MEMORY = 500_000_000  # libraries, and activations of a small image
 _JUDGED_MEMORY = 1_600_000_000  # the same of a process that has exported, and of two that time
-_FLOOR_STEPS = 4
 _SELECT_STEPS = 4
 _ROWS_STEPS = 2  # steps of a pair, with all rows and with single ones
 
@@ -372,14 +372,14 @@ def _floor(work: Workload) -> Workload:
     return replace(
         work,
         recipes=[_smallest(recipe) for recipe in work.recipes],
-        images=1,
-        prompts=min(work.prompts, 1),
-        steps=min(work.steps, _FLOOR_STEPS),
-        pairs=min(work.pairs, 1),
-        timed_steps=min(work.timed_steps, 2),
+        images=min(work.images, FLOOR["images"]),
+        prompts=min(work.prompts, FLOOR["prompts"]),
+        steps=min(work.steps, FLOOR["steps"]),
+        pairs=min(work.pairs, FLOOR["repeats"]),
+        timed_steps=min(work.timed_steps, FLOOR["timed_steps"]),
     )
 
 
 def _smallest(recipe: Recipe) -> Recipe:
-    calibration = msgspec.structs.replace(recipe.calibration, samples=2)
+    calibration = msgspec.structs.replace(recipe.calibration, samples=FLOOR["samples"])
     return msgspec.structs.replace(recipe, calibration=calibration, sensitivity=None)

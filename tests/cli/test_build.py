@@ -229,7 +229,8 @@ def test_a_build_records_what_it_was_predicted_to_take(
 ) -> None:
     """The export, which has its own tests, is replaced by a copy of what it wrote before."""
     monkeypatch.setattr(
-        "latentforge.build.export", lambda _, path, __: shutil.copytree(small_engines, path)
+        "latentforge.build.export",
+        lambda _, path, __: Manifest.read(shutil.copytree(small_engines, path)),
     )
     arguments = ["build", str(tiny_checkpoint), str(tmp_path / "out"), "--budget=10s"]
     assert main(arguments) == 0

@@ -111,9 +111,10 @@ def _build_in_stages(options: argparse.Namespace, sizes: Sizes) -> None:
     request = _request(options, sizes)
     if not options.dry_run:
         check_target(options.engines, overwrite=options.overwrite)
-    print(estimate(options.checkpoint, request), file=sys.stdout if options.dry_run else sys.stderr)
+    plan = estimate(options.checkpoint, request)
+    print(plan, file=sys.stdout if options.dry_run else sys.stderr)
     if not options.dry_run:
-        _print_result(build(options.checkpoint, options.engines, request))
+        _print_result(build(options.checkpoint, options.engines, request, plan=plan))
 
 
 def _request(options: argparse.Namespace, sizes: Sizes) -> BuildRequest:
