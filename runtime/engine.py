@@ -105,6 +105,12 @@ class Engine:
                 key: value.astype(np.float32, copy=False)
                 for key, value in self._outputs(rows, shared, max_rows).items()
             }
+        for key, value in outputs.items():
+            if value.shape[:1] != (count := self._count(rows),):
+                raise BackendError(
+                    f"{self.name}: output {key} has the shape {list(value.shape)} for {count} rows "
+                    "of inputs: the graph is not the one that was exported; export it again"
+                )
         return self._checked(outputs)
 
     def run_unconverted(self, rows: Feeds, shared: Feeds = _EMPTY) -> dict[str, NDArray[Any]]:

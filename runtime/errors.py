@@ -3,6 +3,8 @@
 A message is one line: what is wrong, what was expected, and what to do next.
 """
 
+from latentforge.runtime.text import one_line, printable
+
 __all__ = [
     "BackendError",
     "CheckpointError",
@@ -18,8 +20,20 @@ __all__ = [
 ]
 
 
+_MAX_MESSAGE = 1000  # characters
+
+
 class LatentforgeError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose.
+
+    Messages quote files and libraries: whatever is in them, they are one line that can be printed.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        line = printable(one_line(message, limit=None)) if str(message) else ""
+        half = _MAX_MESSAGE // 2
+        whole = len(line) <= _MAX_MESSAGE
+        super().__init__(line if whole else f"{line[: half - 3]} ... {line[-half + 2 :]}")
 
 
 class CheckpointError(LatentforgeError):

@@ -21,6 +21,7 @@ from latentforge.runtime.denoising.guidance import Guidance
 from latentforge.runtime.denoising.initial_latents import InitialState, LatentInitializer
 from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.engine import Engines
+from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.resolved_request import ResolvedRequest
@@ -137,10 +138,21 @@ def generate(model: Model, request: ResolvedRequest) -> Iterator[DenoisingStep]:
         steps = _sample(model, request, watch)
     while True:
         with watch.running():
-            step = next(steps, None)
+            step = _next(steps, request.settings)
         if step is None:
             return
         yield DenoisingStep(step, request.settings, model.vae.decode, watch)
+
+
+def _next(steps: Iterator[SamplerStep], settings: Settings) -> SamplerStep | None:
+    """Return the next step, None after the last; SettingsError if the sampler cannot make it."""
+    try:
+        return next(steps, None)
+    except (ArithmeticError, ValueError) as error:
+        raise SettingsError(
+            f"{settings.sampler} cannot make {settings.steps} steps along this noise schedule "
+            f"({error}): choose another sampler or number of steps"
+        ) from error
 
 
 def _sample(model: Model, request: ResolvedRequest, watch: Stopwatch) -> Iterator[SamplerStep]:

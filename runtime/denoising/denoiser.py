@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from latentforge.runtime.acceleration import StepPolicy
 from latentforge.runtime.denoising.guidance import Guidance
 from latentforge.runtime.denoising.step_engines import ConditionedDenoiser
+from latentforge.runtime.errors import BackendError
 from latentforge.runtime.sampling.levels import NoiseLevel
 from latentforge.runtime.sampling.prediction import Prediction, prediction_type
 
@@ -41,6 +42,7 @@ class EngineDenoiser:
 
         Raises:
             SettingsError: the network's output does not determine it at this level.
+            BackendError: the network's output has another shape than the latents.
         """
         prediction = prediction_type(self.prediction)
         prediction.check(level)
@@ -54,4 +56,10 @@ class EngineDenoiser:
             sample = np.concatenate([sample, extra], axis=1)
         cached = self.policy.is_cached(level)
         output = self.network.predict(sample, level.timestep, cached=cached)
+        expected = (len(sample), *x.shape[1:])
+        if output.shape != expected:
+            raise BackendError(
+                f"denoiser: its output has the shape {list(output.shape)}, but latents need "
+                f"{list(expected)}: the graph is not the one that was exported; export it again"
+            )
         return self.guidance.mix(output) if guided else output

@@ -136,6 +136,8 @@ def _check_figures(stage: Stage, options: _Options) -> None:
     if stage.name == "export" and options.reference is not None:
         _require(stage, "image", ())
     if stage.name == "compile":
+        if not {"source", "target"} & stage.options.keys():
+            raise ManifestError("history: compile: source or target is missing")
         for name in options.backends:
             _require(stage, name, _COMPILED)
     for name, figures in stage.measured.items():
