@@ -43,6 +43,11 @@ class _Settings(msgspec.Struct, frozen=True):
     precision: Mapping[str, str] = {}
 
 
+class _Sizing(msgspec.Struct, frozen=True):
+    reduced: Mapping[str, tuple[int | float | str, int | float | str]]
+    budget: float | None = None
+
+
 class _Options(msgspec.Struct, frozen=True):
     """Types of the options that every stage may have."""
 
@@ -57,6 +62,7 @@ class _Options(msgspec.Struct, frozen=True):
     settings: _Settings = _Settings()
     layers: Sequence[_Layer] = ()
     candidates: Mapping[str, Mapping[str, Any]] = {}
+    sizing: _Sizing | None = None
 
 
 class _Selection(msgspec.Struct, frozen=True):
@@ -77,6 +83,16 @@ class _Compilation(msgspec.Struct, frozen=True):
     options: Mapping[str, Any]
 
 
+class _Estimate(msgspec.Struct, frozen=True):
+    seconds: float
+    memory: float
+
+
+class _Build(msgspec.Struct, frozen=True):
+    estimated: _Estimate
+    predicted_seconds: float | None = None
+
+
 class _Candidate(msgspec.Struct, frozen=True):
     speedup: float
     psnr: float
@@ -87,6 +103,7 @@ class _Failures(msgspec.Struct, frozen=True):
 
 
 _STAGES: Mapping[str, type] = {
+    "build": _Build,
     "select": _Selection,
     "search": _Search,
     "compile": _Compilation,
@@ -106,6 +123,8 @@ def check_stage(stage: Stage) -> None:
         ManifestError: an option or a figure is missing, or has another type.
     """
     options = _read(stage, stage.options, _Options)
+    if options.sizing is not None and options.sizing.reduced and options.sizing.budget is None:
+        raise ManifestError(f"history: {stage.name}: sizing has no budget")
     if stage.name in _STAGES:
         _read(stage, stage.options, _STAGES[stage.name])
     if ("recipe" in stage.options) != ("target" in stage.options) and stage.name == "optimize":
@@ -135,6 +154,8 @@ def _check_candidates(stage: Stage, options: _Options) -> None:
 def _check_figures(stage: Stage, options: _Options) -> None:
     if stage.name == "export" and options.reference is not None:
         _require(stage, "image", ())
+    if stage.name == "build":
+        _require(stage, "build", ("peak_memory",))
     if stage.name == "compile":
         if not {"source", "target"} & stage.options.keys():
             raise ManifestError("history: compile: source or target is missing")
