@@ -15,6 +15,8 @@ from latentforge.runtime.compile.verify import trial_settings
 from latentforge.runtime.files import copy_files
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import DENOISER_PARTS, Component, Manifest, Stage
+from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
 
 __all__ = ["STAGE", "select_backends", "tune_rows"]
@@ -82,7 +84,7 @@ def select_backends(
     return manifest
 
 
-def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
+def tune_rows(directory: Path, *, repeats: int = 3, quiet: bool = True) -> Manifest:
     """Set ``max_rows`` of the denoiser to 1 if guidance is faster in runs of one row.
 
     Engines built for a fixed number of rows, engines of other backends, and models without guidance
@@ -91,6 +93,7 @@ def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
     Args:
         directory: complete engines, such as staged ones.
         repeats: counted pairs of steps at the default size.
+        quiet: show no progress.
 
     Returns:
         The manifest, which was written if it changed.
@@ -99,7 +102,11 @@ def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
     denoiser = manifest.components["denoiser"]
     free = isinstance(denoiser.inputs["sample"].shape[0], str) and not denoiser.shapes
     tunable = free and denoiser.backend in _TUNED_BACKENDS and manifest.defaults.guidance_scale > 1
-    if not tunable or _single_row_speedup(directory, repeats) < MARGIN:
+    if not tunable:
+        return manifest
+    with Progress(1, quiet=quiet) as progress, progress.part("rows per denoiser run"):
+        speedup = _single_row_speedup(directory, repeats, progress)
+    if speedup < MARGIN:
         return manifest
     denoiser = msgspec.structs.replace(denoiser, max_rows=1)
     manifest = msgspec.structs.replace(
@@ -109,22 +116,28 @@ def tune_rows(directory: Path, *, repeats: int = 3) -> Manifest:
     return manifest
 
 
-def _single_row_speedup(directory: Path, repeats: int) -> float:
+def _single_row_speedup(directory: Path, repeats: int, progress: Progress) -> float:
     """Return the speedup of single rows over all rows per run; the first pair is a warm-up."""
     with load(directory, hashes=False, example_images=True) as pipeline:
         count = pipeline.settings("a cat").guidance_rows
-        sampler = sampling.plain(pipeline.manifest.schedule)
         seconds: dict[int, list[float]] = {count: [], 1: []}
-        for _ in range(repeats + 1):
+        for pair in range(repeats + 1):
+            progress.within("pair", pair, repeats + 1)
             for rows, times in seconds.items():
-                start = time.perf_counter()
-                for _step in pipeline.stream(
-                    "a cat", max_rows=rows, sampler=sampler, steps=1, seed=0, unaccelerated=True
-                ):
-                    pass
-                times.append(time.perf_counter() - start)
+                times.append(_step_seconds(pipeline, rows))
     pairs = zip(seconds[count][1:], seconds[1][1:], strict=True)
     return median(whole / split for whole, split in pairs)
+
+
+def _step_seconds(pipeline: Pipeline, rows: int) -> float:
+    """Return the seconds of a run of one step, with so many rows per denoiser run."""
+    sampler = sampling.plain(pipeline.manifest.schedule)
+    start = time.perf_counter()
+    for _step in pipeline.stream(
+        "a cat", max_rows=rows, sampler=sampler, steps=1, seed=0, unaccelerated=True
+    ):
+        pass
+    return time.perf_counter() - start
 
 
 def _settings(engines: Path) -> Settings:

@@ -16,7 +16,7 @@ from latentforge.optimize.targets import Target
 from latentforge.runtime.loader import load
 from latentforge.runtime.progress import Progress
 
-__all__ = ["ImageCost", "Workload", "durations", "expected_speedup", "measure_cost"]
+__all__ = ["ImageCost", "RunSize", "Workload", "durations", "expected_speedup", "measure_cost"]
 
 _REWRITE_SECONDS = 9e-9  # per byte of weights: read, rewritten, written and hashed
 _INT8_RUNS = 4.0  # of the graph for each call: channel maxima, and ranges with their histogram
@@ -74,41 +74,73 @@ def measure_cost(job: OptimizeJob, progress: Progress) -> ImageCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """Numbers that decide how long an optimization takes; see OptimizeRequest and Recipe.
+
+    Attributes:
+        steps: of the images of gate and calibration.
+        images: of the gate.
+        prompts: of the calibration; 0 without one.
+        samples: calls of the calibration; 0 without one.
+        sensitivity_steps: of the run that is repeated for each layer; 0 without one.
+        repeats: timed pairs.
+        timed_steps: of the timed images.
+    """
+
+    steps: int
+    images: int
+    prompts: int
+    samples: int
+    sensitivity_steps: int
+    repeats: int
+    timed_steps: int
+
+    @classmethod
+    def of(cls, job: OptimizeJob) -> "RunSize":
+        """Return the size of a job."""
+        size = cls.wanted(list(job.recipes.values()), job.steps, job.request.pairs)
+        timed = job.timed_steps if job.is_timed else 0
+        return replace(size, repeats=size.repeats if job.is_timed else 0, timed_steps=timed)
+
+    @classmethod
+    def wanted(cls, recipes: Sequence[Recipe], steps: int, repeats: int) -> "RunSize":
+        """Return the size that recipes want, with images of so many steps and timed pairs."""
+        calibrated = [recipe.calibration for recipe in recipes if recipe.needs_calibration]
+        measured = [r.sensitivity.steps for r in recipes if r.measures_layers and r.sensitivity]
+        return cls(
+            steps=steps,
+            images=max(recipe.gate.images for recipe in recipes),
+            prompts=max((calibration.prompts for calibration in calibrated), default=0),
+            samples=max((calibration.samples for calibration in calibrated), default=0),
+            sensitivity_steps=max(measured, default=0),
+            repeats=repeats,
+            timed_steps=steps if repeats else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Numbers of images and calls that decide how long an optimization takes.
+    """Recipes, weights and run size that decide how long an optimization takes.
 
     Attributes:
         recipes: to carry out.
+        size: numbers of images and calls.
         bytes: of the weights in fp32.
-        images: of the gate.
-        prompts: of the calibration; 0 without one.
-        steps: of each image.
-        pairs: timed ones; 0 for no timing.
-        timed_steps: of the timed images.
         speedup: expected of the result's steps.
     """
 
     recipes: Sequence[Recipe]
+    size: RunSize
     bytes: int
-    images: int
-    prompts: int
-    steps: int
-    pairs: int
-    timed_steps: int
     speedup: float
 
     @classmethod
     def of(cls, job: OptimizeJob) -> "Workload":
-        """Return the numbers of a job."""
-        images, prompts = (len(prompts) for prompts in job.prompt_sets)
+        """Return the work of a job."""
         return cls(
             recipes=list(job.recipes.values()),
+            size=RunSize.of(job),
             bytes=job.manifest.size,
-            images=images,
-            prompts=prompts,
-            steps=job.steps,
-            pairs=job.request.pairs if job.is_timed else 0,
-            timed_steps=job.timed_steps,
             speedup=expected_speedup(job.target),
         )
 
@@ -120,23 +152,24 @@ def expected_speedup(target: Target) -> float:
 
 def durations(work: Workload, cost: ImageCost) -> dict[str, float]:
     """Return the seconds of an optimization by part."""
-    image, result, count = cost.image(work.steps), cost.faster(work.speedup), len(work.recipes)
+    size, count = work.size, len(work.recipes)
+    image, result = cost.image(size.steps), cost.faster(work.speedup)
     calibrated = sum(map(_calibrated_runs, work.recipes)) * cost.step
     parts = {
-        "references": cost.load + work.images * image,
-        "calibration": cost.load + work.prompts * image if work.prompts else 0.0,
+        "references": cost.load + size.images * image,
+        "calibration": cost.load + size.prompts * image if size.prompts else 0.0,
         "sensitivity": sum(_sensitivity_runs(r, cost.layers) for r in work.recipes) * cost.step,
         "rewriting": count * _REWRITE_SECONDS * work.bytes + calibrated,
-        "gate": count * (result.load + work.images * result.image(work.steps)),
-        "timing": _timed(work, cost) + count * _timed(work, result),
+        "gate": count * (result.load + size.images * result.image(size.steps)),
+        "timing": _timed(size, cost) + count * _timed(size, result),
     }
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
-def _timed(work: Workload, cost: ImageCost) -> float:
+def _timed(size: RunSize, cost: ImageCost) -> float:
     """Return the seconds to time engines: one image to warm up, and the counted ones."""
-    images = (work.pairs + 1) * cost.image(work.timed_steps)
-    return cost.load + images if work.pairs else 0.0
+    images = (size.repeats + 1) * cost.image(size.timed_steps)
+    return cost.load + images if size.repeats else 0.0
 
 
 def _calibrated_runs(recipe: Recipe) -> float:

@@ -13,14 +13,14 @@ from typing import Any, cast
 import msgspec
 
 from latentforge.optimize.recipe import Recipe
-from latentforge.optimize.stage.durations import ImageCost, Workload, durations
+from latentforge.optimize.stage.durations import ImageCost, RunSize, Workload, durations
 from latentforge.optimize.stage.job import OptimizeJob
 from latentforge.runtime import sampling
 from latentforge.runtime.errors import LatentforgeError
 from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import duration_text
 
-__all__ = ["FLOOR", "RunSize", "Sizing", "fit", "fit_alike", "with_size"]
+__all__ = ["FLOOR", "Sizing", "fit", "fit_alike", "with_size"]
 
 _REDUCTIONS = (
     ("sensitivity_steps", (2, 1)),
@@ -47,45 +47,6 @@ _NAMES: Mapping[str, str] = {
     "repeats": "timed pairs",
     "steps": "steps of each image",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSize:
-    """Numbers that decide how long an optimization takes; see OptimizeRequest and Recipe.
-
-    Attributes:
-        steps: of the images of gate and calibration.
-        images: of the gate.
-        prompts: of the calibration; 0 without one.
-        samples: calls of the calibration; 0 without one.
-        sensitivity_steps: of the run that is repeated for each layer; 0 without one.
-        repeats: timed pairs.
-        timed_steps: of the timed images.
-    """
-
-    steps: int
-    images: int
-    prompts: int
-    samples: int
-    sensitivity_steps: int
-    repeats: int
-    timed_steps: int
-
-    @classmethod
-    def of(cls, job: OptimizeJob) -> "RunSize":
-        """Return the size of a job."""
-        recipes = list(job.recipes.values())
-        calibrated = [recipe.calibration for recipe in recipes if recipe.needs_calibration]
-        measured = [r.sensitivity.steps for r in recipes if r.measures_layers and r.sensitivity]
-        return cls(
-            steps=job.steps,
-            images=max(recipe.gate.images for recipe in recipes),
-            prompts=max((calibration.prompts for calibration in calibrated), default=0),
-            samples=max((calibration.samples for calibration in calibrated), default=0),
-            sensitivity_steps=max(measured, default=0),
-            repeats=job.request.pairs if job.is_timed else 0,
-            timed_steps=job.timed_steps if job.is_timed else 0,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

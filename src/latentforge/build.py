@@ -151,7 +151,7 @@ def _build_into(
     finally:
         shutil.rmtree(exported, ignore_errors=True)
     if options.pairs:
-        manifest = tune_rows(directory, repeats=_pairs(jobs))
+        manifest = tune_rows(directory, repeats=_pairs(jobs), quiet=options.quiet)
     if request.search is not None:
         manifest = accelerate(directory, request.search, quiet=options.quiet)
     return manifest, predicted

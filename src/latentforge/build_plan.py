@@ -22,6 +22,7 @@ from latentforge.export.optimum import is_exported
 from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.stage.durations import (
     ImageCost,
+    RunSize,
     Workload,
     durations,
     expected_speedup,
@@ -353,31 +354,21 @@ class StageEstimates:
 
     def _workload(self, target: str) -> Workload:
         recipes = list(recipes_of(replace(self.request, target=target)).values())
-        calibrated = [recipe.calibration.prompts for recipe in recipes if recipe.needs_calibration]
         steps = cast(int, self.request.settings.get("steps") or self.size.steps)
+        pairs = self.request.pairs if TARGETS[target].runs_on_cpu else 0
         return Workload(
             recipes=recipes,
+            size=RunSize.wanted(recipes, steps, pairs),
             bytes=self.size.bytes,
-            images=max(recipe.gate.images for recipe in recipes),
-            prompts=max(calibrated, default=0),
-            steps=steps,
-            pairs=self.request.pairs if TARGETS[target].runs_on_cpu else 0,
-            timed_steps=steps,
             speedup=expected_speedup(TARGETS[target]),
         )
 
 
 def _floor(work: Workload) -> Workload:
     """Return the least that a budget may reduce an optimization to: see sizing.py."""
-    return replace(
-        work,
-        recipes=[_smallest(recipe) for recipe in work.recipes],
-        images=min(work.images, FLOOR["images"]),
-        prompts=min(work.prompts, FLOOR["prompts"]),
-        steps=min(work.steps, FLOOR["steps"]),
-        pairs=min(work.pairs, FLOOR["repeats"]),
-        timed_steps=min(work.timed_steps, FLOOR["timed_steps"]),
-    )
+    least = {name: min(getattr(work.size, name), value) for name, value in FLOOR.items()}
+    recipes = [_smallest(recipe) for recipe in work.recipes]
+    return replace(work, recipes=recipes, size=replace(work.size, **least))
 
 
 def _smallest(recipe: Recipe) -> Recipe:

@@ -10,10 +10,16 @@ import pytest
 from latentforge.__main__ import main
 from latentforge.commands.arguments import parse_duration
 from latentforge.commands.describe import describe
-from latentforge.optimize.stage.durations import ImageCost, Workload, durations, measure_cost
+from latentforge.optimize.stage.durations import (
+    ImageCost,
+    RunSize,
+    Workload,
+    durations,
+    measure_cost,
+)
 from latentforge.optimize.stage.job import OptimizeJob, plan
 from latentforge.optimize.stage.request import OptimizeRequest
-from latentforge.optimize.stage.sizing import RunSize, fit
+from latentforge.optimize.stage.sizing import fit
 from latentforge.optimize.stage.stage import optimize
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import Manifest
