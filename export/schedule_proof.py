@@ -102,7 +102,8 @@ def prove_schedule(scheduler: CheckpointScheduler, steps: int) -> ScheduleProof:
             )
     if steps not in counts:
         raise CheckpointError(
-            f"scheduler_config.json: {scheduler.name} gives no finite numbers at {steps} steps"
+            f"scheduler_config.json: {scheduler.name} gives no finite numbers at {steps} steps, or "
+            "takes other numbers alone: to take another sampler, export with --sampler"
         )
     return ScheduleProof(
         scheduler=scheduler.name,

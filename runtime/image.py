@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
-from latentforge.runtime.files import staged_file
+from latentforge.runtime.files import open_regular, staged_file
 from latentforge.runtime.text import one_line, printable
 from latentforge.runtime.validation import shown
 
@@ -157,9 +157,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise ValueError("it is a pipe or a device")  # opening it may never return
-            with Image.open(path) as image:
+            with open_regular(path) as file, Image.open(file) as image:
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders of damaged files have no common class
         reason = printable(one_line(getattr(error, "strerror", None) or error))
