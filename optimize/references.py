@@ -18,6 +18,7 @@ import msgspec
 
 from latentforge.optimize.recording import CallRecording, RecordingRequest, read_recording, record
 from latentforge.runtime import backends
+from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.machine import cpu_name
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
@@ -97,8 +98,9 @@ def _keep(folder: Path, kept: Path) -> None:
         return
     partial = kept.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
     try:
-        shutil.copytree(folder, partial)
-        partial.rename(kept)
+        with at_forced_end(lambda: shutil.rmtree(partial)):
+            shutil.copytree(folder, partial)
+            partial.rename(kept)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _evict(kept.parent)

@@ -8,11 +8,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.text import size_text
 
@@ -148,29 +149,52 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     check_target(target, overwrite=overwrite)
     target = target.absolute()
-    partial = _sibling(target)
-    created = [parent for parent in target.parents if not parent.exists()]
-    lock: int | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        restore(_rejected(target))
-        partial.mkdir()
-        lock = _lock(partial)
-        yield partial
-        _publish(partial, target, overwrite)
-    except GateError as error:
-        raise GateError(f"{error}; {_reject(partial, target)}") from error
+        with _partial_directory(target) as partial:
+            try:
+                yield partial
+                _publish(partial, target, overwrite)
+            except GateError as error:
+                raise GateError(f"{error}; {_reject(partial, target)}") from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise TargetError(f"cannot write {target}: {where}{error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-        for parent in created:
-            with suppress(OSError):  # not empty: it holds target, or a file of another program
-                parent.rmdir()
+
+
+@contextmanager
+def _partial_directory(target: Path) -> Iterator[Path]:
+    """Make a locked sibling of target, and delete afterwards what has that name."""
+    partial = _sibling(target)
+    created = [parent for parent in target.parents if not parent.exists()]
+    lock: int | None = None
+    with at_forced_end(lambda: _discard_at_once(partial, target, created)):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target)
+            restore(_rejected(target))
+            partial.mkdir()
+            lock = _lock(partial)
+            yield partial
+        finally:
+            _discard(partial, created)
+            if lock is not None:
+                os.close(lock)
+
+
+def _discard(partial: Path, created: Sequence[Path]) -> None:
+    """Delete a partial directory, and of the parents that were created for it the empty ones."""
+    shutil.rmtree(partial, ignore_errors=True)
+    for parent in created:
+        with suppress(OSError):  # not empty: it holds target, or a file of another program
+            parent.rmdir()
+
+
+def _discard_at_once(partial: Path, target: Path, created: Sequence[Path]) -> None:
+    """Delete a partial directory that another thread is about to publish, which then fails."""
+    unwanted = _sibling(target)
+    with suppress(OSError):  # it is published, or was never made
+        partial.rename(unwanted)
+    _discard(unwanted, created)
 
 
 @contextmanager
@@ -181,8 +205,9 @@ def staged_file(target: Path) -> Iterator[Path]:
     """
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        yield partial
-        partial.replace(target)
+        with at_forced_end(partial.unlink):
+            yield partial
+            partial.replace(target)
     except OSError as error:
         raise TargetError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -282,15 +307,21 @@ def _set_aside(partial: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.previous-{secrets.token_hex(4)}")
     lock = _lock(target)  # so that nobody takes it for that of a killed process
     try:
-        target.rename(old)
-        partial.rename(target)
-        _flush(target.parent)
+        with at_forced_end(lambda: _settle(old, target)):
+            target.rename(old)
+            partial.rename(target)
+            _flush(target.parent)
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _settle(old, target)
         if lock is not None:
             os.close(lock)
+
+
+def _settle(old: Path, target: Path) -> None:
+    """Give old engines their name back, or delete them if the new ones have it."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(target: Path) -> None:

@@ -9,11 +9,16 @@ copy in measure/peers/serving.py: they run in environments where latentforge is 
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
-__all__ = ["parse_message", "send", "take_stdout"]
+__all__ = ["kill", "parse_message", "send", "take_stdout"]
+
+_DYING_SECONDS = 2.0
 
 
 def take_stdout() -> TextIO:
@@ -40,3 +45,11 @@ def parse_message(line: str | bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return message if isinstance(message, dict) else None
+
+
+def kill(process: subprocess.Popen[Any], *, group: bool = False) -> None:
+    """Kill a child process, or the group that it leads, and wait until it writes no more."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL) if group else process.kill()
+    with suppress(subprocess.TimeoutExpired):  # as where a file system does not answer
+        process.wait(_DYING_SECONDS)

@@ -1,6 +1,5 @@
 """Interleaved runs: participants measured in turn, A B A B, and compared in pairs."""
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from latentforge.measure.bench.protocol import BenchJob, Participant
 from latentforge.measure.energy import energy_meters
 from latentforge.measure.results import BenchResult, TimedRun
 from latentforge.measure.statistics import medians, paired_speedups
+from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr
 from latentforge.runtime.progress import Progress
@@ -67,7 +67,7 @@ def measure(
     with ExitStack() as stack:
         counter = Progress(total, quiet=quiet) if outer is None else outer.inner(total)
         progress = stack.enter_context(counter)
-        jobs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latentforge-")))
+        jobs = stack.enter_context(temporary_folder("latentforge-"))
         if noise is not None:
             np.save(jobs / "noise.npy", noise)
         runners = [

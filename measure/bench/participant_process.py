@@ -1,13 +1,12 @@
 """Process of one participant, as its parent starts, drives and ends it."""
 
-import os
 import select
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.energy import EnergyMeter, total_joules
 from latentforge.measure.hardware import device_memory
 from latentforge.measure.results import TimedRun
+from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.isolation import child_environment
 from latentforge.runtime.machine import peak_memory
-from latentforge.runtime.process import parse_message
+from latentforge.runtime.process import kill, parse_message
 from latentforge.runtime.timings import Timings
 
 __all__ = ["MissingError", "ParticipantProcess"]
@@ -52,6 +52,8 @@ class ParticipantProcess:
         self.prepared: float | None = None
         start = time.perf_counter()
         self._process = _start([*participant.command, str(job)], self._log, threads)
+        self._registered = ExitStack()
+        self._registered.enter_context(at_forced_end(lambda: kill(self._process, group=True)))
         try:
             answer = self._answer()
             if "prepared" in answer:
@@ -66,6 +68,7 @@ class ParticipantProcess:
     def close(self) -> None:
         """End the process and its children, such as the compilers of torch.compile."""
         _kill(self._process)
+        self._registered.close()
 
     @property
     def peak_memory(self) -> int:
@@ -158,8 +161,7 @@ def _start(command: Sequence[str], log: Path, threads: int) -> subprocess.Popen[
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    kill(process, group=True)
     process.communicate()
 
 
@@ -181,4 +183,8 @@ def _deferred_signals() -> Iterator[None]:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
     for received in pending[:1]:
-        signal.raise_signal(received)
+        handler = handlers[numbers.index(received)]
+        if callable(handler):  # not raised again, which would count as a second signal
+            handler(received, None)
+        else:
+            signal.raise_signal(received)

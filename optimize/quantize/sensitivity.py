@@ -14,7 +14,6 @@ so is the output if the format quantizes it.
 """
 
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from latentforge.optimize.quantize.options import Int8Settings, QuantFormat, Sen
 from latentforge.optimize.quantize.qdq import plan_layers, quantize
 from latentforge.optimize.quantize.write import Int8Writer, PlannedLayer
 from latentforge.runtime.backends import LayerTime, Report, Session
+from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.tensor import Feeds
 
 __all__ = [
@@ -216,9 +216,9 @@ def _seconds_saved(
     quantized = model.clone()
     quantize(quantized, feeds, settings, form)
     scopes = profiler_scopes(model, names)
-    with tempfile.TemporaryDirectory(prefix="latentforge-sensitivity-") as folder:
+    with temporary_folder("latentforge-sensitivity-") as folder:
         sessions = [
-            open_session(graph, profile=str(Path(folder) / name))
+            open_session(graph, profile=str(folder / name))
             for name, graph in (("float", model), ("int8", quantized))
         ]
         for feed in feeds[:: max(1, len(feeds) // _TIMED_RUNS)]:

@@ -23,11 +23,12 @@ from typing import IO, Any
 import msgspec
 
 from latentforge.runtime import backends, errors
+from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.errors import BackendError, LatentforgeError
 from latentforge.runtime.isolation import child_environment, program_command
 from latentforge.runtime.machine import peak_memory
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.process import parse_message, send, take_stdout
+from latentforge.runtime.process import kill, parse_message, send, take_stdout
 from latentforge.runtime.record import Record
 
 __all__ = ["BuildOrder", "BuiltEngine", "build", "main"]
@@ -72,7 +73,8 @@ def build(order: BuildOrder, report: backends.Report) -> BuiltEngine:
             with contextlib.suppress(BrokenPipeError):  # the process died: see _raise_died()
                 process.stdin.write(msgspec.json.encode(order).decode())
                 process.stdin.close()
-            answer = _read_answer(process.stdout, report)
+            with at_forced_end(lambda: kill(process)):
+                answer = _read_answer(process.stdout, report)
         finally:
             process.stdout.close()  # so that a process that still writes ends
             if sys.exc_info()[0] is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from latentforge.measure.quality.request import EvalRequest, select_metrics
 from latentforge.measure.quality.scores import scores
 from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime import sampling
+from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
 from latentforge.runtime.image import open_image, save_image, to_array
@@ -253,8 +253,8 @@ def _folder(kept: Path | None) -> Iterator[Path]:
         kept.mkdir(parents=True, exist_ok=True)
         yield kept
         return
-    with tempfile.TemporaryDirectory(prefix="latentforge-eval-") as name:
-        yield Path(name)
+    with temporary_folder("latentforge-eval-") as folder:
+        yield folder
 
 
 @dataclass(frozen=True)

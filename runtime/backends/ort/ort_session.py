@@ -1,10 +1,9 @@
 """Sessions of ONNX Runtime: settings, opening, profiling, and what a copied graph needs."""
 
 import json
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from latentforge.runtime.backends import NO_MEMORY, Options
 from latentforge.runtime.backends.ort.onnx_header import input_dimensions
 from latentforge.runtime.backends.session import LayerTime
 from latentforge.runtime.backends.signature import check_signature
+from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import DTYPES
@@ -45,9 +45,10 @@ class LayerRecording:
     """
 
     def __init__(self, settings: ort.SessionOptions) -> None:
-        self._folder: Path | None = Path(tempfile.mkdtemp(prefix="latentforge-profile-"))
+        self._folder: ExitStack | None = ExitStack()
+        folder = self._folder.enter_context(temporary_folder("latentforge-profile-"))
         settings.enable_profiling = True
-        settings.profile_file_prefix = str(self._folder / "events")
+        settings.profile_file_prefix = str(folder / "events")
 
     def layers(self, session: ort.InferenceSession | None) -> list[LayerTime]:
         """End the recording and return it; empty the second time, or without a session."""
@@ -60,7 +61,7 @@ class LayerRecording:
         except (OSError, ValueError) as error:
             raise BackendError(f"cannot read the profile of onnxruntime: {error}") from error
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.close()
 
 
 def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from latentforge.runtime.backends import CACHE, check_ranges
+from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Shapes
@@ -129,9 +130,10 @@ def write_cache(path: Path, content: Any) -> None:
     with suppress(OSError):
         handle, name = tempfile.mkstemp(suffix=CACHE, dir=path.parent)
         try:
-            with open(handle, "wb") as file:
-                file.write(content)
-            os.replace(name, path)
+            with at_forced_end(lambda: os.unlink(name)):
+                with open(handle, "wb") as file:
+                    file.write(content)
+                os.replace(name, path)
         except BaseException:
             os.unlink(name)
             raise
