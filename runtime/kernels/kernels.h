@@ -84,7 +84,8 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// Returns the fastest table that this processor supports, or the one that LATENTFORGE_KERNELS names.
+// Returns the fastest table that this processor supports, or the one that LATENTFORGE_KERNELS names;
+// throws std::invalid_argument if it names none of them.
 const Kernels& kernels();
 
 }  // namespace latentforge

@@ -306,6 +306,7 @@ const Entry<MatMulOperator> kMatMul;
 const Entry<AttentionOperator> kAttention;
 
 void register_operators(OrtSessionOptions* options) {
+  kernels();  // refuses an unknown instruction set before any operator runs
   static OrtCustomOpDomain* domain = [] {  // never freed: sessions refer to it
     OrtCustomOpDomain* created = nullptr;
     check(ort::create_domain(*api, "latentforge", &created));
@@ -334,7 +335,8 @@ LATENTFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
   return lf::guarded([&] { lf::register_operators(options); });
 }
 
-// Returns the instruction set that the operators use here: avx512, avx2 or portable.
+// Returns the instruction set that the operators use here: avx512, avx2 or portable; for programs
+// that set LATENTFORGE_KERNELS to one of them, or not at all.
 LATENTFORGE_EXPORT const char* latentforge_kernels() { return latentforge::kernels().name; }
 
 // Return multiply-adds per second of one thread: on registers alone, and of the matrix product

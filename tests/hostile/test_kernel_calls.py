@@ -54,7 +54,6 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512"])
 def test_sanitizers_report_nothing(kernels: str, request: pytest.FixtureRequest) -> None:
-    """Instruction sets that this processor lacks run as the portable one again."""
     preload = runtimes()  # skips the test before anything is compiled
     path = request.getfixturevalue("sanitized")
     status, wrong, errors = end_of(
@@ -64,4 +63,6 @@ def test_sanitizers_report_nothing(kernels: str, request: pytest.FixtureRequest)
         LD_PRELOAD=preload,
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
+    if "those that this processor runs" in errors:
+        pytest.skip(f"this processor does not run {kernels}")
     assert (status, wrong) == (0, ""), errors

@@ -391,7 +391,7 @@ def test_empty_batches_are_legal() -> None:
 @built
 @pytest.mark.parametrize("kernels", ["portable", "avx2"])
 def test_other_instruction_sets_agree(kernels: str) -> None:
-    """Kernels of smaller instruction sets; without AVX2, the portable ones run twice."""
+    """Kernels of smaller instruction sets, those that this processor runs."""
     numbers = Path(__file__).parent / "test_kernels.py"
     run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(numbers)]
     only = "test_convolves or test_multiplies or test_attends or test_normalizes"
@@ -403,7 +403,33 @@ def test_other_instruction_sets_agree(kernels: str) -> None:
         env={**os.environ, "LATENTFORGE_KERNELS": kernels},
         cwd=Path(__file__).parents[2],
     )
+    if "those that this processor runs" in done.stdout:
+        pytest.skip(f"this processor does not run {kernels}")
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+@built
+def test_an_unknown_instruction_set_is_refused(handmade: Handmade) -> None:
+    directory, component = decoder(handmade)
+    (directory / "engines.json").write_bytes(msgspec.json.encode(component))
+    program = (
+        "import sys, msgspec; from pathlib import Path\n"
+        "from latentforge.runtime.backends import get\n"
+        "from latentforge.runtime.manifest import Component\n"
+        "folder = Path(sys.argv[1])\n"
+        "made = msgspec.json.decode((folder / 'engines.json').read_bytes(), type=Component)\n"
+        "get('onnxruntime').load(folder / made.file, made, {})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(directory)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LATENTFORGE_KERNELS": "avx9"},
+    )
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("latentforge.runtime.errors.BackendError: onnxruntime refuses ")
+    assert "LATENTFORGE_KERNELS is 'avx9': unset it, or choose from" in last
+    assert last.endswith("portable")
 
 
 @built

@@ -28,6 +28,7 @@ __all__ = [
     "fixed_sizes",
     "new_settings",
     "open_session",
+    "register_operators",
 ]
 
 LOG_NOTHING = 4
@@ -80,6 +81,14 @@ def new_settings(options: Options) -> ort.SessionOptions:
     settings.log_severity_level = LOG_NOTHING
     settings.intra_op_num_threads = options.get("threads", 0)
     return settings
+
+
+def register_operators(settings: ort.SessionOptions, library: Path) -> None:
+    """Give a session's settings the operators of a library; BackendError if that is refused."""
+    try:
+        settings.register_custom_ops_library(str(library))
+    except Exception as error:  # the library's errors share no base class
+        raise BackendError(f"onnxruntime refuses {library}: {error_message(error)}") from error
 
 
 def open_session(
