@@ -11,6 +11,7 @@ __all__ = [
     "MemoryMeter",
     "available_memory",
     "cpu_name",
+    "data_memory",
     "peak_memory",
     "resident_memory",
     "total_memory",
@@ -58,6 +59,11 @@ def peak_memory(pid: int | None = None) -> int:
 def resident_memory() -> int:
     """Return the resident set of this process in bytes; 0 if unknown."""
     return _memory("self/status", "VmRSS") or 0
+
+
+def data_memory() -> int | None:
+    """Return the bytes of private writable memory that this process has mapped; None if unknown."""
+    return _memory("self/status", "VmData")
 
 
 def _memory(file: str, field: str) -> int | None:

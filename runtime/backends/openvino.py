@@ -34,11 +34,13 @@ from openvino.frontend import FrontEndManager
 
 from latentforge.runtime import backends
 from latentforge.runtime.backends import CACHE, NO_MEMORY, Options, Report, return_memory
+from latentforge.runtime.backends.ov.ir_file import check_ir
 from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, Run
 from latentforge.runtime.backends.signature import Signature, check_signature
 from latentforge.runtime.errors import BackendError, DeviceError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import Component
+from latentforge.runtime.memory_limit import limited_memory
 from latentforge.runtime.shapes import ANY, Shapes, bounding_range
 from latentforge.runtime.tensor import DTYPES, Feeds, TensorSpec
 
@@ -75,12 +77,9 @@ class OpenVinoSession(CheckedSession):
             if not file.is_file():  # the library would wait for a pipe, for example
                 raise BackendError(f"openvino finds no file {file}: compile the engine again")
         try:
-            model = _read(path, "ir")
-            _check_signature(model, component, path)
-            self._engine = [
-                _Graph(_compiled(_reshaped(model, component, shapes), path, options, settings))
-                for shapes in (component.shapes or ({},))
-            ]
+            check_ir(path, path.with_suffix(".bin"))
+            with limited_memory(component.size, len(component.shapes)):
+                self._engine = _graphs(path, component, options, settings)
         except BackendError:
             raise
         except Exception as error:  # the library's errors share no base class
@@ -104,6 +103,18 @@ class OpenVinoSession(CheckedSession):
 
     def _reason(self, error: BaseException) -> str:
         return _reason(error)
+
+
+def _graphs(
+    path: Path, component: Component, options: Options, settings: Mapping[str, Any]
+) -> "list[_Graph]":
+    """Return the compiled graph for each of a component's shapes."""
+    model = _read(path, "ir")
+    _check_signature(model, component, path)
+    return [
+        _Graph(_compiled(_reshaped(model, component, shapes), path, options, settings))
+        for shapes in (component.shapes or ({},))
+    ]
 
 
 class _Graph:
@@ -291,14 +302,8 @@ def compile(
     backends.check_options(options, OPTIONS, _ALLOWED)
     try:
         report("reading the graph", 0, 3)
-        model = _read(onnx, "onnx")
-        _check_signature(model, component, onnx)
-        report("setting the sizes", 1, 3)
-        model = _reshaped(model, component, bounding_range(component.shapes))
-        _check_signature(model, component, onnx)
-        report("writing the engine", 2, 3)
-        ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
-        _read(target, "ir")  # the library does not report a full disk
+        with limited_memory(component.size):
+            _convert(onnx, target, component, options, report)
         report("writing the engine", 3, 3)
     except BaseException as error:
         for file in (target, target.with_suffix(".bin")):
@@ -307,6 +312,19 @@ def compile(
             raise
         raise BackendError(f"openvino refuses {onnx}: {_reason(error)}") from error
     return {}
+
+
+def _convert(
+    onnx: Path, target: Path, component: Component, options: Options, report: Report
+) -> None:
+    model = _read(onnx, "onnx")
+    _check_signature(model, component, onnx)
+    report("setting the sizes", 1, 3)
+    model = _reshaped(model, component, bounding_range(component.shapes))
+    _check_signature(model, component, onnx)
+    report("writing the engine", 2, 3)
+    ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
+    _read(target, "ir")  # the library does not report a full disk
 
 
 def load(path: Path, component: Component, options: Options) -> OpenVinoSession:

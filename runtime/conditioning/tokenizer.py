@@ -19,6 +19,8 @@ __all__ = ["Tokenizer"]
 
 _log = logging.getLogger(__name__)
 
+_MAX_BYTES = 24 << 20  # parsed, it takes thirty times as much memory
+
 _MAX_EXPANDED = 65_536
 """Most characters of a prompt with all vectors of its textual inversions."""
 
@@ -141,6 +143,8 @@ def _replacements(added: set[str]) -> Mapping[str, str]:
 
 def _read(path: Path) -> bytes:
     """Return a tokenizer file as it was checked, without keys that occur twice."""
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"it has {size >> 20} MiB, and {_MAX_BYTES >> 20} are allowed")
     content = msgspec.json.decode(path.read_bytes())
     check_tokenizer_file(content)
     return msgspec.json.encode(content)

@@ -23,6 +23,7 @@ _MAX_GROWTH = 256
 _MAX_PATTERN = 1000
 _MAX_WORD = 1000  # characters: WordPiece takes time cubic in them
 _MAX_TEMPLATE = 64
+_MAX_PADDING = 8192  # tokens
 _MAX_ID = 1 << 20
 
 # Characters that a step makes of one at most (Unicode 16: UAX #15, SpecialCasing.txt).
@@ -76,6 +77,7 @@ def check_tokenizer_file(content: Any) -> None:
         )
     for step in _steps(content.get("post_processor"), "processors"):
         _check_template(step)
+    _check_padding(content.get("padding"))
     for pattern in _patterns(content):
         _check_pattern(pattern)
     _check_model(content["model"], content.get("pre_tokenizer"))
@@ -117,6 +119,17 @@ def _check_template(step: _Section) -> None:
     prompts = [piece["Sequence"] for piece in pieces if "Sequence" in piece]
     if len(prompts) != 1 or prompts[0].get("id") != "A":
         raise ValueError("its template does not hold the prompt exactly once")
+
+
+def _check_padding(padding: Any) -> None:
+    """Refuse a padding that fills the memory."""
+    if not isinstance(padding, dict):
+        return
+    strategy = padding.get("strategy")
+    lengths = strategy.values() if isinstance(strategy, dict) else ()
+    for length in (*lengths, padding.get("pad_to_multiple_of") or 0):
+        if type(length) is not int or not 0 <= length <= _MAX_PADDING:
+            raise ValueError(f"its padding is to {reprlib.repr(length)} tokens")
 
 
 def _patterns(value: Any) -> Iterator[str]:

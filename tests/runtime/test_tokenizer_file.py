@@ -220,3 +220,25 @@ def test_an_error_at_a_prompt_blames_the_file(tmp_path: Path) -> None:
 def test_what_is_no_tokenizer(value: object) -> None:
     with pytest.raises(ValueError, match="has no model|of type 'None'"):
         check_tokenizer_file(copy.deepcopy(value))
+
+
+PADDINGS = (
+    *({"strategy": {"Fixed": length}} for length in (2**62, 10**9, -1, "8", None, 1.5, True)),
+    *({"pad_to_multiple_of": length} for length in (2**62, 10**9, -1, "8", 1.5, True, [])),
+)
+
+
+@pytest.mark.parametrize("change", PADDINGS, ids=str)
+def test_a_padding_that_fills_the_memory(change: Content, tmp_path: Path) -> None:
+    file = content()
+    file["padding"] |= change
+    refused(file, tmp_path, "its padding is to|not a valid tokenizer file")
+
+
+def test_a_file_of_hundreds_of_megabytes(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    entry = TokenizerEntry(file=path.name, sha256="0" * 64, bytes=1 << 30, max_length=LENGTH)
+    with pytest.raises(ManifestError, match="it has 1024 MiB, and 24 are allowed"):
+        Tokenizer(path, entry)

@@ -8,7 +8,7 @@ would need kernels for every operator, and the onnx package is no dependency of 
 import mmap
 from pathlib import Path
 
-from latentforge.runtime.protobuf import Span, find
+from latentforge.runtime.protobuf import Reader, Span
 
 __all__ = ["input_dimensions"]
 
@@ -23,19 +23,20 @@ def input_dimensions(onnx: Path) -> list[tuple[str, list[str]]]:
     """
     try:
         with onnx.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            model = (0, len(data))
-            return [_input(data, span) for span in find(data, model, _MODEL_GRAPH, _GRAPH_INPUT)]
+            reader = Reader(data)
+            inputs = reader.find(reader.root, _MODEL_GRAPH, _GRAPH_INPUT)
+            return [_input(reader, span) for span in inputs]
     except (OSError, ValueError, IndexError):
         return []
 
 
-def _input(data: mmap.mmap, span: Span) -> tuple[str, list[str]]:
+def _input(reader: Reader, span: Span) -> tuple[str, list[str]]:
     path = (_VALUE_TYPE, _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM)
-    dimensions = [_text(data, dim, _DIM_PARAM) for dim in find(data, span, *path)]
-    return _text(data, span, _VALUE_NAME), dimensions
+    dimensions = [_text(reader, dim, _DIM_PARAM) for dim in reader.find(span, *path)]
+    return _text(reader, span, _VALUE_NAME), dimensions
 
 
-def _text(data: mmap.mmap, span: Span, number: int) -> str:
+def _text(reader: Reader, span: Span, number: int) -> str:
     """Return the string in a field of a message; of several, the last counts."""
-    spans = find(data, span, number)
-    return data[slice(*spans[-1])].decode() if spans else ""
+    spans = reader.find(span, number)
+    return reader.content(spans[-1]).decode() if spans else ""
