@@ -1,15 +1,17 @@
 """Read and write the ONNX graph of one component of an engine directory."""
 
+import gc
 import logging
 from pathlib import Path
 
 import onnx_ir as ir
 
+from latentforge.runtime.backends import return_memory
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.text import one_line
 
-__all__ = ["DENOISER", "load_graph", "save_graph"]
+__all__ = ["DENOISER", "free_graphs", "load_graph", "save_graph"]
 
 DENOISER = "denoiser"
 """Name of the component that runs at every step: the one that is pruned, calibrated and split."""
@@ -64,3 +66,12 @@ def save_graph(model: ir.Model, path: Path) -> None:
     outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in weights)
     external = outside or size > _EXTERNAL
     ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+
+
+def free_graphs() -> None:
+    """Free graphs that are no longer used, and the files that are mapped into memory for them.
+
+    Graphs hold reference cycles: gigabytes would stay mapped until Python looks for cycles.
+    """
+    gc.collect()
+    return_memory()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from latentforge.optimize.gate.comparison import component_errors, image_errors
 from latentforge.optimize.gate.gate import Measured
-from latentforge.optimize.graph_io import DENOISER, load_graph
+from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph
 from latentforge.optimize.quantize.sensitivity import (
     Denoise,
     LayerSensitivity,
@@ -202,15 +202,10 @@ def _write(
     rewritten: dict[str, Rewritten] = {}
     for name, component in origin.manifest.components.items():
         with progress.part(f"{name}: rewrite"):
-            made = rewriter.rewrite(name, load_graph(name, component, origin.directory), component)
-            calibration = origin.schedule if made.precision == "int8" else None
-            component = msgspec.structs.replace(
-                component, precision=made.precision, calibration=calibration
-            )
-            for part, graph in made.parts.items():
-                assert graph is not None
-                components[part] = save_part(part, graph, component, folder)
-        rewritten[name] = replace(made, parts=dict.fromkeys(made.parts))  # frees the weights
+            saved, rewritten[name] = _rewrite(rewriter, name, origin, folder)
+        components |= saved
+        if component.data:
+            free_graphs()
     tokenizers = (entry.file for entry in origin.manifest.tokenizers.values())
     copy_files(tokenizers, origin.directory, folder)
     # an acceleration plan was gated with other engines
@@ -219,6 +214,23 @@ def _write(
     )
     manifest.write(folder)
     return manifest, rewritten
+
+
+def _rewrite(
+    rewriter: Rewriter, name: str, origin: Origin, folder: Path
+) -> tuple[dict[str, Component], Rewritten]:
+    """Rewrite a component into a folder, and return the entries of its parts; no graph is kept."""
+    component = origin.manifest.components[name]
+    made = rewriter.rewrite(name, load_graph(name, component, origin.directory), component)
+    calibration = origin.schedule if made.precision == "int8" else None
+    component = msgspec.structs.replace(
+        component, precision=made.precision, calibration=calibration
+    )
+    saved = {}
+    for part, graph in made.parts.items():
+        assert graph is not None
+        saved[part] = save_part(part, graph, component, folder)
+    return saved, replace(made, parts=dict.fromkeys(made.parts))
 
 
 def _judge(

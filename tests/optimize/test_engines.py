@@ -3,6 +3,7 @@
 TensorRT-RTX builds engines without a GPU, from the same graphs as TensorRT.
 """
 
+import gc
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -15,7 +16,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from latentforge.optimize.graph_io import DENOISER, load_graph
+from latentforge.optimize import graph_io
+from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph, save_graph
 from latentforge.optimize.recipe import Recipe, read_recipe
 from latentforge.optimize.recording import CallRecording, RecordingRequest, record
 from latentforge.optimize.stage.component import Rewriter, save_part
@@ -58,6 +60,27 @@ def recording(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     with Progress(1, quiet=True) as progress:
         request = RecordingRequest(prompts=("red apple",), settings={"steps": 2, "sampler": "ddim"})
         return record(tiny_engines, request, tmp_path_factory.mktemp("recording"), progress, "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc is Linux's")
+def test_freed_graphs_leave_no_file_mapped(
+    tiny_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_io, "_EXTERNAL", 0)
+    component = Manifest.read(tiny_engines).components[DENOISER]
+    save_graph(load_graph(DENOISER, component, tiny_engines), tmp_path / component.file)
+    gc.disable()
+    try:
+        model = load_graph(DENOISER, component, tmp_path)
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            value.const_value.numpy()
+        del model, value
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+        free_graphs()
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -283,6 +283,50 @@ def test_sessions_share_the_weights_of_an_optimized_engine(tmp_path: Path) -> No
     assert memory < 0.3 * bytes_of_weights and mapped
 
 
+ROWS = 3072  # scores of 38 MB
+TOKENS = TensorSpec("float32", ("rows", 8))
+
+
+def attention(folder: Path) -> cpu.OnnxRuntimeSession:
+    """Return a session that computes scores of rows x rows, and frees all that it computes."""
+    part = component(inputs={"x": TOKENS}, outputs={"y": TOKENS})
+    node = onnx.helper.make_node
+    nodes = [node("Relu", ["x"], ["r"]), node("Transpose", ["r"], ["t"])]
+    nodes += [node("MatMul", ["r", "t"], ["s0"])]
+    nodes += [node("Mul", [f"s{i}", "s0"], [f"s{i + 1}"]) for i in range(4)]
+    save(folder / "a.onnx", [*nodes, node("MatMul", ["s4", "r"], ["y"])], {}, part)
+    return cpu.load(folder / "a.onnx", part, {})
+
+
+def private_memory() -> int:
+    """Return the bytes of memory of this process that are of no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc is Linux's")
+def test_what_only_the_first_run_of_a_size_takes_is_freed(tmp_path: Path) -> None:
+    session, x = attention(tmp_path), np.ones((ROWS, 8), np.float32)
+    scores, before = 4 * ROWS**2, private_memory()
+    first = session.run({"x": x})["y"]
+    assert private_memory() - before < 0.5 * scores
+    kept = [private_memory() - before for _ in range(3) if session.run({"x": x})]
+    assert kept[2] < 4 * scores  # the block that is planned, and not what the first run took
+    assert kept[2] - kept[1] < 0.5 * scores
+    assert session.run({"x": x})["y"].tobytes() == first.tobytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc is Linux's")
+def test_outputs_do_not_keep_the_memory_of_a_session(tmp_path: Path) -> None:
+    session, x = attention(tmp_path), np.ones((ROWS, 8), np.float32)
+    scores, before = 4 * ROWS**2, private_memory()
+    outputs = [session.run({"x": x})["y"] for _ in range(3)]
+    session.close()
+    assert private_memory() - before < 0.5 * scores
+    assert all(output.base is None and output.flags.writeable for output in outputs)
+    assert len({output.tobytes() for output in outputs}) == 1
+
+
 def test_options_reach_the_library(graph: Path) -> None:
     settings = cpu._load_settings(component(), {"arena": False, "prepack": False, "spin": False})
     assert settings.enable_cpu_mem_arena is False
