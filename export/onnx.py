@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from latentforge.export.families.types import ComponentPlan
-from latentforge.runtime.errors import CheckpointError, SettingsError, ShapeError
-from latentforge.runtime.manifest import Component, FileEntry
+from latentforge.runtime.errors import CheckpointError, ShapeError
+from latentforge.runtime.manifest import MAX_SIDE, Component, FileEntry
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
 from latentforge.runtime.text import one_line
+from latentforge.runtime.validation import check_optional_count, plain
 
 __all__ = [
     "OPSET",
@@ -63,9 +64,8 @@ class Dimensions:
 
     def __post_init__(self) -> None:
         for name in ("batch", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise SettingsError(f"{name} must be a positive integer, not {value!r}")
+            object.__setattr__(self, name, plain(getattr(self, name)))
+            check_optional_count(name, getattr(self, name), MAX_SIDE)
 
     def sizes(self, downscale: int) -> dict[str, int]:
         """Return the fixed sizes by the names that tensor specs use.

@@ -29,6 +29,7 @@ from latentforge.export.parity import LazyModules, TorchSession, check_parity
 from latentforge.export.schedule_proof import prove_schedule
 from latentforge.export.schedulers import CheckpointScheduler, follows, with_class
 from latentforge.export.tokenizers import write_tokenizer
+from latentforge.runtime.annotations import check_fields, checked_arguments
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.engine import Engine, Engines
@@ -79,6 +80,9 @@ class ExportRequest:
     overwrite: bool = False
     quiet: bool = True
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 _DEFAULT = ExportRequest()
 
@@ -119,6 +123,7 @@ class _ExportJob:
         return count + 1 if self.graphs else 2 * count + 2
 
 
+@checked_arguments
 def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Manifest:
     """Export a checkpoint to an engine directory in float32, and compare the engines with torch.
 

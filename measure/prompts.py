@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import read_file
+from latentforge.runtime.validation import checked_path
 
 __all__ = ["read_prompts"]
 
@@ -16,17 +18,14 @@ def read_prompts(path: Path | None = None) -> list[str]:
     Raises:
         SettingsError: the file cannot be read, or has no prompts.
     """
-    path = path or _PROMPTS
+    path = _PROMPTS if path is None else checked_path("prompts", path)
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1).decode()
+        text = read_file(path, _MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SettingsError(f"cannot read prompts from {path}: {reason}") from error
-    if len(text) > _MAX_BYTES:
         raise SettingsError(
-            f"{path} is larger than 1 MiB: expected a text file with one prompt per line"
-        )
+            f"cannot read prompts from {path}: {reason}; give a text file with one per line"
+        ) from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise SettingsError(f"{path} has no prompts: write one typical prompt per line")

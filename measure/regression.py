@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from latentforge.measure.conclusion import MIN_LEVEL, too_few_runs
 from latentforge.measure.results import BenchResult, ConfidenceInterval, Metric, Results
 from latentforge.measure.statistics import median_interval
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import ResultsError
 from latentforge.runtime.text import size_text
 
@@ -100,6 +101,7 @@ class _Quantity:
     runs: tuple[int, int] | None = None
 
 
+@checked_arguments
 def judge(old: Results, new: Results, *, tolerance: float = 0.05) -> Verdict:
     """Compare two measurements of the same request.
 

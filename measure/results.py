@@ -7,7 +7,7 @@ is absent; zero never stands for a missing value.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from latentforge.measure.pictures import data_url, difference_image
 from latentforge.runtime.errors import ResultsError
-from latentforge.runtime.files import staged_file
+from latentforge.runtime.files import read_file, staged_file
 from latentforge.runtime.image import psnr
 from latentforge.runtime.record import Record
+from latentforge.runtime.validation import checked_path
 
 __all__ = [
     "FORMAT",
@@ -40,6 +41,12 @@ Role = Literal["reference", "peer", "engines"]
 
 _MAX_BYTES = 256 << 20
 
+_LIMIT = 1e12  # no measured figure is larger, and arithmetic with such figures stays finite
+_Figure = Annotated[float, msgspec.Meta(ge=-_LIMIT, le=_LIMIT)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=_LIMIT)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
 
 class ConfidenceInterval(Record, frozen=True, kw_only=True):
     """Estimate with its confidence interval; without bounds if the sample is too small for one.
@@ -48,10 +55,10 @@ class ConfidenceInterval(Record, frozen=True, kw_only=True):
         level: probability that such an interval covers the true value, 0 to 1.
     """
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-    level: float | None = None
+    value: _Figure
+    low: _Figure | None = None
+    high: _Figure | None = None
+    level: _Amount | None = None
 
     def __post_init__(self) -> None:
         _check_interval(self.low, self.high, self.level)
@@ -66,8 +73,8 @@ class TimedRun(Record, frozen=True, kw_only=True):
         joules: energy of the whole machine, if it has meters.
     """
 
-    seconds: Mapping[str, float]
-    joules: float | None = None
+    seconds: Mapping[str, _Amount]
+    joules: _Amount | None = None
 
 
 class BenchResult(Record, frozen=True, kw_only=True):
@@ -101,15 +108,15 @@ class BenchResult(Record, frozen=True, kw_only=True):
     gate: str = ""
     precision: str = ""
     versions: Mapping[str, str] = {}
-    prepare_seconds: float | None = None
-    ready_seconds: tuple[float, ...] = ()
+    prepare_seconds: _Amount | None = None
+    ready_seconds: tuple[_Amount, ...] = ()
     first: TimedRun | None = None
     runs: tuple[TimedRun, ...] = ()
-    peak_memory: int | None = None
-    device_memory: int | None = None
-    file_bytes: int | None = None
-    psnr: float | None = None
-    median: Mapping[str, float] = {}
+    peak_memory: _Bytes | None = None
+    device_memory: _Bytes | None = None
+    file_bytes: _Bytes | None = None
+    psnr: _Figure | None = None
+    median: Mapping[str, _Amount] = {}
     ratio: Mapping[str, ConfidenceInterval] = {}
 
     @property
@@ -129,12 +136,12 @@ class Point(Record, frozen=True, kw_only=True):
     """Point of a scaling curve: one participant at one batch and image size, median seconds."""
 
     name: str
-    batch: int
-    height: int
-    width: int
-    total: float | None = None
-    denoiser_step: float | None = None
-    peak_memory: int | None = None
+    batch: _Count
+    height: _Count
+    width: _Count
+    total: _Amount | None = None
+    denoiser_step: _Amount | None = None
+    peak_memory: _Bytes | None = None
     message: str = ""
 
 
@@ -144,7 +151,7 @@ class LayerTiming(Record, frozen=True, kw_only=True):
     component: str
     layer: str
     operator: str
-    seconds: float
+    seconds: _Amount
 
 
 class ProfileTable(Record, frozen=True, kw_only=True):
@@ -152,7 +159,7 @@ class ProfileTable(Record, frozen=True, kw_only=True):
 
     name: str
     layers: tuple[LayerTiming, ...]
-    total: float
+    total: _Amount
 
 
 class Metric(Record, frozen=True, kw_only=True):
@@ -170,11 +177,11 @@ class Metric(Record, frozen=True, kw_only=True):
 
     name: str
     subject: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    level: float | None = None
-    images: int
+    value: _Figure
+    low: _Figure | None = None
+    high: _Figure | None = None
+    level: _Amount | None = None
+    images: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)]
     better: Literal["higher", "lower"]
     unit: str = ""
     reference: str = ""
@@ -198,7 +205,7 @@ class Picture(Record, frozen=True, kw_only=True):
     seed: int
     images: Mapping[str, str]
     differences: Mapping[str, str] = {}
-    psnr: Mapping[str, float] = {}
+    psnr: Mapping[str, _Figure] = {}
 
     @classmethod
     def of(cls, prompt: str, seed: int, pictures: Mapping[str, NDArray[np.float32]]) -> "Picture":
@@ -239,7 +246,7 @@ class Results(Record, frozen=True, kw_only=True):
     date: str
     machine: Mapping[str, str]
     settings: Mapping[str, Any] = {}
-    threads: int = 0
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 0
     method: str = ""
     entries: tuple[BenchResult, ...] = ()
     scaling: tuple[Point, ...] = ()
@@ -256,14 +263,11 @@ class Results(Record, frozen=True, kw_only=True):
                 format.
         """
         try:
-            with path.open("rb") as file:
-                data = file.read(_MAX_BYTES + 1)
+            data = read_file(checked_path("a result file", path), _MAX_BYTES)
         except OSError as error:
-            raise ResultsError(f"cannot read {path}: {error.strerror}") from error
-        if len(data) > _MAX_BYTES:
             raise ResultsError(
-                f"{path} is larger than result files are: name a --json file of bench or eval"
-            )
+                f"cannot read {path}: {error.strerror}; name a --json file of bench or eval"
+            ) from error
         _check_format(data, path)
         try:
             return msgspec.json.decode(data, type=cls)

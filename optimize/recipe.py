@@ -4,7 +4,6 @@ Reading a recipe loads records alone, no graph code.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -17,15 +16,22 @@ from latentforge.optimize.quantize.options import (
     WeightOnlySettings,
 )
 from latentforge.optimize.recipes import names, text, tomllib
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import read_file
 from latentforge.runtime.record import Record
 from latentforge.runtime.text import near_miss
+from latentforge.runtime.validation import check_count, checked_path
 
-__all__ = ["CalibrationSettings", "Precision", "Recipe", "read_recipe"]
+__all__ = ["MAX_PROMPTS", "CalibrationSettings", "Precision", "Recipe", "read_recipe"]
 
 Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights"]
 
+MAX_PROMPTS = 10_000
+"""Most prompts to calibrate with."""
+
 _MAX_BYTES = 1 << 20
+_MAX_SAMPLES = 1_000_000
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {
     "": {"hoist": "hoist_invariants", "scan": "[sensitivity]", "weights": "[weight_only]"},
@@ -61,9 +67,8 @@ class CalibrationSettings(Record, frozen=True, kw_only=True):
     samples: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples"):
-            if (number := getattr(self, name)) < 1:
-                raise SettingsError(f"calibration: {name} has to be at least 1, not {number}")
+        check_count("calibration: prompts", self.prompts, MAX_PROMPTS)
+        check_count("calibration: samples", self.samples, _MAX_SAMPLES)
 
 
 class Recipe(Record, frozen=True, kw_only=True):
@@ -122,6 +127,7 @@ class Recipe(Record, frozen=True, kw_only=True):
         return self.precision.get(component, self.precision.get("default", "fp32"))
 
 
+@checked_arguments
 def read_recipe(name: str) -> Recipe:
     """Read a recipe by name, or from a TOML file.
 
@@ -134,20 +140,18 @@ def read_recipe(name: str) -> Recipe:
         data = tomllib.loads(content)
         _check_keys("", data, Recipe)
         return msgspec.convert(data, Recipe)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, SettingsError) as error:
+    except (ValueError, RecursionError, msgspec.ValidationError, SettingsError) as error:
         raise SettingsError(f"recipe {name}: {error}") from error
 
 
 def _text(name: str) -> str:
     if name in names():
         return text(name)
-    path = Path(name)
+    path = checked_path("recipe", name)
     if not path.is_file():
         raise SettingsError(f"no recipe {name!r} and no such file; {near_miss(name, names())}")
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SettingsError(f"{path} is larger than 1 MiB: not a recipe")
-        return path.read_text("utf-8")
+        return read_file(path, _MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the recipe {path}: {error}") from error
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,11 +25,13 @@ except ImportError:  # Windows: the leftovers of a killed process stay until a u
 
 __all__ = [
     "MANIFEST_FILE",
+    "check_file_target",
     "check_space",
     "check_target",
     "copy_files",
     "hash_file",
     "open_regular",
+    "read_file",
     "restore",
     "scratch_folder",
     "staged_directory",
@@ -39,6 +42,7 @@ MANIFEST_FILE = "manifest.json"
 """File that makes a directory an engine directory."""
 
 _HASH_BLOCK = 1 << 20
+_LONGEST_SUFFIX = ".12345678.partial."  # of the siblings of a file
 _UNBLOCKED = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
@@ -70,6 +74,20 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def read_file(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it is missing, larger, or something else, such as a pipe.
+    """
+    with open_regular(path) as file:
+        stated = os.fstat(file.fileno()).st_size
+        content = b"" if stated > limit else file.read(limit + 1)
+    if max(stated, len(content)) > limit:
+        raise OSError(errno.EFBIG, f"larger than {size_text(limit)}", str(path))
+    return content
+
+
 def _check_regular(mode: int, path: Path) -> None:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -87,8 +105,8 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         restore(target)
         _check_old(target, overwrite)
         parent = next(parent for parent in target.absolute().parents if parent.exists())
-    except OSError as error:
-        raise TargetError(f"cannot write {target}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise TargetError(f"cannot write {target}: {_reason(error)}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise TargetError(f"cannot write {target}: {parent} is not a writable directory")
 
@@ -197,12 +215,44 @@ def _discard_at_once(partial: Path, target: Path, created: Sequence[Path]) -> No
     _discard(unwanted, created)
 
 
+def check_file_target(path: Path) -> None:
+    """Check before long work that a file can be written.
+
+    Raises:
+        TargetError: its directory is missing or not writable, its name is too long, or something
+            else than a file is there, such as a device.
+    """
+    parent = path.absolute().parent
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "a device or a pipe"
+            raise TargetError(f"cannot write {path}: it is {kind}; name a file")
+        os.lstat(parent / f"{path.name}{_LONGEST_SUFFIX}")
+    except FileNotFoundError:
+        _check_writable(path, parent)
+    except (OSError, ValueError) as error:  # the latter of names that no file can have
+        raise TargetError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check_writable(path: Path, parent: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=parent):  # root may write whatever permissions say
+            pass
+    except OSError as error:
+        raise TargetError(f"cannot write {path}: {parent}: {error.strerror}") from error
+
+
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling that becomes target when the block succeeds.
 
     Raises TargetError if the file cannot be written.
     """
+    check_file_target(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with at_forced_end(partial.unlink):

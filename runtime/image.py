@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from latentforge.runtime.errors import SettingsError, ShapeError, TargetError
-from latentforge.runtime.files import open_regular, staged_file
+from latentforge.runtime.files import check_file_target, open_regular, staged_file
 from latentforge.runtime.text import one_line, printable
 from latentforge.runtime.validation import shown
 
@@ -206,14 +205,7 @@ def check_image_path(path: Path) -> str:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
         raise TargetError(f"cannot write {path}: name a .png, .jpg or .webp file")
-    parent = path.absolute().parent
-    if path.is_dir():
-        raise TargetError(f"cannot write {path}: it is a directory")
-    try:
-        with tempfile.TemporaryFile(dir=parent):  # root may write whatever permissions say
-            pass
-    except OSError as error:
-        raise TargetError(f"cannot write {path}: {parent}: {error.strerror}") from error
+    check_file_target(path)
     return kind
 
 

@@ -164,8 +164,7 @@ class Pipeline:
         Raises:
             SettingsError, ShapeError, BackendError: see __call__().
         """
-        if not isinstance(settings, Settings):
-            raise SettingsError(f"settings must be a Settings record, not {shown(settings)}")
+        _check_settings(settings)
         request = ResolvedRequest.of(
             settings,
             self.manifest,
@@ -186,6 +185,7 @@ class Pipeline:
         One row per image. With classifier-free guidance there are two or three times as many, those
         of the negative prompts first.
         """
+        _check_settings(settings)
         return self._model.encoder.encode(settings)
 
     def settings(
@@ -315,3 +315,8 @@ class Pipeline:
         components = {name: engine.component for name, engine in self._engines.items()}
         parts = [f"{name}={c.backend}/{c.precision}" for name, c in components.items()]
         return f"<Pipeline {self.manifest.name} ({self.manifest.family}) {' '.join(parts)}>"
+
+
+def _check_settings(settings: object) -> None:
+    if not isinstance(settings, Settings):
+        raise SettingsError(f"settings must be a Settings record, not {shown(settings)}")

@@ -19,7 +19,7 @@ __all__ = ["PROMPT", "Benchmark", "Profile"]
 PROMPT = "a photo of a cat"
 """Prompt of the runs if the caller has no preference."""
 
-_MAX_REPETITIONS = 100_000
+_MAX_REPETITIONS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)

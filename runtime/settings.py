@@ -25,7 +25,7 @@ from latentforge.runtime.validation import (
     shown,
 )
 
-__all__ = ["MAX_PROMPT", "Request", "Settings", "resolve"]
+__all__ = ["MAX_PROMPT", "Request", "Settings", "check_incomplete", "resolve"]
 
 MAX_PROMPT = 16_384
 """Longest prompt in characters. Text encoders read some 75 tokens: more is a mistake or attack."""
@@ -33,6 +33,16 @@ MAX_PROMPT = 16_384
 _MAX_TIMESTEP = 100_000
 
 _TEXTS = ("prompts", "negative_prompts")
+
+_ANY_DEFAULTS = RequestDefaults(
+    sampler="euler",
+    steps=MAX_STEPS,
+    guidance_scale=7.5,
+    guidance_rescale=0.0,
+    height=512,
+    width=512,
+)
+"""Defaults that complete every request which some engines could fulfil."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +220,17 @@ def resolve(
     fields = {key: getattr(defaults, key) for key in defaults.__struct_fields__}
     complete = resolve_acceleration(fields, passed, plan)
     return Settings(prompts=prompts, negative_prompts=negative, **complete)
+
+
+def check_incomplete(request: Request, prompts: tuple[str, ...] = ()) -> None:
+    """Check settings and prompts before there are engines whose defaults complete them.
+
+    Raises:
+        SettingsError, ShapeError: a setting or a prompt is wrong for all engines.
+    """
+    resolve(_ANY_DEFAULTS, "a prompt", request)
+    if prompts:
+        _check_prompts(prompts, ())
 
 
 def _normalized(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from itertools import product
 
 import msgspec
 
+from latentforge.runtime.annotations import check_fields
 from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.validation import shown
 
 __all__ = [
     "ANY",
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 
+_MAX = 1 << 62  # the products of sizes stay numbers of 64 bits where libraries take them
+
+
 class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Range of sizes of a dimension: minimum, optimum (to be fastest at) and maximum."""
 
@@ -31,8 +36,10 @@ class Range(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     max: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            text = f"{self.min}:{self.opt}:{self.max}"
+        sizes = self.min, self.opt, self.max
+        whole = all(type(size) is int for size in sizes)
+        if not whole or not 1 <= self.min <= self.opt <= self.max <= _MAX:
+            text = ":".join(map(shown, sizes))
             raise SettingsError(
                 f"a range is MIN:OPT:MAX, in ascending order and from 1 up, not {text}"
             )
@@ -80,6 +87,9 @@ class Sizes:
     height: tuple[Range, ...] = ()
     width: tuple[Range, ...] = ()
     batch: tuple[Range, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def with_defaults(self, other: "Sizes") -> "Sizes":
         """Return the sizes with those that are free here taken from other."""

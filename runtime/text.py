@@ -6,6 +6,9 @@ from collections.abc import Iterable
 __all__ = ["duration_text", "near_miss", "one_line", "printable", "size_text"]
 
 
+_MAX_COMPARED = 200  # characters: comparing more takes long, and no name has them
+
+
 def one_line(error: object, *, limit: int | None = 300) -> str:
     """Return the message of an error on one line, or its type's name if it has none.
 
@@ -27,7 +30,7 @@ def printable(text: str) -> str:
 def near_miss(word: str, choices: Iterable[str]) -> str:
     """Return a suggestion for a mistyped word, if a choice is close to it, and the list of all."""
     words = list(choices)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:_MAX_COMPARED], words, n=1, cutoff=0.5)
     suggestion = f"did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}choose from {', '.join(words)}"
 

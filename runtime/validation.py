@@ -1,5 +1,6 @@
 """Checks of values that a caller passed in. Each raises an error of one short line."""
 
+import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +17,28 @@ __all__ = [
     "check_items",
     "check_max_rows",
     "check_number",
+    "check_optional_count",
+    "check_threads",
     "checked_path",
     "plain",
     "shown",
 ]
 
 _MAX_ROWS = 1 << 30
+_MAX_THREADS = 4096
+_MAX_ITEMS = 100_000
+_MAX_PATH, _MAX_NAME = 4096, 255  # bytes, of Linux
 _SHOWN = 100  # characters of a value in a message
 
 
 def plain(value: Any) -> Any:
-    """Return a value with numpy's numbers and arrays, and lists, as Python numbers and tuples."""
-    if isinstance(value, np.ndarray):
+    """Return a value with numpy's numbers and arrays, and lists, as Python numbers and tuples.
+
+    What has more items than any request needs is returned as it is.
+    """
+    if isinstance(value, np.ndarray) and value.size <= _MAX_ITEMS:
         return plain(value[()]) if value.ndim == 0 else tuple(map(plain, value))
-    if isinstance(value, list | tuple | range):
+    if isinstance(value, list | tuple | range) and len(value) <= _MAX_ITEMS:
         return tuple(map(plain, value))
     for kind, number in ((np.bool_, bool), (np.integer, int), (np.floating, float)):
         if isinstance(value, kind):
@@ -46,6 +55,16 @@ def check_count(name: str, value: int, max: int) -> None:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not 1 <= value <= max:
         raise SettingsError(f"{name} must be an integer from 1 to {max}, not {shown(value)}")
+
+
+def check_threads(value: int) -> None:
+    """Check a number of threads; 0 stands for all cores.
+
+    Raises:
+        SettingsError: it is no integer from 0 to 4096.
+    """
+    if isinstance(value, bool) or value != 0:
+        check_count("threads", value, _MAX_THREADS)
 
 
 def check_number(name: str, value: float, min: float, max: float) -> None:
@@ -70,25 +89,44 @@ def check_flag(name: str, value: object) -> None:
         raise SettingsError(f"{name} must be True or False, not {shown(value)}")
 
 
+def check_optional_count(name: str, value: int | None, max: int) -> None:
+    """Check that a value is an integer from 1 to `max`, or None.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if value is not None:
+        check_count(name, value, max)
+
+
 def check_max_rows(value: int | None) -> None:
     """Check the largest micro-batch of a denoiser step; None is the engines' own.
 
     Raises:
         SettingsError: it is no integer of at least 1.
     """
-    if value is not None:
-        check_count("max_rows", value, _MAX_ROWS)
+    check_optional_count("max_rows", value, _MAX_ROWS)
 
 
 def checked_path(name: str, value: object) -> Path:
     """Return the path that a caller passed in.
 
     Raises:
-        SettingsError: it is neither a string nor a path.
+        SettingsError: it is neither a string nor a path, or no file can have this path.
     """
-    if not isinstance(value, str | Path) or "\0" in str(value):
+    if not isinstance(value, str | Path) or not _is_possible(str(value)):
         raise SettingsError(f"{name} must be a path, not {shown(value)}")
     return Path(value)
+
+
+def _is_possible(path: str) -> bool:
+    """Return True if the system's calls take a path: encodable, without zero bytes, and short."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    longest = max(map(len, encoded.split(b"/")))
+    return b"\0" not in encoded and len(encoded) < _MAX_PATH and longest <= _MAX_NAME
 
 
 def check_items(name: str, values: object, check: Callable[[str, Any], None]) -> None:

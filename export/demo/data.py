@@ -13,18 +13,21 @@ import numpy.typing as npt
 from PIL import Image
 
 from latentforge.export.demo import COLORS, NAMES
+from latentforge.runtime.files import read_file
+from latentforge.runtime.image import open_image
 
 __all__ = ["SIZE", "caption", "captions", "catalogue", "composite", "pictures"]
 
 SIZE = 64
 """Width and height of an image, in pixels."""
 
+_MAX_BYTES = 64 << 20
 _CATEGORIES = ("Animals & Nature", "Food & Drink")
 
 
 def catalogue(package: Path) -> dict[str, Path]:
     """Return the image file of each animal, plant, food and drink of ``package``, by name."""
-    entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
+    entries = json.loads(read_file(package / "emoji.json", _MAX_BYTES))
     files: dict[str, Path] = {}
     for entry in entries:
         if entry["category"] in _CATEGORIES and entry["has_img_google"]:
@@ -45,8 +48,8 @@ def pictures(package: Path, names: Iterable[str] = NAMES) -> npt.NDArray[np.uint
     files = catalogue(package)
     rows = []
     for name in names:
-        with Image.open(files[name]) as image:
-            emoji = image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        image = open_image(files[name])
+        emoji = image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         rows.append([np.asarray(composite(emoji, color)) for color in COLORS.values()])
     return np.array(rows, dtype=np.uint8)
 

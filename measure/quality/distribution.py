@@ -6,7 +6,9 @@ used, around the value. An interval shows how much the choice of images matters,
 FID, IS and CMMD have with few images.
 """
 
+import io
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +24,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from latentforge.measure.quality import intervals
 from latentforge.measure.results import ConfidenceInterval
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import SettingsError, ShapeError
+from latentforge.runtime.files import read_file
 from latentforge.runtime.text import one_line
+from latentforge.runtime.validation import check_number
 
 __all__ = ["Statistics", "clip_score", "cmmd", "fid", "inception_score", "kid"]
 
@@ -31,6 +36,7 @@ Array = NDArray[np.floating]
 Kernel = Callable[[Array, Array], NDArray[np.float64]]
 Mean = Callable[[Array, Array], NDArray[np.float64]]
 
+_MAX_BYTES = 1 << 30
 _FID_DRAWS = 50  # each costs an eigenvalue problem as wide as the features
 _SUBSETS, _SUBSET = 100, 1000  # of KID: Bińkowski et al. (2018), the usual setting
 _SPLITS, _SPLIT_FROM = 10, 5000  # of IS: Salimans et al. (2016) split 50,000 into ten
@@ -58,9 +64,13 @@ class Statistics:
             SettingsError: the file is missing, or holds something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            content = io.BytesIO(read_file(path, _MAX_BYTES))
+            with zipfile.ZipFile(content) as parts:
+                if sum(part.file_size for part in parts.infolist()) > _MAX_BYTES:
+                    raise ValueError("it is larger than such statistics are")
+            with np.load(content, allow_pickle=False) as file:
                 mu, sigma = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # of the system, of zip or of numpy
             raise SettingsError(
                 f"{path} is not an .npz of mu and sigma: {one_line(error)}"
             ) from error
@@ -69,6 +79,7 @@ class Statistics:
         return cls(mu=mu, sigma=sigma)
 
 
+@checked_arguments
 def fid(
     candidate: Array, reference: Array | Statistics, *, paired: bool = False, seed: int = 0
 ) -> ConfidenceInterval:
@@ -88,11 +99,11 @@ def fid(
         ShapeError: fewer than two images, or features of another width.
     """
     if isinstance(reference, Statistics):
-        _check("fid", candidate, reference.mu[None].repeat(2, axis=0))
+        _check("fid", candidate, reference.mu[None].repeat(2, axis=0), seed)
         value = _torch_fid(candidate, reference)
         spread = [_closed_form(_moments(candidate, w), reference) for w in _draws(candidate, seed)]
     else:
-        _check("fid", candidate, reference)
+        _check("fid", candidate, reference, seed)
         candidate, reference = _in_span(candidate, reference)
         value = _torch_fid(candidate, reference)
         pairs = zip(
@@ -105,6 +116,7 @@ def fid(
     )
 
 
+@checked_arguments
 def kid(
     candidate: Array, reference: Array, *, paired: bool = False, seed: int = 0
 ) -> ConfidenceInterval:
@@ -116,7 +128,7 @@ def kid(
     Raises:
         ShapeError: fewer than two images, or features of another width.
     """
-    _check("kid", candidate, reference)
+    _check("kid", candidate, reference, seed)
     size = min(len(candidate), len(reference), _SUBSET)
     once = len(candidate) == len(reference) == size
     with _quiet(seed):
@@ -130,6 +142,7 @@ def kid(
     return intervals.centred(value, draws)
 
 
+@checked_arguments
 def cmmd(
     candidate: Array, reference: Array, *, paired: bool = False, seed: int = 0
 ) -> ConfidenceInterval:
@@ -141,7 +154,7 @@ def cmmd(
     Raises:
         ShapeError: fewer than two images, or embeddings of another width.
     """
-    _check("cmmd", candidate, reference)
+    _check("cmmd", candidate, reference, seed)
     a, b = _unit(candidate), _unit(reference)
     value = _gaussian(a, a).mean() + _gaussian(b, b).mean() - 2 * _gaussian(a, b).mean()
     draws = _resampled(_gaussian, a, b, mean=_mean_of_all, paired=paired, seed=seed)
@@ -149,6 +162,7 @@ def cmmd(
     return msgspec.structs.replace(found, low=max(0.0, found.low or 0.0))
 
 
+@checked_arguments
 def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
     """Return exp of the mean KL divergence to the mean: Salimans et al. (2016), arXiv 1606.03498.
 
@@ -161,7 +175,7 @@ def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
     Raises:
         ShapeError: fewer than two images.
     """
-    _check("is", logits, logits)
+    _check("is", logits, logits, seed)
     with _quiet(seed):
         metric = InceptionScore(
             feature=torch.nn.Identity(), splits=_SPLITS if len(logits) >= _SPLIT_FROM else 1
@@ -175,17 +189,26 @@ def inception_score(logits: Array, *, seed: int = 0) -> ConfidenceInterval:
     return intervals.centred(value, np.exp(divergence))
 
 
+@checked_arguments
 def clip_score(pictures: Array, texts: Array, *, seed: int = 0) -> ConfidenceInterval:
     """Return 100 times the mean cosine of embeddings (n, width), clipped at 0: Hessel (2021).
 
     arXiv 2104.08718 scales by 2.5; torchmetrics and MLPerf use 100.
     """
-    _check("clip", pictures, texts, minimum=1)
+    _check("clip", pictures, texts, seed, minimum=1)
     cosines = (_unit(pictures) * _unit(texts)).sum(axis=1)
     return intervals.mean(100 * np.maximum(cosines, 0), seed=seed)
 
 
-def _check(name: str, candidate: Array, reference: Array, *, minimum: int = 2) -> None:
+def _check(name: str, candidate: Array, reference: Array, seed: int, *, minimum: int = 2) -> None:
+    check_number("seed", seed, 0, 2**63)
+    for features in (candidate, reference):
+        floats = np.issubdtype(features.dtype, np.floating)
+        if not floats or features.ndim != 2 or not np.isfinite(features).all():
+            raise ShapeError(
+                f"{name}: features are finite floats (images, width), not {features.dtype} of "
+                f"shape {list(features.shape)}"
+            )
     if min(len(candidate), len(reference)) < minimum:
         raise ShapeError(f"{name} needs {minimum} images or more: generate more with --images")
     if candidate.shape[1] != reference.shape[1]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.runtime.errors import BackendError, SettingsError, ShapeError
+from latentforge.runtime.files import open_regular
 from latentforge.runtime.image import to_array
 from latentforge.runtime.text import one_line
 
@@ -95,6 +96,7 @@ def load_onnx(path: Path, *, inputs: int) -> Any:
         SettingsError: the file is missing, or is another kind of network.
     """
     try:
+        open_regular(path).close()  # a pipe would block the library
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no base class of their own
         raise SettingsError(

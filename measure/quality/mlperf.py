@@ -7,6 +7,7 @@ mlcommons/inference, tools/submission/submission_checker/constants.py.
 """
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from numpy.typing import NDArray
 from latentforge.measure.prompts import read_prompts
 from latentforge.measure.results import Metric
 from latentforge.runtime.errors import GateError, SettingsError
+from latentforge.runtime.files import read_file
 from latentforge.runtime.settings import Request
+from latentforge.runtime.text import one_line
 
 __all__ = ["BANDS", "CAPTIONS", "FAMILY", "REQUEST", "check", "check_bands", "read_captions"]
 __all__ += ["read_latents"]
 
 CAPTIONS = 5000
+_MAX_BYTES = 64 << 20
 FAMILY = "stable_diffusion_xl"
 
 BANDS: Mapping[str, tuple[float, float]] = {
@@ -49,8 +53,8 @@ def read_captions(path: Path) -> list[str]:
     if path.suffix != ".tsv":
         return read_prompts(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
+        text = read_file(path, _MAX_BYTES).decode()
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SettingsError(f"cannot read captions from {path}: {error}") from error
     captions = [text.strip() for row in rows if (text := row.get("caption") or "").strip()]
@@ -68,9 +72,9 @@ def read_latents(path: Path) -> NDArray[np.float32]:
     if path.suffix == ".pt":
         raise SettingsError(f"{path} is a pickle: give the latents.npy that lies beside it")
     try:
-        latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} is not an .npy of latents: {error}") from error
+        latents = np.load(io.BytesIO(read_file(path, _MAX_BYTES)), allow_pickle=False)
+    except Exception as error:  # of the system, of zip or of numpy
+        raise SettingsError(f"{path} is not an .npy of latents: {one_line(error)}") from error
     if not isinstance(latents, np.ndarray) or latents.ndim != 4 or len(latents) != 1:
         raise SettingsError(f"{path}: latents are one array (1, channels, h, w)")
     if not np.issubdtype(latents.dtype, np.floating) or not np.isfinite(latents).all():

@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from latentforge.measure.quality.features import ImageFeatures, resized
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import open_regular
 from latentforge.runtime.text import one_line
 
 __all__ = ["ClipNetwork", "EfficientNetLite0", "Inception", "LITE0"]
@@ -129,6 +130,7 @@ def _packaged() -> Path:
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a .pth file; torch refuses whatever would have to be executed."""
     try:
+        open_regular(path).close()  # a pipe would block the library
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SettingsError(
@@ -197,7 +199,7 @@ class ClipNetwork:
         try:
             self._model: Any = CLIPModel.from_pretrained(source, use_safetensors=True).eval()
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(source)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # transformers', the hub's and safetensors' share no class
             raise SettingsError(
                 f"{source} is not a CLIP model that can be loaded: {one_line(error)}; give "
                 "--clip a folder with config.json, model.safetensors and the tokenizer's files"

@@ -10,8 +10,10 @@ from pathlib import Path
 from latentforge.measure.quality.catalogue import METRICS
 from latentforge.measure.quality.inputs import MetricInputs
 from latentforge.measure.quality.scores import DISTRIBUTION
+from latentforge.runtime.annotations import check_fields
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.settings import Request
+from latentforge.runtime.validation import check_optional_count, check_threads
 
 __all__ = ["EvalRequest", "select_metrics"]
 
@@ -66,12 +68,11 @@ class EvalRequest:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise SettingsError(f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
-        if self.images is not None and not 1 <= self.images <= _MAX_IMAGES:
-            raise SettingsError(
-                f"images is a whole number from 1 to {_MAX_IMAGES:,}, not {self.images}"
-            )
+        check_optional_count("images", self.images, _MAX_IMAGES)
+        check_threads(self.threads)
         if self.preset not in ("", "mlperf"):
             raise SettingsError(f"no preset {self.preset!r}: there is mlperf")
         if self.preset and self.request:

@@ -22,6 +22,7 @@ from latentforge.measure.report.tables import (
     participant_tables,
 )
 from latentforge.measure.results import BenchResult, Metric, Picture, Results
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import ResultsError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class ReportSection:
     profiles: Sequence[LayerProfile]
 
 
+@checked_arguments
 def render(*results: Results) -> str:
     """Return one self-contained HTML page of one or more measurements.
 

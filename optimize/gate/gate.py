@@ -3,6 +3,7 @@
 comparison.py measures the figures.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
@@ -14,6 +15,13 @@ __all__ = ["Gate", "Measured"]
 
 Measured = Mapping[str, Mapping[str, float]]
 """Measured figures by component (or ``image``) and metric."""
+
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "ssim": (-1, 1),
+    "perceptual": (0, math.inf),
+    "max_relative_error": (0, math.inf),
+}
+"""Ranges of figures that have one."""
 
 _UPPER_BOUNDS = ("max_relative_error", "perceptual")
 _MAX_IMAGES = 1000
@@ -51,6 +59,10 @@ class Gate(Record, frozen=True, kw_only=True):
             raise SettingsError(
                 f"gate: images has to be between 1 and {_MAX_IMAGES}, not {self.images}"
             )
+        for name, value in self.thresholds.items():
+            low, high = _RANGES.get(name, (-math.inf, math.inf))
+            if not low <= value <= high:  # False for NaN, which no figure reaches
+                raise SettingsError(f"gate: {name} has to be from {low:g} to {high:g}, not {value}")
         if self.perceptual is not None and self.network is None:
             raise SettingsError("gate: perceptual needs a network: an ONNX file of feature maps")
 

@@ -5,8 +5,12 @@ from typing import Literal
 
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.record import Record
+from latentforge.runtime.validation import check_count
 
 __all__ = ["PruneSettings", "Removed", "Sparse", "SparsitySettings"]
+
+
+_MAX_MULTIPLE = 1 << 16
 
 
 class PruneSettings(Record, frozen=True, kw_only=True):
@@ -33,10 +37,7 @@ class PruneSettings(Record, frozen=True, kw_only=True):
                 raise SettingsError(
                     f"prune: {name} has to be a fraction from 0 to below 1, not {fraction}"
                 )
-        if self.channel_multiple < 1:
-            raise SettingsError(
-                f"prune: channel_multiple has to be at least 1, not {self.channel_multiple}"
-            )
+        check_count("prune: channel_multiple", self.channel_multiple, _MAX_MULTIPLE)
 
 
 class SparsitySettings(Record, frozen=True, kw_only=True):

@@ -2,8 +2,10 @@
 
 from typing import Literal
 
+from latentforge.runtime.acceleration import MAX_STEPS
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.record import Record
+from latentforge.runtime.validation import check_count
 
 __all__ = [
     "SENSITIVE_LAYERS",
@@ -30,6 +32,8 @@ Conv's int8 to uint8). On processors without VNNI, uint8 by int8 may overflow: r
 that at no cost in time, while session.x64quantprecision makes MatMuls take 1.4 to 2.7 times as
 long.
 """
+
+_MAX_BLOCK = 1 << 16
 
 SENSITIVE_LAYERS = (
     "*conv_in*",
@@ -118,9 +122,10 @@ class WeightOnlySettings(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         size = self.block_size
-        if size and (size < 16 or size & (size - 1)):
+        if size and (not 16 <= size <= _MAX_BLOCK or size & (size - 1)):
             raise SettingsError(
-                f"weight_only: block_size has to be 0 or a power of two of at least 16, not {size}"
+                "weight_only: block_size has to be 0 or a power of two from 16 to "
+                f"{_MAX_BLOCK}, not {size}"
             )
 
 
@@ -145,5 +150,4 @@ class SensitivitySettings(Record, frozen=True, kw_only=True):
             raise SettingsError(
                 f"sensitivity: float_fraction has to be between 0 and 1, not {self.float_fraction}"
             )
-        if self.steps < 1:
-            raise SettingsError(f"sensitivity: steps has to be at least 1, not {self.steps}")
+        check_count("sensitivity: steps", self.steps, MAX_STEPS)

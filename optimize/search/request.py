@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from latentforge.measure.hardware import describe_machine
 from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.plan_gate import PlanGate
+from latentforge.runtime.annotations import check_fields
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.settings import check_incomplete
+from latentforge.runtime.validation import checked_path, shown
 
 __all__ = ["MIN_REPEATS", "SearchRequest", "check_search"]
 
@@ -46,11 +48,14 @@ class SearchRequest:
     repeats: int = MIN_REPEATS
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_incomplete({}, self.prompts)
         for name, lowest in (("effort", 1), ("repeats", MIN_REPEATS)):
             value = getattr(self, name)
             if not lowest <= value <= _MAX_COUNT:
                 raise SettingsError(
-                    f"{name} of a search is a number from {lowest} to {_MAX_COUNT}, not {value}"
+                    f"{name} of a search is a number from {lowest} to {_MAX_COUNT}, not "
+                    f"{shown(value)}"
                 )
 
     @property
@@ -78,7 +83,8 @@ def check_search(request: SearchRequest, target: str) -> None:
             this machine.
     """
     _ = request.plan_gate
-    if request.network not in (None, _LITE0) and not Path(str(request.network)).is_file():
+    network = request.network
+    if network not in (None, _LITE0) and not checked_path("network", network).is_file():
         raise SettingsError(f"no network {request.network}: give an ONNX file, or {_LITE0}")
     if target not in _RUN_ANYWHERE and "gpu" not in describe_machine():
         raise SettingsError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from latentforge.measure.prompts import read_prompts
+from latentforge.measure.quality.metrics import Perceptual
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize.nodes import check_float
@@ -21,12 +22,12 @@ from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import near_miss
-from latentforge.runtime.validation import plain
+from latentforge.runtime.validation import checked_path, plain
 
 if TYPE_CHECKING:
     from latentforge.optimize.stage.sizing import Sizing
 
-__all__ = ["STAGE", "OptimizeJob", "check_request", "plan", "recipes_of"]
+__all__ = ["STAGE", "OptimizeJob", "check_components", "check_request", "plan", "recipes_of"]
 
 STAGE = "optimize"
 """Name of the stage in the history of a manifest."""
@@ -92,7 +93,23 @@ def check_request(request: OptimizeRequest) -> None:
     Raises:
         SettingsError: no such target, recipe or gate, or they do not fit together.
     """
-    _check_target(request, recipes_of(request))
+    recipes = recipes_of(request)
+    for name, recipe in recipes.items():
+        _check_recipe(name, recipe, request.target)
+    _check_target(request, recipes)
+    _check_networks(recipes.values())
+
+
+def check_components(request: OptimizeRequest, components: Iterable[str]) -> None:
+    """Check that recipes name components of a model, by the names of these.
+
+    Raises:
+        SettingsError: one names another.
+    """
+    known = ("default", "vae_encoder", *components)
+    for name, recipe in recipes_of(request).items():
+        if unknown := [c for c in recipe.precision if c not in known]:
+            raise SettingsError(f"recipe {name}: no component {_mistaken(unknown, known)}")
 
 
 def plan(source: Path, request: OptimizeRequest) -> OptimizeJob:
@@ -105,10 +122,9 @@ def plan(source: Path, request: OptimizeRequest) -> OptimizeJob:
     recipes = recipes_of(request)
     manifest = Manifest.read(source)
     _check_source(source, manifest)
-    for name, recipe in recipes.items():
-        _check_recipe(name, recipe, request.target, manifest)
+    check_request(request)
+    check_components(request, manifest.components)
     _check_graphs(source, manifest, recipes.values())
-    _check_target(request, recipes)
     prompts = request.prompts or tuple(read_prompts())
     given = {name: plain(value) for name, value in request.settings.items()}
     resolve(manifest.defaults, prompts[0], cast("Request", given))
@@ -167,15 +183,18 @@ def _check_target(request: OptimizeRequest, recipes: Mapping[str, Recipe]) -> No
         )
 
 
-def _check_recipe(name: str, recipe: Recipe, target: str, manifest: Manifest) -> None:
-    """Refuse unknown passes and components, and precisions that the target does not support."""
+def _check_networks(recipes: Iterable[Recipe]) -> None:
+    """Open the networks of the gates, which nothing else needs before the end."""
+    for network in {recipe.gate.network for recipe in recipes} - {None}:
+        Perceptual(checked_path("gate: network", network))
+
+
+def _check_recipe(name: str, recipe: Recipe, target: str) -> None:
+    """Refuse unknown passes, and precisions that the target does not support."""
     if recipe.candidates:
         raise SettingsError(f"recipe {name} has candidates, so it cannot be a candidate itself")
     if unknown := [p for p in recipe.skip if p not in PASSES]:
         raise SettingsError(f"recipe {name}: no pass {_mistaken(unknown, PASSES)}")
-    components = ("default", "vae_encoder", *manifest.components)
-    if unknown := [c for c in recipe.precision if c not in components]:
-        raise SettingsError(f"recipe {name}: no component {_mistaken(unknown, components)}")
     wrong = [
         c for c, precision in recipe.precision.items() if precision == "int8" and c != DENOISER
     ]

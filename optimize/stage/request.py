@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from latentforge.optimize.recipe import MAX_PROMPTS
 from latentforge.optimize.targets import TARGETS, Target
+from latentforge.runtime.annotations import check_fields
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.settings import Request, check_incomplete
 from latentforge.runtime.text import near_miss
+from latentforge.runtime.validation import (
+    check_count,
+    check_number,
+    check_optional_count,
+    shown,
+)
 
 __all__ = ["MAX_BUDGET", "MAX_REPEATS", "REPEATS", "OptimizeRequest"]
 
@@ -57,11 +66,16 @@ class OptimizeRequest:
     quiet: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pairs <= MAX_REPEATS:
-            raise SettingsError(f"repeats is a number from 0 to {MAX_REPEATS}, not {self.repeats}")
+        check_fields(self)
+        check_incomplete(cast("Request", self.settings), self.prompts)
+        if self.repeats != 0:
+            check_optional_count("repeats", self.repeats, MAX_REPEATS)
+        check_optional_count("calibration_prompts", self.calibration_prompts, MAX_PROMPTS)
+        check_count("shares", self.shares, len(TARGETS))
+        check_number("reserved", self.reserved, 0, MAX_BUDGET)
         if self.budget is not None and not 0 < self.budget <= MAX_BUDGET:
             raise SettingsError(
-                f"budget is a number of seconds up to {MAX_BUDGET}, not {self.budget}"
+                f"budget is a number of seconds up to {MAX_BUDGET}, not {shown(self.budget)}"
             )
 
     @property

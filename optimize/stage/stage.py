@@ -28,6 +28,7 @@ from latentforge.optimize.timing import (
     speedup_figures,
     time_engines,
 )
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.files import (
     check_space,
@@ -51,6 +52,7 @@ _DEFAULT = OptimizeRequest()
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
+@checked_arguments
 def optimize(source: Path, target: Path, request: OptimizeRequest = _DEFAULT) -> Manifest:
     """Optimize the engines of a directory into another one.
 

@@ -3,6 +3,7 @@
 A plan makes every check that is possible before work begins, so that a bad request costs nothing.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -12,14 +13,23 @@ from typing import Any
 import msgspec
 
 from latentforge.runtime import backends
+from latentforge.runtime.annotations import check_fields, checked_arguments
 from latentforge.runtime.backends import BACKENDS, ONLY_AT_LOAD
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.machine import available_memory
-from latentforge.runtime.manifest import Component, Manifest, RequestDefaults
+from latentforge.runtime.manifest import Component, Latent, Manifest, RequestDefaults
 from latentforge.runtime.shapes import Range, Sizes, format_shapes
 from latentforge.runtime.text import size_text
 
-__all__ = ["STAGE", "CompilePlan", "CompileRequest", "CompileTask", "plan_compilation"]
+__all__ = [
+    "STAGE",
+    "CompilePlan",
+    "CompileRequest",
+    "CompileTask",
+    "check_sizes",
+    "parse_options",
+    "plan_compilation",
+]
 
 STAGE = "compile"
 """Name of the stage in a manifest's history."""
@@ -52,6 +62,9 @@ class CompileRequest:
     sizes: Sizes = field(default_factory=Sizes)
     overwrite: bool = False
     quiet: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +144,7 @@ def _of_free(free: int | None) -> str:
     return "" if free is None else f" of {size_text(free)} free"
 
 
+@checked_arguments
 def plan_compilation(
     source: Path, request: CompileRequest, *, origin: Mapping[str, str] | None = None
 ) -> CompilePlan:
@@ -150,8 +164,9 @@ def plan_compilation(
     manifest = Manifest.read(source)
     selected = _selected_backends(source, manifest, request)
     _check_source(source, manifest, selected.values())
-    _check_sizes(manifest, request.sizes)
-    options = _parse_options(request.options, set(selected.values()))
+    check_sizes(manifest.latent, request.sizes)
+    _check_fixed_sizes(manifest, request.sizes)
+    options = parse_options(request.options, selected.values())
     tasks = [_task(name, manifest, own, options, request.sizes) for name, own in selected.items()]
     return CompilePlan(
         source=source,
@@ -189,13 +204,25 @@ def _check_source(source: Path, manifest: Manifest, selected: Iterable[str]) -> 
             )
 
 
-def _check_sizes(manifest: Manifest, sizes: Sizes) -> None:
-    """Refuse sizes that the model cannot have, or that contradict fixed sizes of its graphs."""
-    unit = manifest.latent.downscale * manifest.latent.multiple
+def check_sizes(latent: Latent, sizes: Sizes) -> None:
+    """Check that a model can have these sizes.
+
+    Raises:
+        ShapeError: a side is no multiple of what one latent stands for.
+        SettingsError: there are more combinations than anyone builds.
+    """
+    unit = latent.downscale * latent.multiple
     for name, ranges in (("height", sizes.height), ("width", sizes.width)):
         for size in (s for each in ranges for s in (each.min, each.opt, each.max)):
             if size % unit:
                 raise ShapeError(f"{name} must be a multiple of {unit} for this model, not {size}")
+    count = math.prod(len(ranges) or 1 for ranges in (sizes.height, sizes.width, sizes.batch))
+    if count > _MAX_SHAPES:
+        raise SettingsError(f"{count} sizes are too many: give at most {_MAX_SHAPES}")
+
+
+def _check_fixed_sizes(manifest: Manifest, sizes: Sizes) -> None:
+    """Refuse sizes that contradict fixed sizes of the graphs."""
     if "denoiser" not in manifest.components:
         return
     rows, _, height, width = manifest.components["denoiser"].inputs["sample"].shape
@@ -213,10 +240,15 @@ def _check_fixed(name: str, size: int | str, ranges: tuple[Range, ...], scale: i
         )
 
 
-def _parse_options(texts: Sequence[str], selected: set[str]) -> dict[str, Any]:
-    """Parse options, each of which at least one of the backends has."""
+def parse_options(texts: Sequence[str], selected: Iterable[str]) -> dict[str, Any]:
+    """Parse options, each of which at least one of the backends has.
+
+    Raises:
+        SettingsError: none has it, it has another type, or it is for loading alone.
+        BackendError: a backend does not exist or is not installed.
+    """
     types: dict[str, type] = {}
-    for backend in sorted(selected):
+    for backend in sorted(set(selected)):
         types |= backends.get(backend).OPTIONS
     options = backends.parse_options(texts, types)
     if refused := [name for name in ONLY_AT_LOAD if name in options]:
@@ -234,8 +266,6 @@ def _task(
     component_sizes = _component_sizes(name, any_size, manifest, sizes)
     rows = None if any_size else _TIME_ROWS
     shapes = component_sizes.shapes(source.free_dimensions, manifest.latent.downscale, rows)
-    if len(shapes) > _MAX_SHAPES:
-        raise SettingsError(f"{len(shapes)} sizes are too many: give at most {_MAX_SHAPES}")
     types = backends.get(backend).OPTIONS
     component = msgspec.structs.replace(
         source.specialize(shapes),

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from latentforge.runtime import backends
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.backends import CACHE
 from latentforge.runtime.compile.build_process import BuildOrder, BuiltEngine, build
 from latentforge.runtime.compile.plan import (
@@ -30,6 +31,7 @@ from latentforge.runtime.progress import Progress
 __all__ = ["compile_engines", "compile_into"]
 
 
+@checked_arguments
 def compile_engines(source: Path, target: Path, request: CompileRequest) -> Manifest:
     """Compile the graphs of a directory into another one, and compare an image of both.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from latentforge.runtime import sampling
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr, to_array
 from latentforge.runtime.loader import EngineLoader, load
@@ -21,6 +22,7 @@ _MAX_PIXELS = 256
 _MIN_PSNR = 20.0  # dB between backends, for precisions without a bound in SAME_IMAGE_PSNR
 
 
+@checked_arguments
 def verify(directory: Path) -> Iterator[str]:
     """Verify an engine directory, yielding a line for each check that passes.
 

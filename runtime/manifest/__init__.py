@@ -27,6 +27,7 @@ from latentforge.runtime.sampling.prediction import Prediction
 from latentforge.runtime.sampling.schedule import MAX_TRAIN_STEPS, EDMSchedule, Schedule
 from latentforge.runtime.shapes import ANY, Range, Shapes, bounding_range, nearest
 from latentforge.runtime.tensor import Feeds, TensorSpec, bind
+from latentforge.runtime.validation import check_flag, checked_path
 from latentforge.runtime.version import __version__
 
 __all__ = [
@@ -451,6 +452,8 @@ class Manifest(Record, frozen=True, kw_only=True):
             ManifestError: the manifest is missing, malformed, of another format, or names a
                 file that is missing, lies outside the directory, or has changed.
         """
+        check_flag("hashes", hashes)
+        directory = checked_path("the engine directory", directory)
         path = directory / MANIFEST_FILE
         manifest = _decode(path, read_content(path))
         entries = list(manifest.files)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.text import one_line
 
 if TYPE_CHECKING:
     from latentforge.measure.quality.inputs import Accuracy, Gallery
@@ -66,8 +67,8 @@ def _training_images(package: Path) -> NDArray[np.uint8]:
 
     try:
         return pictures(package)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # any structure of JSON, and any damage of pictures
         raise SettingsError(
-            f"{package} does not hold the demo's training images: {error}; unpack "
+            f"{package} does not hold the demo's training images: {one_line(error)}; unpack "
             "emoji-datasource-google 16.0.0 and name its folder package"
         ) from error

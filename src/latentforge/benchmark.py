@@ -15,25 +15,18 @@ from latentforge.measure.bench.study import Study, run
 from latentforge.measure.hardware import available_cores, fit_together
 from latentforge.measure.peers import find_peer, participant
 from latentforge.measure.results import Results
+from latentforge.runtime.annotations import check_fields, checked_arguments
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Request, Settings, resolve
-from latentforge.runtime.validation import (
-    check_count,
-    check_flag,
-    check_items,
-    checked_path,
-    plain,
-    shown,
-)
+from latentforge.runtime.validation import check_count, check_items, check_threads
 
 __all__ = ["BenchRequest", "benchmark", "diffusers_scheduler"]
 
 
 _MAX_REPEATS = 1000
 _MAX_POINT = 16_384
-_MAX_THREADS = 4096
 _CORRECTED_OPTIONS: Sequence[str] = ("steps_offset", "clip_sample")
 
 
@@ -78,24 +71,18 @@ class BenchRequest:
     command: str = ""
 
     def __post_init__(self) -> None:
-        engines = [self.engines] if isinstance(self.engines, str | Path) else self.engines
-        if not isinstance(engines, Sequence) or not engines:
-            raise SettingsError(f"engines must be one or several paths, not {shown(engines)}")
-        paths = tuple(checked_path("each of engines", path) for path in engines)
-        object.__setattr__(self, "engines", paths)
+        if isinstance(self.engines, str | Path):
+            object.__setattr__(self, "engines", (self.engines,))
+        check_fields(self)
+        if not self.engines:
+            raise SettingsError("engines must be one or several paths, not none")
         for name in ("batches", "sizes"):
-            values = plain(getattr(self, name))
-            check_items(name, values, partial(check_count, max=_MAX_POINT))
-            object.__setattr__(self, name, values)
-        for name in ("layers", "unaccelerated", "one_at_a_time"):
-            check_flag(name, getattr(self, name))
+            check_items(name, getattr(self, name), partial(check_count, max=_MAX_POINT))
         check_count("repeats", self.repeats, _MAX_REPEATS)
-        if self.threads != 0 or isinstance(self.threads, bool):
-            check_count("threads", self.threads, _MAX_THREADS)
-        if not isinstance(self.settings, Mapping):
-            raise SettingsError(f"settings must be a dictionary, not {shown(self.settings)}")
+        check_threads(self.threads)
 
 
+@checked_arguments
 def benchmark(request: BenchRequest, *, quiet: bool = True) -> Results:
     """Time engine directories of one model, and peers on the checkpoint that they come from.
 

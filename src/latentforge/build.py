@@ -24,14 +24,20 @@ from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.backends import select_backends, tune_rows
 from latentforge.optimize.search.request import SearchRequest, check_search
 from latentforge.optimize.search.search import accelerate
-from latentforge.optimize.stage.job import OptimizeJob, check_request
+from latentforge.optimize.stage.job import OptimizeJob, check_components, check_request
 from latentforge.optimize.stage.job import plan as plan_optimization
 from latentforge.optimize.stage.request import OptimizeRequest
 from latentforge.optimize.stage.sizing import Sizing, fit_alike
 from latentforge.optimize.stage.stage import optimize_into, sized
 from latentforge.optimize.targets import TARGETS
-from latentforge.runtime import backends
-from latentforge.runtime.compile.plan import CompileRequest, plan_compilation
+from latentforge.runtime import backends, sampling
+from latentforge.runtime.annotations import check_fields, checked_arguments
+from latentforge.runtime.compile.plan import (
+    CompileRequest,
+    check_sizes,
+    parse_options,
+    plan_compilation,
+)
 from latentforge.runtime.compile.stage import compile_into
 from latentforge.runtime.errors import BackendError, GateError, SettingsError
 from latentforge.runtime.files import check_target, scratch_folder, staged_directory
@@ -85,10 +91,14 @@ class BuildRequest:
     options: tuple[str, ...] = ()
     search: SearchRequest | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 _DEFAULT = BuildRequest()
 
 
+@checked_arguments
 def build(
     checkpoint: str,
     target: Path,
@@ -276,6 +286,9 @@ def _check(request: BuildRequest) -> None:
     """Check what needs no checkpoint, so that a typo does not cost an export."""
     for name in _targets(request):
         check_request(replace(request.optimization, target=name))
+        parse_options(request.options, [TARGETS[name].backend])
+    if request.sampler is not None:
+        sampling.get(request.sampler)
     if request.search is not None:
         check_search(request.search, request.optimization.target)
 
@@ -330,6 +343,7 @@ def _is_single(ranges: tuple[Range, ...]) -> bool:
 # the demo's prompts and accuracies, for a search
 
 
+@checked_arguments
 def with_demo_metrics(
     checkpoint: str, request: SearchRequest, training_images: Path | None
 ) -> SearchRequest:
@@ -371,6 +385,7 @@ def _missing(checkpoint: str, accuracies: Mapping[str, Accuracy]) -> str:
 # the estimate
 
 
+@checked_arguments
 def estimate(checkpoint: str, request: BuildRequest = _DEFAULT) -> BuildPlan:
     """Estimate the work of build() from the headers of the checkpoint, without loading weights.
 
@@ -384,6 +399,9 @@ def estimate(checkpoint: str, request: BuildRequest = _DEFAULT) -> BuildPlan:
 
 def _plan(source: Checkpoint, request: BuildRequest) -> BuildPlan:
     family, options = family_of(source), request.optimization
+    model = family.plan(source)
+    check_sizes(model.latent, request.sizes)
+    check_components(options, [component.name for component in model.components])
     stages = _estimates(CheckpointSize.of(source, family), request)
     planned, free = tuple(_stages(stages, request)), available_memory()
     memory = max(stage.memory for stage in planned)

@@ -9,13 +9,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from latentforge import __version__
 from latentforge.commands import COMMANDS
 from latentforge.commands.arguments import unrecognized
 from latentforge.commands.output import escaped_output
-from latentforge.runtime.errors import GateError, LatentforgeError
+from latentforge.runtime.errors import GateError, LatentforgeError, SettingsError
 from latentforge.runtime.text import one_line, printable
 
 __all__ = ["parser", "run"]
@@ -91,9 +91,18 @@ def _explained(error: BaseException) -> str:
     return printable(one_line(error, limit=None))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors are one short line, whatever the value that was wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where the options are listed, and exit with status 2."""
+        hint = "" if "--help" in message else f"; see {self.prog} --help"
+        self.exit(2, f"{self.prog}: error: {SettingsError(message)}{hint}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    whole = argparse.ArgumentParser(
+    whole = _Parser(
         prog="latentforge",
         description="Turn a text-to-image latent diffusion checkpoint into optimized engines, "
         "and make images with them without torch.",

@@ -20,6 +20,7 @@ from latentforge.measure.pictures import contact_sheet
 from latentforge.measure.report import render
 from latentforge.measure.results import Picture, Results
 from latentforge.optimize.stage.request import OptimizeRequest
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.errors import GateError, LatentforgeError
 from latentforge.runtime.files import staged_file
 from latentforge.runtime.image import SAME_IMAGE_PSNR, save_image, to_array
@@ -36,6 +37,7 @@ _REFERENCE = "eager"
 _MIN_PSNR = SAME_IMAGE_PSNR["fp32"]
 
 
+@checked_arguments
 def run_demo(directory: Path, *, images: int = 12, repeats: int = 5, quiet: bool = True) -> Path:
     """Write engines/, contact-sheet.png, bench.json and index.html to a directory.
 

@@ -27,6 +27,7 @@ from latentforge.measure.quality.request import EvalRequest, select_metrics
 from latentforge.measure.quality.scores import scores
 from latentforge.measure.results import Metric, Picture, Results
 from latentforge.runtime import sampling
+from latentforge.runtime.annotations import checked_arguments
 from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import MANIFEST_FILE, hash_file
@@ -36,6 +37,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Request, Settings, resolve
+from latentforge.runtime.validation import checked_path
 
 __all__ = ["EvalRequest", "check_preset", "evaluate", "summary"]
 
@@ -46,6 +48,7 @@ _EAGER = "eager"
 Generate = Callable[[Settings], Image.Image]
 
 
+@checked_arguments
 def evaluate(
     engines: Sequence[Path], request: EvalRequest, *, command: str = "", quiet: bool = True
 ) -> Results:
@@ -62,6 +65,8 @@ def evaluate(
         ShapeError: the engines cannot generate images of this size.
         CheckpointError: the reference checkpoint is missing or unsupported.
     """
+    if not engines:
+        raise SettingsError("no engines: name at least one engine directory")
     manifest = Manifest.read(engines[0])
     prompts = _prompts(request, manifest)
     settings = _settings(request, manifest, prompts)
@@ -211,9 +216,11 @@ class _ImageSource:
 def _sources(engines: Sequence[Path], request: EvalRequest) -> list[_ImageSource]:
     """Return the participants, the reference first if there is one."""
     directories, against = list(engines), request.against
-    if against is not None and (Path(against) / MANIFEST_FILE).is_file():
-        reference = Path(against)
+    reference = Path() if against is None else checked_path("against", against)
+    if against is not None and (reference / MANIFEST_FILE).is_file():
         directories = [reference, *(e for e in engines if e.resolve() != reference.resolve())]
+    for path in directories:
+        Manifest.read(path, hashes=False)  # before the first of them generates images
     names = [_EAGER, *(path.resolve().name for path in directories)]
     sources = [
         _ImageSource(

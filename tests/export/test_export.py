@@ -357,11 +357,15 @@ def test_other_unets_keep_their_multiples(changes: dict[str, Any], multiple: int
             "no component 'unett'; .* text_encoder, denoiser",
         ),
         ({"dimensions": {"height": 31}}, ShapeError, "must be multiples of 2, not 31"),
-        ({"dimensions": {"batch": 0}}, SettingsError, "batch must be a positive integer, not 0"),
+        (
+            {"dimensions": {"batch": 0}},
+            SettingsError,
+            "batch must be an integer from 1 to 16384, not 0",
+        ),
         (
             {"dimensions": {"width": 2.5}},
             SettingsError,
-            "width must be a positive integer, not 2.5",
+            "width must be an integer from 1 to 16384, not 2.5",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentforge.runtime.settings import Request
 
-__all__ = ["request"]
+__all__ = ["VALUES", "request"]
 
 _NAMES = (*Request.__annotations__, "prompt", "image", "mask", "depth_map", "max_rows", "nonsense")
 
@@ -36,7 +36,7 @@ def _fifo() -> str:
     return "fifo"
 
 
-_VALUES: tuple[Callable[[], Any], ...] = (
+VALUES: tuple[Callable[[], Any], ...] = (
     *(lambda value=value: value for value in (None, True, False, 0, 1, 2, -1, 3.5, "", "a", b"a")),
     *(lambda value=value: value for value in (2**31, 2**63, 2**64, -(2**63) - 1, 10**5000, 1e308)),
     *(lambda value=value: value for value in (float("nan"), float("inf"), -0.0, 1 + 2j, ..., int)),
@@ -78,4 +78,4 @@ def request(index: int) -> dict[str, Any]:
     """Return the arguments of a case, for Pipeline.__call__()."""
     rng = random.Random(index)
     names = rng.sample(_NAMES, rng.choice((1, 1, 1, 2, 3)))
-    return {"prompt": "a red apple", "steps": 1, **{name: rng.choice(_VALUES)() for name in names}}
+    return {"prompt": "a red apple", "steps": 1, **{name: rng.choice(VALUES)() for name in names}}

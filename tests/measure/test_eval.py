@@ -131,7 +131,7 @@ def test_statistics_in_place_of_a_reference(
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"metrics": ("beauty",)}, "no metric 'beauty'; there are psnr"),
-    ({"images": 0}, "images is a whole number from 1"),
+    ({"images": 0}, "images must be an integer from 1"),
     ({"preset": "mlperf", "request": QUICK}, "--preset mlperf sets steps itself"),
     ({"metrics": ("psnr",)}, "psnr needs --against"),
     ({"metrics": ("fid",)}, "fid needs a --network"),

@@ -10,6 +10,8 @@ from latentforge.commands import arguments, output
 
 __all__ = ["add"]
 
+_MAX_LAYERS = 1_000_000
+
 
 def add(commands: Any) -> None:
     parser = arguments.command(
@@ -38,9 +40,14 @@ def _inspect(options: argparse.Namespace) -> None:
     import msgspec
 
     from latentforge.commands.describe import describe
+    from latentforge.runtime.files import check_file_target
     from latentforge.runtime.loader import load
     from latentforge.runtime.manifest import Manifest
+    from latentforge.runtime.validation import check_optional_count
 
+    if options.json and options.json != "-":
+        check_file_target(Path(options.json))
+    check_optional_count("--layers", options.layers, _MAX_LAYERS)
     manifest = Manifest.read(options.engines)
     data, text = msgspec.to_builtins(manifest), describe(manifest)
     if options.layers is not None:

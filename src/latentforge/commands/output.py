@@ -12,7 +12,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from latentforge.runtime.errors import TargetError
 from latentforge.runtime.text import printable
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_result_files",
-    "check_writable",
     "EscapedStream",
     "command_line",
     "emit",
@@ -79,19 +77,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def check_writable(*paths: str | Path) -> None:
-    """Check before long work that its output files can be written.
-
-    Raises:
-        TargetError: a file's directory does not exist, or the path is a directory.
-    """
-    for path in map(Path, paths):
-        if not path.absolute().parent.is_dir():
-            raise TargetError(f"cannot write {path}: its directory does not exist")
-        if path.is_dir():
-            raise TargetError(f"cannot write {path}: it is a directory")
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     from latentforge.runtime.files import staged_file
@@ -117,7 +102,11 @@ def check_result_files(options: argparse.Namespace) -> None:
     Raises:
         TargetError: one of them cannot.
     """
-    check_writable(*(path for path in (options.json, options.html) if path and path != "-"))
+    from latentforge.runtime.files import check_file_target
+
+    for path in (options.json, options.html):
+        if path and path != "-":
+            check_file_target(Path(path))
 
 
 def emit_results(results: Results, options: argparse.Namespace, text: str) -> None:

@@ -31,7 +31,8 @@ def add(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> None:
     from latentforge.measure.report import render
     from latentforge.measure.results import Results
+    from latentforge.runtime.files import check_file_target
 
-    output.check_writable(options.output)
+    check_file_target(options.output)
     output.write_text(options.output, render(*map(Results.read, options.files)))
     print(options.output)
