@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from latentforge.runtime.machine import available_memory, cpu_name, total_memory
+from latentforge.runtime.machine import (
+    available_memory,
+    cpu_name,
+    default_threads,
+    total_memory,
+)
 
 __all__ = [
     "available_cores",
+    "available_threads",
     "describe_machine",
     "device_memory",
     "fit_together",
@@ -27,6 +33,11 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_threads() -> int:
+    """Return the threads of a participant that is given none: LATENTFORGE_THREADS, or all cores."""
+    return default_threads() or available_cores()
 
 
 def describe_machine() -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from latentforge.measure.bench.interleaved import measure, require_all_ok
 from latentforge.measure.bench.protocol import Participant
-from latentforge.measure.hardware import available_cores, fit_together
+from latentforge.measure.hardware import available_threads, fit_together
 from latentforge.measure.results import BenchResult, ConfidenceInterval
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.progress import Progress
@@ -57,7 +57,7 @@ def time_engines(
     measured = measure(
         participants,
         settings,
-        threads=available_cores(),
+        threads=available_threads(),
         repeats=repeats,
         together=together,
         quiet=quiet,

@@ -1,4 +1,4 @@
-"""Processor of this machine, and the memory in use."""
+"""Processor of this machine, the threads to take, and the memory in use."""
 
 import os
 import platform
@@ -7,15 +7,25 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from latentforge.runtime.errors import SettingsError
+
 __all__ = [
+    "MAX_THREADS",
+    "THREADS_VARIABLE",
     "MemoryMeter",
     "available_memory",
     "cpu_name",
     "data_memory",
+    "default_threads",
     "peak_memory",
     "resident_memory",
     "total_memory",
 ]
+
+THREADS_VARIABLE = "LATENTFORGE_THREADS"
+"""Environment variable with the threads of engines that are given no number of their own."""
+
+MAX_THREADS = 256
 
 _METER_SECONDS = 0.2
 
@@ -28,6 +38,21 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def default_threads() -> int:
+    """Return the threads of an engine that is given none: LATENTFORGE_THREADS, or 0 for all cores.
+
+    Raises:
+        SettingsError: the variable is not a number of threads.
+    """
+    given = os.environ.get(THREADS_VARIABLE, "")
+    numbers = {str(number): number for number in range(1, MAX_THREADS + 1)} | {"": 0}
+    if given not in numbers:
+        raise SettingsError(
+            f"{THREADS_VARIABLE} is {given!r}: unset it, or give a number from 1 to {MAX_THREADS}"
+        )
+    return numbers[given]
 
 
 def available_memory() -> int | None:

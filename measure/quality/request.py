@@ -44,7 +44,7 @@ class EvalRequest:
         latents: .npy of the initial noise that every image starts from.
         preset: ``mlperf``, or empty.
         folder: where images are kept; existing ones are not generated again.
-        threads: of each participant; 0 for every core.
+        threads: of each participant; 0 for LATENTFORGE_THREADS of them, or every core.
 
     Raises:
         SettingsError: a metric or preset does not exist, or a number is out of range.

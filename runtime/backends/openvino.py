@@ -6,7 +6,7 @@ compiled graph has its own copy of the weights, in the layout of its kernels, so
 by the size of the weights with every shape. Threads do not spin between runs.
 
 Options:
-    threads: of one run; 0 lets OpenVINO use every core.
+    threads: of one run; 0 lets OpenVINO use every core, or LATENTFORGE_THREADS of them.
     profile: record the time of each layer.
     device: CPU, GPU, NPU or AUTO, where OpenVINO finds one.
     hint: ``latency`` gives one run all threads; ``throughput`` lets several run side by side.
@@ -39,6 +39,7 @@ from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outp
 from latentforge.runtime.backends.signature import Signature, check_signature
 from latentforge.runtime.errors import BackendError, DeviceError
 from latentforge.runtime.files import hash_file
+from latentforge.runtime.machine import default_threads
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.memory_limit import limited_memory
 from latentforge.runtime.shapes import ANY, Shapes, bounding_range
@@ -179,7 +180,7 @@ def _settings(options: Options) -> dict[str, Any]:
     device = _device(options)
     group = _QUANTIZATION_GROUP if options.get("dynamic_quantization") else 0
     settings = {
-        "INFERENCE_NUM_THREADS": options.get("threads", 0),
+        "INFERENCE_NUM_THREADS": options.get("threads", 0) or default_threads(),
         "PERF_COUNT": options.get("profile", False),
         "PERFORMANCE_HINT": options.get("hint", "latency").upper(),
         "INFERENCE_PRECISION_HINT": options.get("precision", "f32"),

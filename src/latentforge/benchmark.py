@@ -12,7 +12,7 @@ from typing import Any
 from latentforge.measure.bench import REPEATS
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
-from latentforge.measure.hardware import available_cores, fit_together
+from latentforge.measure.hardware import available_threads, fit_together
 from latentforge.measure.peers import find_peer, participant
 from latentforge.measure.results import Results
 from latentforge.runtime.annotations import check_fields, checked_arguments
@@ -48,7 +48,7 @@ class BenchRequest:
         unaccelerated: ignore the acceleration plans of engines, which are otherwise followed
             (class B).
         repeats: timed runs per participant.
-        threads: per participant; 0 for all cores.
+        threads: per participant; 0 for LATENTFORGE_THREADS of them, or all cores.
         one_at_a_time: load only one participant at a time even if all fit into memory.
         folder: keep the files that peers convert here; a temporary folder if None.
         command: the command line that repeats the benchmark.
@@ -105,7 +105,7 @@ def benchmark(request: BenchRequest, *, quiet: bool = True) -> Results:
         participants=[replace(participants[0], role="reference"), *participants[1:]],
         settings=settings,
         latent=manifest.latent,
-        threads=request.threads or available_cores(),
+        threads=request.threads or available_threads(),
         repeats=request.repeats,
         batches=request.batches,
         sizes=request.sizes,

@@ -14,7 +14,7 @@ from latentforge.export.reference.eager import EagerPipeline
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
 from latentforge.measure.bench.summary import summary
-from latentforge.measure.hardware import available_cores
+from latentforge.measure.hardware import available_threads
 from latentforge.measure.peers import participant
 from latentforge.measure.pictures import contact_sheet
 from latentforge.measure.report import render
@@ -130,7 +130,7 @@ def _bench(engines: Path, repeats: int, quiet: bool) -> Results:
         participants=[replace(reference, role="reference"), Participant.of(engines)],
         settings=settings,
         latent=manifest.latent,
-        threads=available_cores(),
+        threads=available_threads(),
         repeats=repeats,
         title=f"latentforge demo: the demo checkpoint, {size:.0f} MB, without torch",
         command="latentforge demo",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.accuracies import demo_accuracies
-from latentforge.measure.hardware import available_cores, describe_machine
+from latentforge.measure.hardware import available_threads, describe_machine
 from latentforge.measure.prompts import read_prompts
 from latentforge.measure.quality import mlperf
 from latentforge.measure.quality.catalogue import METRICS
@@ -84,7 +84,7 @@ def evaluate(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=describe_machine(),
         settings={**asdict(settings[0]), "prompts": list(settings[0].prompts)},
-        threads=request.threads or available_cores(),
+        threads=request.threads or available_threads(),
         method=_method(request, len(settings)),
         metrics=tuple(rows),
         pictures=pictures,

@@ -289,6 +289,14 @@ def test_memory_of_another_process() -> None:
     assert {"cpu", "cores", "system", "memory"} <= hardware.describe_machine().keys()
 
 
+@pytest.mark.parametrize(("variable", "threads"), [("3", 3), ("", hardware.available_cores())])
+def test_threads_where_none_are_given(
+    monkeypatch: pytest.MonkeyPatch, variable: str, threads: int
+) -> None:
+    monkeypatch.setenv("LATENTFORGE_THREADS", variable)
+    assert hardware.available_threads() == threads
+
+
 # engines
 
 

@@ -283,6 +283,32 @@ def test_sessions_share_the_weights_of_an_optimized_engine(tmp_path: Path) -> No
     assert memory < 0.3 * bytes_of_weights and mapped
 
 
+@pytest.mark.parametrize(
+    ("variable", "options", "threads"),
+    [
+        (None, {}, 0),  # ONNX Runtime's own: every core
+        ("", {}, 0),
+        ("3", {}, 3),
+        ("256", {"threads": 0}, 256),
+        ("3", {"threads": 2}, 2),
+    ],
+)
+def test_threads_where_none_are_given(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, options: dict[str, Any], threads: int
+) -> None:
+    monkeypatch.delenv("LATENTFORGE_THREADS")
+    if variable is not None:
+        monkeypatch.setenv("LATENTFORGE_THREADS", variable)
+    assert ort_session.new_settings(options).intra_op_num_threads == threads
+
+
+@pytest.mark.parametrize("variable", ["0", "-1", "257", "1.5", " 2", "two", "all", "²", "1_0"])
+def test_other_threads_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv("LATENTFORGE_THREADS", variable)
+    with pytest.raises(SettingsError, match=f"LATENTFORGE_THREADS is {variable!r}: unset it, or"):
+        ort_session.new_settings({})
+
+
 ROWS = 3072  # scores of 38 MB
 TOKENS = TensorSpec("float32", ("rows", 8))
 

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from latentforge.measure.hardware import available_cores
 from latentforge.runtime import backends
 from latentforge.runtime.compile.plan import CompileRequest
 from latentforge.runtime.compile.stage import compile_engines
@@ -246,6 +247,22 @@ def test_takes_options(build: Build, load: Load, tmp_path: Path, options: dict[s
     given = feeds()
     found = load(*build(), **options).run(given)
     assert worst(found, reference(tmp_path / "m.onnx", given)) < 0.05  # in bf16, 8 bits
+
+
+@pytest.mark.parametrize(("options", "threads"), [({}, 1), ({"threads": 2}, 2)])
+def test_threads_where_none_are_given(
+    build: Build,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    threads: int,
+) -> None:
+    monkeypatch.setenv("LATENTFORGE_THREADS", "1")
+    session = load(*build(), **options)
+    (graph,) = session._engine  # type: ignore[attr-defined]
+    # OpenVINO takes no more than there are
+    expected = min(threads, available_cores())
+    assert graph._compiled.get_property("INFERENCE_NUM_THREADS") == expected
 
 
 def test_auto_gets_the_settings(build: Build, load: Load) -> None:

@@ -15,6 +15,7 @@ from latentforge.runtime.backends.session import LayerTime
 from latentforge.runtime.backends.signature import check_signature
 from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.machine import default_threads
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import DTYPES
 from latentforge.runtime.text import one_line
@@ -79,7 +80,7 @@ def new_settings(options: Options) -> ort.SessionOptions:
     """Return settings of a session that prints nothing, with the threads of the options."""
     settings = ort.SessionOptions()
     settings.log_severity_level = LOG_NOTHING
-    settings.intra_op_num_threads = options.get("threads", 0)
+    settings.intra_op_num_threads = options.get("threads", 0) or default_threads()
     return settings
 
 

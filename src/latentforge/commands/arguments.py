@@ -322,7 +322,11 @@ def request_of(options: argparse.Namespace) -> Request:
 def add_threads(parser: Any) -> None:
     """Add the number of threads of engines."""
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)"
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU threads (default: $LATENTFORGE_THREADS, or all cores)",
     )
 
 
