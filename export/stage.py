@@ -32,6 +32,7 @@ from latentforge.export.tokenizers import write_tokenizer
 from latentforge.runtime.annotations import check_fields, checked_arguments
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
+from latentforge.runtime.disk import check_space
 from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import (
     CheckpointError,
@@ -39,7 +40,7 @@ from latentforge.runtime.errors import (
     SettingsError,
     ShapeError,
 )
-from latentforge.runtime.files import check_space, check_target, staged_directory
+from latentforge.runtime.files import check_target, staged_directory
 from latentforge.runtime.image import to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import (

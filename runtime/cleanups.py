@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from latentforge.runtime.disk import naming_full_disk
+
 __all__ = ["at_forced_end", "clean_up", "temporary_folder"]
 
 _CLEANUPS: dict[object, Callable[[], object]] = {}
@@ -40,6 +42,9 @@ def clean_up() -> None:
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """Make a folder in the system's temporary folder, and delete it after the block."""
-    with tempfile.TemporaryDirectory(prefix=prefix) as name:
-        with at_forced_end(partial(shutil.rmtree, name, ignore_errors=True)):
-            yield Path(name)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix) as name,
+        at_forced_end(partial(shutil.rmtree, name, ignore_errors=True)),
+        naming_full_disk(Path(name), advice="set TMPDIR to another folder"),
+    ):
+        yield Path(name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from latentforge.runtime.cleanups import at_forced_end
+from latentforge.runtime.disk import naming_full_disk
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.text import size_text
 
@@ -26,7 +27,6 @@ except ImportError:  # Windows: the leftovers of a killed process stay until a u
 __all__ = [
     "MANIFEST_FILE",
     "check_file_target",
-    "check_space",
     "check_target",
     "copy_files",
     "hash_file",
@@ -111,16 +111,6 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         raise TargetError(f"cannot write {target}: {parent} is not a writable directory")
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Check that a directory's disk has `needed` bytes free; if not, raise a TargetError."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise TargetError(
-            f"{directory.parent} has {size_text(free)} free, but the engines need about "
-            f"{size_text(needed)}: free some space, or choose another disk"
-        )
-
-
 def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
     """Copy files, named relative to one directory, into another under the same names."""
     for file in files:
@@ -192,7 +182,8 @@ def _partial_directory(target: Path) -> Iterator[Path]:
             restore(_rejected(target))
             partial.mkdir()
             lock = _lock(partial)
-            yield partial
+            with naming_full_disk(target, partial):
+                yield partial
         finally:
             _discard(partial, created)
             if lock is not None:
@@ -255,7 +246,7 @@ def staged_file(target: Path) -> Iterator[Path]:
     check_file_target(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with at_forced_end(partial.unlink):
+        with naming_full_disk(target, partial), at_forced_end(partial.unlink):
             yield partial
             partial.replace(target)
     except OSError as error:

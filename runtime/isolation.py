@@ -7,7 +7,13 @@ Python has loaded before any file of a user could take their place.
 import os
 import sys
 
-__all__ = ["child_environment", "leave_working_directory", "program_command", "starts_with_module"]
+__all__ = [
+    "child_environment",
+    "leave_working_directory",
+    "open_standard_streams",
+    "program_command",
+    "starts_with_module",
+]
 
 _LAUNCHER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launcher.py")
 _SEARCHED = ("PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH")
@@ -44,6 +50,16 @@ def leave_working_directory() -> None:
     wanted = [e for e in absolute if e in installed or os.path.realpath(e) != here]
     sys.path[:] = sorted(wanted, key=lambda entry: entry in relative and entry not in installed)
     os.environ.update(child_environment())
+
+
+def open_standard_streams() -> None:
+    """Open the null device in place of closed standard streams.
+
+    Another file would get their number, and what libraries print into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def starts_with_module(package: str) -> bool:

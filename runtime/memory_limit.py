@@ -21,6 +21,7 @@ __all__ = ["limited_memory"]
 _BASE = 1 << 30  # for a library's code that is generated, and its buffers
 _PER_BYTE = 16  # weights of four bits become floats, and a copy of them in the layout of kernels
 _PER_CORE = 32 << 20  # stacks of a library's threads
+_IDLE = ("interrupts", "memory", "progress")  # threads that need next to no memory
 
 
 @contextmanager
@@ -28,7 +29,8 @@ def limited_memory(weights: int, copies: int = 1) -> Iterator[None]:
     """Let allocations fail in a block that go far beyond what an engine needs.
 
     The limit is the process's: it has none while other Python threads run, which may need memory
-    themselves, nor on a system that does not count a process's data.
+    themselves, nor on a system that does not count a process's data. Threads that only wait or
+    display, of a command, are no such threads.
 
     Args:
         weights: bytes of the engine's files.
@@ -36,7 +38,7 @@ def limited_memory(weights: int, copies: int = 1) -> Iterator[None]:
     """
     needed = _BASE + _PER_BYTE * weights * max(1, copies) + _PER_CORE * (os.cpu_count() or 1)
     present = data_memory()
-    if resource is None or present is None or threading.active_count() > 1:
+    if resource is None or present is None or _busy_threads() > 1:
         yield
         return
     old, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -46,3 +48,7 @@ def limited_memory(weights: int, copies: int = 1) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (old, hard))
+
+
+def _busy_threads() -> int:
+    return sum(thread.name not in _IDLE for thread in threading.enumerate())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from latentforge.measure.bench.protocol import BenchJob
+from latentforge.runtime.disk import naming_full_disk
 from latentforge.runtime.image import to_array
 from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import Result
@@ -48,7 +49,8 @@ def _serve(
     reply({"ready": ready})
     for _ in sys.stdin:
         result = run(job.settings)
-        np.save(job.picture, to_array(result.images))
+        with naming_full_disk(Path(job.picture)):
+            np.save(job.picture, to_array(result.images))
         stages = {name: list(calls) for name, calls in result.timings.stages.items()}
         reply({"total": result.timings.total, "stages": stages})
 

@@ -29,9 +29,9 @@ from latentforge.optimize.timing import (
     time_engines,
 )
 from latentforge.runtime.annotations import checked_arguments
+from latentforge.runtime.disk import check_space
 from latentforge.runtime.errors import GateError, TargetError
 from latentforge.runtime.files import (
-    check_space,
     check_target,
     scratch_folder,
     staged_directory,

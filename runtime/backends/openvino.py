@@ -37,7 +37,8 @@ from latentforge.runtime.backends import CACHE, NO_MEMORY, Options, Report, retu
 from latentforge.runtime.backends.ov.ir_file import check_ir
 from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, Run
 from latentforge.runtime.backends.signature import Signature, check_signature
-from latentforge.runtime.errors import BackendError, DeviceError
+from latentforge.runtime.disk import naming_full_disk
+from latentforge.runtime.errors import BackendError, DeviceError, LatentforgeError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.machine import default_threads
 from latentforge.runtime.manifest import Component
@@ -309,7 +310,7 @@ def compile(
     except BaseException as error:
         for file in (target, target.with_suffix(".bin")):
             file.unlink(missing_ok=True)
-        if isinstance(error, BackendError) or not isinstance(error, Exception):
+        if isinstance(error, LatentforgeError) or not isinstance(error, Exception):
             raise
         raise BackendError(f"openvino refuses {onnx}: {_reason(error)}") from error
     return {}
@@ -324,8 +325,9 @@ def _convert(
     model = _reshaped(model, component, bounding_range(component.shapes))
     _check_signature(model, component, onnx)
     report("writing the engine", 2, 3)
-    ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
-    _read(target, "ir")  # the library does not report a full disk
+    with naming_full_disk(target, target.parent):
+        ov.save_model(model, str(target), compress_to_fp16=options.get("compress", False))
+        _read(target, "ir")  # the library does not report a full disk
 
 
 def load(path: Path, component: Component, options: Options) -> OpenVinoSession:

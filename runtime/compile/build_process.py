@@ -24,6 +24,7 @@ import msgspec
 
 from latentforge.runtime import backends, errors
 from latentforge.runtime.cleanups import at_forced_end
+from latentforge.runtime.disk import naming_full_disk
 from latentforge.runtime.errors import BackendError, LatentforgeError
 from latentforge.runtime.isolation import child_environment, program_command
 from latentforge.runtime.machine import peak_memory
@@ -128,7 +129,9 @@ def main() -> None:
 def _compile(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
     start, part = time.perf_counter(), order.component
     compile_graph = backends.get(part.backend).compile
-    device = compile_graph(Path(order.onnx), Path(order.target), part, part.options, report)
+    target = Path(order.target)
+    with naming_full_disk(target):
+        device = compile_graph(Path(order.onnx), target, part, part.options, report)
     seconds = round(time.perf_counter() - start, 2)
     built = BuiltEngine(device=dict(device), seconds=seconds, peak_memory=peak_memory())
     return dict(msgspec.to_builtins(built))

@@ -23,8 +23,9 @@ from latentforge.runtime.compile.plan import (
     plan_compilation,
 )
 from latentforge.runtime.compile.verify import compare
+from latentforge.runtime.disk import check_space
 from latentforge.runtime.errors import BackendError, DeviceError, ManifestError, TargetError
-from latentforge.runtime.files import check_space, check_target, copy_files, staged_directory
+from latentforge.runtime.files import check_target, copy_files, staged_directory
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 from latentforge.runtime.progress import Progress
 

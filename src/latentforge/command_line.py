@@ -48,6 +48,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         logging.getLogger("latentforge").setLevel(logging.DEBUG)
     try:
         options.command(options)
+        sys.stdout.flush()
         return 0
     except (LatentforgeError, OSError, MemoryError, ImportError) as error:
         if interrupt := _interrupt_behind(error):

@@ -268,7 +268,10 @@ def test_a_full_disk(tmp_path: Path, kind: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", FILL, str(target), kind], capture_output=True, text=True, check=True
     )
-    assert result.stdout == f"cannot write {target}: File too large\n"
+    assert result.stdout == (
+        f"cannot write {target}: a file above 4 KB is larger than the system or the disk allows: "
+        "raise ulimit -f, or choose another disk\n"
+    )
     assert names(tmp_path) == []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from latentforge import interrupts
 from latentforge.runtime.memory_limit import limited_memory
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="not Linux")
@@ -79,5 +80,17 @@ def test_other_threads_are_not_limited() -> None:
             return within(0, 1, 4)
         finally:
             wait.set()
+
+    assert in_child(work)
+
+
+def test_threads_of_a_command_that_only_wait_lift_no_limit() -> None:
+    """As that which waits for Ctrl-C, in every command."""
+
+    def work() -> bool:
+        interrupts.handle(forced=True)
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        with limited_memory(0):
+            return before != resource.getrlimit(resource.RLIMIT_DATA)
 
     assert in_child(work)

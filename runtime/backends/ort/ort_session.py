@@ -47,23 +47,22 @@ class LayerRecording:
     """
 
     def __init__(self, settings: ort.SessionOptions) -> None:
-        self._folder: ExitStack | None = ExitStack()
-        folder = self._folder.enter_context(temporary_folder("latentforge-profile-"))
+        self._open: ExitStack | None = ExitStack()
+        self._folder = self._open.enter_context(temporary_folder("latentforge-profile-"))
         settings.enable_profiling = True
-        settings.profile_file_prefix = str(folder / "events")
+        settings.profile_file_prefix = str(self._folder / "events")
 
     def layers(self, session: ort.InferenceSession | None) -> list[LayerTime]:
         """End the recording and return it; empty the second time, or without a session."""
-        folder, self._folder = self._folder, None
-        if folder is None:
+        opened, self._open = self._open, None
+        if opened is None:
             return []
-        try:
-            events = json.loads(Path(session.end_profiling()).read_bytes()) if session else []
-            return _layer_times(events)
-        except (OSError, ValueError) as error:
-            raise BackendError(f"cannot read the profile of onnxruntime: {error}") from error
-        finally:
-            folder.close()
+        with opened:  # a full disk cuts the file off
+            try:
+                events = json.loads(Path(session.end_profiling()).read_bytes()) if session else []
+                return _layer_times(events)
+            except (OSError, ValueError) as error:
+                raise BackendError(f"cannot read the profile of onnxruntime: {error}") from error
 
 
 def _layer_times(events: list[dict[str, Any]]) -> list[LayerTime]:

@@ -8,10 +8,11 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from latentforge.runtime.errors import TargetError
 from latentforge.runtime.text import printable
 
 if TYPE_CHECKING:
@@ -40,17 +41,39 @@ class EscapedStream:
 
     Attributes:
         unescaped: the stream that it writes to.
+        name: of the stream in messages; empty if what cannot be written is dropped.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.unescaped = stream
+    def __init__(self, stream: TextIO | None, name: str = "") -> None:
+        self.unescaped = stream or open(os.devnull, "w")  # None: it was closed
+        self.name = name
 
     def write(self, text: str) -> int:
         """Write a text, escaped."""
         encoding = self.unescaped.encoding or "utf-8"
         shown = "\n".join(map(_tabbed, text.split("\n")))
-        self.unescaped.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        with self._errors():
+            self.unescaped.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._errors():
+            self.unescaped.flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Drop the rest of the output where it cannot be written.
+
+        Raises TargetError if the stream has a name.
+        """
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError, ValueError):  # as Python would fail again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.unescaped.fileno())
+            if self.name:
+                raise TargetError(f"cannot write {self.name}: {error.strerror}") from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unescaped, name)
@@ -63,7 +86,7 @@ def _tabbed(line: str) -> str:
 @contextmanager
 def escaped_output() -> Iterator[None]:
     """Escape what is printed to standard output and standard error while the block runs."""
-    output, errors = (EscapedStream(stream) for stream in (sys.stdout, sys.stderr))
+    output, errors = EscapedStream(sys.stdout, "standard output"), EscapedStream(sys.stderr)
     with redirect_stdout(output), redirect_stderr(errors):
         yield
 
