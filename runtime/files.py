@@ -30,6 +30,7 @@ __all__ = [
     "check_target",
     "copy_files",
     "hash_file",
+    "link_files",
     "open_regular",
     "read_file",
     "restore",
@@ -116,6 +117,19 @@ def copy_files(files: Iterable[str], source: Path, target: Path) -> None:
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
+
+
+def link_files(files: Iterable[str], source: Path, target: Path) -> None:
+    """Make hard links of files as copy_files() copies them, or copies where there can be no links.
+
+    A file that is a symbolic link becomes one of what it leads to.
+    """
+    for file in dict.fromkeys(files):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(os.path.realpath(source / file), target / file)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source / file, target / file)
 
 
 def _check_old(target: Path, overwrite: bool) -> None:

@@ -1,8 +1,6 @@
 """Variants of engine directories: further components made of the denoiser, other files shared."""
 
-import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import onnx_ir as ir
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.files import link_files
 from latentforge.runtime.manifest import Component, FileEntry, Manifest, Stage
 
 __all__ = ["add_components", "load_denoiser"]
@@ -66,7 +65,7 @@ def add_components(
     manifest = Manifest.read(source, hashes=False)
     denoiser = manifest.components[DENOISER]
     replaced = {manifest.components[key].file for key in graphs if key in manifest.components}
-    _link(source, folder, (e.file for e in manifest.files if e.file not in replaced))
+    link_files((e.file for e in manifest.files if e.file not in replaced), source, folder)
     components = {key: _write(key, part, denoiser, folder) for key, part in graphs.items()}
     added = next(key for key in graphs if key not in manifest.components)
     stage = Stage.ended(name, start, options, packages=_TOOLS, measured={added: measured})
@@ -77,16 +76,6 @@ def add_components(
     )
     result.write(folder)
     return result
-
-
-def _link(source: Path, folder: Path, files: Iterable[str]) -> None:
-    for file in dict.fromkeys(files):
-        target = folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(os.path.realpath(source / file), target)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source / file, target)
 
 
 def _write(name: str, part: GraphPartition, denoiser: Component, folder: Path) -> Component:

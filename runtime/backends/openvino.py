@@ -42,7 +42,7 @@ from latentforge.runtime.errors import BackendError, DeviceError, LatentforgeErr
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.machine import default_threads
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.memory_limit import limited_memory
+from latentforge.runtime.memory_limit import limited_memory, load_memory
 from latentforge.runtime.shapes import ANY, Shapes, bounding_range
 from latentforge.runtime.tensor import DTYPES, Feeds, TensorSpec
 
@@ -80,7 +80,7 @@ class OpenVinoSession(CheckedSession):
                 raise BackendError(f"openvino finds no file {file}: compile the engine again")
         try:
             check_ir(path, path.with_suffix(".bin"))
-            with limited_memory(component.size, len(component.shapes)):
+            with limited_memory(load_memory(component.size, len(component.shapes))):
                 self._engine = _graphs(path, component, options, settings)
         except BackendError:
             raise
@@ -101,7 +101,8 @@ class OpenVinoSession(CheckedSession):
 
     def _run(self, run: Run) -> Outputs:
         graph: _Graph = run.engine[run.shape_index or 0]
-        return graph.run(run.feeds, self.component.outputs)
+        with self.limited(run):
+            return graph.run(run.feeds, self.component.outputs)
 
     def _reason(self, error: BaseException) -> str:
         return _reason(error)
@@ -304,7 +305,7 @@ def compile(
     backends.check_options(options, OPTIONS, _ALLOWED)
     try:
         report("reading the graph", 0, 3)
-        with limited_memory(component.size):
+        with limited_memory(load_memory(component.size)):
             _convert(onnx, target, component, options, report)
         report("writing the engine", 3, 3)
     except BaseException as error:

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
+from latentforge.runtime.memory_limit import limited_memory, run_memory
 from latentforge.runtime.tensor import Feeds
 
 __all__ = ["CheckedSession", "LayerTime", "Outputs", "Run", "Session"]
@@ -122,6 +125,14 @@ class CheckedSession(ABC):
     @abstractmethod
     def _reason(self, error: BaseException) -> str:
         """Return the message of a library's error, on one line."""
+
+    def limited(self, run: Run) -> AbstractContextManager[None]:
+        """Return a block in which a run on the CPU takes no more memory than its sizes need."""
+        elements = sum(array.size for array in run.feeds.values())
+        for spec in self.component.outputs.values():
+            with suppress(ShapeError):  # reported after the run
+                elements += prod(spec.resolve(run.sizes))
+        return limited_memory(run_memory(elements))
 
     def _closed(self) -> BackendError:
         return BackendError(f"{self.component.file} is closed")

@@ -130,8 +130,9 @@ def _compile(order: BuildOrder, report: backends.Report) -> dict[str, Any]:
     start, part = time.perf_counter(), order.component
     compile_graph = backends.get(part.backend).compile
     target = Path(order.target)
-    with naming_full_disk(target):
-        device = compile_graph(Path(order.onnx), target, part, part.options, report)
+    onnx = backends.unlinked_graph(Path(order.onnx), part, target.parent)
+    with naming_full_disk(target), onnx as graph:
+        device = compile_graph(graph, target, part, part.options, report)
     seconds = round(time.perf_counter() - start, 2)
     built = BuiltEngine(device=dict(device), seconds=seconds, peak_memory=peak_memory())
     return dict(msgspec.to_builtins(built))

@@ -10,7 +10,7 @@ those of onnx.proto.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,11 @@ def check_graph(directory: Path, component: Component) -> None:
         ManifestError: it does, or its file cannot be read.
     """
     path = directory / component.file
+    listed = {entry.file for entry in component.data}
+    _check_suffix(path, component, listed)
     if path.suffix.lower() != ".onnx":
-        if component.backend.startswith("onnxruntime"):
-            raise ManifestError(f"{path} does not end in .onnx, as graphs of onnxruntime do")
         return
     folder = PurePosixPath(component.file).parent
-    listed = {entry.file for entry in component.data}
     for name in _named_files(path):
         pure = PurePosixPath(name)
         inside = ".." not in pure.parts and not pure.is_absolute()
@@ -52,6 +51,17 @@ def check_graph(directory: Path, component: Component) -> None:
                 f"{path} names the file {name!r}, which the manifest does not list as its data: "
                 "export again"
             )
+
+
+def _check_suffix(path: Path, component: Component, listed: Collection[str]) -> None:
+    """Check that a library takes a file for what its backend says, and finds its weights listed."""
+    backend = component.backend
+    suffix = ".xml" if backend == "openvino" else ".onnx"
+    if backend.startswith(("onnxruntime", "openvino")) and path.suffix.lower() != suffix:
+        raise ManifestError(f"{path} does not end in {suffix}, as graphs of {backend} do")
+    weights = PurePosixPath(component.file).with_suffix(".bin").as_posix()
+    if backend == "openvino" and weights not in listed:
+        raise ManifestError(f"{path} has weights in {weights}, which its data does not list")
 
 
 def _named_files(path: Path) -> set[str]:

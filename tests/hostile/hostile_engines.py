@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def external_weights(path: Path) -> None:
     """Move the weights of a graph to a file beside it."""
     model = ir.load(path)
     model.graph.name = "external"
-    ir.save(model, path, external_data=f"{path.name}.data")
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=8)
+    assert path.with_name(f"{path.name}.data").stat().st_size
 
 
 # The manifest
@@ -410,22 +412,107 @@ def _header(model: Any, numbers: random.Random) -> None:
         model.metadata_props.add(key="ort_config", value='{"session_options": {}}')
 
 
+def _vector(name: str, *values: float) -> Any:
+    dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float32
+    return numpy_helper.from_array(np.array(values, dtype), name)
+
+
+def _large(size: int) -> dict[str, tuple[list[str], list[Any], dict[str, Any]]]:
+    """Return inputs, constants and attributes of operators whose output has a size, by name."""
+    one, side = _vector("large_one", 1.0), max(1.0, size**0.5)
+    pixel = numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "large_one")
+    shape = _vector("large_shape", size)
+    return {
+        "ConstantOfShape": (["large_shape"], [shape], {}),
+        "Expand": (["large_one", "large_shape"], [one, shape], {}),
+        "Tile": (["large_one", "large_shape"], [one, shape], {}),
+        "Pad": (["large_one", "large_shape"], [one, _vector("large_shape", size, 0)], {}),
+        "Resize": (
+            ["large_one", "", "large_shape"],
+            [pixel, _vector("large_shape", 1.0, 1.0, side, side)],
+            {"mode": "nearest"},
+        ),
+        "RandomNormal": ([], [], {"shape": [size]}),
+        "Unique": (["large_shape"], [shape], {}),
+    }
+
+
 def _control(model: Any, numbers: random.Random) -> None:
-    """Add a loop around a copy of the graph's nodes, or a large constant."""
-    size = numbers.choice((4, 10**6, 2**33, 2**40))
-    shape = numpy_helper.from_array(np.array([size], np.int64), "large_shape")
-    model.graph.initializer.append(shape)
-    model.graph.node.insert(
-        0, onnx.helper.make_node("ConstantOfShape", ["large_shape"], ["large"], name="large")
-    )
-    target = numbers.choice(model.graph.node)
+    """Add a large constant, by one of the operators that make one, perhaps many times."""
+    size = numbers.choice((4, 10**4, 2**28, 2**29, 2**30, 2**33, 2**40, 2**62, -1))
+    name = numbers.choice(list(_large(1)))
+    inputs, constants, attributes = _large(size)[name] if size > 0 else _large(1)[name]
+    model.graph.initializer.extend(constants)
+    count = numbers.choice((1, 1, 1, 30))
+    for index in range(count):
+        node = onnx.helper.make_node(name, inputs, [f"large{index}"], **attributes)
+        model.graph.node.insert(0, node)
+    target = numbers.choice(model.graph.node[count:])
     if target.input and numbers.random() < 0.7:
-        target.input[0] = "large"
+        target.input[0] = "large0"
+
+
+def _repetition(model: Any, numbers: random.Random) -> None:
+    """Move the nodes into a loop or a function, or add a graph of other kinds."""
+    graph = model.graph
+    count = numbers.choice((0, 3, 2**31, 2**62, -1))
+    body = onnx.helper.make_graph(list(graph.node)[:3], "body", [], [])
+    graph.initializer.append(_vector("count", count))
+    match numbers.choice(("Loop", "Scan", "SequenceMap", "If", "function")):
+        case "function":
+            model.functions.add(name="f", domain="x").node.extend(list(graph.node)[:2])
+            graph.node.append(onnx.helper.make_node("f", [], [], domain="x"))
+        case name:
+            graph.node.append(onnx.helper.make_node(name, ["count"], ["looped"], body=body))
+
+
+def _many(model: Any, numbers: random.Random) -> None:
+    """Add very many small messages, or many dimensions."""
+    count = numbers.choice((*[100, 1000] * 4, 200_000))
+    match numbers.randrange(4):
+        case 0:
+            model.graph.node.extend([onnx.NodeProto()] * count)
+        case 1:
+            model.graph.input[0].type.tensor_type.shape.dim.extend(
+                [onnx.TensorShapeProto.Dimension()] * count
+            )
+        case 2:
+            numbers.choice(model.graph.node).input.extend([""] * count)
+        case 3:
+            model.graph.value_info.extend([onnx.ValueInfoProto(name="x")] * count)
+
+
+# OpenVINO graphs
+
+
+def _damage_ir(directory: Path, numbers: random.Random) -> str:
+    """Change attributes of an OpenVINO graph: sizes, offsets, types and wiring."""
+    graphs = sorted(directory.rglob("*.xml"))
+    if not graphs:
+        return _damage_graph(directory, numbers)
+    path = numbers.choice(graphs)
+    text = path.read_text()
+    places = list(re.finditer(r'([a-z_]+)="([^"]*)"', text))
+    chosen = sorted(numbers.sample(places, numbers.choice((1, 1, 2))), key=lambda m: -m.start())
+    for match in chosen:
+        same = [other[2] for other in places if other[1] == match[1]]
+        value = numbers.choice((*same, *map(str, _NUMBERS), *map(str, _SIZES), *_IR_VALUES))
+        text = text[: match.start(2)] + value + text[match.end(2) :]
+    path.write_text(text)
+    _agree(directory)
+    return f"{path.name}: {', '.join(match[0][:40] for match in chosen)}"
+
+
+_IR_VALUES = (
+    *("", "-1", "1,1", "2147483648,2", "?", "1..9", "f64", "i4", "u1", "string", "dynamic", "Loop"),
+    *("TensorIterator", "Broadcast", "Tile", "Range", "ReadValue", "If", "Const", "Parameter"),
+    *("Result", "MatMul", "Interpolate", "Pad", "opset1", "opset99", "extension", "x" * 1000),
+)
 
 
 _CHANGES: tuple[Callable[[Any, random.Random], None], ...] = (
     *(_operator, _attribute, _attribute, _wiring, _nodes, _initializer, _external, _offsets),
-    *(_signature, _header, _control),
+    *(_signature, _header, _control, _repetition, _many),
 )
 _DAMAGES: dict[Callable[[Path, random.Random], str], int] = {
     _replace_value: 35,
@@ -434,6 +521,7 @@ _DAMAGES: dict[Callable[[Path, random.Random], str], int] = {
     _damage_bytes: 8,
     _damage_bytes_agreeing: 10,
     _damage_graph: 22,
+    _damage_ir: 8,
     _replace_entry: 8,
     _damage_tokenizer: 5,
 }

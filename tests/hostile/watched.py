@@ -17,10 +17,13 @@ from latentforge.runtime.errors import LatentforgeError
 __all__ = ["Outcome", "failures", "watched"]
 
 SECONDS = 20.0
-"""Time limit of a case."""
+"""Time limit of a case, in seconds of a processor: other programs may slow it down."""
 
 MEMORY = 2 << 30
 """Most bytes that a case may add to the resident memory of its process."""
+
+_WAIT, _LONGEST = 5.0, 300.0
+"""Seconds between two looks at a case, and those in which it must end however busy the machine."""
 
 _ADDRESSES = 8 << 30
 _MAX_MESSAGE = 1000
@@ -34,7 +37,7 @@ class Outcome:
         index: number of the case.
         end: ``works``, ``refused``, or the way in which it failed.
         detail: the message, or the traceback of a failure.
-        seconds: duration.
+        seconds: of a processor, in all threads.
         memory: bytes of resident memory that the case added at its peak.
     """
 
@@ -89,22 +92,35 @@ def _process(run: Callable[[int], object], indices: Sequence[int]) -> Iterator[O
     os.close(writer)
     with os.fdopen(reader, "rb") as lines:
         try:
-            yield from _outcomes(lines, indices)
+            yield from _outcomes(lines, child, indices)
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
 
-def _outcomes(lines: Any, indices: Sequence[int]) -> Iterator[Outcome]:
+def _outcomes(lines: Any, child: int, indices: Sequence[int]) -> Iterator[Outcome]:
     for index in indices:
-        start = time.perf_counter()
-        ready, _, _ = select.select([lines], [], [], SECONDS + 10)
+        start, before = time.monotonic(), _processor_seconds(child)
+        ready = False
+        while not ready and not _hangs(time.monotonic() - start, child, before):
+            ready = bool(select.select([lines], [], [], _WAIT)[0])
         line = lines.readline() if ready else b""
         if not line:
             end = "crashes" if ready else "hangs"
-            yield Outcome(index, end, "", time.perf_counter() - start, 0)
+            yield Outcome(index, end, "", _processor_seconds(child) - before, 0)
             return
         yield Outcome(**json.loads(line))
+
+
+def _hangs(waited: float, child: int, before: float) -> bool:
+    return waited > _LONGEST or _processor_seconds(child) - before > SECONDS + _WAIT
+
+
+def _processor_seconds(pid: int) -> float:
+    """Return the seconds that a process has computed, in all threads."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(run: Callable[[int], object], indices: Sequence[int], writer: int) -> None:
@@ -119,7 +135,7 @@ def _serve(run: Callable[[int], object], indices: Sequence[int], writer: int) ->
 
 
 def _outcome(run: Callable[[int], object], index: int) -> Outcome:
-    before, start = _reset_peak(), time.perf_counter()
+    before, start = _reset_peak(), time.process_time()
     try:
         run(index)
         end, detail = "works", ""
@@ -131,7 +147,7 @@ def _outcome(run: Callable[[int], object], index: int) -> Outcome:
     except BaseException:
         end, detail = "foreign", traceback.format_exc()[-2000:]
     detail = detail.encode(errors="replace").decode()
-    return Outcome(index, end, detail, time.perf_counter() - start, _memory("VmHWM") - before)
+    return Outcome(index, end, detail, time.process_time() - start, _memory("VmHWM") - before)
 
 
 def _limit_addresses() -> None:

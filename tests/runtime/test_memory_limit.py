@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentforge import interrupts
-from latentforge.runtime.memory_limit import limited_memory
+from latentforge.runtime.memory_limit import limited_memory, load_memory, run_memory
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="not Linux")
 
@@ -35,7 +35,7 @@ def allocates(gigabytes: int) -> bool:
 
 
 def within(weights: int, copies: int, gigabytes: int) -> bool:
-    with limited_memory(weights, copies):
+    with limited_memory(load_memory(weights, copies)):
         return allocates(gigabytes)
 
 
@@ -44,6 +44,22 @@ def test_the_limit_grows_with_the_weights() -> None:
     assert in_child(lambda: within(1 << 28, 1, 4))
     assert in_child(lambda: not within(1 << 28, 1, 12))
     assert in_child(lambda: within(1 << 28, 3, 12))
+
+
+def test_a_run_may_take_what_its_sizes_need() -> None:
+    assert run_memory(10_000) < 1 << 30
+    assert run_memory(4 * 4 * 64 * 64) > 7 << 30  # a denoiser at 512 x 512
+    assert run_memory(4 * 4 * 128 * 128) > 70 << 30  # and at 1024 x 1024, with all scores
+    assert run_memory(3 * 512 * 512) > 8 << 30  # a decoder
+
+
+def test_threads_of_latentforge_do_not_count() -> None:
+    def work() -> bool:
+        wait = threading.Event()
+        threading.Thread(target=wait.wait, name="interrupts", daemon=True).start()
+        return not within(0, 1, 4)
+
+    assert in_child(work)
 
 
 def test_the_limit_ends_with_the_block() -> None:
@@ -64,7 +80,7 @@ def test_a_lower_limit_of_the_user_stays() -> None:
     def work() -> bool:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, hard))
-        with limited_memory(1 << 34):
+        with limited_memory(1 << 36):
             inside = resource.getrlimit(resource.RLIMIT_DATA)
         return inside[0] == 3 << 30 == resource.getrlimit(resource.RLIMIT_DATA)[0]
 
