@@ -5,7 +5,6 @@ Only safetensors weights and JSON or text files are read. No code of a checkpoin
 
 import hashlib
 import json
-import logging
 import math
 import re
 import reprlib
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.text import one_line
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "warn_once",
 ]
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 DEMO = "demo"
 """Name of the checkpoint in the package latentforge-demo; it never means a directory demo/."""

@@ -7,7 +7,6 @@ autoencoder is two components with the same configuration.
 """
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from latentforge.export.families.parts import TextEncoder
 from latentforge.export.onnx import fix_dimensions
 from latentforge.export.tokenizers import special_tokens
 from latentforge.runtime.errors import CheckpointError, SettingsError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Component, FileEntry, Manifest
 from latentforge.runtime.tensor import DTYPES, TensorSpec
 from latentforge.runtime.text import one_line
@@ -44,7 +44,7 @@ __all__ = [
     "write_companions",
 ]
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 Layout = Literal["plain", "optimum"]
 

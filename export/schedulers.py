@@ -1,7 +1,6 @@
 """Conversion of a checkpoint's scheduler_config.json to the runtime's schedule and sampler."""
 
 import inspect
-import logging
 import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from latentforge.export.checkpoint import warn_once
 from latentforge.runtime.errors import CheckpointError, ManifestError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.sampling import SAMPLERS
 from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.prediction import Prediction
@@ -36,7 +36,7 @@ __all__ = [
     "with_class",
 ]
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 _SCHEDULE_KEYS = frozenset(
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "

@@ -1,7 +1,6 @@
 """Conversion of a checkpoint's CLIP tokenizer to the tokenizer.json that the runtime reads."""
 
 import json
-import logging
 import reprlib
 from pathlib import Path
 
@@ -15,13 +14,14 @@ from latentforge.runtime.conditioning.tokenizer_file import (
 )
 from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.files import hash_file
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import MAX_TOKENS, TokenizerEntry
 from latentforge.runtime.text import one_line
 from tokenizers import Tokenizer
 
 __all__ = ["special_tokens", "write_tokenizer"]
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: str, directory: Path) -> TokenizerEntry:

@@ -1,7 +1,6 @@
 """Read and write the ONNX graph of one component of an engine directory."""
 
 import gc
-import logging
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import onnx_ir as ir
 
 from latentforge.runtime.backends import return_memory
 from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.text import one_line
 
@@ -17,7 +17,7 @@ __all__ = ["DENOISER", "free_graphs", "load_graph", "save_graph"]
 DENOISER = "denoiser"
 """Name of the component that runs at every step: the one that is pruned, calibrated and split."""
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 _EXTERNAL = 256_000_000  # bytes of weights, as in exported engines; protobuf's limit is 2 GiB
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from latentforge.runtime.denoising.depth import DepthInput, depth_channel
 from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage, Picture
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import CACHED_FEATURE, Component, Latent, Manifest
 from latentforge.runtime.sampling.levels import NoisePlan
 from latentforge.runtime.settings import Settings
@@ -25,7 +25,7 @@ __all__ = ["ResolvedRequest", "check_size", "warn_of_calibration"]
 
 Array = NDArray[np.float32]
 
-_log = logging.getLogger("latentforge")
+_log = escaping_logger("latentforge")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,6 @@ of the package onnxruntime-ep-nv-tensorrt-rtx.
 import contextlib
 import ctypes
 import io
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +46,7 @@ from latentforge.runtime.backends import BACKENDS, CACHE, Options, Report
 from latentforge.runtime.backends.ort import ort_session
 from latentforge.runtime.backends.ort.device_session import GPU_LOCK, DeviceSession, Place
 from latentforge.runtime.errors import BackendError, DeviceError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import bounding_range
 
@@ -60,7 +60,7 @@ OPTIONS: dict[str, type] = {
 }
 SUFFIX = ".onnx"
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 _ALLOWED = {"search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"), "level": range(6)}
 _MEGABYTES = ("memory", "workspace")

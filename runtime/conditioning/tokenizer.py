@@ -1,6 +1,5 @@
 """Conversion of prompts to token ids, by the tokenizers library."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 
 from latentforge.runtime.conditioning.tokenizer_file import check_tokenizer_file
 from latentforge.runtime.errors import ManifestError, SettingsError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import TokenizerEntry
 from latentforge.runtime.text import one_line
 
 __all__ = ["Tokenizer"]
 
-_log = logging.getLogger(__name__)
+_log = escaping_logger(__name__)
 
 _MAX_BYTES = 24 << 20  # parsed, it takes thirty times as much memory
 

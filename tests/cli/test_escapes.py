@@ -16,6 +16,7 @@ from conftest import Handmade
 
 from latentforge.commands.describe import describe
 from latentforge.commands.output import EscapedStream, escaped_output
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Manifest, Stage, WeightSource
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.record import escaped
@@ -90,16 +91,17 @@ def test_a_description_has_the_lines_of_a_harmless_one(handmade: Handmade, text:
 
 
 @pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
-@pytest.mark.parametrize("name", ["inspect", "verify", "missing"])
+@pytest.mark.parametrize("name", ["inspect", "verify", "missing", "compile"])
 def test_commands(handmade: Handmade, name: str, environment: dict[str, str]) -> None:
     engines = hostile(handmade, "ü\x1b[31m\u202e\x9b\nforged")
+    more = ("target", "--backend", "onnxruntime", "--dry-run") if name == "compile" else ()
     if name == "missing":
         (engines / "denoiser.onnx").unlink()
         content = json.loads((engines / "manifest.json").read_text())
         content["components"]["denoiser"]["backend"] = "\x1b[31m\nforged"
         (engines / "manifest.json").write_text(json.dumps(content))
         name = "verify"
-    result = command(name, str(engines), **{"PYTHONIOENCODING": "", **environment})
+    result = command(name, str(engines), *more, **{"PYTHONIOENCODING": "", **environment})
     text = (result.stdout + result.stderr).decode()
     assert text and is_safe(text) and "Traceback" not in text
     assert not any(line.startswith("forged") for line in text.splitlines())
@@ -110,6 +112,15 @@ def test_messages_of_a_log_stand_on_one_line(capsys: pytest.CaptureFixture[str])
 
     record = logging.LogRecord("x", logging.WARNING, "", 0, "a %s", ("\x1b[31m\nb",), None)
     assert _OneLine("latentforge: %(message)s").format(record) == "latentforge: a \\x1b[31m b"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_loggers_escape_for_programs_of_others(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    escaping_logger("latentforge.test").warning("a %s of %d", text, 3)
+    escaping_logger("latentforge.test").warning("%")
+    first, second = caplog.messages
+    assert is_safe(first) and first.startswith("a ") and first.endswith(" of 3")
+    assert "\n" not in first and second == "%"
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel
 
+from latentforge.__main__ import main
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import ExportPlan, family_of
 from latentforge.export.modules import load_module
@@ -488,6 +489,30 @@ def test_a_weight_without_a_place_is_named(
     (message,) = own_messages(caplog)
     assert f"{folder} does not use 2 of its weights, such as surplus.weight" in message
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("folder", KINDS)
+@pytest.mark.parametrize("text", ["\x1b[31m", "\u202e", "\x9b", "a\nok  forged", "\x00"])
+def test_weights_whose_names_control_a_terminal(
+    checkpoint: Path, folder: str, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = some_key(checkpoint, folder)
+    edit_weights(checkpoint, folder, lambda weights: weights.update({text: weights.pop(key)}))
+    assert refused(load(checkpoint, folder), folder).isprintable()
+    assert all(message.isprintable() for message in own_messages(caplog))
+
+
+def test_what_export_prints_of_names_of_weights(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {"\x1b[31m\u202e\x9b\nforged": np.zeros(3, np.float32)}
+    edit_weights(checkpoint, "text_encoder", lambda weights: weights.update(extra))
+    key = some_key(checkpoint, "text_encoder")
+    edit_weights(checkpoint, "text_encoder", lambda weights: weights.pop(key))
+    assert main(["export", str(checkpoint), str(tmp_path / "engines")]) == 2
+    lines = capsys.readouterr().err.split("\n")
+    assert all(line.isprintable() and not line.startswith("forged") for line in lines)
+    assert not (tmp_path / "engines").exists()
 
 
 @pytest.mark.parametrize("folder", KINDS)

@@ -1,17 +1,21 @@
 """Loading of engine directories: wrapped sessions, limits of rows, second copies."""
 
+from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Handmade
 from numpy.typing import NDArray
+from test_tasks import NETWORKS
 
 from latentforge.runtime.backends import LayerTime, Session
 from latentforge.runtime.errors import BackendError, SettingsError, ShapeError
 from latentforge.runtime.loader import EngineLoader, load
 from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.tensor import Feeds
 
 
@@ -101,7 +105,7 @@ def test_numbers_of_numpy_are_options(handmade: Handmade) -> None:
     assert engines["denoiser"].max_rows == 3
 
 
-@pytest.mark.parametrize("value", [0, -1, "2", 1.5, True, None])
+@pytest.mark.parametrize("value", [0, -1, "2", 1.5, True, None, float("nan")])
 def test_refuses_arguments_of_a_pipeline(handmade: Handmade, value: Any) -> None:
     pipeline = load(handmade())
     for name in ("repetitions", "batch_size"):
@@ -142,6 +146,82 @@ def test_a_closed_pipeline_loads_nothing(handmade: Handmade) -> None:
             use()
     assert list(pipeline.engines) == before
     pipeline.close()
+
+
+CLOSED: dict[str, Callable[[Pipeline], object]] = {
+    "call": lambda pipeline: pipeline("a", steps=1),
+    "stream": lambda pipeline: list(pipeline.stream("a", steps=1)),
+    "run": lambda pipeline: pipeline.run(pipeline.settings("a", steps=1)),
+    "encode": lambda pipeline: pipeline.encode(pipeline.settings("a")),
+    "benchmark": lambda pipeline: pipeline.benchmark(repetitions=1, steps=1),
+    "profile": lambda pipeline: pipeline.profile(steps=1),
+    "decode": lambda pipeline: pipeline.decode(np.zeros((1, 4, 4, 6), np.float32)),
+    "pixels": lambda pipeline: pipeline.decode_pixels(np.zeros((1, 4, 4, 6), np.float32)),
+    "load_engine": lambda pipeline: pipeline.load_engine("denoiser"),
+    "engine": lambda pipeline: pipeline.engines["vae_decoder"].run(
+        {"latent_sample": np.zeros((1, 4, 4, 6), np.float32)}
+    ),
+}
+HARMLESS: dict[str, Callable[[Pipeline], object]] = {
+    "settings": lambda pipeline: pipeline.settings("a", steps=1),
+    "engines": lambda pipeline: list(pipeline.engines),
+    "versions": lambda pipeline: pipeline.versions(),
+    "layers": lambda pipeline: pipeline.layers(),
+    "repr": repr,
+    "close": lambda pipeline: pipeline.close(),
+    "with": lambda pipeline: pipeline.__enter__(),
+    "attributes": lambda pipeline: (pipeline.manifest, pipeline.tokenizers, pipeline.directory),
+}
+
+
+@pytest.mark.parametrize("networks", [{}, NETWORKS], ids=["null", "onnxruntime"])
+@pytest.mark.parametrize("name", CLOSED)
+def test_uses_of_a_closed_pipeline(handmade: Handmade, name: str, networks: dict[str, str]) -> None:
+    with load(handmade(onnx=networks), threads=1) as pipeline:
+        expected = CLOSED[name](pipeline)
+    assert expected is not None
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"^[^\n]* is closed(: load its directory again)?$"):
+            CLOSED[name](pipeline)
+        with pipeline:  # closed still, and closed again
+            pass
+
+
+def test_every_method_of_a_closed_pipeline(handmade: Handmade) -> None:
+    with load(handmade()) as pipeline:
+        stream = pipeline.stream("a", steps=2)
+        next(stream)
+    for use in HARMLESS.values():
+        use(pipeline)
+    with pytest.raises(BackendError, match="is closed$"):
+        next(stream)
+    public = {name for name in dir(Pipeline) if not name.startswith("_")}
+    assert public - {"decode_pixels"} <= {*CLOSED, *HARMLESS}
+
+
+@pytest.mark.parametrize("networks", [{}, NETWORKS], ids=["null", "onnxruntime"])
+def test_closing_while_other_threads_draw(handmade: Handmade, networks: dict[str, str]) -> None:
+    pipeline = load(handmade(onnx=networks), threads=1)
+    drawn, errors = Barrier(5), list[BaseException]()
+
+    def draw() -> None:
+        try:
+            pipeline("a", steps=1)
+            drawn.wait()
+            while True:
+                pipeline("a", steps=2)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    drawn.wait()
+    pipeline.close()
+    for thread in threads:
+        thread.join(60)
+    assert [type(error) for error in errors] == [BackendError] * 4
+    assert all(str(error).split(" is closed")[1:] for error in errors)
 
 
 def test_one_component(handmade: Handmade, tmp_path: Path) -> None:

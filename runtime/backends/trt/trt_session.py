@@ -1,6 +1,5 @@
 """Session of TensorRT: device memory, execution contexts, CUDA graphs, inputs kept on the GPU."""
 
-import logging
 import mmap
 import threading
 import weakref
@@ -20,6 +19,7 @@ from latentforge.runtime.backends.signature import check_signature
 from latentforge.runtime.backends.trt import trt_common
 from latentforge.runtime.backends.trt.trt_common import CHOICES, RTX, Log, profile_sizes, ranges
 from latentforge.runtime.errors import BackendError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.tensor import Feeds
 from latentforge.runtime.text import one_line
@@ -27,7 +27,7 @@ from latentforge.runtime.text import one_line
 __all__ = ["TensorrtSession", "is_uploaded"]
 
 _EXTRA_CONTEXTS = 4  # contexts kept in addition to one per profile
-_logger = logging.getLogger(__name__)
+_logger = escaping_logger(__name__)
 _Key = tuple[int, tuple[tuple[str, int], ...]]
 
 
