@@ -1,5 +1,6 @@
 """Export stage: from a checkpoint to a directory of ONNX engines."""
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,7 @@ from latentforge.export.schedule_proof import prove_schedule
 from latentforge.export.schedulers import CheckpointScheduler, follows, with_class
 from latentforge.export.tokenizers import write_tokenizer
 from latentforge.runtime.annotations import check_fields, checked_arguments
+from latentforge.runtime.backends import return_memory
 from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.disk import check_space
@@ -148,7 +150,14 @@ def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Mani
     """
     start = time.perf_counter()
     check_target(target, overwrite=request.overwrite)
-    job = _job(source, request)
+    try:
+        return _write(_job(source, request), target, request, start)
+    finally:  # modules hold reference cycles, and a build goes on in this process
+        gc.collect()
+        return_memory()
+
+
+def _write(job: _ExportJob, target: Path, request: ExportRequest, start: float) -> Manifest:
     with (
         staged_directory(target, overwrite=request.overwrite) as directory,
         Progress(job.progress_parts, quiet=request.quiet) as progress,

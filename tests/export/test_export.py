@@ -250,6 +250,12 @@ def test_images_match_diffusers(
 # Fixed dimensions are fixed
 
 
+def weights_in_memory() -> int:
+    """Return the number of values of torch's weights that are in memory."""
+    parameters = (each for each in gc.get_objects() if type(each) is torch.nn.Parameter)
+    return sum(each.numel() for each in parameters)
+
+
 @pytest.fixture(scope="module")
 def fixed(
     tiny_checkpoint: Path, tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory
@@ -257,12 +263,14 @@ def fixed(
     """The tiny engines with a UNet of batch 1, for images of 24 x 40."""
     directory = tmp_path_factory.mktemp("fixed")
     dimensions = Dimensions(batch=1, height=24, width=40)
+    before = weights_in_memory()
     manifest = export(
         str(tiny_checkpoint),
         directory / "unet",
         ExportRequest(components=("denoiser",), dimensions=dimensions),
     )
     assert manifest.history[0].options["height"] == 24
+    assert weights_in_memory() <= before  # a build goes on in this process
     shutil.copytree(tiny_engines, directory / "all")
     shutil.copy(directory / "unet" / "denoiser.onnx", directory / "all")
     content = json.loads((tiny_engines / "manifest.json").read_text())
