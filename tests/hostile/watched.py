@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from latentforge.runtime.errors import LatentforgeError
@@ -39,6 +39,7 @@ class Outcome:
         detail: the message, or the traceback of a failure.
         seconds: of a processor, in all threads.
         memory: bytes of resident memory that the case added at its peak.
+        limit: most seconds of a processor that it may take.
     """
 
     index: int
@@ -46,11 +47,12 @@ class Outcome:
     detail: str
     seconds: float
     memory: int
+    limit: float = SECONDS
 
     @property
     def failed(self) -> bool:
         """True unless the case worked or was refused, in time and without much memory."""
-        slow = self.seconds > SECONDS or self.memory > MEMORY
+        slow = self.seconds > self.limit or self.memory > MEMORY
         return slow or self.end not in ("works", "refused")
 
 
@@ -64,7 +66,9 @@ def failures(outcomes: Sequence[Outcome], name: Callable[[int], str]) -> list[st
     ]
 
 
-def watched(run: Callable[[int], object], indices: Sequence[int]) -> Iterator[Outcome]:
+def watched(
+    run: Callable[[int], object], indices: Sequence[int], *, limit: float = SECONDS
+) -> Iterator[Outcome]:
     """Run cases in a forked process, and yield how each ended.
 
     A process that crashes or hangs is replaced, and the cases after it go on in the next.
@@ -72,15 +76,18 @@ def watched(run: Callable[[int], object], indices: Sequence[int]) -> Iterator[Ou
     Args:
         run: the case of an index; it is refused with a LatentforgeError.
         indices: the cases.
+        limit: most seconds of a processor that a case may take.
     """
     remaining = list(indices)
     while remaining:
-        for outcome in _process(run, tuple(remaining)):
+        for outcome in _process(run, tuple(remaining), limit):
             remaining.remove(outcome.index)
-            yield outcome
+            yield replace(outcome, limit=limit)
 
 
-def _process(run: Callable[[int], object], indices: Sequence[int]) -> Iterator[Outcome]:
+def _process(
+    run: Callable[[int], object], indices: Sequence[int], limit: float
+) -> Iterator[Outcome]:
     """Yield outcomes of one process, up to a case that ends it."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -92,17 +99,17 @@ def _process(run: Callable[[int], object], indices: Sequence[int]) -> Iterator[O
     os.close(writer)
     with os.fdopen(reader, "rb") as lines:
         try:
-            yield from _outcomes(lines, child, indices)
+            yield from _outcomes(lines, child, indices, limit)
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
 
-def _outcomes(lines: Any, child: int, indices: Sequence[int]) -> Iterator[Outcome]:
+def _outcomes(lines: Any, child: int, indices: Sequence[int], limit: float) -> Iterator[Outcome]:
     for index in indices:
         start, before = time.monotonic(), _processor_seconds(child)
         ready = False
-        while not ready and not _hangs(time.monotonic() - start, child, before):
+        while not ready and not _hangs(time.monotonic() - start, child, before, limit):
             ready = bool(select.select([lines], [], [], _WAIT)[0])
         line = lines.readline() if ready else b""
         if not line:
@@ -112,8 +119,8 @@ def _outcomes(lines: Any, child: int, indices: Sequence[int]) -> Iterator[Outcom
         yield Outcome(**json.loads(line))
 
 
-def _hangs(waited: float, child: int, before: float) -> bool:
-    return waited > _LONGEST or _processor_seconds(child) - before > SECONDS + _WAIT
+def _hangs(waited: float, child: int, before: float, limit: float) -> bool:
+    return waited > _LONGEST or _processor_seconds(child) - before > limit + _WAIT
 
 
 def _processor_seconds(pid: int) -> float:
