@@ -64,7 +64,8 @@ MAX_SIDE = 16_384
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Steps = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")]
+_DEVICES = "con|prn|aux|nul|com[0-9]|lpt[0-9]"  # no file can have these names on Windows
+Name = Annotated[str, msgspec.Meta(pattern=rf"^(?!({_DEVICES})\Z)[a-z][a-z0-9_]{{0,63}}\Z")]
 Small = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
