@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.text import one_line
 
-__all__ = ["DENOISER", "free_graphs", "load_graph", "save_graph"]
+__all__ = ["DENOISER", "free_graphs", "load_graph", "save_graph", "weight_files"]
 
 DENOISER = "denoiser"
 """Name of the component that runs at every step: the one that is pruned, calibrated and split."""
@@ -94,10 +95,25 @@ def save_graph(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data" if external else None)
 
 
-def free_graphs() -> None:
+def weight_files(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Return the weights of a graph that lie in files, for free_graphs()."""
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    return [tensor for tensor in weights if isinstance(tensor, ir.ExternalTensor)]
+
+
+def free_graphs(weights: Iterable[ir.ExternalTensor]) -> None:
     """Free graphs that are no longer used, and the files that are mapped into memory for them.
 
-    Graphs hold reference cycles: gigabytes would stay mapped until Python looks for cycles.
+    Graphs hold reference cycles, and the rewriter's rules what they matched last: gigabytes would
+    stay mapped.
+
+    Args:
+        weights: of the graphs as they were loaded.
     """
     gc.collect()
+    for tensor in weights:
+        try:
+            tensor.release()
+        except BufferError:  # an array of it is in use, and keeps the file mapped for itself
+            tensor.raw = None
     return_memory()

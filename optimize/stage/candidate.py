@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from latentforge.optimize.gate.comparison import component_errors, image_errors
 from latentforge.optimize.gate.gate import Measured
-from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph
+from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph, weight_files
 from latentforge.optimize.quantize.sensitivity import (
     Denoise,
     LayerSensitivity,
@@ -200,12 +200,10 @@ def _write(
     """Rewrite every component into a folder, with a manifest that can be loaded."""
     components: dict[str, Component] = {}
     rewritten: dict[str, Rewritten] = {}
-    for name, component in origin.manifest.components.items():
+    for name in origin.manifest.components:
         with progress.part(f"{name}: rewrite"):
             saved, rewritten[name] = _rewrite(rewriter, name, origin, folder)
         components |= saved
-        if component.data:
-            free_graphs()
     tokenizers = (entry.file for entry in origin.manifest.tokenizers.values())
     copy_files(tokenizers, origin.directory, folder)
     # an acceleration plan was gated with other engines
@@ -221,16 +219,23 @@ def _rewrite(
 ) -> tuple[dict[str, Component], Rewritten]:
     """Rewrite a component into a folder, and return the entries of its parts; no graph is kept."""
     component = origin.manifest.components[name]
-    made = rewriter.rewrite(name, load_graph(name, component, origin.directory), component)
+    model = load_graph(name, component, origin.directory)
+    weights = weight_files(model)
+    made = rewriter.rewrite(name, model, component)
     calibration = origin.schedule if made.precision == "int8" else None
     component = msgspec.structs.replace(
         component, precision=made.precision, calibration=calibration
     )
-    saved = {}
-    for part, graph in made.parts.items():
-        assert graph is not None
-        saved[part] = save_part(part, graph, component, folder)
-    return saved, replace(made, parts=dict.fromkeys(made.parts))
+    saved = {
+        part: save_part(part, graph, component, folder)
+        for part, graph in made.parts.items()
+        if graph is not None
+    }
+    del model
+    made = replace(made, parts=dict.fromkeys(made.parts))
+    if weights:
+        free_graphs(weights)
+    return saved, made
 
 
 def _judge(
