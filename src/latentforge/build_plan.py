@@ -19,6 +19,7 @@ import numpy as np
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families import Family
 from latentforge.export.optimum import is_exported
+from latentforge.measure.hardware import fit_together
 from latentforge.optimize.recipe import Recipe
 from latentforge.optimize.stage.durations import (
     ImageCost,
@@ -53,9 +54,10 @@ _LOAD_RATE = 2.5e-9
 _ENCODER_WORK = 300.0  # FLOP per parameter and row: two for each of the tokens
 _DENOISER_WORK = 0.19  # FLOP per parameter, row and position of the latents
 _VAE_WORK = 6.0
-_EXPORT_MEMORY = 1.4  # as a multiple of the weights in fp32: 6.4 GB of 4.3 GB at most
-_OPTIMIZE_MEMORY = 2.25  # the same: 10.1 GB at 256x256, and 19.0 GB at 512x512
-_ATTENTION_MEMORY = 8.4  # as a multiple of the attention scores of the exported graph
+_EXPORT_MEMORY = 1.5  # as a multiple of the weights in fp32: 6.4 to 7.4 GB of 4.3 GB
+_ATTENTION_MEMORY = (
+    2.9  # as a multiple of the attention scores of the exported graph: 8.1 GB at 512
+)
 _HEADS = 8
 _MAX_ATTENDED = 64 * 64  # positions: larger latents are attended to at a coarser level
 _BASE_MEMORY = 500_000_000  # libraries, and activations of a small image
@@ -205,12 +207,20 @@ class CheckpointSize:
         return max(self.weights.values())
 
     @property
-    def judged_memory(self) -> int:
-        """Bytes at the peak of gate and timing, where source and result are both loaded."""
+    def engines_memory(self) -> int:
+        """Bytes of a process that runs the exported engines, beside its libraries."""
         attended = min(self.positions, _MAX_ATTENDED)
         scores = 4 * self.rows * _HEADS * attended**2
-        weights = int(_OPTIMIZE_MEMORY * self.bytes)
-        return weights + int(_ATTENTION_MEMORY * scores) + _JUDGED_MEMORY
+        return self.bytes + int(_ATTENTION_MEMORY * scores)
+
+    def judged_memory(self, timed: int = 1) -> int:
+        """Return the bytes at the peak of gate and timing.
+
+        Args:
+            timed: engine directories that are timed, and loaded together if they fit.
+        """
+        together = fit_together([self.bytes] * timed)
+        return (timed if together else 1) * self.engines_memory + _JUDGED_MEMORY
 
     def image_cost(self, speed: float) -> ImageCost:
         """Return a first estimate of an image's parts, at a speed in FLOP/s."""
@@ -292,7 +302,7 @@ class StageEstimates:
             text=f"optimize by recipe {self.request.recipe}, for {target}, behind a quality gate "
             "on images",
             seconds=seconds,
-            memory=self.size.judged_memory,
+            memory=self.size.judged_memory(recipes + 1 if work.size.repeats else 1),
             disk=self.size.bytes * recipes,
         )
 
@@ -310,21 +320,20 @@ class StageEstimates:
 
     def choose(self) -> Iterator[PlannedStage]:
         """Yield the stages that time the result, to choose backends and rows."""
-        memory = self.size.judged_memory
         if len(self.targets) > 1:
             yield PlannedStage(
                 name="select",
                 text="time the targets with interleaved runs, and take the fastest of each "
                 "component",
                 seconds=self._select_seconds(self.cost),
-                memory=memory,
+                memory=self.size.judged_memory(len(self.targets)),
             )
         if seconds := self._rows_seconds(self.cost):
             yield PlannedStage(
                 name="rows",
                 text="time guidance in runs of one row and of all rows",
                 seconds=seconds,
-                memory=memory,
+                memory=self.size.judged_memory(),
             )
 
     def after(self, cost: ImageCost) -> float:

@@ -204,7 +204,7 @@ def test_a_budget_bounds_the_estimate_down_to_its_floor(tiny_checkpoint: Path) -
         stages = [estimates.export(), estimates.optimize("cpu"), *estimates.choose()]
         return sum(stage.seconds or 0 for stage in stages)
 
-    assert size.judged_memory == pytest.approx(19.0e9, rel=0.1)  # measured without torch
+    assert size.judged_memory() == pytest.approx(8.1e9, rel=0.2)  # measured without torch
     assert seconds(None) > 3600
     assert seconds(1800) == pytest.approx(1800)
     assert 300 < seconds(1) < 900

@@ -93,6 +93,39 @@ def test_export_fits_in_memory(name: str, engines: tuple[Path, int]) -> None:
     assert peak < (case.peak or 2.5 * weights)
 
 
+OPTIMIZE = (
+    "import sys; from latentforge.__main__ import main;"
+    "from latentforge.runtime.machine import MemoryMeter\n"
+    "with MemoryMeter() as meter: status = main(sys.argv[1:])\n"
+    "print(meter.peak); sys.exit(status)"
+)
+
+
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+def test_optimizing_at_512_fits_in_memory(
+    name: str, engines: tuple[Path, int], target: str
+) -> None:
+    """The peak of all processes is below 2.5 times the denoiser's weights, and as estimated."""
+    if name != "sd15":
+        pytest.skip("takes too much time")
+    # imported here, since the runtime's process must not need them
+    from latentforge.build_plan import CheckpointSize
+    from latentforge.measure.hardware import fit_together
+    from latentforge.runtime.manifest import Manifest
+
+    size = CheckpointSize.of_engines(Manifest.read(engines[0], hashes=False))
+    pairs = 0 if fit_together([size.bytes] * 2) else 1  # where both fit, both are loaded
+    request = f"--steps 1 --budget none --repeats {pairs} --height 512 --width 512"
+    arguments = ["optimize", str(engines[0]), str(engines[0].parent / target), "--target", target]
+    command = [sys.executable, "-c", OPTIMIZE, *arguments, "--gate", "images=1", *request.split()]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    shutil.rmtree(engines[0].parent / target)
+    peak = int(result.stdout.splitlines()[-1])
+    print(f"optimize --target {target}: {peak / 1e9:.2f} GB")
+    assert peak < 2.5 * size.denoiser
+    assert peak == pytest.approx(size.judged_memory(), rel=0.2)
+
+
 def test_steps_at_512_match_eager(name: str, checkpoint: Path, engines: tuple[Path, int]) -> None:
     """Each participant runs in a separate process, so that only one set of weights is loaded."""
     eager = by_side("eager", name, checkpoint, engines[0])
