@@ -1,17 +1,24 @@
 """scheduler_config.json is interpreted as by diffusers, also where options are missing."""
 
+import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from latentforge.export.checkpoint import open_checkpoint
+from latentforge.export.families import family_of
+from latentforge.export.schedule_proof import TOLERANCE, prove_schedule
 from latentforge.export.schedulers import (
     SCHEDULERS,
     CheckpointScheduler,
     corrected,
     default_sampler,
     prediction_of,
+    quiet_diffusers,
     schedule_of,
     with_class,
 )
@@ -186,6 +193,29 @@ def test_defaults_are_those_of_the_named_class(name: str, beta_start: float, kin
     assert isinstance(schedule, Schedule)
     assert (schedule.beta_start, schedule.beta_kind) == (beta_start, kind)
     assert schedule.options.clip_sample is None  # each sampler has its own default
+
+
+@pytest.mark.parametrize("clip", [True, False, None])
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_clean_latents_are_clipped_where_the_pipeline_clips_them(
+    tiny: Callable[[str], Path], copy: Callable[[Path], Path], name: str, clip: bool | None
+) -> None:
+    """StableDiffusionPipeline turns the option off, and that of XL follows it."""
+    path = copy(tiny(name))
+    config = {**SD15, "_class_name": "DDIMScheduler", "clip_sample": clip}
+    given = {key: value for key, value in config.items() if value is not None}
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(given))
+    index = json.loads((path / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (path / "model_index.json").write_text(json.dumps(index))
+    with quiet_diffusers():
+        theirs = diffusers.DiffusionPipeline.from_pretrained(path).scheduler.config.clip_sample
+    assert theirs is (name == "sdxl" and clip is not False)
+    checkpoint = open_checkpoint(str(path))
+    own = checkpoint.config("scheduler", "scheduler_config.json")
+    ours = CheckpointScheduler.of(family_of(checkpoint).scheduler(with_class(own, index)))
+    assert ours.config.get("clip_sample", True) is theirs
+    assert prove_schedule(ours, 20).difference <= TOLERANCE
 
 
 @pytest.mark.parametrize(
