@@ -177,7 +177,9 @@ class Trainer:
         self.vocabulary = models.tokenizer(settings.state / "tokenizer", texts)
         self.vae = models.autoencoder()
         if settings.start is not None:
-            weights = AutoencoderKL.from_pretrained(settings.start, subfolder="vae")
+            weights = AutoencoderKL.from_pretrained(
+                settings.start, subfolder="vae", use_safetensors=True
+            )
             self.vae.load_state_dict({k: v.float() for k, v in weights.state_dict().items()})
             if not (settings.state / "autoencoder.pt").exists():
                 self._run("autoencoder", self.vae, settings.rate).save()

@@ -15,6 +15,7 @@ from latentforge import __version__
 from latentforge.commands import COMMANDS
 from latentforge.commands.arguments import unrecognized
 from latentforge.commands.output import escaped_output
+from latentforge.compiler_cache import private_compiler_cache
 from latentforge.runtime.errors import GateError, LatentforgeError, SettingsError
 from latentforge.runtime.text import one_line, printable
 
@@ -35,7 +36,7 @@ by Ctrl-C or SIGTERM, without leaving files behind
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    with escaped_output():
+    with escaped_output(), private_compiler_cache():
         return _run(arguments)
 
 

@@ -1,11 +1,12 @@
 """Modules planted under names that latentforge and its libraries import."""
 
 import os
+import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-__all__ = ["NAMES", "environment", "plant", "traces"]
+__all__ = ["NAMES", "environment", "plant", "plant_everywhere", "traces"]
 
 NAMES = (
     *("json", "typing", "importlib", "signal", "enum", "argparse", "logging", "subprocess"),
@@ -15,6 +16,12 @@ NAMES = (
     *("diffusers", "transformers", "safetensors", "cuda", "tensorrt", "tensorrt_rtx", "jinja2"),
     *("latentforge", "latentforge_demo", "serving", "older_layout"),
 )
+
+PICKLES = (
+    *("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt", "model.pt", "model.pkl"),
+    *("scheduler.pkl", "manifest.pkl", "cache.npy"),
+)
+"""Files that libraries read as pickles, if they are let to."""
 
 _BODY = """
 import os
@@ -29,6 +36,29 @@ def plant(folder: Path, trace: Path, names: tuple[str, ...] = NAMES) -> None:
         path = folder / (f"{name}.py" if index % 2 else f"{name}/__init__.py")
         path.parent.mkdir(exist_ok=True)
         path.write_text(_BODY.format(trace=str(trace), name=name))
+
+
+def plant_everywhere(folder: Path, trace: Path) -> None:
+    """Plant modules, start-up files of Python and pickles in a folder and in its own folders."""
+    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        plant(place, trace, tuple(name for name in NAMES if not (place / name).exists()))
+        opened = f"file = open({str(trace)!r}, 'a')"
+        line = f"{opened}; file.write('{place.name}\\n'); file.close()"
+        (place / "start.pth").write_text(f"import os; {line}\n")
+        for name in ("conftest.py", "pipeline.py", "modeling.py", "handler.py"):
+            (place / name).write_text(line)
+        for name in PICKLES:
+            (place / name).write_bytes(pickle.dumps(_Trace(line)))
+
+
+class _Trace:
+    """Object whose pickle runs a line of Python when it is read."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return exec, (self.line,)
 
 
 def traces(trace: Path) -> list[str]:

@@ -1,12 +1,18 @@
 """No file is run because of its name: modules planted where commands work are not imported."""
 
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from planted import NAMES, environment, plant, traces
+from conftest import TEXT_ENCODER, Handmade
+from planted import NAMES, environment, plant, plant_everywhere, traces
+
+pytest.importorskip("onnx")
+from hostile_engines import DECODER, DENOISER
 
 from latentforge.measure.peers import PEERS
 from latentforge.runtime import isolation
@@ -30,7 +36,7 @@ def run(command: tuple[str, ...], folder: Path, **variables: str) -> str:
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -56,6 +62,60 @@ def test_a_command_runs_nothing_of_the_working_directory(
     folder, trace = hostile
     run((*CONSOLE, *compilation(tiny_engines, tmp_path / "out")), folder, PYTHONPATH=SOURCE)
     assert (tmp_path / "out" / "manifest.json").is_file() and traces(trace) == []
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "run": ("run", "engines", "a", "--steps", "1", "-o", "output/a.png"),
+    "compile": ("compile", "engines", "output/out", "--backend", "onnxruntime"),
+    "inspect": ("inspect", "engines", "--layers", "1", "--json", "output/a.json"),
+}
+SLOW: dict[str, tuple[str, ...]] = {
+    "verify": ("verify", "engines"),
+    "optimize": ("optimize", "engines", "output/out", "--steps", "1", "--gate", "images=1"),
+    "eval": ("eval", "engines", "--against", "engines", "--images", "1", "--json", "output/e"),
+    "bench": ("bench", "engines", "--steps", "1", "--repeats", "1", "--against", "eager"),
+    "compiled": ("bench", "engines", "--steps", "1", "--repeats", "1", "--against", "compile"),
+    "build": ("build", "checkpoint", "output/out", "--repeats", "0", "--gate", "images=1"),
+}
+
+
+def run_planted(arguments: tuple[str, ...], tmp_path: Path) -> list[str]:
+    """Run a command where everything is planted in every folder that it names."""
+    work, trace = tmp_path / "work", tmp_path / "trace"
+    (work / "output").mkdir()
+    plant_everywhere(work, trace)
+    (work / "torchinductor_root").mkdir()
+    run((*CONSOLE, *arguments), work, PYTHONPATH=SOURCE, TMPDIR=str(work))
+    return traces(trace)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_is_run_of_the_engines_and_beside_the_output(
+    name: str, handmade: Handmade, tmp_path: Path
+) -> None:
+    parts = {"text_encoder": TEXT_ENCODER, "denoiser": DENOISER, "vae_decoder": DECODER}
+    (tmp_path / "work").mkdir()
+    handmade("work/engines", onnx=parts)
+    assert run_planted(COMMANDS[name], tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_no_command_runs_what_is_planted(
+    name: str, tiny_engines: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_engines, tmp_path / "work" / "engines")
+    shutil.copytree(tiny_checkpoint, tmp_path / "work" / "checkpoint")
+    assert run_planted(SLOW[name], tmp_path) == []
+
+
+def test_planted_files_would_be_found(tmp_path: Path) -> None:
+    plant_everywhere(tmp_path, tmp_path / "trace")
+    with (tmp_path / "model.pkl").open("rb") as file:
+        pickle.load(file)
+    run(("-c", "import json, pipeline, torch"), tmp_path)
+    found = traces(tmp_path / "trace")
+    assert {"json", "torch"} <= set(found) and found.count(tmp_path.name) == 2
 
 
 def test_neither_does_python_m_once_it_has_found_the_package(
