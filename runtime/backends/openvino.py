@@ -24,7 +24,7 @@ import functools
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,14 @@ class OpenVinoSession(CheckedSession):
     def __init__(self, path: Path, component: Component, options: Options) -> None:
         super().__init__(component)
         settings = _settings(options)
+        self._on_cpu = options.get("device", "CPU") == "CPU"  # other devices map memory of theirs
         for file in (path, path.with_suffix(".bin")):
             if not file.is_file():  # the library would wait for a pipe, for example
                 raise BackendError(f"openvino finds no file {file}: compile the engine again")
         try:
             check_ir(path, path.with_suffix(".bin"))
-            with limited_memory(load_memory(component.size, len(component.shapes))):
+            needed = load_memory(component.size, len(component.shapes))
+            with limited_memory(needed) if self._on_cpu else nullcontext():
                 self._engine = _graphs(path, component, options, settings)
         except BackendError:
             raise
@@ -101,7 +103,7 @@ class OpenVinoSession(CheckedSession):
 
     def _run(self, run: Run) -> Outputs:
         graph: _Graph = run.engine[run.shape_index or 0]
-        with self.limited(run):
+        with self.limited(run) if self._on_cpu else nullcontext():
             return graph.run(run.feeds, self.component.outputs)
 
     def _reason(self, error: BaseException) -> str:
