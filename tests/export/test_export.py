@@ -473,7 +473,7 @@ def test_the_gate_detects_differences(tiny_engines: Path, wrong: str) -> None:
 
 # Interruptions
 
-TEXT_ENCODER = ExportRequest(components=("text_encoder",))
+TEXT_ENCODER = ExportRequest(components=("text_encoder",), dimensions=Dimensions(batch=1))
 
 
 def forked(checkpoint: Path, target: Path) -> BaseProcess:

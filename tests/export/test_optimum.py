@@ -65,7 +65,9 @@ def texts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(checkpoint / "tokenizer_2")
     assert not (checkpoint / "tokenizer_2" / "vocab.json").exists()
     names = ("text_encoder", "text_encoder_2")
-    export(str(checkpoint), folder / "engines", ExportRequest(components=names, layout="optimum"))
+    sizes = Dimensions(batch=1)  # the fastest to export
+    request = ExportRequest(components=names, dimensions=sizes, layout="optimum")
+    export(str(checkpoint), folder / "engines", request)
     return folder / "engines"
 
 

@@ -151,7 +151,7 @@ def both(
     tiny_denoiser: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Both:
-    """Return a function that exports a family, whole and partitioned; ``sd/2`` has batch 2."""
+    """Return a function that exports a family, whole and partitioned; ``sd/2`` has fixed sizes."""
     from latentforge.export.onnx import Dimensions
     from latentforge.export.stage import ExportRequest, export
 
@@ -162,7 +162,8 @@ def both(
         family, _, batch = name.partition("/")
         whole = folder / name.replace("/", "-")
         if batch:
-            part = ExportRequest(components=("denoiser",), dimensions=Dimensions(batch=int(batch)))
+            sizes = Dimensions(batch=int(batch), height=32, width=32)
+            part = ExportRequest(components=("denoiser",), dimensions=sizes)
             export(str(tiny(family)), whole, part)
         else:
             shutil.copytree(tiny_denoiser(family), whole)
