@@ -22,7 +22,7 @@ from latentforge.runtime.errors import LatentforgeError
 pytest_plugins = ["test_requests"]
 
 FEW = range(200)
-FULL = range(5000)
+FULL = range(2000)
 GATE_FAILED = 3
 
 
