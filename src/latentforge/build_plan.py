@@ -58,6 +58,7 @@ _EXPORT_MEMORY = 1.5  # as a multiple of the weights in fp32: 6.4 to 7.4 GB of 4
 _ATTENTION_MEMORY = (
     2.9  # as a multiple of the attention scores of the exported graph: 8.1 GB at 512
 )
+_COMPARED_MEMORY = 2  # as a multiple of the weights: OpenVINO maps the file beside its own layout
 _HEADS = 8
 _MAX_ATTENDED = 64 * 64  # positions: larger latents are attended to at a coarser level
 _BASE_MEMORY = 500_000_000  # libraries, and activations of a small image
@@ -314,9 +315,15 @@ class StageEstimates:
             name="compile",
             text=f"compile with {TARGETS[target].backend} for {size}",
             seconds=self._compile_seconds,
-            memory=int(spec.memory * self.size.denoiser) + _BASE_MEMORY,
+            memory=self._compile_memory(spec),
             disk=self.size.bytes,
         )
+
+    def _compile_memory(self, spec: backends.BackendSpec) -> int:
+        """Return the bytes of the compiler, or of the comparison afterwards if that takes more."""
+        compiler = int(spec.memory * self.size.denoiser) + _BASE_MEMORY
+        compared = 0 if spec.gpu else _COMPARED_MEMORY * self.size.bytes + _JUDGED_MEMORY
+        return max(compiler, compared)
 
     def choose(self) -> Iterator[PlannedStage]:
         """Yield the stages that time the result, to choose backends and rows."""
