@@ -44,7 +44,7 @@ OTHERS = (*EDITING, *DEPTH, *UPSCALING)
 TEXT = [name for name in TINY if name not in (*INPAINTING, *OTHERS, REFINER)]
 IMAGE = [name for name in TINY if name not in (*INPAINTING, *OTHERS)]
 INPAINT = [name for name in TINY if name not in OTHERS]
-FREE = ("bk-sdm", "decidiffusion-2")
+FREE = ("bk-sdm", "decidiffusion-2", "sdxl-inpainting")
 """Families whose denoiser has free dimensions here, as other tests need it; others are fixed."""
 
 Built = Callable[[str], tuple[Pipeline, EagerPipeline]]
