@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from latentforge.measure.quality.metrics import Perceptual, compare_images, is_constant
 from latentforge.optimize.gate.gate import Gate
 from latentforge.optimize.recording import Call, CallRecording, RecordedImage
+from latentforge.runtime.backends import Report
 from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.image import psnr, relative_error
@@ -25,8 +26,16 @@ __all__ = ["component_errors", "image_errors"]
 Outputs = Mapping[str, NDArray[Any]]
 
 
-def component_errors(pipeline: Pipeline, recording: CallRecording) -> dict[str, dict[str, float]]:
+def component_errors(
+    pipeline: Pipeline, recording: CallRecording, report: Report = lambda *_: None
+) -> dict[str, dict[str, float]]:
     """Run each component on inputs recorded from the source, and compare the outputs.
+
+    Args:
+        pipeline: of the optimized engines.
+        recording: of the source.
+        report: called with the name of a component, before it runs, and the number of those done
+            and of all.
 
     Returns:
         By component, ``max_relative_error`` (the largest difference as a fraction of the largest
@@ -36,7 +45,8 @@ def component_errors(pipeline: Pipeline, recording: CallRecording) -> dict[str, 
         BackendError: an output holds NaN or infinity.
     """
     errors = {}
-    for name, calls in recording.calls.items():
+    for done, (name, calls) in enumerate(recording.calls.items()):
+        report(name, done, len(recording.calls))
         errors[name] = _errors([(call.outputs, _run(pipeline, name, call)) for call in calls])
     return errors
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -243,8 +244,11 @@ def _judge(
 ) -> tuple[Measured, tuple[str, ...]]:
     """Repeat the source's runs with the engines of a folder, and compare; NaN is a failure."""
     try:
-        with load(folder, hashes=False, example_images=True) as pipeline:
-            measured: dict[str, Mapping[str, float]] = {**component_errors(pipeline, origin.gate)}
+        with ExitStack() as stack:
+            with progress.part("gate: components"):
+                pipeline = stack.enter_context(load(folder, hashes=False, example_images=True))
+                errors = component_errors(pipeline, origin.gate, progress.within)
+            measured: dict[str, Mapping[str, float]] = {**errors}
             measured["image"] = image_errors(pipeline, origin.gate.results, recipe.gate, progress)
     except (BackendError, GateError) as error:
         return {}, (str(error),)

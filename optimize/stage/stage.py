@@ -123,10 +123,12 @@ def _bytes_needed(job: OptimizeJob) -> int:
 
 
 def _progress_parts(job: OptimizeJob) -> int:
+    """Return the number of parts of the work: fewer if candidates fail."""
     images = max(recipe.gate.images for recipe in job.recipes.values())
     recorded = sum(map(len, job.prompt_sets))
-    per_recipe = 2 * len(job.manifest.components) + images + 2
-    return recorded + per_recipe * len(job.recipes)
+    rewritten = len(job.manifest.components) * (1 if job.target.runs_on_cpu else 2)
+    layers = sum(recipe.measures_layers for recipe in job.recipes.values())
+    return recorded + layers + (rewritten + 1 + images) * len(job.recipes) + job.is_timed
 
 
 def _record_source(job: OptimizeJob, folder: Path, progress: Progress) -> Origin:
@@ -169,10 +171,10 @@ def _time(
     passing = [c for c in candidates if not c.failures]
     if not (job.is_timed and passing):
         return None
-    with load(job.source, hashes=False, low_memory=True, example_images=True) as pipeline:
-        settings = pipeline.settings(job.prompts[0], seed=0, **job.request.settings)
-        settings = replace(settings, steps=job.timed_steps)
     with progress.part("interleaved timing"):
+        with load(job.source, hashes=False, low_memory=True, example_images=True) as pipeline:
+            settings = pipeline.settings(job.prompts[0], seed=0, **job.request.settings)
+            settings = replace(settings, steps=job.timed_steps)
         try:
             return time_engines(
                 [Participant.of(job.source, _INPUT)]
