@@ -17,5 +17,7 @@ def escaping_logger(name: str) -> logging.Logger:
 
 def _escape(record: logging.LogRecord) -> bool:
     """Put the escaped message in place of the record's, and let it pass."""
-    record.msg, record.args = printable(one_line(record.getMessage(), limit=None)), None
+    text = record.getMessage()
+    indent = text[: len(text) - len(text.lstrip(" "))]
+    record.msg, record.args = indent + printable(one_line(text, limit=None)), None
     return True

@@ -114,8 +114,10 @@ def checked_path(name: str, value: object) -> Path:
     Raises:
         SettingsError: it is neither a string nor a path, or no file can have this path.
     """
-    if not isinstance(value, str | Path) or not _is_possible(str(value)):
+    if not isinstance(value, str | Path):
         raise SettingsError(f"{name} must be a path, not {shown(value)}")
+    if not _is_possible(str(value)):
+        raise SettingsError(f"{name} is a path that no file can have: {shown(str(value))}")
     return Path(value)
 
 

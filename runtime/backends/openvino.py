@@ -6,7 +6,9 @@ compiled graph has its own copy of the weights, in the layout of its kernels, so
 by the size of the weights with every shape. Threads do not spin between runs.
 
 Options:
-    threads: of one run; 0 lets OpenVINO use every core, or LATENTFORGE_THREADS of them.
+    threads: of one run; 0 lets OpenVINO use every core, or LATENTFORGE_THREADS of them. One
+        counts as two: with a single thread OpenVINO 2026.4 passes over errors in the shapes of a
+        graph of free sizes and runs on, which was seen to crash.
     profile: record the time of each layer.
     device: CPU, GPU, NPU or AUTO, where OpenVINO finds one.
     hint: ``latency`` gives one run all threads; ``throughput`` lets several run side by side.
@@ -184,7 +186,7 @@ def _settings(options: Options) -> dict[str, Any]:
     device = _device(options)
     group = _QUANTIZATION_GROUP if options.get("dynamic_quantization") else 0
     settings = {
-        "INFERENCE_NUM_THREADS": options.get("threads", 0) or default_threads(),
+        "INFERENCE_NUM_THREADS": _threads(options),
         "PERF_COUNT": options.get("profile", False),
         "PERFORMANCE_HINT": options.get("hint", "latency").upper(),
         "INFERENCE_PRECISION_HINT": options.get("precision", "f32"),
@@ -194,6 +196,12 @@ def _settings(options: Options) -> dict[str, Any]:
         return settings
     supported = _core().get_property(device, "SUPPORTED_PROPERTIES")
     return {key: value for key, value in settings.items() if key in supported}
+
+
+def _threads(options: Options) -> int:
+    """Return the threads of a run, 0 for the library's default; never one: see above."""
+    threads: int = options.get("threads", 0) or default_threads()
+    return 2 if threads == 1 else threads
 
 
 def _device(options: Options) -> str:

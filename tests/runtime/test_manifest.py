@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from conftest import Handmade
 
-from latentforge.runtime.errors import ManifestError
+from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.files import hash_file
 from latentforge.runtime.manifest import (
     FORMAT,
@@ -737,8 +737,10 @@ def test_checks_external_weights_too(engines: Path) -> None:
 
 def test_refuses_a_path_that_is_not_an_engine_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "missing", tmp_path / "file", tmp_path / ("x" * 300)):
-        refused(path, str(path)[:200], "latentforge build or export")
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "file"):
+        refused(path, str(path), "latentforge build or export")
+    with pytest.raises(SettingsError, match="the engine directory is a path that no file can have"):
+        Manifest.read(tmp_path / ("x" * 300))
 
 
 @pytest.mark.timeout(20)  # opening a pipe blocks
