@@ -88,7 +88,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"wrap_session": "x"}, "wrap_session must be a function, not 'x'"),
     ({"directory": None}, "directory must be a path, not None"),
     ({"directory": b"engines"}, "directory must be a path, not b'engines'"),
-    ({"directory": "a\0b"}, "directory must be a path"),
+    ({"directory": "a\0b"}, "directory is a path that no file can have"),
     ({"thread": 2}, "no backend option 'thread'"),
 ]
 
