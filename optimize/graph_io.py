@@ -38,7 +38,7 @@ def load_graph(name: str, component: Component, directory: Path) -> ir.Model:
     path = directory / component.file
     try:
         model = ir.load(path)
-        _follow_links(model)
+        _resolve_links(model)
         inputs = [str(value.name) for value in model.graph.inputs]
         outputs = [str(value.name) for value in model.graph.outputs]
     except Exception as error:  # the parser's errors have no common base class
@@ -69,7 +69,7 @@ class _ListedFolder(str):
         return False
 
 
-def _follow_links(model: ir.Model) -> None:
+def _resolve_links(model: ir.Model) -> None:
     """Let the external weights of a graph, its subgraphs and attributes be links."""
     for graph in (model.graph, *model.graph.subgraphs()):
         tensors = [value.const_value for value in graph.initializers.values()]

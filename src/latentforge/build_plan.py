@@ -382,9 +382,9 @@ class StageEstimates:
 
 def _floor(work: Workload) -> Workload:
     """Return the least that a budget may reduce an optimization to: see sizing.py."""
-    least = {name: min(getattr(work.size, name), value) for name, value in FLOOR.items()}
+    floor = {name: min(getattr(work.size, name), value) for name, value in FLOOR.items()}
     recipes = [_smallest(recipe) for recipe in work.recipes]
-    return replace(work, recipes=recipes, size=replace(work.size, **least))
+    return replace(work, recipes=recipes, size=replace(work.size, **floor))
 
 
 def _smallest(recipe: Recipe) -> Recipe:
