@@ -88,6 +88,7 @@ class BenchResult(Record, frozen=True, kw_only=True):
         speed_class: ``A`` for the reference's image (same trajectory), ``B`` for a different one,
             None if no image could be compared.
         gate: the quality gate that a class B participant has passed, in words; empty if none.
+        device: ``cpu`` or ``cuda``; empty in files of earlier versions.
         prepare_seconds: time to convert the checkpoint to the participant's own files.
         ready_seconds: from process start to loaded model, one value per start.
         first: the first request after a start; it is not counted among ``runs``.
@@ -106,6 +107,7 @@ class BenchResult(Record, frozen=True, kw_only=True):
     message: str = ""
     speed_class: Literal["A", "B"] | None = None
     gate: str = ""
+    device: str = ""
     precision: str = ""
     versions: Mapping[str, str] = {}
     prepare_seconds: _Amount | None = None
@@ -118,6 +120,11 @@ class BenchResult(Record, frozen=True, kw_only=True):
     psnr: _Figure | None = None
     median: Mapping[str, _Amount] = {}
     ratio: Mapping[str, ConfidenceInterval] = {}
+
+    @property
+    def placement(self) -> str:
+        """Device and precision, as far as they are known, such as ``cuda fp16``."""
+        return " ".join(filter(None, [self.device, self.precision]))
 
     @property
     def relative_time(self) -> float:

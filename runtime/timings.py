@@ -54,6 +54,10 @@ class Stopwatch:
         yield
         self._stages[name].append(time.perf_counter() - start)
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add one call of a stage that was timed elsewhere, such as by a GPU."""
+        self._stages[name].append(seconds)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Add the time of the block to the total."""

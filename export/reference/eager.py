@@ -22,8 +22,15 @@ from transformers import CLIPTokenizer
 
 from latentforge.export.checkpoint import Checkpoint, open_checkpoint
 from latentforge.export.families import family_of
+from latentforge.export.reference.devices import (
+    DeviceClock,
+    autotuned,
+    placed,
+    single_precision_noise,
+)
 from latentforge.export.reference.sequential import SequentialModules
 from latentforge.export.schedulers import SCHEDULERS, diffusers_scheduler, schedule_of, with_class
+from latentforge.measure.bench.placement import Placement
 from latentforge.measure.bench.protocol import BenchJob
 from latentforge.measure.bench.worker import ServedModel, serve
 from latentforge.runtime.errors import SettingsError
@@ -37,18 +44,30 @@ __all__ = ["EagerPipeline"]
 
 
 class EagerPipeline:
-    """diffusers pipelines of a checkpoint's family, in float32 on the CPU.
+    """diffusers pipelines of a checkpoint's family, by default in float32 on the CPU.
 
-    They take the runtime's settings and return its results and timings.
+    They take the runtime's settings and return its results and timings. Noise is drawn on the CPU
+    in float32, whatever they compute in, so that all participants share it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, sequential: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        sequential: bool = False,
+        placement: Placement | None = None,
+    ) -> None:
         """Load the modules of a checkpoint.
 
         Args:
             checkpoint: the checkpoint.
-            sequential: keep the weights of at most one module in memory.
+            sequential: keep the weights of at most one module in memory; on the CPU alone.
+            placement: device and precision.
         """
+        placement = placement or Placement()
+        if sequential and placement != Placement():
+            raise SettingsError(f"modules are loaded in turn on cpu:fp32 alone, not {placement}")
+        self._clock = DeviceClock(placement.device)
         family = family_of(checkpoint)
         plan = family.plan(checkpoint)
         own = checkpoint.config("scheduler", "scheduler_config.json")
@@ -62,7 +81,7 @@ class EagerPipeline:
         self._parts: dict[str, Any] = (
             dict(SequentialModules(checkpoint, loaders).modules)
             if sequential
-            else {part: load(checkpoint) for part, load in loaders.items()}
+            else {part: placed(load(checkpoint), placement) for part, load in loaders.items()}
         )
         for name in plan.tokenizers:
             self._parts[name] = CLIPTokenizer.from_pretrained(checkpoint.path / name)
@@ -103,24 +122,34 @@ class EagerPipeline:
         scheduler = self._own_scheduler() if own_scheduler else self._scheduler(settings.sampler)
         pipe = self._pipeline(scheduler, image, mask)
         watch = Stopwatch()
-        with watch.running(), torch.inference_mode(), self._timed(watch):
+        with watch.running(), torch.inference_mode(), single_precision_noise():
             given = {"image": image, "mask_image": mask, "depth_map": _depth_tensor(depth_map)}
-            latents = pipe(**self._arguments(settings, pipe, given)).images
+            with self._timed(watch):
+                latents = pipe(**self._arguments(settings, pipe, given)).images
             with watch.stage("vae_decoder"):
-                images = self._decode(latents)
+                images = self._decode(latents, upcast=hasattr(pipe, "upcast_vae"))
         return Result(
             images=from_array(images),
-            latents=latents.numpy(),
+            latents=latents.float().cpu().numpy(),
             timings=watch.timings(),
             settings=settings,
         )
 
     def compile(self) -> None:
-        """Compile every module with torch.compile, on its first run at each size."""
-        for module in (self._parts[part] for part in (*self._texts, "unet")):
-            module.compile()
-        vae = self._parts["vae"]
-        vae.decode = torch.compile(vae.decode)
+        """Compile every module with torch.compile, on its first run at each size.
+
+        On a GPU the UNet and the VAE are compiled with max-autotune, which searches kernels and
+        records CUDA graphs.
+        """
+        for part in self._texts:
+            self._parts[part].compile()
+        unet, vae = self._parts["unet"], self._parts["vae"]
+        if self._clock.is_gpu:
+            unet.forward = autotuned(unet.forward)
+            vae.decode = autotuned(vae.decode)
+        else:
+            unet.compile()
+            vae.decode = torch.compile(vae.decode)
 
     def pipeline_class(self, image: Any = None, mask: Any = None) -> str:
         """Return the name of diffusers' class for the task that an image and a mask make.
@@ -218,26 +247,31 @@ class EagerPipeline:
         accepted = inspect.signature(pipe.__call__).parameters
         return {name: value for name, value in arguments.items() if name in accepted}
 
-    def _decode(self, latents: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _decode(
+        self, latents: torch.Tensor, *, upcast: bool
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         vae = self._parts["vae"]
-        latents = latents / vae.config.scaling_factor
+        if upcast and vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+            vae.to(torch.float32)  # as pipelines of XL do for values beyond half precision
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor
         mean, deviation = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
         if mean is not None and deviation is not None:  # as the pipelines of XL do
-            factor, shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (deviation, mean))
+            factor, shift = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (deviation, mean))
             latents = latents * factor + shift
         pixels: torch.Tensor = vae.decode(latents).sample
-        return pixels.numpy()
+        return pixels.float().cpu().numpy()
 
     @contextmanager
     def _timed(self, watch: Stopwatch) -> Iterator[None]:
-        """Context manager that times the text encoders and the UNet."""
+        """Context manager that times the text encoders and the UNet, until the device is done."""
         stages = {**dict.fromkeys(self._texts, "text_encoder"), "unet": "denoiser"}
         with ExitStack() as stack:
             for part, stage in stages.items():
                 module = self._parts[part]
-                module.forward = _timed(module.forward, watch, stage)
-                stack.callback(delattr, module, "forward")
+                stack.callback(_restore_forward, module, vars(module).get("forward"))
+                module.forward = self._clock.timed(module.forward, watch, stage)
             yield
+        self._clock.finish(watch)
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -254,24 +288,23 @@ def _depth_tensor(depth_map: Image.Image | None) -> torch.Tensor | None:
     return None if depth_map is None else torch.from_numpy(np.array([depth_map], np.float32))
 
 
-def _timed(forward: Any, watch: Stopwatch, stage: str) -> Any:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with watch.stage(stage):
-            return forward(*args, **kwargs)
-
-    return timed
+def _restore_forward(module: Any, own: Any) -> None:
+    del module.forward
+    if own is not None:  # compiled
+        module.forward = own
 
 
 def _load(job: BenchJob) -> ServedModel:
     torch.set_num_threads(job.threads)
-    pipeline = EagerPipeline(open_checkpoint(job.model))
+    placement = Placement(job.device, job.precision)
+    pipeline = EagerPipeline(open_checkpoint(job.model), placement=placement)
     if "compile" in sys.argv[1:-1]:
         if job.folder:  # otherwise compiled code lies where other users may write, in /tmp
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(job.folder) / "compiled"))
         pipeline.compile()
     ready = {
         "versions": pipeline.versions(),
-        "precision": "fp32",
+        "precision": job.precision,
         "bytes": pipeline.bytes,
     }
     return pipeline, ready

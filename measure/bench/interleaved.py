@@ -106,6 +106,8 @@ def _job(
         noise=str(jobs / "noise.npy"),
         folder=str(files),
         scheduler=participant.scheduler,
+        device=participant.placement.device,
+        precision=participant.placement.precision,
     ).write(path)
     return path
 
@@ -120,7 +122,7 @@ class _Runner:
         self._threads = threads
         self._meters = energy_meters()
         self._process: ParticipantProcess | None = None
-        self._facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
         self._ready: list[float] = []
         self._first: TimedRun | None = None
         self._runs: list[TimedRun] = []
@@ -132,10 +134,10 @@ class _Runner:
             self._process = process
             self._ready.append(process.ready_seconds)
             if process.prepared is not None:
-                self._facts["prepare_seconds"] = process.prepared
-            self._facts["versions"] = dict(process.ready.get("versions", {}))
-            self._facts["precision"] = process.ready.get("precision", "")
-            self._facts["file_bytes"] = process.ready.get("bytes")
+                self.facts["prepare_seconds"] = process.prepared
+            self.facts["versions"] = dict(process.ready.get("versions", {}))
+            self.facts["precision"] = process.ready.get("precision", "")
+            self.facts["file_bytes"] = process.ready.get("bytes")
 
     def run(self, *, counted: bool) -> None:
         """Run the request once."""
@@ -156,7 +158,7 @@ class _Runner:
 
     def _raise_peak(self, key: str, value: int | None) -> None:
         if value is not None:
-            self._facts[key] = max(value, self._facts.get(key, 0))
+            self.facts[key] = max(value, self.facts.get(key, 0))
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
@@ -184,11 +186,12 @@ class _Runner:
     def result(self, reference: "_Runner") -> BenchResult:
         """Return the measurements, relative to the reference."""
         facts: dict[str, Any] = {"name": self.participant.name, "role": self.participant.role}
-        facts |= {"ready_seconds": tuple(self._ready), **self._facts}
+        facts["device"] = self.participant.placement.device
+        facts |= {"ready_seconds": tuple(self._ready), **self.facts}
         if self.failure is not None:
             return BenchResult(**facts, **self._failure_fields(self.failure))
         distance = _psnr(reference.picture, self.picture)
-        speed_class = self._speed_class(distance)
+        speed_class = self._speed_class(distance, reference)
         return BenchResult(
             **facts,
             speed_class=speed_class,
@@ -200,13 +203,17 @@ class _Runner:
             ratio=paired_speedups(reference.runs, self._runs) if reference.runs else {},
         )
 
-    def _speed_class(self, distance: float | None) -> Literal["A", "B"] | None:
-        """Return A for the reference's image, within the accuracy of the precision."""
+    def _speed_class(
+        self, distance: float | None, reference: "_Runner"
+    ) -> Literal["A", "B"] | None:
+        """Return A for the reference's image, within the accuracy of the lower precision."""
         if not self.participant.same_trajectory:
             return "B"
         if distance is None:
             return None
-        required = SAME_IMAGE_PSNR.get(self._facts["precision"], SAME_IMAGE_PSNR["fp32"])
+        precisions = (runner.facts.get("precision", "") for runner in (self, reference))
+        single = SAME_IMAGE_PSNR["fp32"]
+        required = min(SAME_IMAGE_PSNR.get(precision, single) for precision in precisions)
         return "A" if distance >= required else "B"
 
     def _failure_fields(self, failure: BackendError) -> dict[str, Any]:

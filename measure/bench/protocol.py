@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from latentforge.measure.bench.placement import Placement
 from latentforge.measure.equivalence import same_trajectory
 from latentforge.measure.results import Role
 from latentforge.runtime.isolation import program_command
@@ -48,6 +49,8 @@ class BenchJob(Record, frozen=True, kw_only=True):
         scheduler: the diffusers scheduler that the sampler corresponds to: its class (``name``),
             arguments for its from_config (``options``) and, for samplers that need them,
             ``timesteps``.
+        device: ``cpu`` or ``cuda``, and precision: ``fp32``, ``fp16`` or ``bf16``; for
+            participants in torch.
     """
 
     model: str
@@ -57,6 +60,8 @@ class BenchJob(Record, frozen=True, kw_only=True):
     noise: str = ""
     folder: str = ""
     scheduler: Mapping[str, Any] = {}
+    device: str = "cpu"
+    precision: str = "fp32"
 
     @classmethod
     def read(cls, path: str) -> "BenchJob":
@@ -81,6 +86,7 @@ class Participant:
         gate: the quality gate that its images have passed, if it is class B.
         overrides: settings that replace the request's and lead to a different image.
         install: how to install what it needs.
+        placement: device that it runs on, and the precision that one in torch is asked for.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Participant:
     gate: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     install: str = ""
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def is_engines(self) -> bool:
@@ -118,6 +125,7 @@ class Participant:
             same_trajectory=same_trajectory(manifest) and not overrides,
             gate=_gate(manifest, accelerated=bool(overrides)),
             overrides=overrides,
+            placement=Placement.of(manifest),
         )
 
 

@@ -66,6 +66,7 @@ def _text(value: float | None, text: Callable[[float | None], str]) -> str:
 
 
 _COLUMNS: dict[str, Callable[[BenchResult], str]] = {
+    "runs on": lambda entry: entry.placement,
     "image": lambda entry: _seconds(entry.median.get("total")),
     "step": lambda entry: _seconds(entry.median.get("denoiser step")),
     "first image": lambda entry: _seconds(entry.first.seconds["total"] if entry.first else None),

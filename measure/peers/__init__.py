@@ -17,9 +17,10 @@ from latentforge.runtime.isolation import program_command
 from latentforge.runtime.text import near_miss
 
 if TYPE_CHECKING:
+    from latentforge.measure.bench.placement import Placement
     from latentforge.measure.bench.protocol import Participant
 
-__all__ = ["PEERS", "Peer", "find_peer", "participant"]
+__all__ = ["PEERS", "Peer", "find_peer", "participant", "peer_name"]
 
 _PROGRAMS = Path(__file__).parent
 
@@ -32,11 +33,13 @@ class Peer:
         summary: one line for help texts.
         program: a file of this directory, or a module of latentforge, and its arguments.
         requirements: of pip install.
+        placeable: True if it takes a device and a precision; others run on the CPU.
     """
 
     summary: str
     program: tuple[str, ...]
     requirements: tuple[str, ...]
+    placeable: bool = False
 
     @property
     def is_foreign(self) -> bool:
@@ -61,11 +64,13 @@ PEERS: Mapping[str, Peer] = {
         summary="diffusers on torch in eager mode",
         program=_EAGER,
         requirements=("latentforge[export]",),
+        placeable=True,
     ),
     "compile": Peer(
         summary="diffusers with torch.compile",
         program=(*_EAGER, "compile"),
         requirements=("latentforge[export]",),
+        placeable=True,
     ),
     "optimum-ort": Peer(
         summary="optimum-onnx: its export and its pipeline on ONNX Runtime",
@@ -91,15 +96,25 @@ PEERS: Mapping[str, Peer] = {
 """The peers by name."""
 
 
-def find_peer(name: str) -> Peer:
-    """Return a peer by name.
+def peer_name(text: str) -> str:
+    """Return the key of PEERS in ``PEER`` or ``PEER@DEVICE:PRECISION``."""
+    return text.partition("@")[0]
+
+
+def find_peer(text: str) -> Peer:
+    """Return a peer by name, whatever device and precision follow it.
 
     Raises:
-        SettingsError: there is no such peer.
+        SettingsError: there is no such peer, or it takes no device.
     """
+    name = peer_name(text)
     if name not in PEERS:
         raise SettingsError(f"no peer {name!r}: {near_miss(name, PEERS)}")
-    return PEERS[name]
+    peer = PEERS[name]
+    if "@" in text and not peer.placeable:
+        able = ", ".join(name for name, peer in PEERS.items() if peer.placeable)
+        raise SettingsError(f"{text}: {name} takes no device and precision; {able} do")
+    return peer
 
 
 def participant(
@@ -108,26 +123,32 @@ def participant(
     *,
     scheduler: Mapping[str, Any] | None = None,
     python: str | None = None,
+    default: Placement | None = None,
 ) -> Participant:
     """Return a peer as a benchmark participant.
 
     Args:
-        name: a key of PEERS.
+        name: a key of PEERS, or ``PEER@DEVICE:PRECISION`` for one in torch.
         checkpoint: a directory in diffusers' layout.
         scheduler: the diffusers scheduler of the request's sampler, see BenchJob; peers without
             latentforge need it.
         python: the interpreter of the peer's environment, if it is not this one.
+        default: device and precision where the name gives none, for peers that take them; the CPU
+            in fp32 unless given.
 
     Raises:
-        SettingsError: there is no such peer.
+        SettingsError: there is no such peer, device or precision.
     """
+    from latentforge.measure.bench.placement import Placement
     from latentforge.measure.bench.protocol import Participant
 
-    peer = find_peer(name)
+    peer, (_, at, placed) = find_peer(name), name.partition("@")
+    own = (peer.placeable and default) or Placement()
     return Participant(
         name=name,
         command=program_command(*peer.program, python=python or ""),
         model=str(checkpoint.resolve()),
         scheduler=scheduler or {},
         install=peer.install,
+        placement=own.parsed(placed) if at else own,
     )

@@ -135,7 +135,7 @@ def _table(title: str, lead: str, entries: Sequence[BenchResult]) -> Table:
 
 def _row(entry: BenchResult, cells: tuple[Cell, ...]) -> TableRow:
     gate = (entry.gate or "no quality gate") if entry.speed_class == "B" else ""
-    detail = ", ".join(filter(None, [entry.precision, gate]))
+    detail = ", ".join(filter(None, [entry.placement, gate]))
     versions = ", ".join(f"{name} {version}" for name, version in entry.versions.items())
     return TableRow(name=entry.name, role=entry.role, detail=detail, versions=versions, cells=cells)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from latentforge.measure.bench import REPEATS
+from latentforge.measure.bench.placement import Placement
 from latentforge.measure.bench.protocol import Participant
 from latentforge.measure.bench.study import Study, run
 from latentforge.measure.hardware import available_threads, fit_together
-from latentforge.measure.peers import find_peer, participant
+from latentforge.measure.peers import find_peer, participant, peer_name
 from latentforge.measure.results import Results
 from latentforge.runtime.annotations import check_fields, checked_arguments
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import DeviceError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Request, Settings, resolve
@@ -27,6 +29,13 @@ __all__ = ["BenchRequest", "benchmark", "diffusers_scheduler"]
 
 _MAX_REPEATS = 1000
 _MAX_POINT = 16_384
+_PROBE_SECONDS = 120
+_PROBE = """
+import sys
+sys.path[:] = filter(None, sys.path)  # the working directory must not be imported from
+import torch
+print(torch.cuda.is_available())
+"""
 _CORRECTED_OPTIONS: Sequence[str] = ("steps_offset", "clip_sample")
 
 
@@ -36,8 +45,9 @@ class BenchRequest:
 
     Attributes:
         engines: engine directories of one model; the first one's defaults complete the request.
-        against: peers, keys of measure.peers.PEERS. The first is the reference of all speedups;
-            without peers, the first engine directory is.
+        against: peers, keys of measure.peers.PEERS, those in torch with ``@DEVICE:PRECISION`` or
+            else in the device and precision of the first engine directory. The first is the
+            reference of all speedups; without peers, the first engine directory is.
         checkpoint: for the peers, if not the one that the engines come from.
         pythons: interpreters of peers that have their own environment, by peer.
         prompt: of every image.
@@ -99,7 +109,8 @@ def benchmark(request: BenchRequest, *, quiet: bool = True) -> Results:
     if isinstance(settings.seed, tuple):
         raise SettingsError("bench draws all images of a run from one seed: give one, not a list")
     checkpoint = request.checkpoint or manifest.source.checkpoint
-    peers = _peers(request, checkpoint, settings) if request.against else []
+    placement = Placement.of(manifest)
+    peers = _peers(request, checkpoint, settings, placement) if request.against else []
     participants = _with_unique_names([*peers, *_engine_participants(request)])
     study = Study(
         participants=[replace(participants[0], role="reference"), *participants[1:]],
@@ -154,21 +165,52 @@ def diffusers_scheduler(checkpoint: Path, sampler: str, steps: int) -> Mapping[s
     return scheduler
 
 
-def _peers(request: BenchRequest, checkpoint: str, settings: Settings) -> list[Participant]:
+def _peers(
+    request: BenchRequest, checkpoint: str, settings: Settings, placement: Placement
+) -> list[Participant]:
     from latentforge.export.checkpoint import open_checkpoint
 
     foreign = [name for name in request.against if find_peer(name).is_foreign]
     model = open_checkpoint(checkpoint).path
     scheduler = diffusers_scheduler(model, settings.sampler, settings.steps) if foreign else {}
-    return [
+    peers = [
         participant(
             name,
             model,
             scheduler=scheduler if name in foreign else {},
-            python=request.pythons.get(name),
+            python=request.pythons.get(name, request.pythons.get(peer_name(name))),
+            default=placement,
         )
         for name in request.against
     ]
+    for peer in peers:
+        _require_device(peer)
+    return peers
+
+
+def _require_device(peer: Participant) -> None:
+    """Refuse a GPU that is missing before anything is started.
+
+    Raises:
+        DeviceError: the peer's interpreter has no torch that sees a GPU.
+    """
+    if peer.placement.device != "cuda" or "-m" not in peer.command:
+        return
+    try:
+        asked = subprocess.run(
+            [peer.command[0], "-c", _PROBE],
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return  # its start will say what is wrong with this interpreter
+    if asked.returncode == 0 and asked.stdout.strip() != "True":
+        name = peer_name(peer.name)
+        raise DeviceError(
+            f"{name}@{peer.placement}: torch finds no CUDA GPU here; to compare on the CPU, write "
+            f"{name}@cpu:fp32"
+        )
 
 
 def _engine_participants(request: BenchRequest) -> list[Participant]:

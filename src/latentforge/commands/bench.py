@@ -49,8 +49,10 @@ def _add_peer_arguments(parser: Any) -> None:
         "--against",
         type=arguments.names,
         default=(),
-        metavar="PEER,...",
-        help="peers of the list below; the first one is the reference of all speedups",
+        metavar="PEER[@DEVICE:PRECISION],...",
+        help="peers of the list below; the first one is the reference of all speedups. eager and "
+        "compile take a device and a precision, as in eager@cuda:fp16 (default: those of the "
+        "first engines)",
     )
     parser.add_argument(
         "--checkpoint", metavar="CHECKPOINT", help="of the peers (default: the engines' own)"
