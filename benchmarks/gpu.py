@@ -122,8 +122,7 @@ def _in_process(name: str, box: float, options: argparse.Namespace, work: Path) 
     words = [sys.executable, __file__, "--output", options.output.resolve(), "--stage", name, work]
     words += ["--dry-run"] * options.dry_run
     mark, start = uuid.uuid4().hex, time.monotonic()
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", _MARK: mark}
+    env = {**os.environ, "PYTHONPATH": _path(), "PYTHONUNBUFFERED": "1", _MARK: mark}
     log = options.output / "log"
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -137,6 +136,12 @@ def _in_process(name: str, box: float, options: argparse.Namespace, work: Path) 
         finally:
             _kill_marked(mark, process)
     return {"code": code, "end": end, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _path() -> str:
+    """Return PYTHONPATH with the checkout and this folder, neither of which is installed."""
+    own = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+    return os.pathsep.join(filter(None, [*own, os.environ.get("PYTHONPATH", "")]))
 
 
 def _kill_marked(mark: str, process: "subprocess.Popen[bytes]") -> None:
@@ -184,11 +189,8 @@ def _write_page(output: Path, ends: Mapping[str, Mapping[str, Any]]) -> None:
     measured = sorted(output.glob("*-bench.json"))
     if measured:
         words = [sys.executable, "-m", "latentforge", "report", *measured]
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "src") + os.pathsep + os.environ.get("PYTHONPATH", ""),
-        }
-        subprocess.run([*map(str, words), "-o", str(output / "bench.html")], env=env)
+        words += ["-o", output / "bench.html"]
+        subprocess.run([*map(str, words)], env={**os.environ, "PYTHONPATH": _path()})
 
 
 if __name__ == "__main__":

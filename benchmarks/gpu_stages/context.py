@@ -37,6 +37,11 @@ class Stage:
         return "onnxruntime" if self.dry else "onnxruntime-cuda"
 
     @property
+    def provider(self) -> str:
+        """ONNX Runtime's name of the same provider."""
+        return "CPUExecutionProvider" if self.dry else "CUDAExecutionProvider"
+
+    @property
     def target(self) -> str:
         """Target of optimize."""
         return "cpu" if self.dry else "cuda"

@@ -1,4 +1,4 @@
-"""Steps of all stages: devices, tests, pictures, full-size benchmarks, vendors' engines, recipes."""
+"""All stages: devices, tests, pictures, full-size benchmarks, vendors, recipes."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_stages import operators
 from gpu_stages.context import ROOT, Stage
 
 __all__ = ["STAGES"]
@@ -70,6 +71,8 @@ def demo(stage: Stage) -> None:
     for recipe in ("fp32", "fp16"):
         if engines := stage.engines("demo", "demo", recipe):
             _pictures(stage, engines, recipe)
+    for key, error in operators.errors(stage.provider):
+        stage.record(key, error)
 
 
 def _pictures(stage: Stage, engines: Path, recipe: str) -> None:
@@ -142,7 +145,7 @@ def deci(stage: Stage) -> None:
     _full_size(stage, "deci1", steps=30)
     seeds = stage.output / "sd15-bench.json"
     ours = stage.output / "deci1-bench.json"
-    if seeds.exists() and ours.exists():
+    if seeds.exists() and ours.exists() and not stage.dry:
         base = json.loads(seeds.read_text())["entries"][0]["median"].get("total")
         mine = json.loads(ours.read_text())["entries"][-1]["median"].get("total")
         stage.record("times as fast as sd15 eager", base / mine if base and mine else None)
@@ -170,10 +173,18 @@ def _full_size(stage: Stage, name: str, *, steps: int) -> None:
 
 def vendors(stage: Stage) -> None:
     """TensorRT, TensorRT-RTX and ONNX Runtime's providers for them, where they are installed."""
+    from latentforge.runtime import backends
+    from latentforge.runtime.errors import LatentforgeError
+
     made = stage.work / "demo-exported"
     if not made.exists() and not stage.forge("demo export", "export", "demo", made):
         return
     for backend in VENDORS:
+        try:
+            backends.get(backend)
+        except LatentforgeError as error:
+            stage.record(backend, str(error))
+            continue
         to = ["--backend", backend, "--overwrite"]
         engines = stage.work / f"demo-{backend}"
         if stage.forge(f"{backend} compile", "compile", made, engines, *to):

@@ -95,9 +95,10 @@ def require_all_ok(measured: Measured) -> Measured:
 def _job(
     participant: Participant, settings: Settings, threads: int, jobs: Path, folder: Path
 ) -> Path:
-    files = folder / participant.name
+    name = participant.name.replace("@", "-").replace(":", "-")  # compilers split paths at colons
+    files = folder / name
     files.mkdir(parents=True, exist_ok=True)
-    path = jobs / f"{participant.name}.json"
+    path = jobs / f"{name}.json"
     BenchJob(
         model=participant.model,
         settings=replace(settings, **participant.overrides),

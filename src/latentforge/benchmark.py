@@ -19,6 +19,7 @@ from latentforge.measure.peers import find_peer, participant, peer_name
 from latentforge.measure.results import Results
 from latentforge.runtime.annotations import check_fields, checked_arguments
 from latentforge.runtime.errors import DeviceError, SettingsError
+from latentforge.runtime.isolation import child_environment
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.settings import Request, Settings, resolve
@@ -194,11 +195,12 @@ def _require_device(peer: Participant) -> None:
     Raises:
         DeviceError: the peer's interpreter has no torch that sees a GPU.
     """
-    if peer.placement.device != "cuda" or "-m" not in peer.command:
-        return
+    if peer.placement.device != "cuda":
+        return  # peers that take no device have the CPU
     try:
         asked = subprocess.run(
             [peer.command[0], "-c", _PROBE],
+            env=child_environment(),
             capture_output=True,
             text=True,
             timeout=_PROBE_SECONDS,
