@@ -87,11 +87,11 @@ def _stages(text: str) -> list[str]:
 
 def _run_stage(options: argparse.Namespace) -> None:
     """Run one stage in this process."""
-    from gpu_stages.context import Stage
+    from gpu_stages.context import StageRecord
     from gpu_stages.steps import STAGES
 
     name, work = options.stage
-    stage = Stage(name, options.output, Path(work), options.dry_run)
+    stage = StageRecord(name, options.output, Path(work), options.dry_run)
     STAGES[name](stage)
     failed = [
         key for key, fact in stage.facts.items() if isinstance(fact, dict) and fact.get("code")

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Stage"]
+__all__ = ["ROOT", "StageRecord"]
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """One stage: what it has shown so far is in its file after every step.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpu_stages import operators
-from gpu_stages.context import ROOT, Stage
+from gpu_stages.context import ROOT, StageRecord
 
 __all__ = ["STAGES"]
 
@@ -21,7 +21,7 @@ SAME_IMAGE = 30.0  # dB, in half precision
 VENDORS = ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
 
-def devices(stage: Stage) -> None:
+def devices(stage: StageRecord) -> None:
     """GPU, driver, libraries and providers, and a MatMul on each in both precisions."""
     import onnxruntime
 
@@ -61,14 +61,14 @@ def _matmul(provider: str, dtype: Any) -> str:
     return f"largest error {np.abs(made - exact).max():.2g}"
 
 
-def tests(stage: Stage) -> None:
+def tests(stage: StageRecord) -> None:
     """tests/gpu by pytest; without a GPU they are skipped."""
     options = ["-q", "--no-header", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     plain = ["-o", "addopts=--import-mode=importlib"]
     stage.command("pytest", sys.executable, "-m", "pytest", *options, *plain, "tests/gpu")
 
 
-def demo(stage: Stage) -> None:
+def demo(stage: StageRecord) -> None:
     """The embedded checkpoint from export to pictures, beside diffusers on the CPU."""
     for recipe in ("fp32", "fp16"):
         if engines := stage.engines("demo", "demo", recipe):
@@ -78,7 +78,7 @@ def demo(stage: Stage) -> None:
         stage.record(key, {"code": 1, "error": error} if failed else error)
 
 
-def _pictures(stage: Stage, engines: Path, recipe: str) -> None:
+def _pictures(stage: StageRecord, engines: Path, recipe: str) -> None:
     import latentforge
     from latentforge.export.checkpoint import open_checkpoint
     from latentforge.export.demo import CHECKPOINT
@@ -143,12 +143,12 @@ def _attempt(work: Callable[[], Any]) -> Any:
         return {"code": 1, "error": traceback.format_exc()}
 
 
-def sd15(stage: Stage) -> None:
+def sd15(stage: StageRecord) -> None:
     """Stable Diffusion 1.5 at full size with random weights, beside eager and compiled."""
     _full_size(stage, "sd15", steps=50)
 
 
-def deci(stage: Stage) -> None:
+def deci(stage: StageRecord) -> None:
     """DeciDiffusion 1.0 with 30 steps, and its time relative to Stable Diffusion 1.5 eager."""
     _full_size(stage, "deci1", steps=30)
     seeds = stage.output / "sd15-bench.json"
@@ -159,7 +159,7 @@ def deci(stage: Stage) -> None:
         stage.record("times as fast as sd15 eager", base / mine if base and mine else None)
 
 
-def _full_size(stage: Stage, name: str, *, steps: int) -> None:
+def _full_size(stage: StageRecord, name: str, *, steps: int) -> None:
     checkpoint: object = "demo"
     if not stage.dry:
         checkpoint = stage.work / name
@@ -179,7 +179,7 @@ def _full_size(stage: Stage, name: str, *, steps: int) -> None:
     stage.forge(f"{name} bench", *bench, "--layers", "--batches", "4", *files)
 
 
-def vendors(stage: Stage) -> None:
+def vendors(stage: StageRecord) -> None:
     """TensorRT, TensorRT-RTX and ONNX Runtime's providers for them, where they are installed."""
     from latentforge.runtime import backends
     from latentforge.runtime.errors import LatentforgeError
@@ -199,7 +199,7 @@ def vendors(stage: Stage) -> None:
             stage.forge(f"{backend} verify", "verify", engines)
 
 
-def recipes(stage: Stage) -> None:
+def recipes(stage: StageRecord) -> None:
     """int8 and a search of an acceleration plan, on the embedded checkpoint."""
     stage.engines("demo", "demo", "int8")
     if not stage.dry:
@@ -207,7 +207,7 @@ def recipes(stage: Stage) -> None:
         stage.forge("build --fast", "build", "demo", stage.work / "demo-fast", *how)
 
 
-STAGES: Mapping[str, Callable[[Stage], None]] = {
+STAGES: Mapping[str, Callable[[StageRecord], None]] = {
     step.__name__: step for step in (devices, tests, demo, sd15, deci, vendors, recipes)
 }
 """All stages in order of worth."""
