@@ -1,6 +1,6 @@
 """Engines: loaded components that take any number of rows and reject NaN."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime import backends
+from latentforge.runtime.backends.session import ResidentSession
 from latentforge.runtime.errors import BackendError, ShapeError
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import ANY, Range
-from latentforge.runtime.tensor import Feeds
+from latentforge.runtime.tensor import DeviceArray, Feeds, Tensor, Tensors, on_host
 
 __all__ = ["Engine", "Engines", "LoadEngine"]
 
@@ -22,7 +23,7 @@ LoadEngine = Callable[[str, backends.Options], "Engine"]
 """Loads a component by name, with backend options."""
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
-_T = TypeVar("_T", bound=np.generic)
+_T = TypeVar("_T", bound=Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,48 +101,81 @@ class Engine:
             ShapeError: the inputs do not fit the engine.
             BackendError: the engine failed, or an output holds NaN or infinity.
         """
-        with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are rejected
-            outputs = {
-                key: value.astype(np.float32, copy=False)
-                for key, value in self._outputs(rows, shared, max_rows).items()
-            }
-        for key, value in outputs.items():
-            if value.shape[:1] != (count := self._count(rows),):
-                raise BackendError(
-                    f"{self.name}: output {key} has the shape {list(value.shape)} for {count} rows "
-                    "of inputs: the graph is not the one that was exported; export it again"
-                )
-        return self._checked(outputs)
+        outputs, _ = self.run_resident(rows, shared, max_rows=max_rows)
+        return outputs
+
+    def run_resident(
+        self,
+        rows: Tensors,
+        shared: Feeds = _EMPTY,
+        *,
+        keep: Collection[str] = (),
+        max_rows: int | None = None,
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, Tensor]]:
+        """Run as run() does, and return outputs that other runs take as inputs apart.
+
+        Args:
+            rows, shared, max_rows: as of run(); rows may be on a device.
+            keep: names of outputs; those that the engine does not have are ignored.
+
+        Returns:
+            The other outputs as run() returns them, and the outputs to keep in the engine's
+            dtypes: on the device if the session can keep them there and served all rows at once.
+            Only those on the host are searched for NaN; what is computed from the others is.
+        """
+        outputs = self._outputs(rows, shared, max_rows, keep)
+        kept = {key: outputs.pop(key) for key in tuple(outputs) if key in keep}
+        return self._in_float32(outputs, self._count(rows)), self._checked(kept)
 
     def run_unconverted(self, rows: Feeds, shared: Feeds = _EMPTY) -> dict[str, NDArray[Any]]:
         """Run as run() does, but return outputs in the engine's dtypes, as inputs of others."""
-        return self._checked(self._outputs(rows, shared, None))
+        outputs = self._checked(self._outputs(rows, shared, None))
+        return {key: on_host(value) for key, value in outputs.items()}
 
-    def prepared(self, rows: Feeds) -> dict[str, NDArray[Any]]:
-        """Return inputs for many runs: read-only, in the engine's dtypes.
+    def prepared(self, rows: Tensors) -> dict[str, Tensor]:
+        """Return inputs for many runs: constant, in the engine's dtypes.
 
-        A backend may keep read-only arrays on its device.
+        A backend may keep constant arrays on its device.
         """
-        arrays = {name: self._cast(name, array).view() for name, array in rows.items()}
-        for array in arrays.values():
-            array.setflags(write=False)
-        return arrays
+        return {name: _constant(self._cast(name, tensor)) for name, tensor in rows.items()}
 
-    def _outputs(self, rows: Feeds, shared: Feeds, max_rows: int | None) -> dict[str, NDArray[Any]]:
+    def _outputs(
+        self, rows: Tensors, shared: Feeds, max_rows: int | None, keep: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         count = self._count(rows)
-        inputs = {name: self._cast(name, array) for name, array in rows.items()}
+        inputs = {name: self._cast(name, tensor) for name, tensor in rows.items()}
         supported = self._supported_rows(inputs)
         parts, start = [], 0
         while start < count:
             size = _next_size(count - start, supported, max_rows or self.max_rows)
-            micro_batch = {key: _slice(array, start, size) for key, array in inputs.items()}
-            parts.append(self.session.run({**micro_batch, **shared}))
+            micro_batch = {key: _slice(tensor, start, size) for key, tensor in inputs.items()}
+            kept = keep if size == count else ()  # rows of several runs are joined on the host
+            parts.append(self._run_session({**micro_batch, **shared}, kept))
             start += size
         if len(parts) > 1:
-            parts = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]}]
-        return {key: value[:count] for key, value in parts[0].items()}
+            joined = {key: [on_host(part[key]) for part in parts] for key in parts[0]}
+            parts = [{key: np.concatenate(arrays) for key, arrays in joined.items()}]
+        return {key: _first(value, count) for key, value in parts[0].items()}
 
-    def _count(self, rows: Feeds) -> int:
+    def _run_session(self, feeds: Tensors, keep: Collection[str]) -> Tensors:
+        if isinstance(self.session, ResidentSession):
+            return self.session.run_resident(feeds, keep)
+        return self.session.run({name: on_host(tensor) for name, tensor in feeds.items()})
+
+    def _in_float32(self, outputs: Tensors, count: int) -> dict[str, NDArray[np.float32]]:
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are rejected
+            arrays = {
+                key: on_host(value).astype(np.float32, copy=False) for key, value in outputs.items()
+            }
+        for key, value in arrays.items():
+            if value.shape[:1] != (count,):
+                raise BackendError(
+                    f"{self.name}: output {key} has the shape {list(value.shape)} for {count} rows "
+                    "of inputs: the graph is not the one that was exported; export it again"
+                )
+        return self._checked(arrays)
+
+    def _count(self, rows: Tensors) -> int:
         counts = {name: len(array) for name, array in rows.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             got = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -150,13 +184,15 @@ class Engine:
             )
         return next(iter(counts.values()))
 
-    def _cast(self, name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
         spec = self.component.inputs.get(name)
-        if spec is None or not np.can_cast(array.dtype, spec.dtype, "same_kind"):
-            return array  # rejected by the session
-        return array.astype(spec.dtype, copy=False)
+        if spec is None or tensor.dtype == spec.dtype:
+            return tensor
+        if not np.can_cast(tensor.dtype, spec.dtype, "same_kind"):
+            return tensor  # rejected by the session
+        return on_host(tensor).astype(spec.dtype)
 
-    def _supported_rows(self, inputs: Feeds) -> list[Range]:
+    def _supported_rows(self, inputs: Tensors) -> list[Range]:
         """Return the numbers of rows that the engine supports at the size of these inputs."""
         name = next(iter(inputs))
         spec = self.component.inputs.get(name)
@@ -173,9 +209,9 @@ class Engine:
             and all(sizes.get(key, 0) in r for key, r in shapes.items() if key != rows)
         ] or [ANY]
 
-    def _checked(self, outputs: dict[str, NDArray[_T]]) -> dict[str, NDArray[_T]]:
+    def _checked(self, outputs: dict[str, _T]) -> dict[str, _T]:
         for key, value in outputs.items():
-            if not np.isfinite(value).all():
+            if isinstance(value, np.ndarray) and not np.isfinite(value).all():
                 raise BackendError(
                     f"{self.name}: output {key} holds NaN or infinity: its precision does not "
                     "suit this model, or the weights are damaged; build again with --precision fp32"
@@ -248,11 +284,26 @@ def _next_size(left: int, supported: Sequence[Range], max_rows: int | None) -> i
     return max(fitting, default=min(rows.min for rows in supported))
 
 
-def _slice(array: NDArray[np.generic], start: int, size: int) -> NDArray[np.generic]:
+def _constant(tensor: Tensor) -> Tensor:
+    """Return a read-only view of an array; what is on a device is constant as it is."""
+    if isinstance(tensor, DeviceArray):
+        return tensor
+    view = tensor.view()
+    view.setflags(write=False)
+    return view
+
+
+def _first(tensor: Tensor, count: int) -> Tensor:
+    return tensor if isinstance(tensor, DeviceArray) else tensor[:count]
+
+
+def _slice(tensor: Tensor, start: int, size: int) -> Tensor:
     """Return `size` rows of an array, padded by repeating the last row.
 
     All of an array is the same object, because backends may cache it.
     """
-    rows = array if size == len(array) else array[start : start + size]
+    if size == len(tensor):
+        return tensor
+    rows = on_host(tensor)[start : start + size]
     missing = size - len(rows)
     return np.concatenate([rows, rows[-1:].repeat(missing, axis=0)]) if missing else rows

@@ -44,7 +44,8 @@ import onnxruntime as ort
 from latentforge.runtime import backends
 from latentforge.runtime.backends import BACKENDS, CACHE, Options, Report
 from latentforge.runtime.backends.ort import ort_session
-from latentforge.runtime.backends.ort.device_session import GPU_LOCK, DeviceSession, Place
+from latentforge.runtime.backends.ort.device_memory import GPU_LOCK, Place
+from latentforge.runtime.backends.ort.device_session import DeviceSession
 from latentforge.runtime.errors import BackendError, DeviceError
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Component

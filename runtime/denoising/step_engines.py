@@ -14,11 +14,15 @@ not partitioned has only the last:
 
 A cached step skips the deep blocks and reuses their output of an earlier step: DeepCache, Ma et al.
 (2023), arXiv 2312.00858.
+
+The outputs of denoiser_prompt and the cached feature are passed on as they come, so that they stay
+on a device whose sessions can keep them. Outputs of denoiser_time are sliced and latents are the
+samplers', which are numpy: these, some kilobytes in each step, go through the host.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +30,13 @@ from numpy.typing import NDArray
 from latentforge.runtime.acceleration import DenoiserVariant
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.manifest import CACHED_FEATURE
-from latentforge.runtime.tensor import Feeds, TensorSpec
+from latentforge.runtime.tensor import Feeds, Tensor, Tensors, TensorSpec, on_host
 from latentforge.runtime.timings import Stopwatch
 
 __all__ = ["ConditionedDenoiser", "StepEngines"]
 
 Array = NDArray[np.float32]
+_T = TypeVar("_T", bound=Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +98,11 @@ class StepEngines:
             watch: times each run of a part.
             max_rows: largest micro-batch of a step; None: as the engines were loaded.
         """
-        outputs: Feeds = {}
+        outputs: Tensors = {}
         if self.prompt is not None:
             with watch.stage("denoiser_prompt"):
-                outputs = self.prompt.run_unconverted(_inputs_of(self.prompt, conditioning))
+                rows, names = _inputs_of(self.prompt, conditioning), self.prompt.component.outputs
+                _, outputs = self.prompt.run_resident(rows, keep=names)
         denoiser = ConditionedDenoiser(self, {**conditioning, **outputs}, watch, max_rows)
         denoiser.prepare(timesteps)
         return denoiser
@@ -109,7 +115,7 @@ class ConditionedDenoiser:
     """
 
     def __init__(
-        self, engines: StepEngines, rows: Feeds, watch: Stopwatch, max_rows: int | None
+        self, engines: StepEngines, rows: Tensors, watch: Stopwatch, max_rows: int | None
     ) -> None:
         self._engines = engines
         self._rows = rows
@@ -118,7 +124,7 @@ class ConditionedDenoiser:
         self._watch = watch
         self._max_rows = max_rows
         self._times: dict[float, tuple[Feeds, Feeds]] = {}
-        self._feature: Array | None = None
+        self._feature: Tensor | None = None
 
     def predict(self, sample: Array, timestep: float, *, cached: bool = False) -> Array:
         """Return the denoiser's output for a sample (rows, channels, h, w), in float32.
@@ -151,16 +157,19 @@ class ConditionedDenoiser:
                 self._times |= self._run_time(time, new)
 
     def _run_step(
-        self, stage: str, engine: Engine, rows: Feeds, shared: Feeds, timestep: float
+        self, stage: str, engine: Engine, rows: Tensors, shared: Feeds, timestep: float
     ) -> Array:
         constant = {**_inputs_of(engine, shared), **_timestep_input(engine, timestep)}
+        inputs, limit = _inputs_of(engine, rows), self._max_rows
         with self._watch.stage(stage):
-            outputs = engine.run(_inputs_of(engine, rows), constant, max_rows=self._max_rows)
-        if self._engines.cached and CACHED_FEATURE in outputs:
-            self._feature = outputs[CACHED_FEATURE]
+            outputs, kept = engine.run_resident(
+                inputs, constant, keep=(CACHED_FEATURE,), max_rows=limit
+            )
+        if self._engines.cached and CACHED_FEATURE in kept:
+            self._feature = kept[CACHED_FEATURE]
         return outputs["out_sample"]
 
-    def _conditioning(self, count: int) -> Feeds:
+    def _conditioning(self, count: int) -> Tensors:
         """Return the conditioning of the last `count` rows.
 
         Slices are kept: a backend skips the upload if it gets the same array object again.
@@ -174,7 +183,9 @@ class ConditionedDenoiser:
         """Return the time part's outputs for each timestep: one row per image, and shared ones."""
         conditioning = _inputs_of(time, self._rows)
         rows = self._count if conditioning else 1
-        tiled = {name: np.concatenate([a] * len(timesteps)) for name, a in conditioning.items()}
+        tiled = {
+            name: np.concatenate([on_host(a)] * len(timesteps)) for name, a in conditioning.items()
+        }
         numbers = np.repeat(timesteps, rows).astype(time.component.inputs["timestep"].dtype)
         outputs = time.run_unconverted({"timestep": numbers, **tiled})
         return {
@@ -194,14 +205,14 @@ class ConditionedDenoiser:
         return {name: outputs[name] for name in names}, shared
 
 
-def _last(array: NDArray[Any], count: int) -> NDArray[Any]:
+def _last(tensor: Tensor, count: int) -> Tensor:
     """Return the last rows of an array; the same object if that is all of it."""
-    return array if count == len(array) else array[-count:]
+    return tensor if count == len(tensor) else on_host(tensor)[-count:]
 
 
-def _inputs_of(engine: Engine, rows: Feeds) -> dict[str, NDArray[Any]]:
+def _inputs_of(engine: Engine, rows: Mapping[str, _T]) -> dict[str, _T]:
     """Return the tensors that are inputs of the engine."""
-    return {name: array for name, array in rows.items() if name in engine.component.inputs}
+    return {name: tensor for name, tensor in rows.items() if name in engine.component.inputs}
 
 
 def _timestep_input(engine: Engine, timestep: float) -> dict[str, NDArray[Any]]:

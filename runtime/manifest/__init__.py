@@ -26,7 +26,7 @@ from latentforge.runtime.record import Record
 from latentforge.runtime.sampling.prediction import Prediction
 from latentforge.runtime.sampling.schedule import MAX_TRAIN_STEPS, EDMSchedule, Schedule
 from latentforge.runtime.shapes import ANY, Range, Shapes, bounding_range, nearest
-from latentforge.runtime.tensor import Feeds, TensorSpec, bind
+from latentforge.runtime.tensor import Tensors, TensorSpec, bind
 from latentforge.runtime.validation import check_flag, checked_path
 from latentforge.runtime.version import __version__
 
@@ -126,7 +126,7 @@ class Component(FileEntry, frozen=True, kw_only=True):
         sizes = (size for spec in self.inputs.values() for size in spec.shape)
         return tuple(dict.fromkeys(s for s in sizes if isinstance(s, str) and s.isidentifier()))
 
-    def sizes(self, feeds: Feeds) -> dict[str, int]:
+    def sizes(self, feeds: Tensors) -> dict[str, int]:
         """Return the free dimensions that a subset of the inputs determines, unchecked."""
         present = ((spec, feeds[name].shape) for name, spec in self.inputs.items() if name in feeds)
         return {
@@ -136,7 +136,7 @@ class Component(FileEntry, frozen=True, kw_only=True):
             if isinstance(name, str) and name.isidentifier()
         }
 
-    def fit(self, feeds: Feeds) -> tuple[dict[str, int], int | None]:
+    def fit(self, feeds: Tensors) -> tuple[dict[str, int], int | None]:
         """Return the size of each free dimension, and the index of the nearest shapes, if any.
 
         Raises:

@@ -25,6 +25,10 @@ import onnx_ir as ir
 from latentforge.__main__ import main
 from latentforge.commands.describe import describe
 from latentforge.runtime.acceleration import AccelerationPlan, StepPolicy, resolve_acceleration
+from latentforge.runtime.backends.ort import ort_session
+from latentforge.runtime.backends.ort.device_memory import OrtArray, Place
+from latentforge.runtime.backends.ort.device_session import DeviceSession
+from latentforge.runtime.backends.session import Session
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Component, FileEntry, Manifest
@@ -408,6 +412,53 @@ def test_a_partitioned_denoiser_gives_the_same(cut: Callable[..., Path]) -> None
     cheap: dict[str, Any] = {"cached_steps": (1, 4), "guidance_interval": (0.4, 0.9)}
     ours, theirs = (p(["a", "a red apple"], steps=6, seed=5, **cheap) for p in (parted, whole))
     np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "interval, max_rows, downloaded",
+    [
+        ((0, 1), None, [(4,)]),  # rows of timesteps and prompts are made on the host
+        ((0.5, 1), None, [(4,), (4, 4, 4, 6)]),  # steps without guidance take a slice of rows
+        ((0, 1), 3, []),  # rows of several runs are joined on the host
+    ],
+)
+def test_what_is_only_passed_on_stays_on_the_device(
+    cut: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    interval: tuple[float, float],
+    max_rows: int | None,
+    downloaded: list[tuple[int, ...]],
+) -> None:
+    """The sessions of GPUs, with the CPU in the device's place, give the same latents."""
+    downloads: list[tuple[int, ...]] = []
+    original = OrtArray._download
+
+    def download(array: OrtArray) -> Any:
+        downloads.append(array.shape)
+        return original(array)
+
+    monkeypatch.setattr(OrtArray, "_download", download)
+    directory, latents = hoisted(cut("parted")), []
+    request: dict[str, Any] = {"steps": 6, "seed": 5, "cached_steps": (1, 3, 4)}
+    for wrapper in (None, on_device(directory)):
+        with load(directory, threads=1, max_rows=max_rows, wrap_session=wrapper) as pipe:
+            result = pipe(["a", "a red apple"], guidance_interval=interval, **request)
+            latents.append(result.latents.tobytes())
+    assert latents[0] == latents[1] and downloads == downloaded
+
+
+def on_device(directory: Path) -> Callable[[str, Session], Session]:
+    """Return a wrapper that opens the denoiser's parts in sessions that keep outputs."""
+    components = Manifest.read(directory).components
+
+    def opened(name: str, session: Session) -> Session:
+        if not name.startswith("denoiser"):
+            return session
+        part, settings = components[name], ort_session.new_settings({})
+        graph = ort_session.open_session(directory / part.file, settings, ["CPUExecutionProvider"])
+        return DeviceSession(graph, part, Place(kind="cpu"), graphs=True)
+
+    return opened
 
 
 PROMPT_PART = """<ir_version: 9, opset_import: ["" : 17]>

@@ -23,7 +23,8 @@ from latentforge.runtime.backends import onnxruntime as cpu
 from latentforge.runtime.backends import onnxruntime_gpu
 from latentforge.runtime.backends.onnxruntime_gpu import provider_options, unsupported_operators
 from latentforge.runtime.backends.ort import device_session, ort_session
-from latentforge.runtime.backends.ort.device_session import DeviceSession, Place
+from latentforge.runtime.backends.ort.device_memory import OrtArray, Place
+from latentforge.runtime.backends.ort.device_session import DeviceSession
 from latentforge.runtime.backends.ort.onnx_header import input_dimensions
 from latentforge.runtime.backends.ort.ort_session import LayerRecording, fixed_sizes
 from latentforge.runtime.errors import (
@@ -35,7 +36,7 @@ from latentforge.runtime.errors import (
 )
 from latentforge.runtime.manifest import Component, FileEntry
 from latentforge.runtime.shapes import Range
-from latentforge.runtime.tensor import TensorSpec
+from latentforge.runtime.tensor import TensorSpec, on_host
 
 onnx = pytest.importorskip("onnx")
 
@@ -588,6 +589,76 @@ def test_a_writable_array_is_uploaded_every_time(make: Make) -> None:
     feeds["x"].setflags(write=True)
     feeds["x"][...] = 6
     assert (session.run(feeds)["y"] == 8).all()
+
+
+def test_an_output_stays_on_the_device_and_is_an_input_there(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is copied when it is kept and when it comes in, never through the host."""
+    downloads = watched(monkeypatch, OrtArray, "_download")
+    copies = watched(monkeypatch, Place, "_copy")
+    first, second = make(), make()
+    kept = first.run_resident(added(value=1), ["y"])
+    assert isinstance(kept["y"], OrtArray) and kept["m"].tolist() == [4]
+    assert (kept["y"].dtype, kept["y"].shape, len(kept["y"])) == (np.float32, (2, 3), 2)
+    for t in (2, 4):
+        outputs = second.run_resident(added(t=t) | {"x": kept["y"]})
+        assert (outputs["y"] == 3 + t).all()
+    first.run(added(value=8))  # writes to the same addresses
+    assert (second.run_resident(added() | {"x": kept["y"]})["y"] == 5).all()
+    assert len(copies) == 2 and not downloads
+    first.close()
+    assert (kept["y"].host == 3).all() and kept["y"].host is kept["y"].host and len(downloads) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        kept["y"].host[0] = 1
+
+
+def test_an_array_of_another_device_goes_through_the_host(make: Make) -> None:
+    session = make()
+    kept = session.run_resident(added(), ["y"])["y"]
+    assert isinstance(kept, OrtArray)
+    far = OrtArray(Place(kind="cpu", index=1), kept.value, "float32", kept.shape)
+    assert not session._holds(far)
+    assert (session.run_resident(added() | {"x": far})["y"] == 5).all()
+    assert (session.run_resident(added() | {"x": on_host(far)})["y"] == 5).all()
+
+
+def test_arrays_on_the_device_are_checked_like_others(make: Make) -> None:
+    session = make()
+    kept = session.run_resident(added(rows=3), ["y", "m"])
+    with pytest.raises(ShapeError, match=r"x: engine takes float32.*got int64\[1\]"):
+        session.run_resident(added() | {"x": kept["m"]})
+    with pytest.raises(ShapeError, match="t: engine takes"):
+        session.run_resident(added() | {"t": kept["y"]})
+    assert (session.run_resident(added(rows=3) | {"x": kept["y"]})["y"] == 5).all()
+    session.close()
+    with pytest.raises(BackendError, match=r"m\.engine is closed"):
+        session.run_resident(added(), ["y"])
+
+
+def test_threads_keep_their_own_outputs(make: Make) -> None:
+    session = make()
+
+    def one(value: int) -> bool:
+        kept = session.run_resident(added(1 + value % 3, value), ["y"])["y"]
+        again = session.run_resident(added(1 + value % 3) | {"x": kept})["y"]
+        return bool((on_host(again) == value + 4).all() and (on_host(kept) == value + 2).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(one, range(200)))
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[Any]:
+    """Return a list that fills with the object of each call of a method."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def called(self: Any, *arguments: Any) -> Any:
+        calls.append(self)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, called)
+    return calls
 
 
 def test_arrays_that_are_not_contiguous(make: Make) -> None:

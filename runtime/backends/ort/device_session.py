@@ -2,85 +2,75 @@
 
 import contextlib
 import itertools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
+from latentforge.runtime.backends.ort.device_memory import GPU_LOCK, OrtArray, Place
 from latentforge.runtime.backends.ort.ort_session import LayerRecording, error_message
-from latentforge.runtime.backends.session import CheckedSession, LayerTime, Outputs, Run
+from latentforge.runtime.backends.session import LayerTime, ResidentSession, Run
 from latentforge.runtime.errors import BackendError
 from latentforge.runtime.manifest import Component
-from latentforge.runtime.tensor import Feeds, TensorSpec
+from latentforge.runtime.tensor import DeviceArray, Tensor, Tensors, TensorSpec
 
-__all__ = ["GPU_LOCK", "DeviceSession", "Place"]
-
-GPU_LOCK = threading.Lock()
-"""Held while the GPU is used: no thread of the process may allocate while a graph is captured."""
+__all__ = ["DeviceSession"]
 
 _MAX_KEPT_SIZES = 8  # sizes whose buffers and captured graphs are kept
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Device that holds inputs and outputs; tests use the CPU."""
-
-    kind: str = "cuda"  # in ONNX Runtime's words
-    index: int = 0
-    memory: Any = None  # memory information of a plugin provider, instead of kind and index
-
-    def allocate(self, spec: TensorSpec, sizes: Mapping[str, int]) -> ort.OrtValue:
-        """Return an uninitialized tensor on the device."""
-        make = ort.OrtValue.ortvalue_from_shape_and_type
-        shape, dtype = list(spec.resolve(sizes)), np.dtype(spec.dtype)
-        if self.memory is not None:
-            return make(shape, dtype, memory_info=self.memory)
-        return make(shape, dtype, self.kind, self.index)
-
-    def upload(self, array: NDArray[np.generic], value: ort.OrtValue) -> None:
-        """Copy an array into a tensor of the same dtype and shape."""
-        if self.memory is None:
-            value.update_inplace(array)
-            return
-        whole = array if array.flags.c_contiguous else array.copy()
-        ort.copy_tensors([ort.OrtValue.ortvalue_from_numpy(whole)], [value])
-
-
 @dataclass(kw_only=True)
 class _Buffers:
-    """Inputs and outputs for one size, and the arrays uploaded last."""
+    """Inputs and outputs for one size, and the arrays copied last."""
 
     place: Place
     binding: ort.IOBinding
     inputs: Mapping[str, ort.OrtValue]
+    outputs: Mapping[str, ort.OrtValue]
     settings: ort.RunOptions
     graph: int | None
-    uploaded: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    filled: dict[str, Tensor] = field(default_factory=dict)
 
-    def fill(self, feeds: Feeds) -> None:
-        for name, array in feeds.items():
-            if self.uploaded.get(name) is array and not array.flags.writeable:
+    def fill(self, feeds: Tensors) -> None:
+        for name, tensor in feeds.items():
+            if self.filled.get(name) is tensor and _is_constant(tensor):
                 continue
-            self.uploaded.pop(name, None)
-            self.place.upload(array, self.inputs[name])
-            if not array.flags.writeable:
-                self.uploaded[name] = array  # holding it keeps its identity from being reused
+            self.filled.pop(name, None)
+            self.place.fill(self.inputs[name], tensor)
+            if _is_constant(tensor):
+                self.filled[name] = tensor  # holding it keeps its identity from being reused
+
+    def results(self, run: Run, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        """Return the outputs: on the device those to keep, which are copied there."""
+        if not run.keep:
+            return dict(zip(specs, self.binding.copy_outputs_to_cpu(), strict=True))
+        self.binding.synchronize_outputs()
+        made: dict[str, Tensor] = {}
+        for name, spec in specs.items():
+            value, shape = self.outputs[name], spec.resolve(run.sizes)
+            if name in run.keep:
+                made[name] = self.place.kept(value, spec, run.sizes)
+            else:
+                made[name] = self.place.download(value, spec.dtype, shape)
+        return made
 
 
-class DeviceSession(CheckedSession):
+def _is_constant(tensor: Tensor) -> bool:
+    return isinstance(tensor, DeviceArray) or not tensor.flags.writeable
+
+
+class DeviceSession(ResidentSession):
     """Loaded graph whose inputs and outputs stay on a device.
 
     Inputs have fixed addresses, as CUDA graphs require. A read-only input array that is the same
     object as in the last run of that size is not uploaded again: callers must not change the
-    memory of such an array.
+    memory of such an array. Outputs to keep are copied within the device, since the next run writes
+    to the same addresses.
 
     Runs are serialized in one thread that belongs to the session, since captured graphs and the
     libraries' state for them are bound to a thread.
@@ -103,11 +93,14 @@ class DeviceSession(CheckedSession):
         self._buffers: OrderedDict[Any, _Buffers] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="latentforge-gpu")
 
-    def _run(self, run: Run) -> Outputs:
+    def _run(self, run: Run) -> Tensors:
         return self._in_thread(lambda: self._run_bound(run))
 
     def _reason(self, error: BaseException) -> str:
         return error_message(error)
+
+    def _holds(self, array: DeviceArray) -> bool:
+        return isinstance(array, OrtArray) and array.place == self._place
 
     def layers(self) -> list[LayerTime]:
         if self._record is None or self._engine is None:
@@ -128,7 +121,7 @@ class DeviceSession(CheckedSession):
             raise self._closed() from None
         return future.result()
 
-    def _run_bound(self, run: Run) -> Outputs:
+    def _run_bound(self, run: Run) -> Tensors:
         if self._engine is None:  # closed after the run was queued
             raise self._closed()
         key = (run.shape_index, *run.sizes.items())
@@ -137,9 +130,9 @@ class DeviceSession(CheckedSession):
             buffers = self._buffers.pop(key, None) or self._new_buffers(run)
             buffers.fill(run.feeds)
             run.engine.run_with_iobinding(buffers.binding, buffers.settings)
-            values = buffers.binding.copy_outputs_to_cpu()
+            results = buffers.results(run, self.component.outputs)
             self._keep(run.engine, key, buffers)
-        return dict(zip(self.component.outputs, values, strict=True))
+        return results
 
     def _keep(self, session: ort.InferenceSession, key: Any, buffers: _Buffers) -> None:
         """Keep the buffers of the size that ran last, and drop the least recently used ones."""
@@ -153,13 +146,20 @@ class DeviceSession(CheckedSession):
         specs, place = self.component, self._place
         binding = run.engine.io_binding()
         inputs = {name: place.allocate(spec, run.sizes) for name, spec in specs.inputs.items()}
+        outputs = {name: place.allocate(spec, run.sizes) for name, spec in specs.outputs.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
-        for name, spec in specs.outputs.items():
-            binding.bind_ortvalue_output(name, place.allocate(spec, run.sizes))
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
         graph = next(self._graphs) if self._graphs else None
-        settings = _run_settings(graph, run.shape_index if len(specs.shapes) > 1 else None)
-        return _Buffers(place=place, binding=binding, inputs=inputs, settings=settings, graph=graph)
+        return _Buffers(
+            place=place,
+            binding=binding,
+            inputs=inputs,
+            outputs=outputs,
+            settings=_run_settings(graph, run.shape_index if len(specs.shapes) > 1 else None),
+            graph=graph,
+        )
 
     def _free(self) -> None:
         with GPU_LOCK:
