@@ -101,10 +101,12 @@ class StageRecord:
         start = time.monotonic()
         done = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT)
         seconds = time.monotonic() - start
-        self.record(name, f"{seconds:.1f} s\n{done.stdout[-2000:]}".strip())
-        if done.returncode not in codes:
+        allowed = done.returncode in codes
+        reason = done.stderr[-2000:] if allowed and done.returncode else ""
+        self.record(name, f"{seconds:.1f} s\n{done.stdout[-2000:]}{reason}".strip())
+        if not allowed:
             self.fail(name, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return done.returncode in codes
+        return allowed
 
     def forge(self, name: str, *words: object) -> bool:
         """Run a command of latentforge."""

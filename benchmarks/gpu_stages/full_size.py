@@ -53,9 +53,11 @@ def build(stage: StageRecord) -> None:
     """Write a checkpoint of a model, and make its engines in half precision."""
     name = stage.name.partition("-")[2]
     engines = None
-    if _checkpoint(stage, name) is not None:
-        engines = stage.engines(name, stage.work / name, "fp32" if stage.dry else "fp16")
-    stage.record("engines", str(engines or ""))
+    try:
+        if _checkpoint(stage, name) is not None:
+            engines = stage.engines(name, stage.work / name, "fp32" if stage.dry else "fp16")
+    finally:
+        stage.record("engines", str(engines or ""))  # which ``full`` waits for
 
 
 def _checkpoint(stage: StageRecord, name: str) -> Path | None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from gpu_stages.pictures import demo
 
 __all__ = ["STAGES"]
 
-VENDORS = ("onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
+VENDORS: Mapping[str, str] = {
+    "onnxruntime-tensorrt": "tensorrt",
+    "onnxruntime-tensorrt-rtx": "onnxruntime_ep_nv_tensorrt_rtx",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
+"""Package that each backend needs; ONNX Runtime lists its provider for TensorRT without it, too."""
+
 _NO_TESTS = 5  # pytest's exit status if there are none
 _REFUSED = 2  # latentforge's, with one line that says why
 
@@ -28,6 +36,9 @@ def devices(stage: StageRecord) -> None:
     stage.record("libraries", _versions())
     stage.attempt("nvidia-smi", lambda: _driver(stage))
     for provider in onnxruntime.get_available_providers():
+        if provider == "TensorrtExecutionProvider" and find_spec("tensorrt") is None:
+            stage.record(provider, "tensorrt is not installed")
+            continue
         for dtype in (np.float32, np.float16):
             name = f"MatMul {provider} {np.dtype(dtype)}"
             stage.attempt(name, lambda n=name, p=provider, d=dtype: stage.record(n, _matmul(p, d)))
@@ -109,13 +120,8 @@ def others(stage: StageRecord) -> None:
 
 def _vendor(stage: StageRecord, backend: str) -> None:
     """Compile for a backend and compare its image, if its library is installed."""
-    from latentforge.runtime import backends
-    from latentforge.runtime.errors import LatentforgeError
-
-    try:
-        backends.get(backend)
-    except LatentforgeError as error:
-        stage.record(backend, str(error))
+    if find_spec(VENDORS[backend]) is None:
+        stage.record(backend, f"{VENDORS[backend]} is not installed")
         return
     made, engines = stage.work / "demo-exported", stage.work / f"demo-{backend}"
     forge = [sys.executable, "-m", "latentforge"]
