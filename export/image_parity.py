@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.modules import quiet
+from latentforge.export.reference.devices import without_tf32
 from latentforge.export.reference.eager import EagerPipeline
 from latentforge.export.schedulers import SCHEDULERS
+from latentforge.measure.bench.placement import Placement
 from latentforge.measure.hardware import fit_together
 from latentforge.runtime.errors import CheckpointError, GateError, SettingsError
 from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr, to_array
@@ -51,12 +53,14 @@ class ImageReference:
             engines' default sampler corresponds to.
         height: of the image in pixels; 0 for a small image.
         width: likewise.
+        device: where diffusers runs, in float32.
     """
 
     checkpoint: Checkpoint
     own_scheduler: bool
     height: int = 0
     width: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +126,17 @@ class _ImageComparison:
         self.settings = _settings(manifest, reference)
         self.latents = _initial_latents(manifest, self.settings)
         self._plain_sampler = "ddim" if isinstance(manifest.schedule, Schedule) else "edm_euler"
-        self._sequential = not _fit_together(reference.checkpoint)
+        on_cpu = reference.device == "cpu"
+        self._sequential = on_cpu and not _fit_together(reference.checkpoint)
 
     @cached_property
     def _eager(self) -> EagerPipeline:
         """diffusers' pipeline, loaded after the engines have run and left the memory."""
-        return EagerPipeline(self._reference.checkpoint, sequential=self._sequential)
+        return EagerPipeline(
+            self._reference.checkpoint,
+            sequential=self._sequential,
+            placement=Placement(self._reference.device),
+        )
 
     @property
     def description(self) -> dict[str, Any]:
@@ -154,7 +163,7 @@ class _ImageComparison:
         own = self._reference.own_scheduler and settings.sampler == self.settings.sampler
         image = None if self.latents is None else torch.from_numpy(self.latents)
         try:
-            with quiet(), warnings.catch_warnings():
+            with quiet(), warnings.catch_warnings(), without_tf32(self._reference.device):
                 warnings.simplefilter("ignore")
                 return self._eager(settings, image=image, own_scheduler=own)
         except Exception as error:  # of any class: the configurations are the checkpoint's

@@ -12,6 +12,7 @@ from torch import nn
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.families.types import ComponentPlan
+from latentforge.export.reference.devices import without_tf32
 from latentforge.runtime.backends import LayerTime
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import CheckpointError, GateError
@@ -53,9 +54,13 @@ class LazyModules:
 
     A denoising run uses the components one after the other, so only the weights of the largest
     have to fit into memory.
+
+    Attributes:
+        device: of torch, where the modules run.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.device = device
         self._checkpoint = checkpoint
         self._name = ""
         self._module: nn.Module | None = None
@@ -65,7 +70,8 @@ class LazyModules:
         """Return the module of a component, loading it in place of the previous one if needed."""
         if self._module is None or self._name != plan.name:
             self.free()
-            self._module = plan.load(self._checkpoint)
+            module = plan.load(self._checkpoint)
+            self._module = module if self.device == "cpu" else nn.Module.to(module, self.device)
             self._name = plan.name
             self._bytes = sum(weight.nbytes for weight in self._module.state_dict().values())
         return self._module
@@ -87,13 +93,13 @@ class TorchSession:
         self._modules = modules
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
-        module = self._modules.get(self.plan)
+        module, device = self._modules.get(self.plan), self._modules.device
         tensors = {
-            name: torch.from_numpy(np.require(feeds[name], requirements="W"))
+            name: torch.from_numpy(np.require(feeds[name], requirements="W")).to(device)
             for name in self.plan.inputs
         }
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), without_tf32(device):
                 values = module(**tensors)
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
             raise CheckpointError(
@@ -101,7 +107,7 @@ class TorchSession:
             ) from error
         values = values if isinstance(values, tuple) else (values,)
         outputs = {
-            name: value.numpy() for name, value in zip(self.plan.outputs, values, strict=True)
+            name: value.cpu().numpy() for name, value in zip(self.plan.outputs, values, strict=True)
         }
         self.recording.runs.append((dict(feeds), outputs))
         return outputs

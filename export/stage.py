@@ -27,6 +27,7 @@ from latentforge.export.onnx import (
 )
 from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
+from latentforge.export.reference.devices import require_device
 from latentforge.export.schedule_proof import prove_schedule
 from latentforge.export.schedulers import CheckpointScheduler, follows, with_class
 from latentforge.export.tokenizers import write_tokenizer
@@ -72,6 +73,8 @@ class ExportRequest:
         layout: arrangement of the engine directory; optimum's pipelines load ``optimum`` too.
         sampler: default sampler of the engines, in place of the one that corresponds to the
             checkpoint's scheduler.
+        device: where torch runs the modules and diffusers, ``cpu`` or ``cuda``; graphs are traced,
+            and engines run, on the CPU.
         overwrite: replace an existing engine directory.
         quiet: show no progress.
     """
@@ -80,6 +83,7 @@ class ExportRequest:
     dimensions: Dimensions = Dimensions()
     layout: Layout = "plain"
     sampler: str | None = None
+    device: str = "cpu"
     overwrite: bool = False
     quiet: bool = True
 
@@ -102,6 +106,7 @@ class _ExportJob:
         scheduler: the checkpoint's scheduler, with the default sampler.
         dimensions: sizes that the graphs are fixed to.
         layout: arrangement of the engine directory.
+        device: where torch runs.
         graphs: graphs of a checkpoint that optimum exported, by component name.
     """
 
@@ -112,6 +117,7 @@ class _ExportJob:
     scheduler: CheckpointScheduler
     dimensions: Dimensions
     layout: Layout
+    device: str
     graphs: Mapping[str, OptimumGraph] = field(default_factory=dict)
 
     @property
@@ -144,12 +150,14 @@ def export(source: str, target: Path, request: ExportRequest = _DEFAULT) -> Mani
         CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind.
         SettingsError: unknown component or layout.
         ShapeError: a size that the model cannot have.
+        DeviceError: torch finds no GPU, and the request names one.
         GateError: the outputs of an engine differ from torch's, or the image from that of
             diffusers.
         TargetError: the directory cannot be written.
     """
     start = time.perf_counter()
     check_target(target, overwrite=request.overwrite)
+    require_device(request.device)
     try:
         return _write(_job(source, request), target, request, start)
     finally:  # modules hold reference cycles, and a build goes on in this process
@@ -187,6 +195,7 @@ def _job(source: str, request: ExportRequest) -> _ExportJob:
         scheduler=_scheduler(checkpoint, family, plan, request.sampler),
         dimensions=request.dimensions,
         layout=request.layout,
+        device=request.device,
     )
     if optimum.is_exported(checkpoint):
         return _with_graphs(job)
@@ -382,7 +391,7 @@ def _record(
 
 
 def _torch_sessions(job: _ExportJob) -> dict[str, TorchSession]:
-    modules = LazyModules(job.checkpoint)
+    modules = LazyModules(job.checkpoint, job.device)
     return {plan.name: TorchSession(plan, modules) for plan in job.plan.components}
 
 
@@ -457,6 +466,7 @@ def _check_image(
         own_scheduler=follows(manifest.defaults.sampler, job.scheduler.config),
         height=job.dimensions.height or 0,
         width=job.dimensions.width or 0,
+        device=job.device,
     )
     in_torch = _torch_pipeline(_torch_sessions(job), manifest, directory)
     parity = check_image(
@@ -472,12 +482,13 @@ def _history(job: _ExportJob, start: float, parity: ImageParity | None) -> Stage
     chosen = {"components": [component.name for component in job.components]}
     kind = {} if job.graphs else {"opset": OPSET}
     layout = {} if job.layout == "plain" else {"layout": job.layout}
+    device = {} if job.device == "cpu" else {"device": job.device}
     fixed = {key: size for key, size in asdict(job.dimensions).items() if size is not None}
     compared = {} if parity is None else {"reference": parity.reference}
     return Stage.ended(
         "import" if job.graphs else "export",
         start,
-        {**kind, **chosen, **layout, **fixed, **compared},
+        {**kind, **chosen, **layout, **device, **fixed, **compared},
         packages=names,
         measured={} if parity is None else {"image": parity.figures},
     )

@@ -115,9 +115,7 @@ class StageRecord:
     def engines(self, name: str, checkpoint: object, recipe: str) -> Path | None:
         """Export, optimize and compile a checkpoint; None if a step failed. Exports are shared."""
         exported = self.work / f"{name}-exported"
-        if not exported.exists() and not self.forge(
-            f"{name}: export", "export", checkpoint, exported
-        ):
+        if not exported.exists() and not self._export(name, checkpoint, exported):
             return None
         made, engines = self.work / f"{name}-{recipe}", self.work / f"{name}-{recipe}-engines"
         gate = ["--gate", "images=1", "--steps", "2", "--sampler", "ddim", "--repeats", "0"]
@@ -127,6 +125,13 @@ class StageRecord:
         to = ["--backend", self.backend, "--overwrite"]
         done = self.forge(f"{name}: compile {recipe}", "compile", made, engines, *to)
         return engines if done else None
+
+    def _export(self, name: str, checkpoint: object, target: Path) -> bool:
+        """Export with torch on the GPU, or if that fails on the CPU."""
+        words = ["export", checkpoint, target]
+        if not self.dry and self.forge(f"{name}: export on the GPU", *words, "--device", "cuda"):
+            return True
+        return self.forge(f"{name}: export", *words)
 
     def _write(self, line: str) -> None:
         print(f"{self.name}: {line}", flush=True)

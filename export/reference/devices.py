@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentforge.measure.bench.placement import Placement
-from latentforge.runtime.errors import DeviceError
+from latentforge.measure.bench.placement import DEVICES, Placement
+from latentforge.runtime.errors import DeviceError, SettingsError
+from latentforge.runtime.text import near_miss
 from latentforge.runtime.timings import Stopwatch
 
-__all__ = ["DeviceClock", "autotuned", "placed", "single_precision_noise"]
+__all__ = [
+    "DeviceClock",
+    "autotuned",
+    "placed",
+    "require_device",
+    "single_precision_noise",
+    "without_tf32",
+]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -26,6 +34,42 @@ def placed(module: nn.Module, placement: Placement) -> nn.Module:
         raise DeviceError(f"{placement}: torch {torch.__version__} finds no CUDA GPU here")
     # diffusers' own to() warns of modules to keep in float32 even where a class has none
     return nn.Module.to(module, placement.device, _DTYPES[placement.precision])
+
+
+def require_device(device: str) -> None:
+    """Refuse a device for torch that does not exist, or that torch does not find here.
+
+    Raises:
+        SettingsError: there is no such device.
+        DeviceError: torch finds no GPU.
+    """
+    if device not in DEVICES:
+        raise SettingsError(f"no device {device!r}: {near_miss(device, DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device cuda: torch {torch.__version__} finds no CUDA GPU here; leave --device out to "
+            "run torch on the CPU"
+        )
+
+
+@contextmanager
+def without_tf32(device: str) -> Iterator[None]:
+    """Context manager in which a GPU computes float32 in full: TF32 has ten bits of fraction.
+
+    On the CPU, which has no TF32, nothing is set.
+    """
+    if device == "cpu":
+        yield
+        return
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def autotuned(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -44,18 +44,29 @@ def add(commands: Any) -> None:
         metavar="NAME,...",
         help="export these components only (default: all)",
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where torch runs the checkpoint for comparison, in float32; engines run on the CPU "
+        "(default: cpu)",
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
     from latentforge.export.onnx import Dimensions
 
     dimensions = Dimensions(batch=options.batch, height=options.height, width=options.width)
-    export_engines(options, dimensions, tuple(options.components))
+    export_engines(options, dimensions, tuple(options.components), device=options.device)
     _print_description(options.engines)
 
 
 def export_engines(
-    options: argparse.Namespace, dimensions: Dimensions, components: tuple[str, ...] = ()
+    options: argparse.Namespace,
+    dimensions: Dimensions,
+    components: tuple[str, ...] = (),
+    *,
+    device: str = "cpu",
 ) -> None:
     """Export with the checkpoint, target and layout that arguments.add_stage() parsed."""
     output.quiet_libraries()
@@ -66,6 +77,7 @@ def export_engines(
         dimensions=dimensions,
         layout=options.layout,
         sampler=options.default_sampler,
+        device=device,
         overwrite=options.overwrite,
         quiet=False,
     )
