@@ -152,7 +152,7 @@ def _study(
 ) -> None:
     """Time participants of interleaved runs, the first of which is the reference."""
     from latentforge.measure.bench.study import Study, run
-    from latentforge.measure.hardware import available_cores
+    from latentforge.measure.hardware import available_threads
     from latentforge.runtime.manifest import Manifest
     from latentforge.runtime.settings import resolve
 
@@ -167,7 +167,7 @@ def _study(
         participants=[replace(first, role="reference"), *others],
         settings=resolve(manifest.defaults, "a photo of a cat", given),
         latent=manifest.latent,
-        threads=available_cores(),
+        threads=available_threads(),
         repeats=1 if stage.dry else 6,
         layers=layers,
         folder=stage.work / "peers",
