@@ -7,6 +7,7 @@ records, and reads and writes it.
 
 import importlib.metadata
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -377,10 +378,17 @@ class Stage(Record, frozen=True, kw_only=True):
         Raises:
             importlib.metadata.PackageNotFoundError: a package is not installed.
         """
-        versions = {package: importlib.metadata.version(package) for package in packages}
+        versions = {package: _version(package) for package in packages}
         tools = {"latentforge": __version__, **versions, **fields.pop("tools", {})}
         seconds = round(time.perf_counter() - start, 1)
         return cls(name=name, options=options, tools=tools, seconds=seconds, **fields)
+
+
+def _version(package: str) -> str:
+    """Return the version of a package, or the module's own if several packages bring it."""
+    if package == "onnxruntime" and package in sys.modules:  # it may be of onnxruntime-gpu
+        return str(sys.modules[package].__version__)
+    return importlib.metadata.version(package)
 
 
 class Manifest(Record, frozen=True, kw_only=True):

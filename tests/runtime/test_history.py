@@ -19,6 +19,22 @@ def test_a_record_has_the_version_and_the_duration() -> None:
     assert record.measured == {}
 
 
+def test_onnxruntime_may_come_as_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu has the same module; where both are installed, one of them is imported."""
+    import onnxruntime
+
+    for installed in ("0.0.1", None):
+
+        def version(name: str, found: str | None = installed) -> str:
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        record = Stage.ended("tune", time.perf_counter(), {}, ["onnxruntime"])
+        assert record.tools["onnxruntime"] == onnxruntime.__version__
+
+
 def test_a_record_has_the_versions_of_packages() -> None:
     record = Stage.ended("tune", time.perf_counter(), {}, ["numpy"])
     assert list(record.tools.items()) == [("latentforge", __version__), ("numpy", np.__version__)]
