@@ -13,7 +13,9 @@ Options of all three:
 * gpu: number of the GPU (0).
 * graphs: False launches each kernel separately instead of replaying CUDA graphs. One graph is
   captured for each size; the last few are kept.
-* threads, profile: as on the CPU. Profiling disables CUDA graphs.
+* threads, profile: as on the CPU. Profiling disables CUDA graphs, and the search of algorithms,
+  which would count as a layer's time. Kernels are waited for one by one, unless the process has
+  used the GPU before: the library's times are the host's.
 
 Options of one provider, which the others ignore:
 
@@ -32,7 +34,8 @@ of the package onnxruntime-ep-nv-tensorrt-rtx.
 import contextlib
 import ctypes
 import io
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -224,18 +227,39 @@ def load(path: Path, component: Component, options: Options) -> DeviceSession:
         SettingsError: there is no such option, or no range for a free dimension.
     """
     backends.check_options(options, OPTIONS, _ALLOWED)
-    graphs = options.get("graphs", True) and not options.get("profile")
+    options = _completed(options)
     _check_installed(component.backend)
-    _check_gpu(component.backend, options.get("gpu", 0))
-    _load_libraries(component.backend)
-    with GPU_LOCK:
+    with GPU_LOCK, _awaited_kernels() if options.get("profile") else contextlib.nullcontext():
+        _check_gpu(component.backend, options.get("gpu", 0))
+        _load_libraries(component.backend)
         try:
-            return _open(path, component, {**options, "graphs": graphs})
+            return _open(path, component, options)
         except BackendError as error:
-            if not graphs or "graph capture" not in str(error):
+            if not options["graphs"] or "graph capture" not in str(error):
                 raise
         _log.info("%s: CUDA graphs cannot capture it, so kernels are launched one by one", path)
         return _open(path, component, {**options, "graphs": False})
+
+
+def _completed(options: Options) -> Options:
+    """Return options with the defaults that depend on others."""
+    if not options.get("profile"):
+        return {"graphs": True, **options}
+    return {"search": "HEURISTIC", **options, "graphs": False}
+
+
+@contextlib.contextmanager
+def _awaited_kernels() -> Iterator[None]:
+    """Context manager in which the driver, if it starts, lets each launch wait for its kernel."""
+    name = "CUDA_LAUNCH_BLOCKING"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _open(path: Path, component: Component, options: Options) -> DeviceSession:

@@ -930,6 +930,43 @@ def test_without_the_plugin(graph: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         onnxruntime_gpu.load(graph, batched("onnxruntime-tensorrt-rtx"), {})
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, {"graphs": True}),
+        ({"graphs": False, "search": "DEFAULT"}, {"graphs": False, "search": "DEFAULT"}),
+        ({"profile": True}, {"profile": True, "graphs": False, "search": "HEURISTIC"}),
+        (
+            {"profile": True, "graphs": True, "search": "EXHAUSTIVE"},
+            {"profile": True, "graphs": False, "search": "EXHAUSTIVE"},
+        ),
+    ],
+)
+def test_a_recording_holds_neither_graphs_nor_a_search_that_nobody_asked_for(
+    given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert onnxruntime_gpu._completed(given) == expected
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_kernels_are_awaited_only_for_a_recording(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """The variable is set when the driver starts, and as it was afterwards."""
+    name = "CUDA_LAUNCH_BLOCKING"
+    seen: list[str | None] = []
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    monkeypatch.setattr(onnxruntime_gpu, "_check_installed", lambda _: None)
+    monkeypatch.setattr(onnxruntime_gpu, "_gpu_count", lambda: seen.append(os.environ.get(name)))
+    monkeypatch.setattr(onnxruntime_gpu, "_load_libraries", lambda _: pytest.fail("no GPU"))
+    for profile in (True, False):
+        with pytest.raises(TypeError):  # from the count, which is None
+            onnxruntime_gpu.load(graph, batched(GPUS[0]), {"profile": profile})
+    assert seen == ["1", before] and os.environ.get(name) == before
+
+
 @pytest.mark.parametrize("backend", GPUS)
 def test_a_gpu_that_does_not_exist(backend: str) -> None:
     with pytest.raises(DeviceError, match=f"{backend} needs an NVIDIA GPU 64 with its driver, and"):
