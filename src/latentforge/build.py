@@ -19,6 +19,7 @@ from latentforge.build_plan import BuildPlan, CheckpointSize, PlannedStage, Stag
 from latentforge.export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.onnx import Dimensions
+from latentforge.export.reference.devices import require_device
 from latentforge.export.stage import ExportRequest, export
 from latentforge.measure.quality.inputs import Accuracy
 from latentforge.optimize.search.backends import select_backends, tune_rows
@@ -83,6 +84,7 @@ class BuildRequest:
         sizes: to build for; unset sizes stay free if the backend supports that.
         options: of the backend, each as KEY=VALUE.
         search: request for an acceleration plan; None for engines without one.
+        device: where the export runs torch: see ExportRequest. The other stages run none.
     """
 
     optimization: OptimizeRequest = field(default_factory=OptimizeRequest)
@@ -90,6 +92,7 @@ class BuildRequest:
     sizes: Sizes = field(default_factory=Sizes)
     options: tuple[str, ...] = ()
     search: SearchRequest | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,7 +152,10 @@ def _build_into(
     """
     options, exported = request.optimization, directory / "exported"
     fixed = ExportRequest(
-        dimensions=dimensions(request.sizes), sampler=request.sampler, quiet=options.quiet
+        dimensions=dimensions(request.sizes),
+        sampler=request.sampler,
+        device=request.device,
+        quiet=options.quiet,
     )
     try:
         source = export(checkpoint, exported, fixed)
@@ -284,6 +290,7 @@ def _move_missing(optimized: Path, directory: Path) -> None:
 
 def _check(request: BuildRequest) -> None:
     """Check what needs no checkpoint, so that a typo does not cost an export."""
+    require_device(request.device)
     for name in _targets(request):
         check_request(replace(request.optimization, target=name))
         parse_options(request.options, [TARGETS[name].backend])
@@ -392,6 +399,7 @@ def estimate(checkpoint: str, request: BuildRequest = _DEFAULT) -> BuildPlan:
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of an unsupported kind.
         SettingsError: no such target or recipe, or the search cannot be done.
+        DeviceError: torch finds no GPU, and the request names one.
     """
     _check(request)
     return _plan(open_checkpoint(checkpoint), request)

@@ -1,13 +1,14 @@
 """Exports with torch on a GPU: refused by name without one, and emulated on the CPU."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from latentforge.build import BuildRequest, build
+from latentforge.command_line import run
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.parity import LazyModules, TorchSession
@@ -26,20 +27,42 @@ def test_a_missing_gpu_is_refused_before_the_checkpoint_is_read(tmp_path: Path) 
 
 
 @NO_GPU
-def test_the_command_refuses_it_in_one_line(tmp_path: Path) -> None:
-    words = ["export", "demo", tmp_path / "engines", "--device", "cuda"]
-    command = [sys.executable, "-m", "latentforge", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert "finds no CUDA GPU here; leave --device out" in lines[0]
+@pytest.mark.parametrize("command", ["export", "build"])
+def test_commands_refuse_it_in_one_line(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a build's plan, which would be that of another command on this machine."""
+    plan = ["--dry-run"] if command == "build" else []
+    status = run([command, "demo", str(tmp_path / "engines"), "--device", "cuda", *plan])
+    out, errors = capsys.readouterr()
+    assert (status, out) == (2, "") and len(errors.splitlines()) == 1, errors
+    assert "finds no CUDA GPU here; leave --device out" in errors
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:1", "", "CPU"])
 def test_there_are_two_devices(tmp_path: Path, device: str) -> None:
     with pytest.raises(SettingsError, match=f"no device '{device}'"):
         export("none", tmp_path / "engines", ExportRequest(device=device))
+    with pytest.raises(SettingsError, match=f"no device '{device}'"):
+        build("none", tmp_path / "engines", BuildRequest(device=device))
     require_device("cpu")
+
+
+def test_a_build_hands_its_device_to_the_export(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded and refused there, before anything runs."""
+    asked: list[str] = []
+
+    def refuse(source: str, target: Path, request: ExportRequest) -> None:
+        asked.append(request.device)
+        raise DeviceError("no GPU")
+
+    monkeypatch.setattr("latentforge.build.require_device", lambda _: None)
+    monkeypatch.setattr("latentforge.build.export", refuse)
+    with pytest.raises(DeviceError, match="no GPU"):
+        build(str(tiny_checkpoint), tmp_path / "engines", BuildRequest(device="cuda"))
+    assert asked == ["cuda"] and not list(tmp_path.iterdir())
 
 
 def test_modules_run_on_their_device_and_return_arrays_of_the_host(tiny_checkpoint: Path) -> None:
@@ -55,6 +78,23 @@ def test_modules_run_on_their_device_and_return_arrays_of_the_host(tiny_checkpoi
     assert outputs[0].keys() == outputs[1].keys() == plan.outputs.keys()
     for name, value in outputs[0].items():
         np.testing.assert_array_equal(value, outputs[1][name])
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pix2pix", "sd-depth", "upscaler", "bk-sdm"])
+def test_no_module_mixes_devices(tiny: Callable[[str], Path], name: str) -> None:
+    """On the meta device an operation with a tensor of the CPU fails, as it would on a GPU."""
+    checkpoint = open_checkpoint(str(tiny(name)))
+    for plan in family_of(checkpoint).plan(checkpoint).components:
+        free = {size for spec in plan.inputs.values() for size in spec.shape}
+        sizes = {size: 2 if size == "batch" else 16 for size in free if isinstance(size, str)}
+        feeds = {
+            key: torch.zeros(spec.resolve(sizes), dtype=getattr(torch, spec.dtype), device="meta")
+            for key, spec in plan.inputs.items()
+        }
+        with torch.inference_mode():
+            made = plan.load(checkpoint).to("meta")(**feeds)
+        made = made if isinstance(made, tuple) else (made,)
+        assert {value.device.type for value in made} == {"meta"}, plan.name
 
 
 def test_tf32_is_off_meanwhile_on_a_gpu_alone() -> None:

@@ -117,6 +117,13 @@ def add_stage(parser: Any) -> None:
         help="default sampler of the engines, listed by run --help (default: the one that follows "
         "the checkpoint's scheduler; a scheduler that none follows is refused)",
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where torch runs the checkpoint, which engines are compared with, in float32; these "
+        "run on the CPU meanwhile (default: cpu)",
+    )
     add_target(parser)
 
 

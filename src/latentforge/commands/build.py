@@ -130,6 +130,7 @@ def _request(options: argparse.Namespace, sizes: Sizes) -> BuildRequest:
         sizes=sizes,
         options=tuple(options.option),
         search=search,
+        device=options.device,
     )
 
 

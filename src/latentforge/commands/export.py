@@ -44,31 +44,20 @@ def add(commands: Any) -> None:
         metavar="NAME,...",
         help="export these components only (default: all)",
     )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        choices=["cpu", "cuda"],
-        help="where torch runs the checkpoint for comparison, in float32; engines run on the CPU "
-        "(default: cpu)",
-    )
 
 
 def _export(options: argparse.Namespace) -> None:
     from latentforge.export.onnx import Dimensions
 
     dimensions = Dimensions(batch=options.batch, height=options.height, width=options.width)
-    export_engines(options, dimensions, tuple(options.components), device=options.device)
+    export_engines(options, dimensions, tuple(options.components))
     _print_description(options.engines)
 
 
 def export_engines(
-    options: argparse.Namespace,
-    dimensions: Dimensions,
-    components: tuple[str, ...] = (),
-    *,
-    device: str = "cpu",
+    options: argparse.Namespace, dimensions: Dimensions, components: tuple[str, ...] = ()
 ) -> None:
-    """Export with the checkpoint, target and layout that arguments.add_stage() parsed."""
+    """Export with the checkpoint, target, layout and device that arguments.add_stage() parsed."""
     output.quiet_libraries()
     from latentforge.export.stage import ExportRequest, export
 
@@ -77,7 +66,7 @@ def export_engines(
         dimensions=dimensions,
         layout=options.layout,
         sampler=options.default_sampler,
-        device=device,
+        device=options.device,
         overwrite=options.overwrite,
         quiet=False,
     )
