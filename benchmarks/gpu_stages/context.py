@@ -6,14 +6,23 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "StageRecord"]
+__all__ = ["ROOT", "StageRecord", "load_cuda"]
 
 ROOT = Path(__file__).parent.parent.parent
+
+_SHOWN = 2000  # last characters of a command's output that are a fact
+_HOUR = 3600.0
+_TO_WRITE = 2.0  # seconds to record a command that was ended
+_GATE = (
+    *("--gate", "images=1", "--steps", "2", "--sampler", "ddim"),
+    *("--repeats", "0", "--budget", "none"),
+)
+"""Of optimize: the images are compared with diffusers' afterwards, and the times with its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class StageRecord:
     output: Path
     work: Path
     dry: bool
-    deadline: float = float("inf")
+    deadline: float = field(default_factory=lambda: time.monotonic() + _HOUR)
     facts: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
@@ -97,15 +106,19 @@ class StageRecord:
             return None
 
     def command(self, name: str, *words: object, codes: tuple[int, ...] = (0,)) -> bool:
-        """Run a command and record its time and last lines; return True if its code is allowed."""
+        """Run a command and record its time and last lines; return True if its code is allowed.
+
+        One that would outlast the stage is ended just before, so that its output is kept.
+        """
         start = time.monotonic()
-        done = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT)
+        code, out, errors = _run([*map(str, words)], max(self.seconds_left - _TO_WRITE, 1.0))
         seconds = time.monotonic() - start
-        allowed = done.returncode in codes
-        reason = done.stderr[-2000:] if allowed and done.returncode else ""
-        self.record(name, f"{seconds:.1f} s\n{done.stdout[-2000:]}{reason}".strip())
+        allowed = code in codes
+        reason = errors[-_SHOWN:] if allowed and code else ""
+        self.record(name, f"{seconds:.1f} s\n{out[-_SHOWN:]}{reason}".strip())
         if not allowed:
-            self.fail(name, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+            status = "out of time" if code is None else f"exit status {code}"
+            self.fail(name, f"{status}\n{out}\n{errors}")
         return allowed
 
     def forge(self, name: str, *words: object) -> bool:
@@ -113,25 +126,44 @@ class StageRecord:
         return self.command(name, sys.executable, "-m", "latentforge", *words)
 
     def engines(self, name: str, checkpoint: object, recipe: str) -> Path | None:
-        """Export, optimize and compile a checkpoint; None if a step failed. Exports are shared."""
-        exported = self.work / f"{name}-exported"
-        if not exported.exists() and not self._export(name, checkpoint, exported):
-            return None
-        made, engines = self.work / f"{name}-{recipe}", self.work / f"{name}-{recipe}-engines"
-        gate = ["--gate", "images=1", "--steps", "2", "--sampler", "ddim", "--repeats", "0"]
-        how = ["--target", self.target, "--recipe", recipe, *gate, "--overwrite"]
-        if not self.forge(f"{name}: optimize {recipe}", "optimize", exported, made, *how):
+        """Export, optimize and compile a checkpoint; None if a step failed.
+
+        What an earlier step or stage has made is used again.
+        """
+        engines = self.work / f"{name}-{recipe}-engines"
+        if engines.exists():
+            return engines
+        if (made := self.optimized(name, checkpoint, recipe)) is None:
             return None
         to = ["--backend", self.backend, "--overwrite"]
         done = self.forge(f"{name}: compile {recipe}", "compile", made, engines, *to)
         return engines if done else None
 
-    def _export(self, name: str, checkpoint: object, target: Path) -> bool:
-        """Export with torch on the GPU, or if that fails on the CPU."""
+    def optimized(
+        self, name: str, checkpoint: object, recipe: str, *options: object, target: str = ""
+    ) -> Path | None:
+        """Export and optimize a checkpoint, with these options; likewise.
+
+        The providers for the CPU and for CUDA load the result as it is.
+        """
+        made = self.work / "-".join(filter(None, [name, recipe, target]))
+        if made.exists():
+            return made
+        if (exported := self.exported(name, checkpoint)) is None:
+            return None
+        how = ["--target", target or self.target, "--recipe", recipe, *_GATE, *options]
+        step = f"{name}: optimize {recipe} {target}".strip()
+        done = self.forge(step, "optimize", exported, made, *how, "--overwrite")
+        return made if done else None
+
+    def exported(self, name: str, checkpoint: object) -> Path | None:
+        """Export with torch on the GPU, or if that fails on the CPU; None if both fail."""
+        target = self.work / f"{name}-exported"
         words = ["export", checkpoint, target]
-        if not self.dry and self.forge(f"{name}: export on the GPU", *words, "--device", "cuda"):
-            return True
-        return self.forge(f"{name}: export", *words)
+        on_gpu = [*words, "--device", "cuda"]
+        if target.exists() or not self.dry and self.forge(f"{name}: export on the GPU", *on_gpu):
+            return target
+        return target if self.forge(f"{name}: export", *words) else None
 
     def _write(self, line: str) -> None:
         print(f"{self.name}: {line}", flush=True)
@@ -145,3 +177,24 @@ class StageRecord:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1, default=str))
         os.replace(part, path)
+
+
+def _run(words: Sequence[str], seconds: float) -> tuple[int | None, str, str]:
+    """Return a command's exit status, None if it was ended, and what it wrote."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
+        return done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as ended:
+        return None, *(_text(written) for written in (ended.stdout, ended.stderr))
+
+
+def _text(written: str | bytes | None) -> str:
+    return written.decode(errors="replace") if isinstance(written, bytes) else written or ""
+
+
+def load_cuda() -> None:
+    """Load the libraries that the CUDA provider needs from their packages, as our sessions do."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):  # prints what it does not find
+        onnxruntime.preload_dlls(directory="")

@@ -1,8 +1,10 @@
 """Pictures of the embedded checkpoint by engines in every way of running them."""
 
+import math
 import statistics
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,32 +12,51 @@ from typing import Any
 import numpy as np
 
 from gpu_stages import operators
-from gpu_stages.context import StageRecord
+from gpu_stages.context import StageRecord, load_cuda
 
-__all__ = ["demo", "image_psnr"]
+__all__ = ["IDENTICAL", "demo", "image_psnr", "judge"]
 
 SAMPLERS = "ddim euler euler_ancestral heun dpmpp_2m dpmpp_2m_karras unipc pndm".split()
 SAME_IMAGE = 30.0  # dB, in half precision
+IDENTICAL = 138.1  # dB of images without a difference, instead of infinity
 _PSNR = "PSNR to diffusers on the CPU"
 
 
 def image_psnr(ours: Any, theirs: Any) -> float:
     """Return the PSNR of two lists of images, in dB."""
     a, b = (np.stack([np.asarray(image, float) for image in images]) for images in (ours, theirs))
-    return round(float(10 * np.log10(255**2 / max(((a - b) ** 2).mean(), 1e-9))), 1)
+    error = float(((a - b) ** 2).mean())
+    return round(10 * math.log10(255**2 / error), 1) if error else IDENTICAL
+
+
+def judge(stage: StageRecord, name: str, subject: str, images: int, value: float) -> None:
+    """Record the PSNR of images to diffusers' in dB; a failure if they are others."""
+    stage.measure(name, subject, images, value, "dB")
+    if not value >= SAME_IMAGE:
+        stage.fail(f"{subject}, batch {images}", f"another image: {value} dB to diffusers")
 
 
 def demo(stage: StageRecord) -> None:
     """The embedded checkpoint from export to pictures, beside diffusers on the CPU."""
+    load_cuda()
+    for name, compare in operators.comparisons(stage.provider):
+        _operator(stage, name, compare)
     for recipe in ("fp32", "fp16"):
         if engines := stage.engines("demo", "demo", recipe):
-            _pictures(stage, engines, recipe)
+            stage.attempt(f"{recipe}: pictures", lambda e=engines, r=recipe: _pictures(stage, e, r))
             stage.attempt(f"{recipe}: ways to run", lambda e=engines, r=recipe: _ways(stage, e, r))
-    for name, error in operators.errors(stage.provider):
-        if error.startswith("largest error") or stage.dry:  # most have no kernel on a CPU
-            stage.record(name, error)
+    if stage.dry and (made := stage.optimized("demo", "demo", "fp16", target="cuda")):
+        _compile_plain(stage, "for CUDA", made, "onnxruntime-cuda")
+
+
+def _operator(stage: StageRecord, name: str, compare: Callable[[], str]) -> None:
+    try:
+        stage.record(name, compare())
+    except Exception as error:
+        if stage.dry and not isinstance(error, ValueError):  # most have no kernel on a CPU
+            stage.record(name, f"{type(error).__name__}: {error}")
         else:
-            stage.fail(name, error)
+            stage.fail(name, traceback.format_exc())
 
 
 def _pictures(stage: StageRecord, engines: Path, recipe: str) -> None:
@@ -69,16 +90,14 @@ def _compare(
     batch: int,
     given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Record the PSNR of an image to diffusers' own; a failure if it is another image."""
+    """Draw images with engines and with diffusers, and judge their PSNR."""
 
     def draw() -> None:
         settings = {"steps": 4, "seed": 3, "sampler": sampler, "images_per_prompt": batch}
         ours = pipe("a red apple", **settings, **(given or {}))
         image = {"image": given["image"]} if given else {}
         value = image_psnr(ours.images, eager(ours.settings, **image).images)
-        stage.measure(_PSNR, subject, batch, value, "dB")
-        if not value >= SAME_IMAGE:
-            raise ValueError(f"another image: {value} dB to diffusers, expected {SAME_IMAGE:g}")
+        judge(stage, _PSNR, subject, batch, value)
 
     stage.attempt(f"{subject}, batch {batch}", draw)
 
@@ -124,11 +143,8 @@ def _ways(stage: StageRecord, engines: Path, recipe: str) -> None:
     """Time one image with CUDA graphs, without, and without IO binding; they have to be equal."""
     import latentforge
 
-    plain = engines.with_name(f"{engines.name}-plain")
     made = engines.with_name(engines.name.removesuffix("-engines"))
-    graphs = [] if stage.dry else ["--option", "graphs=false"]
-    how = ["--backend", stage.backend, *graphs, "--overwrite"]
-    if not stage.forge(f"{recipe}: compile without CUDA graphs", "compile", made, plain, *how):
+    if (plain := _compile_plain(stage, recipe, made, stage.backend)) is None:
         return
     ways: Mapping[str, Callable[[], Any]] = {
         "CUDA graphs": lambda: latentforge.load(engines),
@@ -143,6 +159,15 @@ def _ways(stage: StageRecord, engines: Path, recipe: str) -> None:
     for way, image in zip(ways, images, strict=True):
         if not (value := image_psnr([images[0]], [image])) >= SAME_IMAGE:
             stage.fail(f"{recipe}: {way}", f"another image: {value} dB to that with CUDA graphs")
+
+
+def _compile_plain(stage: StageRecord, name: str, made: Path, backend: str) -> Path | None:
+    """Compile engines without CUDA graphs; a rehearsal only copies those that need a GPU."""
+    plain = made.with_name(f"{made.name}-plain")
+    graphs = ["--option", "graphs=false"] if backend == "onnxruntime-cuda" else []
+    how = ["--backend", backend, *graphs, "--overwrite"]
+    done = stage.forge(f"{name}: compile without CUDA graphs", "compile", made, plain, *how)
+    return plain if done else None
 
 
 def _seconds(pipe: Any) -> float:

@@ -1,15 +1,17 @@
 """All stages: devices, tests, pictures, full-size models, other engines and recipes, SDXL."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpu_stages.context import StageRecord
-from gpu_stages.full_size import BUILDS, build, full, xl
+from gpu_stages.context import StageRecord, load_cuda
+from gpu_stages.full_size import BUILDS, build, compile_torch, full, xl
 from gpu_stages.pictures import demo
 
 __all__ = ["STAGES"]
@@ -34,8 +36,11 @@ def devices(stage: StageRecord) -> None:
 
     stage.record("machine", describe_machine())
     stage.record("libraries", _versions())
+    stage.record("free disk", f"{shutil.disk_usage(stage.work).free / 2**30:.0f} GB")
     stage.attempt("nvidia-smi", lambda: _driver(stage))
-    for provider in onnxruntime.get_available_providers():
+    load_cuda()
+    available = onnxruntime.get_available_providers()
+    for provider in [stage.provider] if stage.dry else available:
         if provider == "TensorrtExecutionProvider" and find_spec("tensorrt") is None:
             stage.record(provider, "tensorrt is not installed")
             continue
@@ -96,34 +101,58 @@ def _matmul(provider: str, dtype: Any) -> str:
 
 
 def tests(stage: StageRecord) -> None:
-    """tests/gpu by pytest; without a GPU they are skipped."""
-    options = ["-q", "--no-header", "-rfEs", "--tb=short", "-p", "no:cacheprovider"]
-    plain = ["-o", "addopts=--import-mode=importlib"]
+    """tests/gpu by pytest; without a GPU they are skipped.
+
+    Its plugins may be missing. A test that hangs in a library is named, with its stack.
+    """
+    options = ["-v", "--no-header", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    settings = {"addopts": "--import-mode=importlib", "filterwarnings": "default"}
+    settings |= {"timeout": "20", "timeout_method": "thread"}
+    options += [f"--override-ini={name}={value}" for name, value in settings.items()]
     allowed = (0, _NO_TESTS) if stage.dry else (0,)
-    words = [sys.executable, "-m", "pytest", *options, *plain, "tests/gpu"]
-    stage.command("tests/gpu", *words, codes=allowed)
+    stage.command("tests/gpu", sys.executable, "-m", "pytest", *options, "tests/gpu", codes=allowed)
 
 
 def others(stage: StageRecord) -> None:
     """TensorRT and the providers for it, int8, and the search of build --fast."""
-    made = stage.work / "demo-exported"
-    if not made.exists() and not stage.forge("demo: export", "export", "demo", made):
-        return
     for backend in VENDORS:
         _vendor(stage, backend)
-    stage.engines("demo", "demo", "int8")
-    if not stage.dry:
-        how = ["--target", stage.target, "--fast", "--effort", "4", "--overwrite"]
-        stage.forge("build --fast", "build", "demo", stage.work / "demo-fast", *how)
+    engines = stage.engines("demo", "demo", "fp32" if stage.dry else "fp16")
+    if engines:
+        stage.attempt("build --fast", lambda: _search(stage, engines))
+    _int8(stage)
     stage.record("fp8", "latentforge has no recipe for it")
 
 
+def _search(stage: StageRecord, engines: Path) -> None:
+    """Search for an acceleration plan as build --fast does, of few plans and images."""
+    from latentforge.optimize.search.request import SearchRequest
+    from latentforge.optimize.search.search import accelerate, summary_lines
+
+    copied = stage.work / "demo-fast"
+    shutil.copytree(engines, copied)
+    request = SearchRequest(gate=("psnr=20", "images=4"), effort=1 if stage.dry else 4)
+    stage.record("build --fast", "\n".join(summary_lines(accelerate(copied, request))))
+
+
+def _int8(stage: StageRecord) -> None:
+    """Make engines in int8, which CUDA's provider may refuse: it has not all of the operators."""
+    made = stage.optimized("demo", "demo", "int8")
+    if made is None:
+        return
+    forge = [sys.executable, "-m", "latentforge", "compile", made, stage.work / "demo-int8-engines"]
+    codes = (0,) if stage.dry else (0, _REFUSED)
+    stage.command("demo: compile int8", *forge, "--backend", stage.backend, codes=codes)
+
+
 def _vendor(stage: StageRecord, backend: str) -> None:
-    """Compile for a backend and compare its image, if its library is installed."""
+    """Compile for a backend and run it, if its library is installed."""
     if find_spec(VENDORS[backend]) is None:
         stage.record(backend, f"{VENDORS[backend]} is not installed")
         return
-    made, engines = stage.work / "demo-exported", stage.work / f"demo-{backend}"
+    made, engines = stage.exported("demo", "demo"), stage.work / f"demo-{backend}"
+    if made is None:
+        return
     forge = [sys.executable, "-m", "latentforge"]
     codes = (0, _REFUSED) if stage.dry else (0,)  # the engines need a GPU
     how = ["--backend", backend, "--overwrite"]
@@ -134,5 +163,6 @@ def _vendor(stage: StageRecord, backend: str) -> None:
 STAGES: Mapping[str, Callable[[StageRecord], None]] = {
     **{step.__name__: step for step in (devices, tests, demo, full, others, xl)},
     **{f"build-{name}": build for name in BUILDS},
+    "build-compile": compile_torch,
 }
-"""All stages in order of worth, and the builds for ``full``, which run beside the others."""
+"""All stages in order of worth, and the builds for ``full``, which run beside those before it."""

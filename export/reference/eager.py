@@ -68,6 +68,7 @@ class EagerPipeline:
         if sequential and placement != Placement():
             raise SettingsError(f"modules are loaded in turn on cpu:fp32 alone, not {placement}")
         self._clock = DeviceClock(placement.device)
+        self._without_gradients: Any = torch.inference_mode
         family = family_of(checkpoint)
         plan = family.plan(checkpoint)
         own = checkpoint.config("scheduler", "scheduler_config.json")
@@ -122,7 +123,7 @@ class EagerPipeline:
         scheduler = self._own_scheduler() if own_scheduler else self._scheduler(settings.sampler)
         pipe = self._pipeline(scheduler, image, mask)
         watch = Stopwatch()
-        with watch.running(), torch.inference_mode(), single_precision_noise():
+        with watch.running(), self._without_gradients(), single_precision_noise():
             given = {"image": image, "mask_image": mask, "depth_map": _depth_tensor(depth_map)}
             with self._timed(watch):
                 latents = pipe(**self._arguments(settings, pipe, given)).images
@@ -145,6 +146,7 @@ class EagerPipeline:
             self._parts[part].compile()
         unet, vae = self._parts["unet"], self._parts["vae"]
         if self._clock.is_gpu:
+            self._without_gradients = torch.no_grad  # as diffusers' users run it, with CUDA graphs
             unet.forward = autotuned(unet.forward)
             vae.decode = autotuned(vae.decode)
         else:
