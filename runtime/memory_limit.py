@@ -20,7 +20,7 @@ except ImportError:  # Windows: no limit
 
 __all__ = ["limited_memory", "load_memory", "run_memory"]
 
-_BASE = 1 << 30  # for code that a library generates, and its buffers
+_BASE = 1 << 29  # for code that a library generates, and its buffers
 _PER_CORE = 32 << 20  # stacks of a library's threads
 _PER_BYTE = 16  # weights of four bits become floats, and a copy of them in the layout of kernels
 _PER_ELEMENT = 1 << 16  # a hundred channels in some layers at a time

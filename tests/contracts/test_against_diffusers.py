@@ -74,6 +74,7 @@ def test_same_image_with_epsilon_prediction(
         {"guidance_scale": 1.0},
         {"images_per_prompt": 2, "sampler": "euler_ancestral"},
         {"height": 96, "width": 48},
+        {"height": 72, "width": 64},
         {"prompts": [""], "steps": 1},
         {"seed": -1},
     ],
