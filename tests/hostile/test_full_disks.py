@@ -50,7 +50,7 @@ def run(
         env=variables,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert "Traceback" not in ended.stderr, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if line.startswith("latentforge:")]
