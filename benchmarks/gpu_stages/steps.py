@@ -101,16 +101,20 @@ def _matmul(provider: str, dtype: Any) -> str:
 
 
 def tests(stage: StageRecord) -> None:
-    """tests/gpu by pytest; without a GPU they are skipped.
+    """tests/gpu by pytest, whose plugins may be missing; a failure if all of them are skipped.
 
-    Its plugins may be missing. A test that hangs in a library is named, with its stack.
+    A test that hangs in a library is named, with its stack.
     """
     options = ["-v", "--no-header", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     settings = {"addopts": "--import-mode=importlib", "filterwarnings": "default"}
     settings |= {"timeout": "20", "timeout_method": "thread"}
     options += [f"--override-ini={name}={value}" for name, value in settings.items()]
     allowed = (0, _NO_TESTS) if stage.dry else (0,)
-    stage.command("tests/gpu", sys.executable, "-m", "pytest", *options, "tests/gpu", codes=allowed)
+    name, words = "tests/gpu", [sys.executable, "-m", "pytest", *options, "tests/gpu"]
+    if not stage.command(name, *words, codes=allowed) or stage.dry:
+        return
+    if " passed" not in str(stage.facts[name]).splitlines()[-1]:
+        stage.fail(name, "none of the tests ran")
 
 
 def others(stage: StageRecord) -> None:

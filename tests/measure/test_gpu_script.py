@@ -15,7 +15,7 @@ from typing import Any
 import gpu
 import numpy as np
 import pytest
-from gpu_stages import full_size, operators, pictures
+from gpu_stages import context, full_size, operators, pictures, steps
 from gpu_stages.context import StageRecord
 from gpu_stages.page import aims, render_page, summary
 
@@ -261,6 +261,18 @@ def test_the_script_is_of_python_3_10_and_needs_what_a_gpu_machine_has() -> None
         ]
         used = {str(name).partition(".")[0] for name in names}
         assert used <= needed | local | set(sys.stdlib_module_names), path
+
+
+@pytest.mark.parametrize("outcome, fails", [("3 passed, 2 skipped", 0), ("5 skipped", 1)])
+def test_tests_that_are_all_skipped_prove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str, fails: int
+) -> None:
+    line = f"tests/gpu/test_x.py SKIPPED\n===== {outcome} in 1.04s ====="
+    monkeypatch.setattr(context, "_run", lambda *_: (0, line, ""))
+    for dry in (False, True):
+        stage = StageRecord(name="tests", output=tmp_path, work=tmp_path, dry=dry)
+        steps.tests(stage)
+        assert len(stage.failures) == (0 if dry else fails)
 
 
 @pytest.mark.slow
