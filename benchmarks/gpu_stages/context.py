@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "StageRecord", "load_cuda"]
+__all__ = ["REFUSED", "ROOT", "StageRecord", "load_cuda"]
 
+REFUSED = 2  # latentforge's exit status, with one line that says why
 ROOT = Path(__file__).parent.parent.parent
 
 _SHOWN = 2000  # last characters of a command's output that are a fact

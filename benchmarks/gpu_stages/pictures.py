@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 import threading
 import time
 import traceback
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_stages import operators
-from gpu_stages.context import StageRecord, load_cuda
+from gpu_stages.context import REFUSED, StageRecord, load_cuda
 
 __all__ = ["IDENTICAL", "demo", "image_psnr", "judge"]
 
@@ -162,11 +163,13 @@ def _ways(stage: StageRecord, engines: Path, recipe: str) -> None:
 
 
 def _compile_plain(stage: StageRecord, name: str, made: Path, backend: str) -> Path | None:
-    """Compile engines without CUDA graphs; a rehearsal only copies those that need a GPU."""
+    """Compile engines without CUDA graphs; a rehearsal may lack the provider to compare them."""
     plain = made.with_name(f"{made.name}-plain")
     graphs = ["--option", "graphs=false"] if backend == "onnxruntime-cuda" else []
-    how = ["--backend", backend, *graphs, "--overwrite"]
-    done = stage.forge(f"{name}: compile without CUDA graphs", "compile", made, plain, *how)
+    forge = [sys.executable, "-m", "latentforge", "compile", made, plain, "--overwrite"]
+    codes = (0, REFUSED) if backend != stage.backend else (0,)
+    step = f"{name}: compile without CUDA graphs"
+    done = stage.command(step, *forge, "--backend", backend, *graphs, codes=codes)
     return plain if done else None
 
 

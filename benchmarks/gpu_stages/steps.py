@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_stages.context import StageRecord, load_cuda
+from gpu_stages.context import REFUSED, StageRecord, load_cuda
 from gpu_stages.full_size import BUILDS, build, compile_torch, full, xl
 from gpu_stages.pictures import demo
 
@@ -25,7 +25,6 @@ VENDORS: Mapping[str, str] = {
 """Package that each backend needs; ONNX Runtime lists its provider for TensorRT without it, too."""
 
 _NO_TESTS = 5  # pytest's exit status if there are none
-_REFUSED = 2  # latentforge's, with one line that says why
 
 
 def devices(stage: StageRecord) -> None:
@@ -145,7 +144,7 @@ def _int8(stage: StageRecord) -> None:
     if made is None:
         return
     forge = [sys.executable, "-m", "latentforge", "compile", made, stage.work / "demo-int8-engines"]
-    codes = (0,) if stage.dry else (0, _REFUSED)
+    codes = (0,) if stage.dry else (0, REFUSED)
     stage.command("demo: compile int8", *forge, "--backend", stage.backend, codes=codes)
 
 
@@ -158,7 +157,7 @@ def _vendor(stage: StageRecord, backend: str) -> None:
     if made is None:
         return
     forge = [sys.executable, "-m", "latentforge"]
-    codes = (0, _REFUSED) if stage.dry else (0,)  # the engines need a GPU
+    codes = (0, REFUSED) if stage.dry else (0,)  # the engines need a GPU
     how = ["--backend", backend, "--overwrite"]
     if stage.command(f"{backend}: compile", *forge, "compile", made, engines, *how, codes=codes):
         stage.command(f"{backend}: verify", *forge, "verify", engines, codes=codes)
