@@ -400,6 +400,8 @@ def _torch_pipeline(
 ) -> Pipeline:
     """Return the runtime's pipeline over torch modules in place of engines."""
     engines = Engines(lambda name, _: _torch_engine(sessions[name]), sessions)
+    components = {name: engine.component for name, engine in engines.items()}
+    manifest = msgspec.structs.replace(manifest, components=components)
     tokenizers = {
         name: Tokenizer(directory / entry.file, entry)
         for name, entry in manifest.tokenizers.items()

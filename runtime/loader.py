@@ -9,12 +9,7 @@ from latentforge.runtime import backends
 from latentforge.runtime.compile.rebuild import rebuild_hint
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.engine import Engine, Engines
-from latentforge.runtime.errors import (
-    DeviceError,
-    ForeignEngineError,
-    ManifestError,
-    SettingsError,
-)
+from latentforge.runtime.errors import DeviceError, ForeignEngineError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.validation import check_flag, check_max_rows, checked_path, plain, shown
@@ -70,9 +65,8 @@ def load(
     path = checked_path("directory", directory)
     options = {name: plain(value) for name, value in options.items()}
     manifest = Manifest.read(path, hashes=hashes)
+    manifest.check_complete(path)
     required, components = manifest.required_components, manifest.components
-    if missing := [name for name in required if name not in components]:
-        raise ManifestError(f"{path} has no {missing[0]}: export it without --components")
     backends.check_option_names(options, {components[name].backend for name in required})
     loader = EngineLoader(
         manifest=manifest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from latentforge.runtime import backends
 from latentforge.runtime.conditioning.encode import ConditioningInputs
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.depth import DepthInput
-from latentforge.runtime.denoising.initial_latents import ImageInput, Picture, image_size
+from latentforge.runtime.denoising.initial_latents import ImageInput, Picture
 from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import SettingsError, ShapeError
 from latentforge.runtime.example import example_depth_map, example_image
@@ -22,8 +22,9 @@ from latentforge.runtime.generation import DenoisingStep, Model, Result, generat
 from latentforge.runtime.image import from_array
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT, Benchmark, Profile
-from latentforge.runtime.resolved_request import ResolvedRequest, check_size, warn_of_calibration
-from latentforge.runtime.settings import Request, Settings, resolve
+from latentforge.runtime.request_completion import complete_request
+from latentforge.runtime.resolved_request import ResolvedRequest, warn_of_calibration
+from latentforge.runtime.settings import Request, Settings
 from latentforge.runtime.validation import check_count, check_max_rows, shown
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["DenoisingStep", "Pipeline", "Result"]
 
 Array = NDArray[np.float32]
-
-_STRENGTH = 0.8  # default for an initial image without a mask, as in diffusers
 
 
 class Pipeline:
@@ -131,11 +130,10 @@ class Pipeline:
         """
         check_max_rows(max_rows)
         complete = self.settings(prompt, image=image, mask=mask, **settings)
-        warn_of_calibration(complete, self._engines["denoiser"].component)
+        warn_of_calibration(complete, self.manifest.components["denoiser"])
         request = ResolvedRequest.of(
             complete,
             self.manifest,
-            self._engines,
             image=self._image(image, complete),
             mask=mask,
             depth_map=self._depth_map(depth_map, complete),
@@ -168,7 +166,6 @@ class Pipeline:
         request = ResolvedRequest.of(
             settings,
             self.manifest,
-            self._engines,
             image=self._image(image, settings),
             mask=mask,
             depth_map=self._depth_map(depth_map, settings),
@@ -197,24 +194,7 @@ class Pipeline:
         **settings: Unpack[Request],
     ) -> Settings:
         """Complete and check a request without running it: see __call__()."""
-        request: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
-        if image is not None:
-            height, width = image_size(image, self.manifest.latent, shrink=self.manifest.shrink)
-            starts = mask is None and self.manifest.conditioning.starts_from_image
-            strength = _STRENGTH if starts else 1.0
-            request = {"height": height, "width": width, "strength": strength, **request}
-        elif "strength" in request:
-            raise SettingsError("strength applies to an initial image: give image too")
-        resolved = resolve(
-            self.manifest.defaults, prompt, cast("Request", request), self.manifest.acceleration
-        )
-        if request.get("image_guidance_scale", 1) != 1 and not resolved.uses_guidance:
-            raise SettingsError(
-                "image_guidance_scale takes effect with a guidance_scale above 1: raise that, or "
-                "omit image_guidance_scale"
-            )
-        check_size(resolved, self.manifest.latent, self._engines["denoiser"].component)
-        return resolved
+        return complete_request(self.manifest, prompt, image=image, mask=mask, **settings)
 
     def _image(self, image: ImageInput | None, settings: Settings) -> ImageInput | None:
         """Return the image of a request, or the example image where one stands in for it."""

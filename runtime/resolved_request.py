@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +13,6 @@ from latentforge.runtime.conditioning.encode import ConditioningInputs
 from latentforge.runtime.conditioning.image_requirements import check_images
 from latentforge.runtime.denoising.depth import DepthInput, depth_channel
 from latentforge.runtime.denoising.initial_latents import ImageInput, InitImage, Picture
-from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import CACHED_FEATURE, Component, Latent, Manifest
@@ -53,7 +51,6 @@ class ResolvedRequest:
         cls,
         settings: Settings,
         manifest: Manifest,
-        engines: Mapping[str, Engine],
         *,
         image: ImageInput | None = None,
         mask: Picture | None = None,
@@ -61,12 +58,13 @@ class ResolvedRequest:
         conditioning: ConditioningInputs | None = None,
         max_rows: int | None = None,
     ) -> ResolvedRequest:
-        """Check that these engines can fulfil a request, and plan it.
+        """Check that the engines of a manifest can fulfil a request, and plan it.
+
+        No engine is loaded, so that a server can refuse a request before it queues it.
 
         Args:
             settings: complete settings.
             manifest: of the engines.
-            engines: those already loaded.
             image, mask, depth_map, conditioning, max_rows: see Pipeline.run().
 
         Raises:
@@ -75,10 +73,9 @@ class ResolvedRequest:
             ShapeError: the engines cannot make images of this size.
             ManifestError: an image needs the VAE encoder, which the engines lack.
         """
-        check_size(settings, manifest.latent, engines["denoiser"].component)
-        available = {*manifest.components, *engines}
+        check_size(settings, manifest)
         for name in _step_components(settings):
-            if name not in available:
+            if name not in manifest.components:
                 raise SettingsError(
                     f"these engines have no {name}: omit the setting that needs it, or build "
                     "with --fast"
@@ -95,7 +92,7 @@ class ResolvedRequest:
                 "which is not supported: omit the mask, or export the checkpoint with another vae"
             )
         encodes = init.pixels is not None and manifest.conditioning.encodes_images
-        if encodes and "vae_encoder" not in available:
+        if encodes and "vae_encoder" not in manifest.components:
             raise ManifestError("these engines have no vae_encoder, which images need: export it")
         plan = sampling.noise_plan(
             settings.sampler, manifest.schedule, settings.steps, settings.timesteps
@@ -158,17 +155,18 @@ def _part(plan: NoisePlan, settings: Settings, train_steps: int) -> NoisePlan:
     return plan.between(train_steps, start=start, end=end)
 
 
-def check_size(settings: Settings, latent: Latent, denoiser: Component) -> None:
-    """Check that a denoiser can make images of the request's size.
+def check_size(settings: Settings, manifest: Manifest) -> None:
+    """Check that the denoiser of a manifest can make images of the request's size.
 
     Raises:
         ShapeError: it cannot; the message has the sizes that it can.
     """
+    latent = manifest.latent
     unit = latent.downscale * latent.multiple
     for name, side in (("height", settings.height), ("width", settings.width)):
         if side % unit:
             raise ShapeError(f"{name} must be a multiple of {unit} for this model, not {side}")
-    sizes = latent.image_sizes(denoiser)
+    sizes = latent.image_sizes(manifest.components["denoiser"])
     if sizes and not any(settings.height in h and settings.width in w for h, w in sizes):
         supported = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise ShapeError(

@@ -424,6 +424,16 @@ class Manifest(Record, frozen=True, kw_only=True):
         parts = [name for name in DENOISER_PARTS if name in self.components or name == "denoiser"]
         return (*encoders, *parts, "vae_decoder")
 
+    def check_complete(self, directory: Path) -> None:
+        """Check that the directory has every component that text to image needs.
+
+        Raises:
+            ManifestError: one is missing, as after an export with --components.
+        """
+        missing = [name for name in self.required_components if name not in self.components]
+        if missing:
+            raise ManifestError(f"{directory} has no {missing[0]}: export it without --components")
+
     @property
     def size(self) -> int:
         """Bytes of all components' files; a file that several of them share counts once."""

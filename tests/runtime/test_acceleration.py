@@ -325,9 +325,9 @@ def test_a_feature_of_half_the_sides_needs_even_ones(pipe: Pipeline) -> None:
     with pytest.raises(
         ShapeError, match="height must be a multiple of 16 for cached steps, not 24"
     ):
-        ResolvedRequest.of(settings, manifest, pipe.engines)
+        ResolvedRequest.of(settings, manifest)
     full = replace(settings, cached_steps=())
-    assert ResolvedRequest.of(full, manifest, pipe.engines).settings == full
+    assert ResolvedRequest.of(full, manifest).settings == full
 
 
 def test_interleaved_streams_do_not_share_a_feature(pipe: Pipeline) -> None:

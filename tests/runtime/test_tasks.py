@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import Handmade
@@ -17,7 +18,10 @@ from test_loop import NETWORKS
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
 from latentforge.runtime.image import open_image, to_array, to_mask
 from latentforge.runtime.loader import load
+from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
+from latentforge.runtime.request_completion import complete_request
+from latentforge.runtime.resolved_request import ResolvedRequest
 
 pytest.importorskip("onnxruntime")
 
@@ -80,6 +84,24 @@ def test_strength_sets_the_number_of_steps(pipe: Pipeline) -> None:
         assert [step.index for step in steps] == list(range(count)) and steps[0].count == count
     assert pipe.settings("a fox", image=picture()).strength == 0.8
     assert pipe.settings("a fox", image=picture(), mask=half_mask()).strength == 1.0
+
+
+def test_a_request_is_complete_and_checked_without_engines(
+    handmade: Handmade, pipe: Pipeline
+) -> None:
+    """A server checks requests in a process that never loads an engine."""
+    manifest = Manifest.read(handmade("read", onnx={**NETWORKS, "vae_encoder": ENCODER}))
+    settings = complete_request(manifest, "a fox", image=picture(), steps=5, seed=1)
+    assert settings == pipe.settings("a fox", image=picture(), steps=5, seed=1)
+    resolved = ResolvedRequest.of(settings, manifest, image=picture(), mask=half_mask())
+    assert resolved.step_components == ("denoiser",) and resolved.init.mask is not None
+    with pytest.raises(ShapeError, match="multiple of 16"):
+        complete_request(manifest, "a fox", height=40)
+    with pytest.raises(SettingsError, match="no denoiser_cached"):
+        ResolvedRequest.of(complete_request(manifest, "a fox", cached_steps=(1,)), manifest)
+    lone = msgspec.structs.replace(manifest, components={})
+    with pytest.raises(ManifestError, match="has no text_encoder"):
+        lone.check_complete(Path("engines"))
 
 
 def test_little_strength_changes_little(pipe: Pipeline) -> None:
