@@ -18,7 +18,7 @@ from latentforge.runtime.kernels import compiler
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = f"latentforge/runtime/kernels/{compiler.LIBRARY.name}"
-SOURCES = ("export", "measure", "optimize", "runtime", "src/latentforge")
+SOURCES = ("export", "measure", "optimize", "runtime", "serve", "src/latentforge")
 
 
 @pytest.fixture(scope="module")
