@@ -162,6 +162,24 @@ class Pipeline:
         Raises:
             SettingsError, ShapeError, BackendError: see __call__().
         """
+        steps = self.steps(
+            settings, image=image, mask=mask, depth_map=depth_map, conditioning=conditioning
+        )
+        for step in steps:
+            if report is not None:
+                report(step)
+        return step.result()
+
+    def steps(
+        self,
+        settings: Settings,
+        *,
+        image: ImageInput | None = None,
+        mask: Picture | None = None,
+        depth_map: DepthInput | None = None,
+        conditioning: ConditioningInputs | None = None,
+    ) -> Iterator[DenoisingStep]:
+        """Run a complete request and yield after each denoising step: see run() and stream()."""
         _check_settings(settings)
         request = ResolvedRequest.of(
             settings,
@@ -171,10 +189,7 @@ class Pipeline:
             depth_map=self._depth_map(depth_map, settings),
             conditioning=conditioning,
         )
-        for step in generate(self._model, request):
-            if report is not None:
-                report(step)
-        return step.result()
+        return generate(self._model, request)
 
     def encode(self, settings: Settings) -> ConditioningInputs:
         """Return the denoiser's conditioning inputs for a request, by input name.

@@ -47,6 +47,7 @@ __all__ = [
     "Latent",
     "Manifest",
     "NoiseAugmentation",
+    "PreviewMap",
     "RequestDefaults",
     "ScheduleProof",
     "Stage",
@@ -68,6 +69,8 @@ Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 _DEVICES = "con|prn|aux|nul|com[0-9]|lpt[0-9]"  # no file can have these names on Windows
 Name = Annotated[str, msgspec.Meta(pattern=rf"^(?!({_DEVICES})\Z)[a-z][a-z0-9_]{{0,63}}\Z")]
 Small = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Coefficient = Annotated[float, msgspec.Meta(ge=-1e3, le=1e3)]
+Coefficients = Annotated[tuple[Coefficient, ...], msgspec.Meta(min_length=1, max_length=1024)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -309,6 +312,26 @@ class Latent(Record, frozen=True, kw_only=True):
         return [] if (ANY, ANY) in pairs else pairs
 
 
+class PreviewMap(Record, frozen=True, kw_only=True):
+    """Linear map from a clean latent to the colour of its part of the image.
+
+    Fitted to the model's own VAE: see export/preview.py.
+
+    Attributes:
+        weights: for red, green and blue, one number per channel of the latents, as the denoiser
+            has them.
+        offset: colours of a latent of zeros; -1 is black and 1 is white.
+        correlation: with the decoder's images, averaged over the same parts, on latents that the
+            fit has not seen.
+    """
+
+    weights: Annotated[
+        tuple[tuple[Coefficient, ...], ...], msgspec.Meta(min_length=3, max_length=3)
+    ]
+    offset: tuple[Coefficient, Coefficient, Coefficient]
+    correlation: Annotated[float, msgspec.Meta(ge=-1, le=1)]
+
+
 class RequestDefaults(Record, frozen=True, kw_only=True):
     """Settings of a request that does not set them."""
 
@@ -406,6 +429,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     defaults: RequestDefaults
     tokenizers: Annotated[Mapping[Name, TokenizerEntry], msgspec.Meta(max_length=16)]
     components: Annotated[Mapping[Name, Component], msgspec.Meta(max_length=64)]
+    preview: PreviewMap | None = None
     quality: Mapping[str, Mapping[str, float]] = {}
     acceleration: AccelerationPlan | None = None
     history: tuple[Stage, ...] = ()

@@ -12,7 +12,14 @@ from latentforge.runtime.shapes import ANY
 
 if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.acceleration import AccelerationPlan
-    from latentforge.runtime.manifest import Component, Conditioning, Manifest, TextEncoding
+    from latentforge.runtime.manifest import (
+        Component,
+        Conditioning,
+        Latent,
+        Manifest,
+        PreviewMap,
+        TextEncoding,
+    )
     from latentforge.runtime.tensor import TensorSpec
 
 __all__ = [
@@ -89,6 +96,8 @@ def check_parts(manifest: Manifest) -> None:
     _check_conditioning(manifest)
     _check_variants(manifest.components)
     _check_defaults(manifest)
+    if manifest.preview is not None:
+        _check_preview(manifest.preview, manifest.latent)
     if manifest.acceleration is not None:
         _check_acceleration(manifest, manifest.acceleration)
 
@@ -126,6 +135,15 @@ def _check_defaults(manifest: Manifest) -> None:
         sampling.noise_plan(defaults.sampler, manifest.schedule, defaults.steps)
     except SettingsError as error:
         raise ManifestError(f"defaults: {error}") from error
+
+
+def _check_preview(preview: PreviewMap, latent: Latent) -> None:
+    for weights in preview.weights:
+        if len(weights) != latent.channels:
+            raise ManifestError(
+                f"preview: {len(weights)} weights for a colour, but latents have {latent.channels} "
+                "channels"
+            )
 
 
 def _check_encoder(manifest: Manifest, encoder: TextEncoding) -> None:

@@ -1,0 +1,229 @@
+"""Worker process: loads the engines of one model and makes images, batch after batch.
+
+Started by Replica as ``program.py SOCKET LIFELINE``, two inherited file descriptors. It has one
+thread: messages are read between two steps, so that a limit of memory holds for a run and nothing
+competes with it.
+
+It ends when the server does. The kernel sees to that: the lifeline is a pipe that the server holds
+open, and its end raises a signal whose default action ends the process, also in the middle of a
+library's call.
+"""
+
+import fcntl
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+
+from latentforge.runtime.backends import NO_MEMORY, return_memory
+from latentforge.runtime.compile.verify import trial
+from latentforge.runtime.errors import BackendError, LatentforgeError, SettingsError
+from latentforge.runtime.loader import load
+from latentforge.runtime.pipeline import DenoisingStep, Pipeline
+from latentforge.runtime.text import one_line
+from latentforge.serve.worker.messages import (
+    Answer,
+    BatchDone,
+    BatchFailed,
+    BatchStopped,
+    CancelBatch,
+    EnginesLoaded,
+    FrameReader,
+    LoadEngines,
+    LoadFailed,
+    Order,
+    Ping,
+    Pong,
+    RawPixels,
+    RunBatch,
+    StepDone,
+    frame,
+)
+
+__all__ = ["is_preview_due", "main"]
+
+_PIECE = 1 << 20  # bytes of one read
+
+
+class _Channel:
+    """Socket to the server: orders in, answers out."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reader = FrameReader(Order)
+        self._orders: deque[Order] = deque()
+
+    def send(self, answer: Answer) -> None:
+        self._connection.sendall(frame(answer))
+
+    def receive(self) -> Order:
+        """Return the next order; EOFError once the server is gone."""
+        while not self._orders:
+            self._read()
+        return self._orders.popleft()
+
+    def arrived(self) -> Iterator[Order]:
+        """Yield the orders that have arrived, without waiting for one."""
+        while select.select([self._connection], [], [], 0)[0]:
+            self._read()
+        while self._orders:
+            yield self._orders.popleft()
+
+    def _read(self) -> None:
+        piece = self._connection.recv(_PIECE)
+        if not piece:
+            raise EOFError
+        self._orders.extend(self._reader.feed(piece))
+
+
+def main() -> None:
+    """Serve the batches that arrive on the socket until the server closes it."""
+    descriptor, lifeline = map(int, sys.argv[1:3])
+    _end_with(lifeline)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # sent to all at once: the server decides
+    channel = _Channel(socket.socket(fileno=descriptor))
+    with suppress(EOFError, ConnectionError):
+        pipeline = _load(channel)
+        while pipeline is not None:
+            _obey(channel, pipeline, channel.receive())
+
+
+def _end_with(lifeline: int) -> None:
+    """Let the end of a pipe raise SIGIO, which ends this process."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(lifeline, fcntl.F_GETFL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    if select.select([lifeline], [], [], 0)[0]:  # it ended before the signal was set up
+        raise SystemExit(1)
+
+
+def _load(channel: _Channel) -> Pipeline | None:
+    """Load the engines that the first order names, and run one step; None if that fails."""
+    start, order = time.perf_counter(), channel.receive()
+    if not isinstance(order, LoadEngines):
+        raise BackendError(f"a worker process got {type(order).__name__} before its engines")
+    try:
+        pipeline = _warm(order)
+    except (LatentforgeError, MemoryError, OSError) as error:
+        known = isinstance(error, LatentforgeError)
+        kind = type(error).__name__ if known else "BackendError"
+        channel.send(LoadFailed(error=kind, message=_message(error)))
+        return None
+    seconds = time.perf_counter() - start
+    channel.send(EnginesLoaded(seconds=seconds, versions=pipeline.versions()))
+    return pipeline
+
+
+def _warm(order: LoadEngines) -> Pipeline:
+    """Load the engines, and those of the acceleration plan, and run one step."""
+    pipeline = load(order.directory, example_images=True, **order.options)  # type: ignore[arg-type]
+    trial(pipeline, steps=1)
+    pipeline.example_images = False  # for the trial: a client's request has an image, or fails
+    if (plan := pipeline.manifest.acceleration) is not None:
+        for name in (plan.variant, *(["denoiser_cached"] if plan.cached_steps else [])):
+            pipeline.load_engine(name)
+    return pipeline
+
+
+def _obey(channel: _Channel, pipeline: Pipeline, order: Order) -> None:
+    """Do what an order says that arrived while no batch ran."""
+    if isinstance(order, Ping):
+        channel.send(Pong())
+    if isinstance(order, RunBatch):
+        channel.send(_run(channel, pipeline, order))
+
+
+def _run(channel: _Channel, pipeline: Pipeline, order: RunBatch) -> Answer:
+    """Make the images of a batch, and return the last answer about it."""
+    try:
+        return _images(channel, pipeline, order)
+    except (EOFError, ConnectionError):
+        raise
+    except Exception as error:
+        if not isinstance(error, LatentforgeError | MemoryError):
+            traceback.print_exc()  # a fault of the program, which the server's log shows
+        return_memory()
+        message = _message(error)
+        exhausted = NO_MEMORY in message
+        code = "invalid_value" if isinstance(error, SettingsError) else "generation_failed"
+        return BatchFailed(
+            batch=order.batch, code="out_of_memory" if exhausted else code, message=message
+        )
+
+
+def _images(channel: _Channel, pipeline: Pipeline, order: RunBatch) -> Answer:
+    start = time.perf_counter()
+    steps = pipeline.steps(
+        order.settings,
+        image=[image.array for image in order.images] or None,
+        mask=None if order.mask is None else order.mask.array,
+    )
+    for step in steps:
+        channel.send(_progress(pipeline, order, step))
+        if _is_cancelled(channel, order.batch):
+            return BatchStopped(batch=order.batch, steps=step.index + 1)
+    result = step.result()
+    pixels = np.stack([np.asarray(image) for image in result.images])
+    return BatchDone(
+        batch=order.batch,
+        images=RawPixels.of(pixels),
+        seconds=time.perf_counter() - start,
+        stages=result.timings.stages,
+    )
+
+
+def _progress(pipeline: Pipeline, order: RunBatch, step: DenoisingStep) -> StepDone:
+    previews = None
+    mapped = pipeline.manifest.preview is not None
+    if mapped and is_preview_due(step.index, step.count, order.previews):
+        previews = np.stack([np.asarray(image) for image in step.quick_preview()])
+    return StepDone(
+        batch=order.batch,
+        step=step.index + 1,
+        count=step.count,
+        previews=None if previews is None else RawPixels.of(previews),
+    )
+
+
+def is_preview_due(index: int, count: int, previews: int) -> bool:
+    """Return True after the steps whose previews divide a run evenly; never after the last.
+
+    Args:
+        index: 0 after the first of ``count`` steps.
+        count: steps of the run.
+        previews: that are wanted; fewer if there are not as many steps.
+    """
+    parts = previews + 1
+    crossed = (index + 1) * parts // count > index * parts // count
+    return crossed and index + 1 < count
+
+
+def _is_cancelled(channel: _Channel, batch: int) -> bool:
+    """Read the orders that came during a step, and return True if one ends this batch."""
+    cancelled = False
+    for order in channel.arrived():
+        if isinstance(order, Ping):
+            channel.send(Pong())
+        cancelled |= isinstance(order, CancelBatch) and order.batch == batch
+    return cancelled
+
+
+def _message(error: BaseException) -> str:
+    """Return the message of an error on one line."""
+    if isinstance(error, MemoryError):
+        return NO_MEMORY
+    return one_line(error, limit=None if isinstance(error, LatentforgeError) else 300)
+
+
+if __name__ == "__main__":
+    main()

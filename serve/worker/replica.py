@@ -1,0 +1,438 @@
+"""Replica of a model: a worker process that is started, watched, ended and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from latentforge.runtime import errors
+from latentforge.runtime.errors import BackendError, LatentforgeError
+from latentforge.runtime.isolation import child_environment, program_command
+from latentforge.runtime.loggers import escaping_logger
+from latentforge.runtime.text import one_line
+from latentforge.serve.worker.messages import (
+    Answer,
+    BatchDone,
+    BatchFailed,
+    BatchStopped,
+    CancelBatch,
+    EnginesLoaded,
+    FrameReader,
+    LoadEngines,
+    LoadFailed,
+    Order,
+    Ping,
+    RunBatch,
+    StepDone,
+    frame,
+)
+
+__all__ = ["BatchEnd", "Replica", "ReplicaLostError", "ReplicaState", "WorkerLimits"]
+
+BatchEnd = BatchDone | BatchStopped | BatchFailed
+"""Last answer about a batch."""
+
+_log = escaping_logger("latentforge.serve")
+
+_PIECE = 1 << 16  # bytes of one read of a log
+_LAST_LINES = 20  # of a worker's standard error, for the reason of its end
+_PROGRAM = "latentforge.serve.worker.program"
+
+
+class ReplicaLostError(BackendError):
+    """End of a worker process, with what ran in it."""
+
+
+class ReplicaState(str, Enum):
+    """State of a replica."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    LOST = "lost"  # waits to start again
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerLimits:
+    """Times after which a worker counts as hung, and pauses before it starts again, in seconds.
+
+    Attributes:
+        load: longest time until the engines are loaded and have run one step.
+        step: longest time without an answer while a batch runs. The first step includes the text
+            encoders, and the decoder follows the last.
+        ping: time between two questions to a worker without a batch.
+        first_pause: before it starts again; doubled with each loss in a row.
+        longest_pause: limit of that.
+    """
+
+    load: float = 1800.0
+    step: float = 300.0
+    ping: float = 5.0
+    first_pause: float = 0.5
+    longest_pause: float = 30.0
+
+    def pause(self, losses: int) -> float:
+        """Return the pause after this many losses in a row."""
+        return min(self.longest_pause, self.first_pause * 2.0 ** min(losses - 1, 30))
+
+
+@dataclass(eq=False)
+class _Running:
+    """Batch that runs: its number, the caller's function for steps, and its end."""
+
+    batch: int
+    report: Callable[[StepDone], None]
+    end: asyncio.Future[BatchEnd]
+
+
+class _Worker(asyncio.Protocol):
+    """One life of the process: its messages, and the moment of the last one.
+
+    Attributes:
+        loaded: set when its engines are loaded.
+        ended: set when its socket has closed.
+        last_answer: time of the event loop.
+        running: the batch that runs.
+        fault: why the process must be killed; empty if it ended by itself.
+    """
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.loaded: asyncio.Future[EnginesLoaded] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.last_answer = loop.time()
+        self.running: _Running | None = None
+        self.fault = ""
+        self._loop = loop
+        self._reader = FrameReader(Answer)
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.last_answer = self._loop.time()
+        try:
+            for answer in self._reader.feed(data):
+                self._take(answer)
+        except BackendError as error:
+            self.disconnect(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def send(self, order: Order) -> None:
+        if self._transport is not None:
+            self._transport.write(frame(order))
+
+    def disconnect(self, fault: str = "") -> None:
+        self.fault = self.fault or fault
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _take(self, answer: Answer) -> None:
+        if isinstance(answer, EnginesLoaded) and not self.loaded.done():
+            self.loaded.set_result(answer)
+        if isinstance(answer, LoadFailed) and not self.loaded.done():
+            kind = getattr(errors, answer.error, BackendError)
+            self.loaded.set_exception(kind(answer.message))
+        running = self.running
+        if running is None or getattr(answer, "batch", None) != running.batch:
+            return
+        if isinstance(answer, StepDone):
+            running.report(answer)
+        if isinstance(answer, BatchEnd) and not running.end.done():
+            running.end.set_result(answer)
+
+
+@dataclass(eq=False)
+class _Process:
+    """Process of a worker, with the ends of what connects it to this one.
+
+    Attributes:
+        process: the process.
+        worker: its messages.
+        lifeline: pipe whose end ends the process.
+        reason: why it ended, once it has.
+        lines: the last of what it printed.
+    """
+
+    process: asyncio.subprocess.Process
+    worker: _Worker
+    lifeline: int
+    reason: asyncio.Future[str]
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
+
+    @classmethod
+    async def start(cls) -> _Process:
+        """Start the program and connect to it.
+
+        Raises:
+            ReplicaLostError: the system starts no further process.
+        """
+        ours, its = socket.socketpair()
+        read, write = os.pipe()
+        loop = asyncio.get_running_loop()
+        try:
+            _, worker = await loop.create_connection(_Worker, sock=ours)
+            process = await _started(its.fileno(), read)
+        except BaseException as error:
+            ours.close()
+            os.close(write)
+            if isinstance(error, OSError):
+                raise ReplicaLostError(f"no process could be started: {error}") from error
+            raise
+        finally:
+            its.close()
+            os.close(read)
+        return cls(process, worker, write, loop.create_future())
+
+    async def drain_log(self, name: str) -> None:
+        """Pass what libraries print on to the log, until the process ends."""
+        assert self.process.stdout is not None
+        while piece := await self.process.stdout.read(_PIECE):
+            for line in piece.decode(errors="replace").splitlines():
+                text = one_line(line, limit=1000)
+                self.lines.append(text)
+                _log.warning("%s: %s", name, text)
+
+    async def end(self) -> int:
+        """Kill the process if it still runs, free what connects it, and return its status."""
+        self.worker.disconnect()
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        status = await self.process.wait()
+        os.close(self.lifeline)
+        return status
+
+
+async def _started(connection: int, lifeline: int) -> asyncio.subprocess.Process:
+    """Start the program, in a group of its own: an interrupt from the keyboard is not for it."""
+    return await asyncio.create_subprocess_exec(
+        *program_command(_PROGRAM, str(connection), str(lifeline)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=child_environment(),
+        pass_fds=(connection, lifeline),
+        start_new_session=True,
+    )
+
+
+class Replica:
+    """Model in a process of its own, which takes one batch at a time.
+
+    Use it in one event loop: start(), then run() batch after batch, and close().
+
+    Args:
+        directory: the engine directory.
+        name: for the log.
+        options: arguments of load() in the process.
+        limits: times after which it counts as hung.
+
+    Attributes:
+        state: present state.
+        losses: processes that ended on their own, or hung and were killed.
+        last_error: reason of the last of them; empty if there was none.
+        loaded: what the present process answered when it was ready.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        name: str = "worker",
+        options: Mapping[str, bool | int | float | str | None] | None = None,
+        limits: WorkerLimits = WorkerLimits(),
+    ) -> None:
+        self.state = ReplicaState.STARTING
+        self.losses = 0
+        self.last_error = ""
+        self.loaded: EnginesLoaded | None = None
+        self._name = name
+        self._limits = limits
+        self._order = LoadEngines(directory=str(directory.absolute()), options=dict(options or {}))
+        self._ready = asyncio.Event()
+        self._process: _Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._row = 0  # losses in a row
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker; None between two of them."""
+        return None if self._process is None else self._process.process.pid
+
+    async def start(self) -> None:
+        """Start the process, load its engines and run one step.
+
+        Raises:
+            LatentforgeError: the engines do not load; the error of load(). Nothing runs then.
+        """
+        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(first))
+        try:
+            await asyncio.wait((first, self._supervisor), return_when="FIRST_COMPLETED")
+            await (first if first.done() else self._supervisor)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def ready(self) -> None:
+        """Wait until a batch can run: a process is ready, and runs none.
+
+        Raises:
+            ReplicaLostError: the replica is closed.
+        """
+        await self._ready.wait()
+        if self.state is ReplicaState.CLOSED:
+            raise ReplicaLostError("the server is shutting down")
+
+    async def run(self, order: RunBatch, report: Callable[[StepDone], None]) -> BatchEnd:
+        """Run a batch and return its end, calling ``report`` after each step.
+
+        A task that is cancelled in here ends the process: nothing else tells it at once.
+
+        Raises:
+            ReplicaLostError: the process ended or hung. Another starts by itself: see ready().
+        """
+        process = self._process
+        if process is None or self.state is not ReplicaState.READY:
+            raise ReplicaLostError(f"{self._name} is {self.state.value}, not ready")
+        worker, loop = process.worker, asyncio.get_running_loop()
+        running = _Running(order.batch, report, loop.create_future())
+        worker.running = running
+        worker.last_answer = loop.time()
+        self._become(ReplicaState.BUSY)
+        try:
+            worker.send(order)
+            await asyncio.wait((running.end, worker.ended), return_when="FIRST_COMPLETED")
+        except asyncio.CancelledError:
+            self._become(ReplicaState.LOST)
+            worker.disconnect("its batch was abandoned")
+            raise
+        finally:
+            worker.running = None
+        if not running.end.done():
+            raise ReplicaLostError(await asyncio.shield(process.reason))
+        self._row = 0
+        if self.state in (ReplicaState.BUSY,):  # and not closed meanwhile
+            self._become(ReplicaState.READY)
+        return running.end.result()
+
+    def cancel(self, batch: int) -> None:
+        """Stop a batch after the step that runs; run() returns BatchStopped, or its end."""
+        if self._process is not None and self.state is ReplicaState.BUSY:
+            self._process.worker.send(CancelBatch(batch=batch))
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last message of the process; 0 if none runs."""
+        if self._process is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._process.worker.last_answer
+
+    async def close(self) -> None:
+        """End the process at once. A batch that runs raises ReplicaLostError."""
+        self._become(ReplicaState.CLOSED)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+
+    def _become(self, state: ReplicaState) -> None:
+        """Change the state, and wake those who wait for it."""
+        self.state = state
+        waits = state not in (ReplicaState.READY, ReplicaState.CLOSED)
+        self._ready.clear() if waits else self._ready.set()
+
+    async def _supervise(self, first: asyncio.Future[None]) -> None:
+        """Keep a process running, until this task is cancelled."""
+        while True:
+            try:
+                await self._live(first)
+            except LatentforgeError as error:
+                self.last_error = str(error)
+                if not first.done():
+                    first.set_exception(error)
+                    return
+            self.losses, self._row = self.losses + 1, self._row + 1
+            pause = self._limits.pause(self._row)
+            _log.error("%s: %s; starts again in %.1f s", self._name, self.last_error, pause)
+            await asyncio.sleep(pause)
+
+    async def _live(self, first: asyncio.Future[None]) -> None:
+        """Start a process, and watch it until it has ended; its end is in last_error.
+
+        Raises:
+            LatentforgeError: its engines do not load.
+        """
+        self._become(ReplicaState.STARTING)
+        self._process = process = await _Process.start()
+        log = asyncio.create_task(process.drain_log(self._name))
+        try:
+            process.worker.send(self._order)
+            self.loaded = await self._load(process.worker)
+            self._become(ReplicaState.READY)
+            if not first.done():
+                first.set_result(None)
+            await self._watch(process.worker)
+        finally:
+            if self.state is not ReplicaState.CLOSED:
+                self._become(ReplicaState.LOST)
+            self._process = None
+            status = await process.end()
+            await log
+            closed = "the server is shutting down" if self.state is ReplicaState.CLOSED else ""
+            fault = process.worker.fault or closed
+            self.last_error = fault or _reason(status, process.lines)
+            process.reason.set_result(self.last_error)
+
+    async def _load(self, worker: _Worker) -> EnginesLoaded:
+        """Wait until the engines are loaded."""
+        await asyncio.wait(
+            (worker.loaded, worker.ended),
+            timeout=self._limits.load,
+            return_when="FIRST_COMPLETED",
+        )
+        if worker.loaded.done():
+            return worker.loaded.result()
+        if worker.ended.done():
+            raise ReplicaLostError("the process ended while it loaded its engines")
+        raise ReplicaLostError(
+            f"the engines were not loaded within {self._limits.load:g} s: raise --load-timeout"
+        )
+
+    async def _watch(self, worker: _Worker) -> None:
+        """Wait until the process ends, or must be killed because it does not answer."""
+        limits = self._limits
+        tick = min(limits.ping, limits.step / 4)
+        while not worker.ended.done():
+            if self.silence > limits.step:
+                worker.disconnect(f"the process did not answer for {limits.step:g} s: killed")
+                return
+            if worker.running is None:
+                worker.send(Ping())
+            await asyncio.wait((worker.ended,), timeout=tick)
+
+
+def _reason(status: int, lines: deque[str]) -> str:
+    """Return why a process ended, by its status and what it printed last."""
+    if status == -signal.SIGKILL:
+        return "the process was killed by the system, which happens when memory runs out"
+    last = lines[-1] if lines else "no output"
+    if status < 0:
+        return f"the process ended by {signal.Signals(-status).name}: {last[:300]}"
+    return f"the process ended with status {status}: {last[:300]}"

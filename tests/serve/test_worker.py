@@ -1,0 +1,340 @@
+"""Worker processes: what they make, and how they are cancelled, lost, hung and ended."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Handmade
+from test_loop import NETWORKS
+
+from latentforge.runtime.errors import BackendError, ManifestError
+from latentforge.runtime.isolation import child_environment
+from latentforge.runtime.loader import load
+from latentforge.runtime.manifest import PreviewMap
+from latentforge.runtime.settings import Settings
+from latentforge.serve.worker.messages import (
+    BatchDone,
+    BatchFailed,
+    BatchStopped,
+    FrameReader,
+    Order,
+    Ping,
+    RawPixels,
+    RunBatch,
+    StepDone,
+    frame,
+)
+from latentforge.serve.worker.program import is_preview_due
+from latentforge.serve.worker.replica import Replica, ReplicaLostError, ReplicaState, WorkerLimits
+
+pytest.importorskip("onnxruntime")
+
+QUICK = WorkerLimits(step=5.0, ping=0.05, first_pause=0.05, longest_pause=0.1)
+PREVIEW = PreviewMap(
+    weights=((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)),
+    offset=(0.0, 0.0, 0.0),
+    correlation=1.0,
+)
+
+# Prompts with "red" make NaN, and those with "apple" ask for terabytes.
+FAULTY = """<ir_version: 9, opset_import: ["" : 17]>
+m (float[batch, 4, h, w] sample, float[1] timestep, float[batch, 8, 2] encoder_hidden_states)
+  => (float[batch, 4, h, w] out_sample)
+<float red = {0.175}, float apple = {0.225}, float none = {0}, float many = {1e14},
+ int64[1] one = {1}, int64[1] zero = {0}>
+{
+  last = ReduceMax<keepdims = 0>(encoder_hidden_states)
+  over = Sub(last, apple)
+  wanted = Relu(over)
+  scaled = Mul(wanted, many)
+  large = Cast<to = 7>(scaled)
+  length = Add(large, one)
+  filled = ConstantOfShape(length)
+  taken = ReduceSum(filled, zero)
+  below = Sub(red, last)
+  root = Sqrt(below)
+  nothing = Mul(root, none)
+  sum = Add(nothing, taken)
+  out_sample = Add(sample, sum)
+}"""
+
+
+def settings(*prompts: str, **changes: Any) -> Settings:
+    given = {"sampler": "ddim", "steps": 4, "guidance_scale": 1.0, "guidance_rescale": 0.0}
+    sizes = {"height": 32, "width": 48, "seed": tuple(range(len(prompts)))}
+    return Settings(prompts=prompts, **{**given, **sizes, **changes})
+
+
+@asynccontextmanager
+async def started(directory: Path, **options: Any) -> AsyncIterator[Replica]:
+    replica = Replica(directory, **{"limits": QUICK, "options": {"threads": 1}, **options})
+    await replica.start()
+    try:
+        yield replica
+    finally:
+        await replica.close()
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def run(program: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(program, 60))
+
+
+def test_a_worker_makes_the_images_of_the_runtime(
+    handmade: Handmade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs no file of the working directory, and leaves no process."""
+    (tmp_path / "here").mkdir()
+    for name in ("json", "msgspec", "numpy"):
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit('taken from here')")
+    directory = handmade(onnx=NETWORKS, preview=PREVIEW)
+    monkeypatch.chdir(tmp_path / "here")
+    wanted, steps = settings("a red apple", "a", guidance_scale=3.0), list[StepDone]()
+
+    async def scenario() -> None:
+        async with started(directory) as replica:
+            pid = replica.pid
+            end = await replica.run(RunBatch(batch=1, settings=wanted, previews=2), steps.append)
+            assert isinstance(end, BatchDone) and replica.state is ReplicaState.READY
+            with load(directory, threads=1) as pipe:
+                expected = pipe.run(wanted)
+                images = [step.quick_preview() for step in pipe.steps(wanted)]
+            assert np.array_equal(end.images.array, np.stack(expected.images))
+            assert len(end.stages["denoiser"]) == 4 and 0 < end.seconds < 10
+            previews = {step.step: step.previews for step in steps}
+            assert [step for step in previews if previews[step]] == [2, 3]
+            assert np.array_equal(previews[2].array, np.stack(images[1]))  # type: ignore[union-attr]
+            assert replica.silence < 5 and replica.loaded is not None
+        assert pid is not None and not is_alive(pid) and replica.pid is None
+
+    run(scenario())
+    assert [(step.step, step.count) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_images_and_masks_reach_the_worker(handmade: Handmade) -> None:
+    from test_tasks import ENCODER
+
+    directory = handmade(onnx={**NETWORKS, "vae_encoder": ENCODER})
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 48, 3), np.uint8) for _ in range(2)]
+    mask = np.zeros((32, 48), np.uint8)
+    mask[:, 24:] = 255
+    wanted = settings("a", "red", strength=0.5)
+
+    async def scenario() -> None:
+        async with started(directory) as replica:
+            order = RunBatch(
+                batch=1,
+                settings=wanted,
+                images=tuple(map(RawPixels.of, images)),
+                mask=RawPixels.of(mask),
+            )
+            end = await replica.run(order, lambda _: None)
+            assert isinstance(end, BatchDone)
+            with load(directory, threads=1) as pipe:
+                expected = pipe.run(wanted, image=images, mask=mask)
+            assert np.array_equal(end.images.array, np.stack(expected.images))
+
+    run(scenario())
+
+
+def test_a_worker_lives_through_batches_that_fail_or_are_cancelled(handmade: Handmade) -> None:
+    directory = handmade(onnx={**NETWORKS, "denoiser": FAULTY})
+
+    async def scenario() -> None:
+        async with started(directory) as replica:
+            pid, ended = replica.pid, dict[int, Any]()
+
+            async def end_of(batch: int, wanted: Settings) -> Any:
+                def report(step: StepDone) -> None:
+                    if batch == 5 and step.step == 2:
+                        replica.cancel(batch)
+
+                return await replica.run(RunBatch(batch=batch, settings=wanted), report)
+
+            ended[1] = await end_of(1, settings("a", "red"))
+            ended[2] = await end_of(2, settings("apple"))
+            ended[3] = await end_of(3, settings("a", height=40))
+            ended[4] = await end_of(4, settings("a", cached_steps=(1,)))
+            ended[5] = await end_of(5, settings("a", steps=900))
+            replica.cancel(5)
+            ended[6] = await end_of(6, settings("a"))
+            failed = [ended[key] for key in (1, 2, 3, 4)]
+            assert all(isinstance(end, BatchFailed) for end in failed), failed
+            assert [end.code for end in failed] == [
+                "generation_failed", "out_of_memory", "invalid_value", "invalid_value",
+            ]  # fmt: skip
+            assert "NaN" in ended[1].message and "multiple of 16" in ended[3].message
+            assert isinstance(ended[5], BatchStopped) and 2 <= ended[5].steps < 300
+            assert isinstance(ended[6], BatchDone) and replica.pid == pid and not replica.losses
+
+    run(scenario())
+
+
+def test_a_lost_worker_is_started_again(handmade: Handmade) -> None:
+    """Killed while it runs a batch and while it does not, hung, and abandoned by its task."""
+    directory = handmade(onnx=NETWORKS)
+    short = WorkerLimits(step=0.4, ping=0.05, first_pause=0.05, longest_pause=0.1)
+    endless = RunBatch(batch=1, settings=settings("a", steps=999, height=256, width=256))
+
+    async def scenario() -> None:
+        async with started(directory, limits=short) as replica:
+            with pytest.raises(ReplicaLostError, match="killed by the system"):
+                await replica.run(endless, lambda _: os.kill(replica.pid or 0, signal.SIGKILL))
+            assert replica.losses == 0 or replica.state is not ReplicaState.READY
+            await replica.ready()
+            with pytest.raises(ReplicaLostError, match=r"did not answer for 0\.4 s"):
+                await replica.run(endless, lambda _: os.kill(replica.pid or 0, signal.SIGSTOP))
+            await replica.ready()
+            os.kill(replica.pid or 0, signal.SIGSTOP)
+            while replica.losses < 3:
+                await asyncio.sleep(0.01)
+            await replica.ready()
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(replica.run(endless, lambda _: None), 0.05)
+            with pytest.raises(ReplicaLostError, match="not ready"):
+                await replica.run(endless, lambda _: None)
+            await replica.ready()
+            os.kill(replica.pid or 0, signal.SIGTERM)  # the server's to decide
+            end = await replica.run(RunBatch(batch=2, settings=settings("a")), lambda _: None)
+            assert isinstance(end, BatchDone) and replica.losses == 4
+
+    run(scenario())
+
+
+def test_closing_ends_a_batch_and_those_who_wait(handmade: Handmade) -> None:
+    directory = handmade(onnx=NETWORKS)
+    endless = RunBatch(batch=1, settings=settings("a", steps=999))
+
+    async def scenario() -> None:
+        async with started(directory) as replica:
+            running = asyncio.create_task(replica.run(endless, lambda _: None))
+            await asyncio.sleep(0.05)
+        with pytest.raises(ReplicaLostError, match="shutting down"):
+            await running
+        with pytest.raises(ReplicaLostError, match="shutting down"):
+            await replica.ready()
+
+    run(scenario())
+
+
+def test_engines_that_do_not_load_are_an_error_at_the_start(handmade: Handmade) -> None:
+    directory = handmade(onnx=NETWORKS)
+    (directory / "denoiser.onnx").write_bytes(b"damaged")
+
+    async def scenario() -> None:
+        with pytest.raises(ManifestError, match="denoiser.onnx"):
+            async with started(directory):
+                pass
+
+    run(scenario())
+
+
+def test_a_process_that_ends_while_it_loads_is_an_error(
+    handmade: Handmade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentforge.serve.worker.replica._PROGRAM", "latentforge.runtime.none")
+
+    async def scenario() -> None:
+        with pytest.raises(ReplicaLostError, match="while it loaded"):
+            async with started(handmade()):
+                pass
+
+    run(scenario())
+
+
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+from latentforge.serve.worker.messages import RunBatch
+from latentforge.serve.worker.replica import Replica
+
+async def main():
+    replica = Replica(Path(sys.argv[1]))
+    await replica.start()
+    print(replica.pid, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_worker_ends_with_its_server(handmade: Handmade) -> None:
+    command = [sys.executable, "-c", SERVER, str(handmade())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=child_environment()) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        assert is_alive(pid)
+        server.kill()
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_a_worker_ends_with_its_server_in_the_middle_of_a_call() -> None:
+    """A library's call that never returns, nor lets Python run."""
+    program = (
+        "import sys; from latentforge.serve.worker.program import _end_with; "
+        "_end_with(int(sys.argv[1])); print('ready', flush=True); pow(7, 10**9, 10**10**5)"
+    )
+    read, write = os.pipe()
+    command = [sys.executable, "-c", program, str(read)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=child_environment(), pass_fds=(read,)
+    ) as worker:
+        os.close(read)
+        assert worker.stdout is not None and worker.stdout.readline()
+        os.close(write)
+        assert worker.wait(10) == -signal.SIGIO
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+def test_frames_arrive_in_pieces(piece: int) -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    order = RunBatch(
+        batch=3, settings=settings("a", seed=2**64 - 1), images=(RawPixels.of(pixels),)
+    )
+    stream, reader = bytes(frame(order) + frame(Ping()) * 2), FrameReader(Order)
+    pieces = [stream[start : start + piece] for start in range(0, len(stream), piece)]
+    found = [message for each in pieces for message in reader.feed(each)]
+    assert found == [order, Ping(), Ping()]
+    assert np.array_equal(found[0].images[0].array, pixels)
+
+
+@pytest.mark.parametrize("stream", [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"\0\0\0\2\x81\0"])
+def test_other_bytes_are_refused(stream: bytes) -> None:
+    with pytest.raises(BackendError, match="a worker process sent"):
+        list(FrameReader(Order).feed(stream))
+
+
+def test_previews_divide_a_run_evenly() -> None:
+    def due(count: int, previews: int) -> list[int]:
+        return [index for index in range(count) if is_preview_due(index, count, previews)]
+
+    assert due(10, 0) == [] and due(10, 1) == [4] and due(10, 3) == [2, 4, 7]
+    assert due(4, 3) == due(4, 100) == [0, 1, 2] and due(1, 5) == []
+
+
+def test_pauses_grow_to_a_limit() -> None:
+    limits = WorkerLimits()
+    assert [limits.pause(losses) for losses in (1, 2, 3, 7, 1000)] == [0.5, 1, 2, 30, 30]
