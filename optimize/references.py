@@ -18,32 +18,20 @@ import msgspec
 
 from latentforge.optimize.recording import CallRecording, RecordingRequest, read_recording, record
 from latentforge.runtime import backends
+from latentforge.runtime.cache import cache_folder
 from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.machine import cpu_name
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.version import __version__
 
-__all__ = ["CACHE_VARIABLE", "MAX_BYTES", "cache_folder", "recorded"]
-
-CACHE_VARIABLE = "LATENTFORGE_CACHE"
-"""Environment variable with the folder of the cache; ``off`` or nothing keeps no files."""
+__all__ = ["MAX_BYTES", "recorded"]
 
 MAX_BYTES = 2 << 30
 """Bytes of all kept recordings: about thirty of Stable Diffusion's."""
 
 _PARTIAL = ".partial-"
 _STALE_SECONDS = 24 * 3600  # age from which an incomplete entry is a killed process's
-
-
-def cache_folder() -> Path | None:
-    """Return latentforge's folder for files that may be deleted at any time; None for no cache."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given is not None:
-        return None if given in ("", "off") else Path(given)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()
-    return root / "latentforge"
 
 
 def recorded(

@@ -20,7 +20,8 @@ from latentforge.optimize.recording import (
     record,
     sample_evenly,
 )
-from latentforge.optimize.references import cache_folder, recorded
+from latentforge.optimize.references import recorded
+from latentforge.runtime.cache import cache_folder
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
