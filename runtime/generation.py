@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latentforge.runtime import sampling
+from latentforge.runtime.conditioning.embedding_cache import EmbeddingCache
 from latentforge.runtime.conditioning.encode import ConditioningEncoder
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.denoising.denoiser import EngineDenoiser
@@ -61,20 +62,27 @@ class Result:
 
 @dataclass(frozen=True)
 class Model:
-    """Loaded model: manifest of an engine directory, its engines, and its tokenizers by name."""
+    """Loaded model: manifest of an engine directory, its engines, and its tokenizers by name.
+
+    ``prompt_cache`` is the number of prompts whose embeddings are kept: see load().
+    """
 
     manifest: Manifest
     engines: Engines
     tokenizers: Mapping[str, Tokenizer]
+    prompt_cache: int = 0
 
     @cached_property
     def encoder(self) -> ConditioningEncoder:
         """Encoder of the prompts and of the other conditioning."""
+        encoders = len(self.manifest.conditioning.encoders)
+        cache = EmbeddingCache(self.prompt_cache, encoders) if self.prompt_cache else None
         return ConditioningEncoder(
             conditioning=self.manifest.conditioning,
             inputs=StepEngines.of(self.engines).inputs,
             engines=self.engines,
             tokenizers=self.tokenizers,
+            cache=cache,
         )
 
     @cached_property

@@ -12,7 +12,14 @@ from latentforge.runtime.engine import Engine, Engines
 from latentforge.runtime.errors import DeviceError, ForeignEngineError, SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
-from latentforge.runtime.validation import check_flag, check_max_rows, checked_path, plain, shown
+from latentforge.runtime.validation import (
+    check_flag,
+    check_max_rows,
+    check_prompt_cache,
+    checked_path,
+    plain,
+    shown,
+)
 
 __all__ = ["EngineLoader", "SessionWrapper", "load"]
 
@@ -32,6 +39,7 @@ def load(
     hashes: bool = True,
     max_rows: int | None = None,
     low_memory: bool = False,
+    prompt_cache: int = 0,
     wrap_session: SessionWrapper | None = None,
     example_images: bool = False,
     **options: Any,
@@ -46,6 +54,9 @@ def load(
             in one run if the manifest has none.
         low_memory: run one row at a time and do not repack the weights. Takes about half the
             memory and more time.
+        prompt_cache: prompts whose embeddings are kept for later requests, at most; they take 0.2
+            to 1 MB each. With a cache each prompt is encoded alone: its image does not depend on
+            the other prompts of a request.
         wrap_session: replaces each loaded session, for example to record its inputs.
         example_images: for measurements: a model that needs an image gets the example image in
             requests without one, which are refused otherwise.
@@ -61,6 +72,7 @@ def load(
             engines has such an option.
     """
     check_max_rows(max_rows)
+    check_prompt_cache(prompt_cache)
     _check_options(wrap_session, hashes=hashes, low_memory=low_memory)
     path = checked_path("directory", directory)
     options = {name: plain(value) for name, value in options.items()}
@@ -79,7 +91,14 @@ def load(
         name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
     }
     engines = Engines(loader, required, options)
-    return Pipeline(manifest, engines, tokenizers, path, example_images=example_images)
+    return Pipeline(
+        manifest,
+        engines,
+        tokenizers,
+        path,
+        example_images=example_images,
+        prompt_cache=prompt_cache,
+    )
 
 
 def _check_options(wrap_session: object, **flags: bool) -> None:

@@ -56,13 +56,14 @@ class Pipeline:
         directory: Path,
         *,
         example_images: bool = False,
+        prompt_cache: int = 0,
     ) -> None:
         self.manifest = manifest
         self.tokenizers = tokenizers
         self.directory = directory
         self.example_images = example_images
         self._engines = engines
-        self._model = Model(manifest, engines, tokenizers)
+        self._model = Model(manifest, engines, tokenizers, prompt_cache)
 
     @property
     def engines(self) -> Mapping[str, Engine]:

@@ -18,6 +18,7 @@ __all__ = [
     "check_max_rows",
     "check_number",
     "check_optional_count",
+    "check_prompt_cache",
     "check_threads",
     "checked_path",
     "plain",
@@ -26,6 +27,7 @@ __all__ = [
 
 _MAX_ROWS = 1 << 30
 _MAX_THREADS = 4096
+_MAX_CACHED = 100_000
 _MAX_ITEMS = 100_000
 _MAX_PATH, _MAX_NAME = 4096, 255  # bytes, of Linux
 _SHOWN = 100  # characters of a value in a message
@@ -65,6 +67,16 @@ def check_threads(value: int) -> None:
     """
     if isinstance(value, bool) or value != 0:
         check_count("threads", value, _MAX_THREADS)
+
+
+def check_prompt_cache(value: int) -> None:
+    """Check a number of prompts whose embeddings are kept; 0 keeps none.
+
+    Raises:
+        SettingsError: it is no integer from 0 to 100,000.
+    """
+    if isinstance(value, bool) or value != 0:
+        check_count("prompt_cache", value, _MAX_CACHED)
 
 
 def check_number(name: str, value: float, min: float, max: float) -> None:

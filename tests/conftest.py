@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,58 +101,59 @@ def handmade(tmp_path: Path) -> Handmade:
     Components without ONNX text use the null backend. `inputs` replaces inputs of the denoiser.
     """
 
-    def made(
-        name: str = "handmade",
-        *,
-        onnx: dict[str, str] | None = None,
-        inputs: dict[str, TensorSpec] | None = None,
-        **changes: Any,
-    ) -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        components = {
-            part: _component(directory, part, (onnx or {}).get(part))
-            for part in SIGNATURES
-            if part in TEXT_TO_IMAGE or part in (onnx or {})
-        }
-        unet = components["denoiser"]
-        components["denoiser"] = msgspec.structs.replace(
-            unet, inputs={**unet.inputs, **(inputs or {})}
-        )
-        manifest = {
-            "name": name,
-            "family": "stable_diffusion",
-            "source": WeightSource(checkpoint="none", sha256={}),
-            "prediction": "epsilon",
-            "latent": Latent(channels=4, scaling_factor=0.5, downscale=8, multiple=2),
-            "conditioning": Conditioning(
-                encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
-            ),
-            "schedule": Schedule(
-                beta_kind="scaled_linear",
-                beta_start=0.00085,
-                beta_end=0.012,
-                spacing="leading",
-                offset=1,
-                zero_terminal_snr=False,
-                final_alpha_one=False,
-                options=SolverOptions(clip_sample=False),
-            ),
-            "defaults": RequestDefaults(
-                sampler="ddim",
-                steps=4,
-                guidance_scale=7.5,
-                guidance_rescale=0.0,
-                height=32,
-                width=48,
-            ),
-            "tokenizers": {"tokenizer": _tokenizer(directory)},
-            "components": components,
-        }
-        Manifest(**{**manifest, **changes}).write(directory)
-        return directory
+    return partial(handmade_engines, tmp_path)
 
-    return made
+
+def handmade_engines(
+    folder: Path,
+    name: str = "handmade",
+    *,
+    onnx: dict[str, str] | None = None,
+    inputs: dict[str, TensorSpec] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a valid engine directory into a folder: see handmade()."""
+    directory = folder / name
+    directory.mkdir()
+    components = {
+        part: _component(directory, part, (onnx or {}).get(part))
+        for part in SIGNATURES
+        if part in TEXT_TO_IMAGE or part in (onnx or {})
+    }
+    unet = components["denoiser"]
+    components["denoiser"] = msgspec.structs.replace(unet, inputs={**unet.inputs, **(inputs or {})})
+    manifest = {
+        "name": name,
+        "family": "stable_diffusion",
+        "source": WeightSource(checkpoint="none", sha256={}),
+        "prediction": "epsilon",
+        "latent": Latent(channels=4, scaling_factor=0.5, downscale=8, multiple=2),
+        "conditioning": Conditioning(
+            encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
+        ),
+        "schedule": Schedule(
+            beta_kind="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            spacing="leading",
+            offset=1,
+            zero_terminal_snr=False,
+            final_alpha_one=False,
+            options=SolverOptions(clip_sample=False),
+        ),
+        "defaults": RequestDefaults(
+            sampler="ddim",
+            steps=4,
+            guidance_scale=7.5,
+            guidance_rescale=0.0,
+            height=32,
+            width=48,
+        ),
+        "tokenizers": {"tokenizer": _tokenizer(directory)},
+        "components": components,
+    }
+    Manifest(**{**manifest, **changes}).write(directory)
+    return directory
 
 
 def _component(directory: Path, name: str, onnx: str | None) -> Component:

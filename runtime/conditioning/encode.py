@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentforge.runtime.conditioning.embedding_cache import EmbeddingCache, Embeddings
 from latentforge.runtime.conditioning.tokenizer import Tokenizer
 from latentforge.runtime.engine import Engine
-from latentforge.runtime.manifest import Conditioning
+from latentforge.runtime.manifest import Conditioning, TextEncoding
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.tensor import TensorSpec
 
@@ -28,12 +30,15 @@ class ConditioningEncoder:
         inputs: inputs of the whole denoiser.
         engines: hold the text encoders.
         tokenizers: tokenizers by name.
+        cache: embeddings of earlier texts. With it each text is encoded alone, so that its
+            embedding does not depend on the others of a request.
     """
 
     conditioning: Conditioning
     inputs: Mapping[str, TensorSpec]
     engines: Mapping[str, Engine]
     tokenizers: Mapping[str, Tokenizer]
+    cache: EmbeddingCache | None = None
 
     def encode(self, settings: Settings) -> ConditioningInputs:
         """Return the denoiser's conditioning inputs for a request, by input name.
@@ -69,7 +74,7 @@ class ConditioningEncoder:
         contexts, pooled = [], None
         for encoder in self.conditioning.encoders:
             ids = self.tokenizers[encoder.tokenizer](texts)
-            outputs = self.engines[encoder.component].run({"input_ids": ids})
+            outputs = self._run_encoder(encoder, ids)
             contexts.append(outputs[encoder.context])
             pooled = outputs[encoder.pooled] if encoder.pooled else pooled
         encoded = {"encoder_hidden_states": np.concatenate(contexts, axis=-1)}
@@ -77,6 +82,23 @@ class ConditioningEncoder:
             encoded["text_embeds"] = pooled
         rows = {name: array.repeat(repeats, axis=0) for name, array in encoded.items()}
         return {name: array for name, array in rows.items() if name in self.inputs}
+
+    def _run_encoder(self, encoder: TextEncoding, ids: NDArray[np.int64]) -> Embeddings:
+        """Return the outputs that are used of an encoder, one row per row of ids."""
+        run = self.engines[encoder.component].run
+        if self.cache is None:
+            return run({"input_ids": ids})
+        names = [name for name in (encoder.context, encoder.pooled) if name is not None]
+
+        def encode(row: NDArray[np.int64]) -> Embeddings:
+            outputs = run({"input_ids": row})
+            return {name: outputs[name] for name in names}
+
+        rows = [
+            self.cache.get(encoder.component, row, partial(encode, row))
+            for row in np.split(ids, len(ids))
+        ]
+        return {name: np.concatenate([row[name] for row in rows]) for name in names}
 
     def _numbers(self, settings: Settings, aesthetic_score: float) -> ConditioningInputs:
         """Return the inputs that are the same for every image: sizes, scales and levels."""

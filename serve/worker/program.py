@@ -10,6 +10,7 @@ library's call.
 """
 
 import fcntl
+import logging
 import os
 import select
 import signal
@@ -51,6 +52,7 @@ from latentforge.serve.worker.messages import (
 __all__ = ["is_preview_due", "main"]
 
 _PIECE = 1 << 20  # bytes of one read
+_QUOTING = "latentforge.runtime.conditioning.tokenizer"  # its warnings quote prompts
 
 
 class _Channel:
@@ -90,6 +92,7 @@ def main() -> None:
     _end_with(lifeline)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # sent to all at once: the server decides
+    logging.getLogger(_QUOTING).setLevel(logging.ERROR)
     channel = _Channel(socket.socket(fileno=descriptor))
     with suppress(EOFError, ConnectionError):
         pipeline = _load(channel)

@@ -66,6 +66,32 @@ def test_a_stream_can_have_its_own_limit_of_rows(handmade: Handmade) -> None:
         assert recorders["denoiser"].rows[4:] == [2]
 
 
+def test_prompts_are_encoded_once_with_a_cache(handmade: Handmade) -> None:
+    """The most recent ones are kept; each is encoded alone."""
+    pytest.importorskip("onnxruntime")
+    directory = handmade(onnx=NETWORKS)
+    recorders = dict[str, Recorder]()
+
+    def wrap(name: str, session: Session) -> Session:
+        recorders[name] = Recorder(session)
+        return recorders[name]
+
+    options: dict[str, Any] = {"steps": 2, "seed": [1, 2], "negative_prompt": "a"}
+    with (
+        load(directory, threads=1, prompt_cache=3, wrap_session=wrap) as cached,
+        load(directory, threads=1) as pipe,
+    ):
+        runs = recorders["text_encoder"].rows
+        for prompts, count in ((["red", "a"], 2), (["apple", "red"], 3), (["a", "a red"], 4)):
+            together = cached(prompts, **options).latents
+            assert together.tobytes() == pipe(prompts, **options).latents.tobytes()
+            assert runs == [1] * count
+        cached(["apple", "apple"], **options)  # gave way to "a red", and replaces "red"
+        assert runs == [1] * 5
+        cached(["a red", "red"], **options)
+        assert runs == [1] * 6
+
+
 def test_limits_of_rows(handmade: Handmade) -> None:
     """The VAE always runs one image at a time; text encoders have no limit."""
     limits: list[tuple[dict[str, Any], int | None]]
@@ -83,6 +109,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_rows": "2"}, "max_rows must be an integer from 1 to .*, not '2'"),
     ({"max_rows": True}, "max_rows must be an integer from 1 to .*, not True"),
     ({"max_rows": 1.5}, "max_rows must be an integer from 1 to .*, not 1.5"),
+    ({"prompt_cache": -1}, "prompt_cache must be an integer from 1 to .*, not -1"),
+    ({"prompt_cache": False}, "prompt_cache must be an integer from 1 to .*, not False"),
     ({"hashes": "no"}, "hashes must be True or False, not 'no'"),
     ({"low_memory": 1}, "low_memory must be True or False, not 1"),
     ({"wrap_session": "x"}, "wrap_session must be a function, not 'x'"),
@@ -152,6 +180,7 @@ CLOSED: dict[str, Callable[[Pipeline], object]] = {
     "call": lambda pipeline: pipeline("a", steps=1),
     "stream": lambda pipeline: list(pipeline.stream("a", steps=1)),
     "run": lambda pipeline: pipeline.run(pipeline.settings("a", steps=1)),
+    "steps": lambda pipeline: list(pipeline.steps(pipeline.settings("a", steps=1))),
     "encode": lambda pipeline: pipeline.encode(pipeline.settings("a")),
     "benchmark": lambda pipeline: pipeline.benchmark(repetitions=1, steps=1),
     "profile": lambda pipeline: pipeline.profile(steps=1),

@@ -278,10 +278,14 @@ def test_every_sampler_repeats_itself(simple: Pipeline, sampler: str) -> None:
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if "edm" not in name])
 def test_a_seed_for_each_image_draws_it_as_alone(simple: Pipeline, sampler: str) -> None:
     steps = 16 if sampler.startswith("squeezed") else 4
-    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance_scale": 1}
-    result = simple(["a", "red"], seed=[3, 2**63, 3, -7], images_per_prompt=2, **settings)
-    requests = [("a", 3), ("a", 2**63), ("red", 3), ("red", -7)]
-    alone = [simple(prompt, seed=seed, **settings) for prompt, seed in requests]
+    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance_scale": 3}
+    texts, seeds = {"negative_prompt": ["apple", "a"]}, [3, 2**63, 3, -7]
+    result = simple(["a", "red"], seed=seeds, images_per_prompt=2, **texts, **settings)
+    requests = [("a", 3, "apple"), ("a", 2**63, "apple"), ("red", 3, "a"), ("red", -7, "a")]
+    alone = [
+        simple(prompt, seed=seed, negative_prompt=negative, **settings)
+        for prompt, seed, negative in requests
+    ]
     assert result.seed == (3, 2**63, 3, -7)
     for row, expected in zip(result.latents, alone, strict=True):
         assert row.tobytes() == expected.latents.tobytes()

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from conftest import Handmade
+from conftest import Handmade, handmade_engines
 from numpy.typing import NDArray
 from PIL import Image
 from test_loop import NETWORKS
@@ -22,6 +22,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.pipeline import Pipeline
 from latentforge.runtime.request_completion import complete_request
 from latentforge.runtime.resolved_request import ResolvedRequest
+from latentforge.runtime.sampling import SAMPLERS
 
 pytest.importorskip("onnxruntime")
 
@@ -132,27 +133,43 @@ def test_the_image_is_kept_outside_of_the_mask(
     assert np.abs(result.latents[..., 3:] - given[..., 3:]).min() > 1e-3
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "lcm"])
-@pytest.mark.parametrize("mask", [None, half_mask()], ids=["image", "mask"])
-def test_a_seed_for_each_image_draws_it_as_alone(
-    handmade: Handmade, sampler: str, mask: Image.Image | None
-) -> None:
-    """Also the sample of the encoder's distribution, whose variance is 1 here."""
+@pytest.fixture(scope="module")
+def shared_pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """Engines whose encoder draws its latents: the variance of its distribution is 1."""
     noisy = ENCODER.replace("low = {-60}", "low = {0}")
+    directory = tmp_path_factory.mktemp("rows")
+    engines = handmade_engines(directory, "noisy", onnx={**NETWORKS, "vae_encoder": noisy})
+    with load(engines, threads=1) as pipeline:
+        yield pipeline
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if "edm" not in name])
+@pytest.mark.parametrize("mask", [None, half_mask()], ids=["image", "mask"])
+def test_rows_of_different_requests_are_those_alone(
+    shared_pipe: Pipeline, sampler: str, mask: Image.Image | None
+) -> None:
+    """Each with prompts, a seed and an image of its own, as a server puts them together."""
+    shared: dict[str, Any] = {"sampler": sampler, "steps": 16 if "squeezed" in sampler else 4}
+    shared |= {"guidance_scale": 3.0, "guidance_rescale": 0.7, "mask": mask}
+    shared |= {"strength": 1.0 if sampler == "pndm_prk" else 0.5}
+    prompts, negatives, seeds = ["a", "red", "a red"], ["apple", "", "red"], [3, 2**63, -7]
+    pictures = [picture(), Image.new("RGB", (48, 32), "navy"), picture().rotate(180)]
+    together = shared_pipe(prompts, negative_prompt=negatives, seed=seeds, image=pictures, **shared)
+    for row in range(3):
+        own: dict[str, Any] = {"negative_prompt": negatives[row], "image": pictures[row]}
+        alone = shared_pipe(prompts[row], seed=seeds[row], **own, **shared)
+        assert together.latents[row].tobytes() == alone.latents.tobytes()
+
+
+def test_a_seed_for_each_of_several_images_of_a_prompt(shared_pipe: Pipeline) -> None:
+    """Also the sample of the encoder's distribution."""
     pictures = [picture(), Image.new("RGB", (48, 32), "navy")]
-    request: dict[str, Any] = {"steps": 4, "strength": 0.5, "mask": mask, "sampler": sampler}
-    with load(handmade(onnx={**NETWORKS, "vae_encoder": noisy}), threads=1) as pipe:
-        together = pipe(
-            ["a", "red"], image=pictures, seed=[1, 2, 3, 1], images_per_prompt=2, **request
-        )
-        alone = [
-            pipe(prompt, image=image, seed=seed, **request).latents
-            for prompt, image, seed in zip(
-                ["a", "a", "red", "red"], np.repeat([0, 1], 2), [1, 2, 3, 1], strict=True
-            )
-            for image in [pictures[image]]
-        ]
-    assert together.latents.tobytes() == np.concatenate(alone).tobytes()
+    request: dict[str, Any] = {"steps": 4, "strength": 0.5}
+    seeds = [1, 2, 3, 1]
+    together = shared_pipe(["a", "red"], image=pictures, seed=seeds, images_per_prompt=2, **request)
+    for row, (prompt, image) in enumerate(zip(["a", "a", "red", "red"], [0, 0, 1, 1], strict=True)):
+        alone = shared_pipe(prompt, image=pictures[image], seed=seeds[row], **request)
+        assert together.latents[row].tobytes() == alone.latents.tobytes()
 
 
 def test_an_image_for_each_prompt(pipe: Pipeline) -> None:
