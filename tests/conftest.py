@@ -104,6 +104,12 @@ def handmade(tmp_path: Path) -> Handmade:
     return partial(handmade_engines, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def null_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A handmade engine directory that no test changes."""
+    return handmade_engines(tmp_path_factory.mktemp("null"))
+
+
 def handmade_engines(
     folder: Path,
     name: str = "handmade",

@@ -1,0 +1,76 @@
+"""Application: all endpoints, behind the middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from latentforge.serve.http.capabilities import CapabilityEndpoints
+from latentforge.serve.http.context import Context
+from latentforge.serve.http.endpoint import Endpoint
+from latentforge.serve.http.envelope import handlers
+from latentforge.serve.http.health import HealthEndpoints
+from latentforge.serve.http.images import OpenAIEndpoints
+from latentforge.serve.http.jobs import JobEndpoints
+from latentforge.serve.http.middleware import Authenticate, RequestMiddleware, guarded
+from latentforge.serve.http.openapi import describe
+from latentforge.serve.http.sdapi import WebUIEndpoints
+from latentforge.serve.logs import RequestLog
+
+__all__ = ["create_app"]
+
+_POLLED = frozenset(
+    {"/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"}
+)
+
+
+def create_app(
+    context: Context,
+    *,
+    authenticate: Authenticate | None = None,
+    pages: Sequence[BaseRoute] = (),
+) -> ASGIApp:
+    """Return the server's application.
+
+    Args:
+        context: service and options.
+        authenticate: checks keys; None if the server has none.
+        pages: further routes, which need no key.
+    """
+    endpoints = all_endpoints(context)
+    document = msgspec.json.encode(describe(endpoints, keys=authenticate is not None))
+
+    async def description(request: Request) -> Response:
+        return Response(document, media_type="application/json")
+
+    routes = [_route(endpoint, authenticate) for endpoint in endpoints]
+    app = Starlette(
+        routes=[*routes, Route("/openapi.json", description), *pages],
+        exception_handlers=handlers(),
+    )
+    app.router.redirect_slashes = False
+    return RequestMiddleware(app, context.metrics, RequestLog(quiet=_POLLED))
+
+
+def all_endpoints(context: Context) -> tuple[Endpoint, ...]:
+    """Return all endpoints of the API."""
+    return (
+        *OpenAIEndpoints(context).endpoints(),
+        *JobEndpoints(context).endpoints(),
+        *CapabilityEndpoints(context).endpoints(),
+        *WebUIEndpoints(context).endpoints(),
+        *HealthEndpoints(context).endpoints(),
+    )
+
+
+def _route(endpoint: Endpoint, authenticate: Authenticate | None) -> Route:
+    handler = endpoint.handler
+    if authenticate is not None and not endpoint.open:
+        handler = guarded(handler, authenticate)
+    return Route(endpoint.path, handler, methods=[endpoint.method])

@@ -1,0 +1,225 @@
+"""Bodies of requests, read within bounds of size and time, and decoded into records."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from latentforge.serve.errors import BadRequestError, PayloadError, ServeError
+from latentforge.serve.http.sse import ClientGoneError
+
+__all__ = ["BodyLimits", "SlowBodyError", "decode", "read_form", "read_json", "read_query"]
+
+Struct = TypeVar("Struct", bound=msgspec.Struct)
+
+_PATH = re.compile(r" - at `\$\.?([\w.\[\]]*?)(?:\[\.\.\.\])?`")
+_UNKNOWN = re.compile(r"unknown field `(.*)`")
+_MISSING = re.compile(r"missing required field `(\w+)`")
+_MAX_PARTS = 32
+_MAX_FIELD = 1 << 20
+
+
+class SlowBodyError(ServeError):
+    """Request whose body did not arrive in time."""
+
+    status, kind, code = 408, "invalid_request_error", "request_timeout"
+
+
+class MediaTypeError(ServeError):
+    """Request whose body is of another type."""
+
+    status, kind, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyLimits:
+    """Bounds of a body.
+
+    Attributes:
+        bytes: of the whole body.
+        chunk_seconds: time until the next piece of it.
+        seconds: time until all of it.
+    """
+
+    bytes: int = 32 << 20
+    chunk_seconds: float = 20.0
+    seconds: float = 300.0
+
+
+async def read_json(request: Request, type: type[Struct], limits: BodyLimits) -> Struct:
+    """Return the body of a request as a record.
+
+    Raises:
+        BadRequestError: it is not JSON, or a field is wrong, unknown or missing.
+        PayloadError, SlowBodyError, MediaTypeError: it is too large, too slow, or no JSON.
+    """
+    _check_media_type(request, "application/json")
+    return decode(type, await _read(request, limits))
+
+
+def decode(type: type[Struct], body: bytes | Mapping[str, Any]) -> Struct:
+    """Return a record of JSON, or of the fields of a form.
+
+    Raises:
+        BadRequestError: it is not JSON, or a field is wrong, unknown or missing.
+    """
+    try:
+        if isinstance(body, bytes):
+            record = msgspec.json.decode(body, type=type)
+        else:
+            record = msgspec.convert(body, type, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}") from error
+    _check_choices(record)
+    return record
+
+
+def read_query(request: Request, type: type[Struct]) -> Struct:
+    """Return the query of a request as a record.
+
+    Raises:
+        BadRequestError: a parameter is wrong, unknown, missing, or there twice.
+    """
+    names = [name for name, _ in request.query_params.multi_items()]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        name = min(repeated)
+        raise BadRequestError(f"{name:.100} stands twice in the query", param=name[:100])
+    return decode(type, dict(request.query_params))
+
+
+def _invalid(error: msgspec.ValidationError) -> BadRequestError:
+    """Return the error that names the field."""
+    text = str(error)
+    path = _PATH.search(text)
+    inside = path[1] if path else ""
+    field = _UNKNOWN.search(text) or _MISSING.search(text)
+    param = ".".join(filter(None, [inside, field[1] if field else ""])) or None
+    reason = _PATH.sub("", text)
+    reason = reason[:1].lower() + reason[1:]
+    return BadRequestError(f"{param}: {reason}" if param else reason, param=param)
+
+
+def _check_choices(record: msgspec.Struct) -> None:
+    """Check the values that the schema lists beside the types of msgspec."""
+    for name, choices in _choices(type(record)).items():
+        value = getattr(record, name)
+        if value is not None and value not in choices:
+            listed = ", ".join(msgspec.json.encode(choice).decode() for choice in choices)
+            given = msgspec.json.encode(value).decode()
+            raise BadRequestError(f"{name} must be {listed}, not {given:.100}", param=name)
+
+
+@cache
+def _choices(record: type[msgspec.Struct]) -> dict[str, tuple[Any, ...]]:
+    """Return the ``enum`` of each field of a record that has one in its schema."""
+    _, components = msgspec.json.schema_components([record], ref_template="{name}")
+    properties = components[record.__name__].get("properties", {})
+    found = {name: _enum(schema) for name, schema in properties.items()}
+    return {name: tuple(enum) for name, enum in found.items() if enum}
+
+
+def _enum(schema: Mapping[str, Any]) -> list[Any]:
+    parts = [schema, *schema.get("anyOf", [])]
+    return [value for part in parts for value in part.get("enum", [])]
+
+
+def _check_media_type(request: Request, expected: str) -> None:
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != expected:
+        raise MediaTypeError(f"the body must be {expected}, not {given or 'without a type'}")
+
+
+async def _read(request: Request, limits: BodyLimits) -> bytes:
+    chunks: list[bytes] = []
+    async for chunk in _Stream(request, limits):
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+class _Stream:
+    """Pieces of a body, within bounds."""
+
+    def __init__(self, request: Request, limits: BodyLimits) -> None:
+        _check_length(request, limits)
+        self._pieces = request.stream()
+        self._limits = limits
+        self._left = limits.bytes
+        self._end = asyncio.get_running_loop().time() + limits.seconds
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        left = self._end - asyncio.get_running_loop().time()
+        seconds = min(self._limits.chunk_seconds, max(0.0, left))
+        try:
+            chunk = await asyncio.wait_for(anext(self._pieces), seconds)
+        except asyncio.TimeoutError as error:
+            raise SlowBodyError(
+                "the body did not arrive in time: send it faster, or a smaller one"
+            ) from error
+        except ClientDisconnect as error:
+            raise ClientGoneError from error
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise _too_large(self._limits)
+        return chunk
+
+
+def _check_length(request: Request, limits: BodyLimits) -> None:
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length[:20]) > limits.bytes:
+        raise _too_large(limits)
+
+
+def _too_large(limits: BodyLimits) -> PayloadError:
+    return PayloadError(f"the body is larger than {limits.bytes:,} bytes: send a smaller one")
+
+
+async def read_form(request: Request, limits: BodyLimits) -> dict[str, Any]:
+    """Return the fields of a multipart form: text, and bytes of files; lists where repeated.
+
+    Raises:
+        BadRequestError: it is no form, or has too many parts.
+        PayloadError, SlowBodyError, MediaTypeError: it is too large, too slow, or no form.
+    """
+    _check_media_type(request, "multipart/form-data")
+    parser = MultiPartParser(
+        request.headers,
+        _generator(_Stream(request, limits)),
+        max_files=_MAX_PARTS,
+        max_fields=_MAX_PARTS,
+        max_part_size=_MAX_FIELD,
+    )
+    parser.spool_max_size = limits.bytes  # memory, not a temporary file: the body is bounded
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+        message = getattr(error, "message", "its boundary is missing or its text is no UTF-8")
+        raise BadRequestError(f"the form cannot be read: {message}") from error
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        content = await value.read() if isinstance(value, UploadFile) else value
+        fields[name] = content if name not in fields else [*_listed(fields[name]), content]
+    await form.close()
+    return fields
+
+
+async def _generator(stream: _Stream) -> Any:
+    async for chunk in stream:
+        yield chunk
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,322 @@
+"""State that all endpoints share, and the steps that several of them take."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import msgspec
+from starlette.requests import Request
+
+from latentforge.runtime.errors import LatentforgeError
+from latentforge.runtime.manifest import Manifest
+from latentforge.serve.errors import (
+    BadRequestError,
+    ServeError,
+    UnknownJobError,
+    UnknownModelError,
+)
+from latentforge.serve.http.body import BodyLimits
+from latentforge.serve.http.fields import ImageFields
+from latentforge.serve.job import Job, JobEvent
+from latentforge.serve.metrics import Metrics
+from latentforge.serve.pictures import (
+    ImageFormat,
+    PictureLimits,
+    Pixels,
+    encode_image,
+    image_metadata,
+)
+from latentforge.serve.request import ImageRequest
+
+__all__ = [
+    "NAMES",
+    "Context",
+    "HttpOptions",
+    "ImageService",
+    "Output",
+    "Pictures",
+    "ServedModel",
+    "complete",
+    "owner_of",
+    "settings_of",
+]
+
+NAMES: Mapping[str, str] = {
+    "steps": "num_inference_steps",
+    "height": "size",
+    "width": "size",
+    "pixels": "size",
+    "samplers": "sampler",
+    "images_per_prompt": "n",
+    "negative": "negative_prompt",
+}
+"""Fields of requests by the name that messages of the runtime have for them, where they differ."""
+
+_NAMED = re.compile(
+    r"\b(height|width|pixels|samplers?|strength|image_guidance_scale|guidance_scale"
+    r"|guidance_rescale|noise_level|seed|steps|mask|image|negative|prompt|timesteps)\b"
+)
+
+ANONYMOUS = "anonymous"
+
+OWNER, MODEL, JOB = "latentforge.owner", "latentforge.model", "latentforge.job"
+"""Entries of a request's scope."""
+
+
+class ServedModel(Protocol):
+    """Model as the endpoints see it."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of its engines."""
+
+    @property
+    def ready(self) -> bool:
+        """True while one of its workers is loaded."""
+
+
+class ImageService(Protocol):
+    """Service as the endpoints see it."""
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """Models by name."""
+
+    @property
+    def draining(self) -> bool:
+        """True if no more requests are accepted."""
+
+    async def submit(
+        self,
+        request: ImageRequest,
+        *,
+        owner: str,
+        deadline: float | None,
+        idempotency: tuple[str, str] | None,
+    ) -> Job:
+        """Accept a request."""
+
+    def events(self, id: str) -> AsyncIterator[JobEvent]:
+        """Yield the events of a job from its start."""
+
+    def get(self, id: str) -> Job:
+        """Return a job."""
+
+    def cancel(self, id: str) -> bool:
+        """End a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpOptions:
+    """Options of the HTTP interface.
+
+    Attributes:
+        body: bounds of bodies.
+        pictures: bounds of pictures in them.
+        deadline: seconds after which a request ends that names no shorter time.
+        url: address under which clients reach the server; empty for that of each request.
+        metadata: False to leave the settings, and so the prompt, out of PNG files.
+    """
+
+    body: BodyLimits = BodyLimits()
+    pictures: PictureLimits = PictureLimits()
+    deadline: float = 600.0
+    url: str = ""
+    metadata: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """File format of images."""
+
+    format: ImageFormat = "png"
+    quality: int = 100
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pictures:
+    """Pictures of a request, decoded."""
+
+    image: Pixels | None = None
+    mask: Pixels | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Service with everything else that endpoints need.
+
+    Attributes:
+        service: runs requests.
+        metrics: its metrics.
+        options: of the interface.
+        secret: signs the addresses of images, until the server ends.
+    """
+
+    service: ImageService
+    metrics: Metrics
+    options: HttpOptions = HttpOptions()
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def model(self, name: str | None) -> tuple[str, ServedModel]:
+        """Return a model with its name, or the first one.
+
+        Raises:
+            UnknownModelError: there is none of this name.
+        """
+        models = self.service.models
+        chosen = next(iter(models)) if name is None else name
+        if chosen not in models:
+            listed = ", ".join(models)
+            raise UnknownModelError(
+                f"no model {chosen[:100]!r}: choose from {listed}", param="model"
+            )
+        return chosen, models[chosen]
+
+    def job(self, id: str, request: Request) -> Job:
+        """Return a job of the same owner as a request.
+
+        Raises:
+            UnknownJobError, ExpiredJobError: there is none.
+        """
+        job = self.service.get(id)
+        if job.owner != owner_of(request):
+            raise UnknownJobError("no such job: its id is in the answer to POST /v1/jobs")
+        return job
+
+    async def submit(
+        self, request: Request, images: ImageRequest, fields: msgspec.Struct, seconds: float | None
+    ) -> Job:
+        """Hand a request to the service, with the deadline and the idempotency key that it has.
+
+        Args:
+            request: of the client.
+            images: what it asks for.
+            fields: its body, which tells a repetition from another request of the same key.
+            seconds: until its deadline.
+
+        Raises:
+            ServeError: it is not accepted.
+        """
+        longest = self.options.deadline
+        key = request.headers.get("idempotency-key")
+        if key is not None and not 1 <= len(key) <= 255:
+            raise BadRequestError(
+                "Idempotency-Key must have 1 to 255 characters", param="Idempotency-Key"
+            )
+        print_of = hashlib.sha256(request.scope["path"].encode() + msgspec.json.encode(fields))
+        request.scope[MODEL] = images.model
+        job = await self.service.submit(
+            images,
+            owner=owner_of(request),
+            deadline=longest if seconds is None else min(seconds, longest),
+            idempotency=None if key is None else (key, print_of.hexdigest()),
+        )
+        request.scope[JOB] = job.id
+        return job
+
+    def base_url(self, request: Request) -> str:
+        """Return the address of the server for links, without a slash at its end."""
+        return self.options.url.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}"
+
+    def image_url(self, request: Request, job: str, index: int, output: Output) -> str:
+        """Return the address of an image of a job, which whoever has it can read."""
+        query = {"signature": self.signature(job, index)}
+        if output.quality != 100:
+            query["compression"] = str(output.quality)
+        path = f"/v1/jobs/{job}/images/{index}.{output.format}"
+        return f"{self.base_url(request)}{path}?{urlencode(query)}"
+
+    def signature(self, job: str, index: int) -> str:
+        """Return the signature of the address of an image."""
+        return hmac.new(self.secret, f"{job}/{index}".encode(), hashlib.sha256).hexdigest()
+
+    async def file(self, images: ImageRequest, index: int, pixels: Pixels, output: Output) -> bytes:
+        """Return a finished image of a request as a file."""
+        metadata = image_metadata(images, index) if self.options.metadata else None
+        return await asyncio.to_thread(
+            encode_image, pixels, output.format, quality=output.quality, metadata=metadata
+        )
+
+    async def base64(self, images: ImageRequest, index: int, pixels: Pixels, output: Output) -> str:
+        """Return a finished image of a request as a file in base64."""
+        return base64.b64encode(await self.file(images, index, pixels, output)).decode()
+
+
+def owner_of(request: Request) -> str:
+    """Return the name of the key that a request came with."""
+    owner: str = request.scope.get(OWNER, ANONYMOUS)
+    return owner
+
+
+def complete(
+    name: str,
+    model: ServedModel,
+    prompt: str,
+    *,
+    pictures: Pictures = Pictures(),
+    count: int = 1,
+    previews: int = 0,
+    names: Mapping[str, str] = NAMES,
+    **settings: Any,
+) -> ImageRequest:
+    """Return a request to a model, complete and checked.
+
+    Args:
+        name, model: the model.
+        prompt: text of all images.
+        pictures: to start from.
+        count: number of images.
+        previews: previews of each image.
+        names: of the client's fields by those of settings, where they differ.
+        settings: as for Pipeline.__call__(); None counts as absent.
+
+    Raises:
+        BadRequestError: the model cannot do it; it names the field.
+    """
+    try:
+        return ImageRequest.of(
+            name,
+            model.manifest,
+            prompt,
+            count=count,
+            image=pictures.image,
+            mask=pictures.mask,
+            previews=previews,
+            **settings,
+        )
+    except ServeError:
+        raise
+    except LatentforgeError as error:
+        named = _NAMED.search(str(error))
+        param = names.get(named[1], named[1]) if named else None
+        raise BadRequestError(error, param=param) from error
+
+
+def settings_of(fields: ImageFields) -> dict[str, Any]:
+    """Return the runtime's settings for the fields of a request."""
+    size = {}
+    if fields.size not in (None, "auto"):
+        width, height = map(int, str(fields.size).split("x"))
+        size = {"height": height, "width": width}
+    return {
+        **size,
+        "negative_prompt": fields.negative_prompt,
+        "steps": fields.num_inference_steps,
+        "guidance_scale": fields.guidance_scale,
+        "guidance_rescale": fields.guidance_rescale,
+        "image_guidance_scale": fields.image_guidance_scale,
+        "noise_level": fields.noise_level,
+        "sampler": fields.sampler,
+        "seed": fields.seed,
+        "strength": fields.strength,
+        "unaccelerated": fields.unaccelerated,
+    }

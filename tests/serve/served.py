@@ -1,0 +1,76 @@
+"""Server on a real socket, in a thread of the test's process."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from latentforge.serve.http.app import create_app
+from latentforge.serve.http.connection import BoundedConnection
+from latentforge.serve.http.context import Context
+
+
+@dataclass(frozen=True)
+class Served:
+    """Address of a running server, and what runs in it."""
+
+    port: int
+    context: Context
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, **options)
+
+    def value(self, name: str, **labels: str) -> float:
+        """Return the value of a metric."""
+        return self.context.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Call a function in the server's thread."""
+
+        async def called() -> Any:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(called(), self.loop).result(20)
+
+
+@contextmanager
+def served(make_context: Callable[[], Context], **options: Any) -> Iterator[Served]:
+    """Run a server while the block runs; the context is made in its thread."""
+    started, running = threading.Event(), []
+
+    async def run() -> None:
+        context = make_context()
+        app = create_app(context, **options)
+        config = uvicorn.Config(
+            app, port=0, http=BoundedConnection, lifespan="off", ws="none", log_config=None,
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        task = asyncio.ensure_future(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        running.append((server, Served(port, context, asyncio.get_running_loop())))
+        started.set()
+        await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    assert started.wait(20)
+    ((server, found),) = running
+    try:
+        yield found
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

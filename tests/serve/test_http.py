@@ -1,0 +1,361 @@
+"""HTTP interface on real sockets: what clients send, and what they get back."""
+
+import base64
+import io
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from in_process import InProcessService, Model
+from PIL import Image
+from served import Served, served
+
+from latentforge.runtime.manifest import Manifest
+from latentforge.serve.errors import KeyRequiredError
+from latentforge.serve.http.app import all_endpoints
+from latentforge.serve.http.body import BodyLimits
+from latentforge.serve.http.context import Context, HttpOptions
+from latentforge.serve.metrics import Metrics
+from latentforge.serve.pictures import PictureLimits
+
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning:(openai|webuiapi|httpx).*")
+
+LIMITS = HttpOptions(
+    body=BodyLimits(bytes=1 << 20, chunk_seconds=0.5, seconds=1.0),
+    pictures=PictureLimits(side=512, pixels=1 << 16),
+)
+GENERATIONS = "/v1/images/generations"
+
+
+def context_of(directory: Path, **changes: Any) -> Context:
+    service = InProcessService({"handmade": Model(Manifest.read(directory))}, **changes)
+    return Context(service=service, metrics=Metrics.create(), options=LIMITS)
+
+
+@pytest.fixture(scope="module")
+def server(null_engines: Path) -> Iterator[Served]:
+    with served(lambda: context_of(null_engines)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def slow_server(null_engines: Path) -> Iterator[Served]:
+    """A server whose images take 20 seconds."""
+    with served(lambda: context_of(null_engines, step_seconds=5.0)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[httpx.Client]:
+    with server.client() as found:
+        yield found
+
+
+def png(pixels: Any, mode: str | None = None) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8), mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def text64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """Return the error, after a check of its envelope."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    return dict(error)
+
+
+def events_of(answer: httpx.Response) -> list[tuple[str, Any]]:
+    found = []
+    for block in answer.text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if line[:1] != ":")
+        if lines:
+            found.append((lines["event"], json.loads(lines["data"])))
+    return found
+
+
+# OpenAI
+
+
+def test_images_have_consecutive_seeds_and_their_settings(client: httpx.Client) -> None:
+    body = {"prompt": "a red apple", "n": 2, "seed": 7, "size": "32x48"}
+    answer = client.post(GENERATIONS, json=body).raise_for_status().json()
+    assert [image["seed"] for image in answer["data"]] == [7, 8]
+    assert answer["size"] == "32x48" and answer["output_format"] == "png"
+    second = Image.open(io.BytesIO(base64.b64decode(answer["data"][1]["b64_json"])))
+    assert second.size == (32, 48)
+    stored = json.loads(second.info["latentforge"])
+    assert (stored["seed"], stored["prompts"], stored["model"]) == (8, ["a red apple"], "handmade")
+    alone = client.post(GENERATIONS, json={**body, "n": 1, "seed": 8}).json()
+    assert alone["data"][0]["b64_json"] == answer["data"][1]["b64_json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": 3}, "prompt"),
+        ({"n": 11}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"size": "32"}, "size"),
+        ({"size": "33x32"}, "size"),
+        ({"size": "99999x32"}, "size"),
+        ({"model": "other"}, "model"),
+        ({"quality": "hd"}, "quality"),
+        ({"style": "vivid"}, "style"),
+        ({"background": "transparent"}, "background"),
+        ({"moderation": "high"}, "moderation"),
+        ({"complexity": "low"}, "complexity"),
+        ({"sampler": "best"}, "sampler"),
+        ({"sampler": "edm_euler"}, "sampler"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 70}, "seed"),
+        ({"strength": 0.5}, "strength"),
+        ({"timeout": 0}, "timeout"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"stream": True, "partial_images": 2}, "partial_images"),
+        ({"stream": True, "response_format": "url"}, "response_format"),
+        ({"prompt": "x" * 20_000}, "prompt"),
+    ],
+)
+def test_wrong_fields_are_named(client: httpx.Client, change: dict[str, Any], param: str) -> None:
+    answer = client.post(GENERATIONS, json={"prompt": "a red apple", **change})
+    assert answer.status_code == (404 if param == "model" else 400)
+    error = error_of(answer)
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'{"prompt": "\xff"}', "application/json", 400),
+        (b'{"prompt": "\\ud800"}', "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b"{}", "text/plain", 415),
+        (b"{}", "", 415),
+        (b"x" * (2 << 20), "application/json", 413),
+    ],
+)
+def test_bodies_that_are_no_requests(
+    client: httpx.Client, content: bytes, kind: str, status: int
+) -> None:
+    answer = client.post(GENERATIONS, content=content, headers={"content-type": kind})
+    assert answer.status_code == status
+    error_of(answer)
+
+
+def test_addresses_of_images_need_no_key_and_are_signed(client: httpx.Client) -> None:
+    body = {"prompt": "a", "response_format": "url", "output_format": "webp", "seed": 1}
+    url = client.post(GENERATIONS, json=body).json()["data"][0]["url"]
+    image = client.get(url)
+    assert image.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(image.content)).format == "WEBP"
+    assert client.get(url.replace("signature=", "signature=0")).status_code == 403
+    assert client.get(url.replace("/0.webp", "/1.webp")).status_code == 403
+    assert client.get(url.partition("?")[0]).status_code == 400
+
+
+def test_streams_send_images_as_events(client: httpx.Client) -> None:
+    body = {"prompt": "a", "n": 2, "seed": 3, "stream": True}
+    answer = client.post(GENERATIONS, json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no"
+    events = events_of(answer)
+    assert [name for name, _ in events] == ["image_generation.completed"] * 2
+    assert [data["seed"] for _, data in events] == [3, 4]
+
+
+def test_models_are_listed(client: httpx.Client) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert client.get(f"/v1/models/{model['id']}").json() == model
+    assert error_of(client.get("/v1/models/other"))["code"] == "model_not_found"
+
+
+# jobs
+
+
+def test_a_job_is_accepted_and_followed(client: httpx.Client) -> None:
+    accepted = client.post("/v1/jobs", json={"prompt": "a red apple", "seed": 5, "n": 2})
+    assert accepted.status_code == 202
+    job = accepted.json()
+    assert accepted.headers["location"] == job["poll_url"]
+    events = events_of(client.get(job["events_url"]))
+    names = [name for name, _ in events]
+    assert names == ["queued", "started", *["progress"] * 4, "image", "image", "completed"]
+    assert [data["fraction"] for name, data in events if name == "progress"][-1] == 1
+    ended = events[-1][1]
+    assert ended == client.get(job["poll_url"]).json()
+    assert ended["status"] == "completed" and ended["seeds"] == [5, 6]
+    content = client.get(ended["images"][1]["url"]).content
+    assert Image.open(io.BytesIO(content)).getpixel((0, 0)) == (6, 6, 6)
+
+
+def test_a_job_is_cancelled_once(slow_server: Served) -> None:
+    with slow_server.client() as client:
+        job = client.post("/v1/jobs", json={"prompt": "a"}).json()
+        for _ in range(2):
+            assert client.post(job["cancel_url"]).status_code == 200
+        assert client.get(job["poll_url"]).json()["status"] == "cancelled"
+        assert client.post("/v1/jobs/none/cancel").status_code == 404
+
+
+# health
+
+
+def test_health_and_metrics(client: httpx.Client) -> None:
+    for path in ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"):
+        assert client.get(path).status_code == 200
+    assert client.get("/v2/models/handmade/ready").json() == {"name": "handmade", "ready": True}
+    assert client.get("/v2/models/other/ready").status_code == 404
+    client.post(GENERATIONS, json={"prompt": "a secret"})
+    text = client.get("/metrics").text
+    assert 'route="/v1/images/generations",status="200"' in text and "secret" not in text
+
+
+def test_readiness_ends_with_draining(null_engines: Path) -> None:
+    with served(lambda: context_of(null_engines, draining=True)) as server:
+        with server.client() as client:
+            _check_draining(client)
+
+
+def _check_draining(client: httpx.Client) -> None:
+    assert client.get("/livez").status_code == 200
+    ready = client.get("/readyz")
+    assert ready.status_code == 503 and ready.json()["draining"]
+    refused = client.post(GENERATIONS, json={"prompt": "a"})
+    assert refused.status_code == 503 and error_of(refused)["code"] == "draining"
+    assert refused.headers["retry-after"] == "3" and refused.headers["connection"] == "close"
+
+
+def test_requests_have_ids(client: httpx.Client) -> None:
+    assert (
+        client.get("/livez", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    )
+    made = client.get("/livez", headers={"x-request-id": "a b\x7f"}).headers["x-request-id"]
+    assert made and " " not in made
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/x", 404), ("PUT", "/v1/jobs", 405)]
+)
+def test_paths_and_methods_that_do_not_exist(
+    client: httpx.Client, method: str, path: str, status: int
+) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    error_of(answer)
+
+
+def test_keys_guard_all_but_health(null_engines: Path) -> None:
+    def authenticate(key: str | None) -> str:
+        if key != "right":
+            raise KeyRequiredError("send a key")
+        return "owner"
+
+    with served(lambda: context_of(null_engines), authenticate=authenticate) as server:
+        with server.client() as client:
+            assert client.get("/livez").status_code == 200
+            for endpoint in all_endpoints(server.context):
+                path = endpoint.path.format(model="handmade", id="x", file="x")
+                answer = client.request(endpoint.method, path)
+                assert (answer.status_code == 401) != endpoint.open, endpoint.path
+            bearer = {"authorization": "Bearer right"}
+            assert client.get("/v1/models", headers=bearer).status_code == 200
+            assert client.get("/v1/models", auth=("anyone", "right")).status_code == 200
+            wrong = client.get("/v1/models", headers={"authorization": "Bearer wrong"})
+            assert error_of(wrong)["code"] == "invalid_api_key"
+            assert wrong.headers["www-authenticate"].startswith("Bearer")
+
+
+# clients of others
+
+
+def test_the_openai_client(server: Served) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["handmade"]
+    answer = client.images.generate(
+        prompt="a red apple", n=2, size="48x32", user="me", extra_body={"seed": 1}
+    )
+    assert Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))).size == (48, 32)
+    events = list(client.images.generate(prompt="a", stream=True, output_format="jpeg"))
+    assert [event.type for event in events] == ["image_generation.completed"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.generate(prompt="a", quality="hd")
+    assert refused.value.param == "quality"
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="a", model="gpt-image-1")
+
+
+def test_a_web_ui_client(server: Served) -> None:
+    webuiapi = pytest.importorskip("webuiapi")
+    api = webuiapi.WebUIApi(port=server.port, host="127.0.0.1", steps=4)
+    api.session.trust_env = False
+    result = api.txt2img(
+        prompt="a red apple", negative_prompt="owl", seed=4, width=48, height=32, batch_size=2
+    )
+    assert [image.size for image in result.images] == [(48, 32)] * 2
+    assert result.info["all_seeds"] == [4, 5] and result.info["sampler_name"] == "euler_ancestral"
+    assert result.parameters["steps"] == 4
+    assert "Euler a" in api.util_get_sampler_names()
+    assert api.util_get_model_names() == ["handmade"] == [api.util_get_current_model()]
+    api.util_wait_for_ready()
+    with pytest.raises(RuntimeError, match="tiling"):
+        api.txt2img(prompt="a", tiling=True)
+
+
+# clients that misbehave
+
+
+def test_a_client_that_leaves_ends_its_job(slow_server: Served) -> None:
+    for stream in (False, True):
+        body = json.dumps({"prompt": "a", "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", slow_server.port)) as connection:
+            connection.sendall(request_bytes(body))
+            job = wait_for(lambda: slow_server.context.service.store.running())[0]
+        wait_for(lambda: not slow_server.context.service.store.running())
+        assert slow_server.context.service.get(job.id).state == "cancelled"
+
+
+def request_bytes(body: bytes, path: str = GENERATIONS) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+def test_bodies_that_do_not_arrive(server: Served) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(request_bytes(b"{" * 100)[:-50])
+        assert b" 408 " in connection.recv(1000)
+
+
+def test_openapi_describes_every_endpoint(server: Served, client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    described = {(m.upper(), path) for path, item in document["paths"].items() for m in item}
+    assert described == {(e.method, e.path) for e in all_endpoints(server.context)}
+    body = document["components"]["schemas"]["GenerationBody"]
+    assert body["properties"]["n"]["anyOf"][0]["maximum"] == 10
+    assert body["additionalProperties"] is False
