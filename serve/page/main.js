@@ -1,0 +1,213 @@
+// Entry of the page: joins the form, the jobs, the selected image and the gallery.
+
+import { call } from "./api.js";
+import { announce, askClear, askKey, showCode, showLink } from "./dialogs.js";
+import { Form } from "./form.js";
+import { Gallery } from "./gallery.js";
+import { Jobs } from "./jobs.js";
+import { Source } from "./source.js";
+import { Stage } from "./stage.js";
+import { open } from "./store.js";
+import { state } from "./text.js";
+
+const $ = (id) => document.getElementById(id);
+
+const PREVIEWS = 20; // of each image
+const WAIT = 3000; // milliseconds between questions to a server that is away
+
+const jobs = new Jobs();
+const stage = new Stage();
+const gallery = new Gallery(select);
+const form = new Form(() => { showSource(); source.refit(); });
+const source = new Source(() => form.size(), report);
+let current = null; // key of the selected entry
+
+start();
+
+async function start() {
+  connectEvents();
+  const [kept] = await Promise.all([open(), connect()]);
+  if (kept === null) warnUnkept();
+  jobs.resume(kept ?? []);
+  gallery.showAll(jobs.entries, current);
+  select(jobs.entries.keys().next().value ?? null);
+}
+
+/** Ask the server what it can do, until it answers. */
+async function connect() {
+  for (;;) {
+    try {
+      showServer(await call("v1/capabilities"));
+      return;
+    } catch (error) {
+      if (error.status === 401) {
+        $("key-open").hidden = false;
+        showState("away", "Needs an API key");
+        if (!(await askKey(true))) return;
+      } else {
+        showState("away", "Server not reached");
+        await new Promise((resolve) => setTimeout(resolve, WAIT));
+      }
+    }
+  }
+}
+
+/** Say that the server is away, and look for it: it may come back with other models. */
+async function reconnect() {
+  if ($("server").dataset.state === "away") return;
+  showState("away", "Server not reached");
+  await connect();
+}
+
+function showServer(capabilities) {
+  form.offer(capabilities);
+  const { length } = capabilities.models;
+  showState("ready", length === 1 ? capabilities.models[0].id : `${length} models`);
+}
+
+function showState(name, text) {
+  $("server").dataset.state = name;
+  $("server").textContent = text;
+}
+
+function connectEvents() {
+  $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  $("form").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+  });
+  jobs.addEventListener("change", ({ detail }) => showChange(detail));
+  jobs.addEventListener("unkept", warnUnkept);
+  document.addEventListener("announce", ({ detail }) => announce(detail));
+  const actions = {
+    cancel: () => jobs.cancel(selected().job),
+    share, code: () => showCode(selected()),
+    reuse: () => { form.take(selected()); $("prompt").focus(); },
+    again: () => generate(selected().request, selected().seed),
+    "start-from": startFrom, remove, clear, "key-open": changeKey,
+  };
+  for (const [id, action] of Object.entries(actions)) {
+    $(id).addEventListener("click", () => Promise.resolve(action()).catch(reportError));
+  }
+}
+
+const selected = () => jobs.entries.get(current);
+
+async function submit() {
+  const request = form.request();
+  if (!$("form").reportValidity()) return;
+  if (source.missing) {
+    report("This model needs an image.");
+    form.blame("image");
+    return;
+  }
+  $("generate").disabled = true;
+  try {
+    const previews = form.model.previews ? { previews: PREVIEWS } : {};
+    await generate({ ...request, ...(await source.fields()), ...previews });
+  } catch (error) {
+    await reportError(error);
+  } finally {
+    $("generate").disabled = false;
+  }
+}
+
+async function generate(request, seed = null) {
+  report("");
+  const whole = seed === null ? request : { ...request, n: 1, seed };
+  const [first] = await jobs.submit(whole);
+  select(first.key);
+  announce("Queued.");
+  if (matchMedia("(max-width: 56rem)").matches) $("stage").scrollIntoView({ block: "start" });
+}
+
+/** Show an error of the server where the user looks, and what to do about it. */
+async function reportError(error) {
+  if (error.status === undefined) throw error;
+  if (error.status === 401) {
+    $("key-open").hidden = false;
+    report("The server needs an API key.");
+    if (await askKey(true)) report("Press Generate again.");
+    return;
+  }
+  const again = error.retryAfter ? ` Try again in ${Math.ceil(error.retryAfter)} s.` : "";
+  report(error.message + again);
+  if (error.param) form.blame(error.param);
+}
+
+function report(message) {
+  $("problem").textContent = message;
+}
+
+function warnUnkept() {
+  $("banner").hidden = false;
+  $("banner").textContent = "The browser keeps no images of this page: download those that you need before you leave.";
+}
+
+function select(key) {
+  current = key;
+  if (selected()) jobs.look(selected().job);
+  gallery.mark(key);
+  stage.show(selected() ?? null, form.model);
+}
+
+function showSource() {
+  const model = form.model;
+  if (model) source.allow(model.tasks);
+}
+
+function showChange(entry) {
+  if (entry === null) gallery.showAll(jobs.entries, current);
+  else gallery.update(entry);
+  if (entry?.away) reconnect();
+  if (entry !== null && entry.key !== current) return;
+  if (entry !== null) speak(entry);
+  stage.show(selected() ?? null, form.model);
+}
+
+/** Speak the state of the selected entry: each change of it, and each quarter of the steps. */
+function speak(entry) {
+  const quarter = entry.steps ? Math.floor((4 * entry.step) / entry.steps) : 0;
+  const mark = [entry.key, entry.status, quarter, entry.away].join();
+  if (mark === speak.last) return;
+  speak.last = mark;
+  announce(entry.status === "completed" ? "The image is ready." : [state(entry), entry.error].filter(Boolean).join(". "));
+}
+
+async function share() {
+  const { job, index } = selected();
+  try {
+    const link = await call("v1/shares", { body: { job, index } });
+    await showLink(new URL(`s/${link.id}`, document.baseURI).href, link.expires_at);
+  } catch (error) {
+    if (error.status !== 404 && error.status !== 410) throw error;
+    report("The server no longer has this image, so it cannot be shared: generate it again, or download it.");
+    $("again").hidden = false;
+  }
+}
+
+async function startFrom() {
+  await source.take(selected().blob);
+  $("source").scrollIntoView({ block: "nearest" });
+  $("mask-open").focus();
+}
+
+async function remove() {
+  const keys = [...jobs.entries.keys()];
+  const place = keys.indexOf(current);
+  await jobs.remove(selected());
+  const next = keys[place + 1] ?? keys[place - 1] ?? null;
+  select(next);
+  if (next) gallery.focus(next);
+  else $("prompt").focus();
+}
+
+async function clear() {
+  if (!(await askClear())) return;
+  for (const entry of [...jobs.entries.values()]) await jobs.remove(entry);
+  select(null);
+  $("prompt").focus();
+}
+
+async function changeKey() {
+  if (await askKey(false)) await connect();
+}
