@@ -40,6 +40,13 @@ class BatchKey:
     has_image: bool
     mask: str
 
+    @cached_property
+    def row_cost(self) -> float:
+        """Work of one image: steps of 512 x 512 pixels without guidance."""
+        settings = self.settings
+        pixels = settings.height * settings.width / _UNIT
+        return _steps(settings) * pixels * settings.guidance_rows
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageRequest:
@@ -110,14 +117,7 @@ class ImageRequest:
     @property
     def cost(self) -> float:
         """Work of all images: steps of 512 x 512 pixels without guidance."""
-        return self.row_cost * self.count
-
-    @cached_property
-    def row_cost(self) -> float:
-        """Work of one image."""
-        settings = self.settings
-        pixels = settings.height * settings.width / _UNIT
-        return _steps(settings) * pixels * settings.guidance_rows
+        return self.key.row_cost * self.count
 
     def rows(self, job: str) -> tuple[Row, ...]:
         """Return the images of this request, as a job, to run in batches."""
