@@ -18,10 +18,10 @@ from pathlib import Path
 
 import msgspec
 
-from latentforge.runtime.errors import LatentforgeError
 from latentforge.runtime.files import read_file, staged_file
 from latentforge.runtime.record import Record
 from latentforge.runtime.text import size_text
+from latentforge.serve.errors import ServeError
 
 try:
     import fcntl
@@ -35,15 +35,10 @@ _MAX_RECORD = 1 << 18  # bytes: a prompt of MAX_PROMPT characters, each escaped,
 _LOCK = ".lock"
 
 
-class ShareFullError(LatentforgeError):
-    """Folder of shared images that has no room for another."""
+class ShareFullError(ServeError):
+    """Image for which the folder of shared ones has no room."""
 
-    def __init__(self, limit: int, retry_after: float) -> None:
-        super().__init__(
-            f"the shared images fill their {size_text(limit)}: the next one expires in "
-            f"{retry_after:.0f} s; download the image instead, or try again then"
-        )
-        self.retry_after = retry_after
+    status, kind, code = 503, "server_error", "shares_full"
 
 
 class Caption(Record, frozen=True, kw_only=True):
@@ -153,7 +148,12 @@ class ShareStore:
         entries = [entry.stat() for entry in self._entries()]
         if sum(entry.st_size for entry in entries) + size > self.limit:
             first = min((entry.st_mtime for entry in entries), default=now)
-            raise ShareFullError(self.limit, max(1.0, first - now))
+            left = max(1.0, first - now)
+            raise ShareFullError(
+                f"the shared images fill their {size_text(self.limit)}: the next one expires in "
+                f"{left:.0f} s; download the image instead, or try again then",
+                retry_after=left,
+            )
 
     def _entries(self) -> list[os.DirEntry[str]]:
         with os.scandir(self.directory) as entries:

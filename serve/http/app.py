@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from latentforge.serve.http.capabilities import CapabilityEndpoints
@@ -20,7 +18,9 @@ from latentforge.serve.http.images import OpenAIEndpoints
 from latentforge.serve.http.jobs import JobEndpoints
 from latentforge.serve.http.middleware import Authenticate, RequestMiddleware, guarded
 from latentforge.serve.http.openapi import describe
+from latentforge.serve.http.page import page_routes
 from latentforge.serve.http.sdapi import WebUIEndpoints
+from latentforge.serve.http.share import ShareEndpoints
 from latentforge.serve.logs import RequestLog
 
 __all__ = ["create_app"]
@@ -34,14 +34,12 @@ def create_app(
     context: Context,
     *,
     authenticate: Authenticate | None = None,
-    pages: Sequence[BaseRoute] = (),
 ) -> ASGIApp:
     """Return the server's application.
 
     Args:
         context: service and options.
         authenticate: checks keys; None if the server has none.
-        pages: further routes, which need no key.
     """
     endpoints = all_endpoints(context)
     document = msgspec.json.encode(describe(endpoints, keys=authenticate is not None))
@@ -50,6 +48,7 @@ def create_app(
         return Response(document, media_type="application/json")
 
     routes = [_route(endpoint, authenticate) for endpoint in endpoints]
+    pages = [*page_routes(), *ShareEndpoints(context).routes()]  # which need no key
     app = Starlette(
         routes=[*routes, Route("/openapi.json", description), *pages],
         exception_handlers=handlers(),
@@ -64,6 +63,7 @@ def all_endpoints(context: Context) -> tuple[Endpoint, ...]:
         *OpenAIEndpoints(context).endpoints(),
         *JobEndpoints(context).endpoints(),
         *CapabilityEndpoints(context).endpoints(),
+        *ShareEndpoints(context).endpoints(),
         *WebUIEndpoints(context).endpoints(),
         *HealthEndpoints(context).endpoints(),
     )

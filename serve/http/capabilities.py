@@ -78,7 +78,11 @@ class ModelCapabilities(Record, frozen=True, kw_only=True):
 
 
 class ServerLimits(Record, frozen=True, kw_only=True):
-    """Limits of a request."""
+    """Limits of a request.
+
+    Attributes:
+        share_seconds: time for which a shared image is kept; None if none can be shared.
+    """
 
     images: int
     prompt_characters: int
@@ -86,6 +90,7 @@ class ServerLimits(Record, frozen=True, kw_only=True):
     picture_side: int
     picture_pixels: int
     seconds: float
+    share_seconds: float | None
 
 
 class CapabilitiesAnswer(Record, frozen=True, kw_only=True):
@@ -128,7 +133,7 @@ class CapabilityEndpoints:
         )
 
     def _limits(self) -> ServerLimits:
-        options = self.context.options
+        options, shares = self.context.options, self.context.shares
         return ServerLimits(
             images=MAX_IMAGES,
             prompt_characters=MAX_PROMPT,
@@ -136,6 +141,7 @@ class CapabilityEndpoints:
             picture_side=options.pictures.side,
             picture_pixels=options.pictures.pixels,
             seconds=options.deadline,
+            share_seconds=None if shares is None else shares.lifetime,
         )
 
 

@@ -36,6 +36,7 @@ from latentforge.serve.pictures import (
     image_metadata,
 )
 from latentforge.serve.request import ImageRequest
+from latentforge.serve.share import ShareStore
 
 __all__ = [
     "NAMES",
@@ -158,12 +159,14 @@ class Context:
         service: runs requests.
         metrics: its metrics.
         options: of the interface.
+        shares: images shared by links; None if none are.
         secret: signs the addresses of images, until the server ends.
     """
 
     service: ImageService
     metrics: Metrics
     options: HttpOptions = HttpOptions()
+    shares: ShareStore | None = None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     def model(self, name: str | None) -> tuple[str, ServedModel]:

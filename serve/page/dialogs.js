@@ -1,6 +1,7 @@
 // Dialogs: the API key, links, code, and a question before images are lost.
 
 import { hasKey, setKey } from "./api.js";
+import { decoded, holes } from "./picture.js";
 import { curl, pythonProgram } from "./snippets.js";
 
 const $ = (id) => document.getElementById(id);
@@ -37,10 +38,13 @@ export async function showLink(url, expires) {
 }
 
 export async function showCode(entry) {
-  const files = entry.request.mask ? "image.png and mask.png" : "image.png";
+  const { image, mask } = entry.request;
+  const files = { ...(image ? { "image.png": decoded(image, "image/png") } : {}), ...(mask ? { "mask.png": await holes(decoded(mask, "image/png")) } : {}) };
+  const links = Object.entries(files).map(([name, blob]) => link(name, blob));
+  $("code-files").replaceChildren(...links);
   $("code-note").textContent = [
-    entry.request.image ? `Put the image to start from beside it, as ${files}.` : "",
-    hasKey() ? "Both read the key from LATENTFORGE_API_KEY." : "",
+    links.length ? `They read ${Object.keys(files).join(" and ")} from the folder that they run in.` : "",
+    hasKey() ? "They read the key from the variable LATENTFORGE_API_KEY." : "",
   ].join(" ").trim();
   const base = document.baseURI;
   $("curl").textContent = curl(entry, base, hasKey());
@@ -48,6 +52,13 @@ export async function showCode(entry) {
   $("copy-curl").onclick = () => copy($("copy-curl"), $("curl").textContent, $("curl"));
   $("copy-python").onclick = () => copy($("copy-python"), $("python").textContent, $("python"));
   await answered($("code-dialog"));
+  for (const { href } of links) URL.revokeObjectURL(href);
+}
+
+function link(name, blob) {
+  const made = document.createElement("a");
+  Object.assign(made, { className: "button", textContent: `Download ${name}`, href: URL.createObjectURL(blob), download: name });
+  return made;
 }
 
 /** Copy a text; where the browser allows that on HTTPS alone, select it for the user to copy. */

@@ -1,6 +1,7 @@
 // Jobs of this session: each of their images is an entry of the gallery.
 
 import { ApiError, call, events, file } from "./api.js";
+import { decoded } from "./picture.js";
 import { drop, keep, randomName } from "./store.js";
 
 const RETRIES = [500, 1000, 2000, 4000, 8000]; // milliseconds; the last one repeats
@@ -9,11 +10,6 @@ const ENDED = new Set(["completed", "failed", "cancelled", "lost"]);
 const LOST = "The server no longer has this image: it was restarted, or kept it too long ago";
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-
-/** Return a Blob of base64 data. */
-function decoded(text, type) {
-  return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type });
-}
 
 /**
  * Entries by key, newest first. Events: "change" with an entry in `detail`, null for several.

@@ -8,7 +8,7 @@ import { Jobs } from "./jobs.js";
 import { Source } from "./source.js";
 import { Stage } from "./stage.js";
 import { open } from "./store.js";
-import { state } from "./text.js";
+import { duration, state } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -18,6 +18,7 @@ const WAIT = 3000; // milliseconds between questions to a server that is away
 const jobs = new Jobs();
 const stage = new Stage();
 const gallery = new Gallery(select);
+let sharing = false;
 const form = new Form(() => { showSource(); source.refit(); });
 const source = new Source(() => form.size(), report);
 let current = null; // key of the selected entry
@@ -60,6 +61,7 @@ async function reconnect() {
 }
 
 function showServer(capabilities) {
+  sharing = capabilities.limits.share_seconds !== null;
   form.offer(capabilities);
   const { length } = capabilities.models;
   showState("ready", length === 1 ? capabilities.models[0].id : `${length} models`);
@@ -86,7 +88,14 @@ function connectEvents() {
     "start-from": startFrom, remove, clear, "key-open": changeKey,
   };
   for (const [id, action] of Object.entries(actions)) {
-    $(id).addEventListener("click", () => Promise.resolve(action()).catch(reportError));
+    $(id).addEventListener("click", async () => {
+      report("", "stage-problem");
+      try {
+        await action();
+      } catch (error) {
+        await reportError(error, "stage-problem");
+      }
+    });
   }
 }
 
@@ -121,21 +130,21 @@ async function generate(request, seed = null) {
 }
 
 /** Show an error of the server where the user looks, and what to do about it. */
-async function reportError(error) {
+async function reportError(error, place = "problem") {
   if (error.status === undefined) throw error;
   if (error.status === 401) {
     $("key-open").hidden = false;
-    report("The server needs an API key.");
-    if (await askKey(true)) report("Press Generate again.");
+    report("The server needs an API key.", place);
+    if (await askKey(true)) report("Try again with the new key.", place);
     return;
   }
-  const again = error.retryAfter ? ` Try again in ${Math.ceil(error.retryAfter)} s.` : "";
-  report(error.message + again);
-  if (error.param) form.blame(error.param);
+  const again = error.retryAfter ? `. Try again in ${duration(error.retryAfter)}` : "";
+  report(error.message + again, place);
+  if (error.param && place === "problem") form.blame(error.param);
 }
 
-function report(message) {
-  $("problem").textContent = message;
+function report(message, place = "problem") {
+  $(place).textContent = message;
 }
 
 function warnUnkept() {
@@ -144,10 +153,16 @@ function warnUnkept() {
 }
 
 function select(key) {
+  if (key !== current) report("", "stage-problem");
   current = key;
   if (selected()) jobs.look(selected().job);
   gallery.mark(key);
+  showStage();
+}
+
+function showStage() {
   stage.show(selected() ?? null, form.model);
+  $("share").hidden ||= !sharing;
 }
 
 function showSource() {
@@ -161,7 +176,7 @@ function showChange(entry) {
   if (entry?.away) reconnect();
   if (entry !== null && entry.key !== current) return;
   if (entry !== null) speak(entry);
-  stage.show(selected() ?? null, form.model);
+  showStage();
 }
 
 /** Speak the state of the selected entry: each change of it, and each quarter of the steps. */
@@ -177,10 +192,10 @@ async function share() {
   const { job, index } = selected();
   try {
     const link = await call("v1/shares", { body: { job, index } });
-    await showLink(new URL(`s/${link.id}`, document.baseURI).href, link.expires_at);
+    await showLink(new URL(`s/${link.id}`, document.baseURI).href, link.expires);
   } catch (error) {
     if (error.status !== 404 && error.status !== 410) throw error;
-    report("The server no longer has this image, so it cannot be shared: generate it again, or download it.");
+    report("The server no longer has this image, so it cannot be shared: generate it again, or download it.", "stage-problem");
     $("again").hidden = false;
   }
 }

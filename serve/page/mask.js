@@ -62,12 +62,12 @@ export class MaskPainter {
     const mask = new OffscreenCanvas(width, height);
     const context = mask.getContext("2d");
     context.drawImage(this.#layer, 0, 0, width, height);
-    context.globalCompositeOperation = "source-in";
-    context.fillStyle = "#fff";
-    context.fillRect(0, 0, width, height);
-    context.globalCompositeOperation = "destination-over";
-    context.fillStyle = "#000";
-    context.fillRect(0, 0, width, height);
+    const pixels = context.getImageData(0, 0, width, height);
+    for (let place = 0; place < pixels.data.length; place += 4) {
+      pixels.data.fill(pixels.data[place + 3] >= 128 ? 255 : 0, place, place + 3);
+      pixels.data[place + 3] = 255;
+    }
+    context.putImageData(pixels, 0, 0);
     const shown = await new Promise((resolve) => this.#layer.toBlob(resolve, "image/png"));
     return { mask: await mask.convertToBlob({ type: "image/png" }), shown };
   }

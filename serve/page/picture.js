@@ -33,3 +33,22 @@ export async function base64(blob) {
   });
   return url.slice(url.indexOf(",") + 1);
 }
+
+/** Return a Blob of base64 data. */
+export function decoded(text, type) {
+  return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type });
+}
+
+/** Return a mask that is transparent where this one is white: that is how OpenAI marks it. */
+export async function holes(mask) {
+  const bitmap = await createImageBitmap(mask);
+  const layer = new OffscreenCanvas(bitmap.width, bitmap.height);
+  const context = layer.getContext("2d");
+  context.drawImage(bitmap, 0, 0);
+  const pixels = context.getImageData(0, 0, bitmap.width, bitmap.height);
+  for (let place = 0; place < pixels.data.length; place += 4) {
+    pixels.data[place + 3] = pixels.data[place] >= 128 ? 0 : 255;
+  }
+  context.putImageData(pixels, 0, 0);
+  return layer.convertToBlob({ type: "image/png" });
+}

@@ -1,15 +1,16 @@
 // Texts of numbers and states, in plain words.
 
-/** Return a duration: "0.42 s", "3.1 s", "2 min", "1 h 5 min". */
+/** Return a duration: "0.42 s", "3.1 s", "2 min", "5 h", "7 days". */
 export function duration(seconds) {
-  if (seconds < 10) return `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`;
+  if (seconds < 10) return `${Number(seconds.toFixed(seconds < 1 ? 2 : 1))} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;
   const minutes = Math.round(seconds / 60);
-  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (minutes < 90) return `${minutes} min`;
+  return minutes < 48 * 60 ? `${Math.round(minutes / 60)} h` : `${Math.round(minutes / 60 / 24)} days`;
 }
 
 export function timeLeft(seconds) {
-  return seconds < 1 ? "a moment left" : `about ${duration(Math.ceil(seconds)).replace(".0", "")} left`;
+  return seconds < 1 ? "a moment left" : `about ${duration(Math.ceil(seconds))} left`;
 }
 
 /** Return the state of an entry in a few words. */

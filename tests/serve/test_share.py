@@ -2,18 +2,27 @@
 
 import asyncio
 import html
+import io
 import os
 import stat
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
-from starlette.applications import Starlette
+from in_process import InProcessService, Model
+from PIL import Image
+from served import Served, served
 
-from latentforge.serve.http.share import SharePages
+from latentforge.runtime.manifest import Manifest
+from latentforge.serve.errors import KeyRequiredError
+from latentforge.serve.http.app import create_app
+from latentforge.serve.http.context import Context
+from latentforge.serve.metrics import Metrics
 from latentforge.serve.share import Caption, ShareFullError, ShareStore
 
 NOW = 1_800_000_000.0
@@ -113,7 +122,8 @@ def test_threads_share_a_store(store: ShareStore) -> None:
 
 def get(store: ShareStore, path: str) -> httpx.Response:
     async def answer() -> httpx.Response:
-        transport = httpx.ASGITransport(app=Starlette(routes=[*SharePages(store).routes()]))
+        context = Context(service=InProcessService({}), metrics=Metrics.create(), shares=store)
+        transport = httpx.ASGITransport(app=create_app(context))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.get(path)
 
@@ -142,7 +152,7 @@ def test_file_of_an_image_is_a_picture_and_nothing_else(store: ShareStore) -> No
     assert 0 < int(answer.headers["cache-control"].split("max-age=")[1].split(",")[0]) <= 100
 
 
-@pytest.mark.parametrize("name", ["0" * 32, "..", "%2e%2e%2fsecret", "a.png", ""])
+@pytest.mark.parametrize("name", ["0" * 32, "%2e%2e%2fsecret", "a.png", "A" * 32, ""])
 def test_links_that_lead_nowhere_say_so(store: ShareStore, name: str) -> None:
     store.directory.mkdir()
     assert get(store, f"/s/{name}").status_code == 404
@@ -158,4 +168,68 @@ def test_expired_image_is_gone(store: ShareStore) -> None:
 def test_there_is_no_list(store: ShareStore) -> None:
     image = store.add(b"picture", CAPTION, time.time())
     for path in ("/s", "/s/", "/v1/shares", f"/s/{image.digest}", f"/s/{image.digest}.png"):
-        assert get(store, path).status_code in (307, 404)
+        assert get(store, path).status_code in (404, 405)
+
+
+def owner_of(key: str | None) -> str:
+    if key not in ("ann", "bob"):
+        raise KeyRequiredError("no key")
+    return key
+
+
+@pytest.fixture
+def server(null_engines: Path, store: ShareStore) -> Iterator[Served]:
+    service = {"handmade": Model(Manifest.read(null_engines))}
+
+    def context() -> Context:
+        return Context(service=InProcessService(service), metrics=Metrics.create(), shares=store)
+
+    with served(context, authenticate=owner_of) as found:
+        yield found
+
+
+def finished(client: httpx.Client) -> str:
+    job = client.post("/v1/jobs", json={"prompt": "red owl", "size": "16x16", "seed": 5}).json()
+    while client.get(f"/v1/jobs/{job['id']}").json()["status"] != "completed":
+        time.sleep(0.01)
+    return str(job["id"])
+
+
+def test_finished_image_is_shared_with_whoever_has_the_link(server: Served) -> None:
+    with server.client(headers={"Authorization": "Bearer ann"}) as ann, server.client() as any_one:
+        body = {"job": finished(ann), "index": 0}
+        answer = ann.post("/v1/shares", json=body)
+        assert answer.status_code == 201
+        assert answer.headers["location"] == answer.json()["url"]
+        with Image.open(io.BytesIO(any_one.get(answer.json()["image_url"]).content)) as image:
+            assert (image.size, image.format) == ((16, 16), "PNG")
+        assert "red owl" in any_one.get(answer.json()["url"]).text
+        assert any_one.post("/v1/shares", json=body).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "status", "param"),
+    [
+        ("ann", {"index": 1}, 409, "index"),
+        ("ann", {"index": -1}, 400, "index"),
+        ("ann", {"job": "../../etc/passwd"}, 404, None),
+        ("ann", {"url": "file:///etc/passwd"}, 400, "url"),
+        ("bob", {}, 404, None),
+    ],
+)
+def test_nothing_but_a_clients_own_images_is_shared(
+    server: Served, store: ShareStore, key: str, change: dict[str, Any], status: int, param: str
+) -> None:
+    with server.client(headers={"Authorization": "Bearer ann"}) as ann:
+        body = {"job": finished(ann), **change}
+        answer = ann.post("/v1/shares", json=body, headers={"Authorization": f"Bearer {key}"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    assert not store.directory.exists()
+
+
+def test_full_folder_answers_when_to_come_back(server: Served, store: ShareStore) -> None:
+    store.add(bytes(4500), CAPTION, time.time())
+    with server.client(headers={"Authorization": "Bearer ann"}) as ann:
+        answer = ann.post("/v1/shares", json={"job": finished(ann)})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shares_full")
+    assert 90 < int(answer.headers["retry-after"]) <= 100
