@@ -10,19 +10,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["BoundedConnection"]
 
-HEAD_SECONDS = 10.0
-"""Time from the first byte of a request, or from the connection, to the end of its headers."""
-
-READ_SECONDS = 60.0
-"""Time in which a client must read some ten kilobytes of an answer that waits for it."""
-
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 """Options by which the kernel finds out that the other machine is gone."""
 
 
 class BoundedConnection(H11Protocol):
-    """Connection that is closed if a request's headers, or the reading of an answer, take long."""
+    """Connection that is closed if a request's headers, or the reading of an answer, take long.
 
+    Attributes:
+        head_seconds: time from the first byte of a request, or from the connection, to the end of
+            its headers.
+        read_seconds: time in which a client must read some ten kilobytes of an answer that waits.
+    """
+
+    head_seconds = 10.0
+    read_seconds = 60.0
     _head: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
@@ -47,7 +49,7 @@ class BoundedConnection(H11Protocol):
         """Begin to wait for a client who reads slowly."""
         super().pause_writing()
         self._stop_stalled()
-        self._stalled = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self._stalled = self.loop.call_later(self.read_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Go on: the client has read."""
@@ -60,7 +62,7 @@ class BoundedConnection(H11Protocol):
         if answering:
             self._stop_head()
         elif self._head is None:
-            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._head = self.loop.call_later(self.head_seconds, self.transport.close)
 
     def _stop_head(self) -> None:
         if self._head is not None:

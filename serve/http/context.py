@@ -67,6 +67,8 @@ _NAMED = re.compile(
     r"|guidance_rescale|noise_level|seed|steps|mask|image|negative|prompt|timesteps)\b"
 )
 
+_KEY = re.compile(r"[!-~]{1,255}")
+
 ANONYMOUS = "anonymous"
 
 OWNER, MODEL, JOB = "latentforge.owner", "latentforge.model", "latentforge.job"
@@ -211,9 +213,10 @@ class Context:
         """
         longest = self.options.deadline
         key = request.headers.get("idempotency-key")
-        if key is not None and not 1 <= len(key) <= 255:
+        if key is not None and not _KEY.fullmatch(key):
             raise BadRequestError(
-                "Idempotency-Key must have 1 to 255 characters", param="Idempotency-Key"
+                "Idempotency-Key must be 1 to 255 visible characters of ASCII",
+                param="Idempotency-Key",
             )
         print_of = hashlib.sha256(request.scope["path"].encode() + msgspec.json.encode(fields))
         request.scope[MODEL] = images.model

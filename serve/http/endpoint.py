@@ -34,6 +34,7 @@ class Endpoint:
         status: of the answer.
         errors: statuses of errors, beside 401 and 500.
         streams: True if the answer may be a stream of events.
+        idempotent: True if it takes an Idempotency-Key.
         open: True if it needs no key.
     """
 
@@ -51,4 +52,5 @@ class Endpoint:
     status: int = 200
     errors: tuple[int, ...] = ()
     streams: bool = False
+    idempotent: bool = False
     open: bool = False

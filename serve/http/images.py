@@ -181,7 +181,7 @@ class OpenAIEndpoints:
         """Return the endpoints."""
         images: dict[str, Any] = {
             "method": "POST", "group": "OpenAI", "answer": ImageListAnswer,
-            "errors": REFUSALS, "streams": True,
+            "errors": REFUSALS, "streams": True, "idempotent": True,
         }  # fmt: skip
         models: dict[str, Any] = {"method": "GET", "group": "OpenAI"}
         return (

@@ -89,6 +89,7 @@ class JobEndpoints:
                 method="POST", path="/v1/jobs", handler=self.create, group=_GROUP,
                 summary="Accept a request for images, and answer at once.",
                 body=JobBody, answer=JobAnswer, status=202, errors=REFUSALS,
+                idempotent=True,
             ),
             Endpoint(
                 method="GET", path="/v1/jobs/{id}", handler=self.read, group=_GROUP,

@@ -98,7 +98,7 @@ class _Operation:
         ]
 
     def _headers(self) -> list[dict[str, Any]]:
-        if self._endpoint.body is None:
+        if not self._endpoint.idempotent:
             return []
         schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[!-~]+$"}
         text = "repetitions with the same key and body are one request"

@@ -307,12 +307,12 @@ class WebUIEndpoints:
             Endpoint(
                 method="POST", path="/sdapi/v1/txt2img", handler=self.from_text, group=_GROUP,
                 summary="Generate images of a text.",
-                body=TextBody, answer=WebImages, errors=REFUSALS,
+                body=TextBody, answer=WebImages, errors=REFUSALS, idempotent=True,
             ),
             Endpoint(
                 method="POST", path="/sdapi/v1/img2img", handler=self.from_image, group=_GROUP,
                 summary="Generate images from an image.",
-                body=ImageBody, answer=WebImages, errors=REFUSALS,
+                body=ImageBody, answer=WebImages, errors=REFUSALS, idempotent=True,
             ),
             Endpoint(
                 method="GET", path="/sdapi/v1/progress", handler=self.progress, group=_GROUP,

@@ -44,7 +44,11 @@ class Served:
 
 
 @contextmanager
-def served(make_context: Callable[[], Context], **options: Any) -> Iterator[Served]:
+def served(
+    make_context: Callable[[], Context],
+    connection: type[BoundedConnection] = BoundedConnection,
+    **options: Any,
+) -> Iterator[Served]:
     """Run a server while the block runs; the context is made in its thread."""
     started, running = threading.Event(), []
 
@@ -52,7 +56,7 @@ def served(make_context: Callable[[], Context], **options: Any) -> Iterator[Serv
         context = make_context()
         app = create_app(context, **options)
         config = uvicorn.Config(
-            app, port=0, http=BoundedConnection, lifespan="off", ws="none", log_config=None,
+            app, port=0, http=connection, lifespan="off", ws="none", log_config=None,
             timeout_graceful_shutdown=1,
         )  # fmt: skip
         server = uvicorn.Server(config)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from in_process import InProcessService, Model
@@ -17,9 +19,11 @@ from PIL import Image
 from served import Served, served
 
 from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.tensor import TensorSpec
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.app import all_endpoints
 from latentforge.serve.http.body import BodyLimits
+from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context, HttpOptions
 from latentforge.serve.metrics import Metrics
 from latentforge.serve.pictures import PictureLimits
@@ -34,8 +38,20 @@ GENERATIONS = "/v1/images/generations"
 
 
 def context_of(directory: Path, **changes: Any) -> Context:
-    service = InProcessService({"handmade": Model(Manifest.read(directory))}, **changes)
+    service = InProcessService({"handmade": Model(with_encoder(directory))}, **changes)
     return Context(service=service, metrics=Metrics.create(), options=LIMITS)
+
+
+def with_encoder(directory: Path) -> Manifest:
+    """Return the manifest of engines, with a component that encodes images."""
+    manifest = Manifest.read(directory)
+    encoder = msgspec.structs.replace(
+        manifest.components["vae_decoder"],
+        inputs={"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
+        outputs={"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
+    )
+    components = {**manifest.components, "vae_encoder": encoder}
+    return msgspec.structs.replace(manifest, components=components)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +73,14 @@ def client(server: Served) -> Iterator[httpx.Client]:
         yield found
 
 
-def png(pixels: Any, mode: str | None = None) -> bytes:
+def png(width: int = 48, height: int = 32, *, hole: bool = False) -> bytes:
+    """Return a picture, opaque or with a transparent corner."""
+    pixels = np.full((height, width, 4), 200, np.uint8)
+    pixels[..., 3] = 255
+    if hole:
+        pixels[:8, :8, 3] = 0
     file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8), mode).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
@@ -169,6 +190,57 @@ def test_addresses_of_images_need_no_key_and_are_signed(client: httpx.Client) ->
     assert client.get(url.replace("signature=", "signature=0")).status_code == 403
     assert client.get(url.replace("/0.webp", "/1.webp")).status_code == 403
     assert client.get(url.partition("?")[0]).status_code == 400
+
+
+def request_of(server: Served) -> Any:
+    """Return the request of the latest job."""
+    return list(server.context.service.store._ended.values())[-1].request
+
+
+def test_edits_take_a_picture_and_a_mask(server: Served, client: httpx.Client) -> None:
+    form = {"prompt": "a red apple", "n": "2", "seed": "3", "stream": "false"}
+    files = {"image": ("a.png", png()), "mask": ("b.png", png(hole=True))}
+    answer = client.post("/v1/images/edits", data=form, files=files).raise_for_status().json()
+    assert [image["seed"] for image in answer["data"]] == [3, 4] and answer["size"] == "48x32"
+    ran = request_of(server)
+    assert ran.image.shape == (32, 48, 3) and ran.settings.strength == 1
+    assert (ran.mask == 255).sum() == 64 and ran.mask[0, 0] == 255
+
+
+@pytest.mark.parametrize(("hole", "strength"), [(False, 0.8), (True, 1.0)])
+def test_edits_without_a_mask_paint_the_holes_or_change_all(
+    server: Served, client: httpx.Client, hole: bool, strength: float
+) -> None:
+    files = {"image[]": ("a.png", png(hole=hole))}
+    answer = client.post("/v1/images/edits", data={"prompt": "a"}, files=files)
+    answer.raise_for_status()
+    ran = request_of(server)
+    assert (ran.mask is not None) is hole and ran.settings.strength == strength
+
+
+@pytest.mark.parametrize(
+    ("files", "form", "status", "param"),
+    [
+        ({}, {}, 415, None),
+        ({"mask": png(hole=True)}, {}, 400, "image"),
+        ({"image": b"no picture"}, {}, 400, "image"),
+        ({"image": png(), "mask": png()}, {}, 400, "mask"),
+        ({"image": png(), "mask": png(64, 64, hole=True)}, {}, 400, "mask"),
+        ({"image": png(600, 16)}, {}, 413, "image"),
+        ({"image": png(), "other": png()}, {}, 400, "other"),
+        ({"image": png()}, {"n": "many"}, 400, "n"),
+        ({"image": png()}, {"input_fidelity": "high"}, 400, "input_fidelity"),
+        ({"image": png(8, 8)}, {}, 400, "image"),
+        ({"image": png()}, {"size": "40x40"}, 400, "size"),
+        ({"image": b"x" * (2 << 20)}, {}, 413, None),
+    ],
+)
+def test_edits_that_are_wrong(
+    client: httpx.Client, files: Any, form: dict[str, str], status: int, param: str | None
+) -> None:
+    sent = {name: (f"{name}.png", content) for name, content in files.items()}
+    answer = client.post("/v1/images/edits", data={"prompt": "a", **form}, files=sent)
+    assert (answer.status_code, error_of(answer)["param"]) == (status, param)
 
 
 def test_streams_send_images_as_events(client: httpx.Client) -> None:
@@ -320,6 +392,30 @@ def test_a_web_ui_client(server: Served) -> None:
         api.txt2img(prompt="a", tiling=True)
 
 
+def test_the_openai_client_edits(server: Served) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    answer = client.images.edit(
+        image=("a.png", png()), mask=("m.png", png(hole=True)), prompt="a", size="48x32"
+    )
+    assert len(answer.data) == 1 and request_of(server).mask is not None
+
+
+def test_a_web_ui_client_starts_from_an_image(server: Served) -> None:
+    webuiapi = pytest.importorskip("webuiapi")
+    api = webuiapi.WebUIApi(port=server.port, host="127.0.0.1", steps=4, sampler="DDIM")
+    api.session.trust_env = False
+    picture = Image.open(io.BytesIO(png()))
+    options = {"images": [picture], "prompt": "a", "width": 48, "height": 32, "eta": 0}
+    api.img2img(denoising_strength=0.5, **options)
+    assert request_of(server).settings.strength == 0.5
+    mask = {"mask_image": picture, "mask_blur": 0, "inpainting_fill": 1, "inpaint_full_res": False}
+    assert len(api.img2img(**mask, **options).images) == 1
+    assert request_of(server).mask is not None
+    with pytest.raises(RuntimeError, match="mask_blur"):
+        api.img2img(**{**mask, "mask_blur": 4}, **options)
+
+
 # clients that misbehave
 
 
@@ -350,6 +446,48 @@ def test_bodies_that_do_not_arrive(server: Served) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(request_bytes(b"{" * 100)[:-50])
         assert b" 408 " in connection.recv(1000)
+
+
+class Impatient(BoundedConnection):
+    """Connection whose times are short."""
+
+    head_seconds = 0.3
+    read_seconds = 0.3
+
+
+def test_a_thousand_idle_connections_do_not_stop_the_server(null_engines: Path) -> None:
+    """They are closed in time, also those that send their headers byte by byte."""
+    with served(lambda: context_of(null_engines), Impatient) as server, server.client() as client:
+        count = min(1000, (open_files() - 200) // 2)
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(count)]
+        for connection in idle[::2]:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nx: ")
+        start = time.monotonic()
+        assert client.get("/livez").status_code == 200
+        assert time.monotonic() - start < 2
+        for connection in idle:
+            connection.settimeout(10)
+            assert connection.recv(1) == b""
+            connection.close()
+
+
+def open_files() -> int:
+    """Return the number of files that this process may open, after asking for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
+def test_a_client_that_does_not_read_is_cut_off(null_engines: Path) -> None:
+    """Neither its job nor anyone else's waits for it."""
+    with served(lambda: context_of(null_engines), Impatient) as server:
+        body = json.dumps({"prompt": "a", "size": "2048x2048", "n": 10, "seed": 1}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(request_bytes(body))
+            wait_for(lambda: server.value("latentforge_request_seconds_count", route=GENERATIONS))
+        assert server.context.service.store.running() == ()
 
 
 def test_openapi_describes_every_endpoint(server: Served, client: httpx.Client) -> None:
