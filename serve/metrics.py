@@ -38,7 +38,7 @@ class Metrics:
         requests: HTTP requests that were answered, by route, model and status.
         request_seconds: time from a request to the end of its answer, by route.
         running, waiting: images that run now, and that wait, by model.
-        permits: images that were accepted and have not ended, by model.
+        permits: batches that hold a worker, also those that run for nobody, by model.
         queue_seconds: time that an image waited before its batch began, by model.
         e2e_seconds: time from the acceptance of a job to its end, by model and end.
         step_seconds: time of a step of a batch, by model.
@@ -113,7 +113,7 @@ _INSTRUMENTS: Mapping[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "request_seconds": (_histogram(_SECONDS), "Time of HTTP requests", ("route",)),
     "running": (Gauge, "Images that run now", _MODEL),
     "waiting": (Gauge, "Images that wait", _MODEL),
-    "permits": (Gauge, "Images that were accepted and have not ended", _MODEL),
+    "permits": (Gauge, "Batches that hold a worker", _MODEL),
     "queue_seconds": (_histogram(_SECONDS), "Time an image waited for its batch", _MODEL),
     "e2e_seconds": (_histogram(_SECONDS), "Time from a job's acceptance to its end", _MODEL),
     "step_seconds": (_histogram(_STEP_SECONDS), "Time of a step of a batch", _MODEL),

@@ -163,15 +163,28 @@ class Scheduler:
         """Return the number of images of one model that wait."""
         return len(self._queue(model))
 
+    def active(self, model: str) -> int:
+        """Return the number of images of one model that run for somebody."""
+        return sum(len(self._live(running)) for running in self._of(model))
+
+    def held(self, model: str) -> int:
+        """Return the number of batches of one model that hold a replica."""
+        return len(self._of(model))
+
+    def positions(self, model: str) -> dict[str, int]:
+        """Return the position of each job of a model that waits: see position()."""
+        waiting = sorted(self._queue(model), key=lambda flow: flow.arrived)
+        return {job: place for place, job in enumerate(dict.fromkeys(f.job for f in waiting))}
+
     def position(self, job: str) -> int | None:
         """Return the number of jobs that came before and wait too; None if it does not wait."""
         entry = self._jobs.get(job)
-        if entry is None:
-            return None
-        queue = self._queue(entry.request.model)
-        if all(flow.job != job for flow in queue):
-            return None
-        return len({flow.job for flow in queue if flow.arrived < entry.arrived})
+        return None if entry is None else self.positions(entry.request.model).get(job)
+
+    def is_needed(self, batch: int) -> bool:
+        """Return True if a batch runs for somebody."""
+        running = self._batches.get(batch)
+        return running is not None and bool(self._live(running))
 
     def expected_wait(self, model: str) -> float | None:
         """Return the seconds until a further request would run; None before a measurement."""
@@ -447,8 +460,11 @@ class Scheduler:
 
     def _remaining(self, model: str) -> float:
         """Return the work that runs and is not done."""
+        return sum(running.remaining for running in self._of(model))
+
+    def _of(self, model: str) -> list[_Running]:
         batches = self._batches.values()
-        return sum(running.remaining for running in batches if running.batch.model == model)
+        return [running for running in batches if running.batch.model == model]
 
     def _batch_size(self, key: BatchKey) -> int:
         size = self.gains.batch_size(key.model, key.settings.height, key.settings.width)

@@ -1,5 +1,7 @@
 """Worker process: loads the engines of one model and makes images, batch after batch.
 
+Two batches run in turns, a step of one and a step of the other: see turns.py.
+
 Started by Replica as ``program.py SOCKET LIFELINE``, two inherited file descriptors. It has one
 thread: messages are read between two steps, so that a limit of memory holds for a run and nothing
 competes with it.
@@ -21,6 +23,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,6 +33,7 @@ from latentforge.runtime.errors import BackendError, LatentforgeError, SettingsE
 from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import DenoisingStep, Pipeline
 from latentforge.runtime.text import one_line
+from latentforge.serve.turns import Turns
 from latentforge.serve.worker.messages import (
     Answer,
     BatchDone,
@@ -95,9 +99,8 @@ def main() -> None:
     logging.getLogger(_QUOTING).setLevel(logging.ERROR)
     channel = _Channel(socket.socket(fileno=descriptor))
     with suppress(EOFError, ConnectionError):
-        pipeline = _load(channel)
-        while pipeline is not None:
-            _obey(channel, pipeline, channel.receive())
+        if (pipeline := _load(channel)) is not None:
+            _Runs(channel, pipeline).serve()
 
 
 def _end_with(lifeline: int) -> None:
@@ -138,49 +141,97 @@ def _warm(order: LoadEngines) -> Pipeline:
     return pipeline
 
 
-def _obey(channel: _Channel, pipeline: Pipeline, order: Order) -> None:
-    """Do what an order says that arrived while no batch ran."""
-    if isinstance(order, Ping):
-        channel.send(Pong())
-    if isinstance(order, RunBatch):
-        channel.send(_run(channel, pipeline, order))
+@dataclass(eq=False)
+class _Run:
+    """Batch that runs: its order, its steps once it has begun, and the last of them."""
+
+    order: RunBatch
+    start: float
+    steps: Iterator[DenoisingStep] | None = None
+    last: DenoisingStep | None = None
 
 
-def _run(channel: _Channel, pipeline: Pipeline, order: RunBatch) -> Answer:
-    """Make the images of a batch, and return the last answer about it."""
-    try:
-        return _images(channel, pipeline, order)
-    except (EOFError, ConnectionError):
-        raise
-    except Exception as error:
-        if not isinstance(error, LatentforgeError | MemoryError):
-            traceback.print_exc()  # a fault of the program, which the server's log shows
-        return_memory()
-        message = _message(error)
-        exhausted = NO_MEMORY in message
-        code = "invalid_value" if isinstance(error, SettingsError) else "generation_failed"
-        return BatchFailed(
-            batch=order.batch, code="out_of_memory" if exhausted else code, message=message
-        )
+class _Runs:
+    """Batches that run, a step at a time, and orders that are read between the steps."""
+
+    def __init__(self, channel: _Channel, pipeline: Pipeline) -> None:
+        self._channel = channel
+        self._pipeline = pipeline
+        self._runs: dict[int, _Run] = {}
+        self._turns = Turns()
+
+    def serve(self) -> None:
+        """Run what arrives; EOFError once the server is gone."""
+        while True:
+            for order in self._channel.arrived() if self._runs else [self._channel.receive()]:
+                self._obey(order)
+            if self._runs:
+                self._step(self._runs[self._turns.next()])
+
+    def _obey(self, order: Order) -> None:
+        if isinstance(order, Ping):
+            self._channel.send(Pong())
+        if isinstance(order, RunBatch):
+            self._runs[order.batch] = _Run(order, time.perf_counter())
+            self._turns.add(order.batch)
+        if isinstance(order, CancelBatch) and (run := self._runs.get(order.batch)) is not None:
+            steps = 0 if run.last is None else run.last.index + 1
+            self._end(BatchStopped(batch=order.batch, steps=steps))
+
+    def _step(self, run: _Run) -> None:
+        """Do one step of a batch, or decode its images, and answer."""
+        start, batch = time.perf_counter(), run.order.batch
+        answer = self._answer(run)
+        self._turns.ran(batch, time.perf_counter() - start)
+        self._channel.send(answer) if isinstance(answer, StepDone) else self._end(answer)
+
+    def _answer(self, run: _Run) -> StepDone | BatchDone | BatchFailed:
+        try:
+            if run.steps is None:
+                run.steps = _steps(self._pipeline, run.order)
+            if (step := next(run.steps, None)) is None:
+                return _images(run)
+            run.last = step
+            return _progress(self._pipeline, run.order, step)
+        except Exception as error:
+            return _failure(run.order, error)
+
+    def _end(self, answer: BatchDone | BatchFailed | BatchStopped) -> None:
+        del self._runs[answer.batch]
+        self._turns.remove(answer.batch)
+        self._channel.send(answer)
 
 
-def _images(channel: _Channel, pipeline: Pipeline, order: RunBatch) -> Answer:
-    start = time.perf_counter()
-    steps = pipeline.steps(
+def _failure(order: RunBatch, error: Exception) -> BatchFailed:
+    """Return the answer about a batch that an error ended."""
+    if not isinstance(error, LatentforgeError | MemoryError):
+        traceback.print_exc()  # a fault of the program, which the server's log shows
+    return_memory()
+    message = _message(error)
+    exhausted = NO_MEMORY in message
+    code = "invalid_value" if isinstance(error, SettingsError) else "generation_failed"
+    return BatchFailed(
+        batch=order.batch, code="out_of_memory" if exhausted else code, message=message
+    )
+
+
+def _steps(pipeline: Pipeline, order: RunBatch) -> Iterator[DenoisingStep]:
+    return pipeline.steps(
         order.settings,
         image=[image.array for image in order.images] or None,
         mask=None if order.mask is None else order.mask.array,
     )
-    for step in steps:
-        channel.send(_progress(pipeline, order, step))
-        if _is_cancelled(channel, order.batch):
-            return BatchStopped(batch=order.batch, steps=step.index + 1)
-    result = step.result()
+
+
+def _images(run: _Run) -> BatchDone:
+    """Decode the images after the last step."""
+    assert run.last is not None  # there is no run without steps
+    result = run.last.result()
     pixels = np.stack([np.asarray(image) for image in result.images])
     return BatchDone(
-        batch=order.batch,
+        batch=run.order.batch,
         images=RawPixels.of(pixels),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - run.start,
         stages=result.timings.stages,
     )
 
@@ -209,16 +260,6 @@ def is_preview_due(index: int, count: int, previews: int) -> bool:
     parts = previews + 1
     crossed = (index + 1) * parts // count > index * parts // count
     return crossed and index + 1 < count
-
-
-def _is_cancelled(channel: _Channel, batch: int) -> bool:
-    """Read the orders that came during a step, and return True if one ends this batch."""
-    cancelled = False
-    for order in channel.arrived():
-        if isinstance(order, Ping):
-            channel.send(Pong())
-        cancelled |= isinstance(order, CancelBatch) and order.batch == batch
-    return cancelled
 
 
 def _message(error: BaseException) -> str:

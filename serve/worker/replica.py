@@ -61,6 +61,9 @@ class ReplicaState(str, Enum):
     CLOSED = "closed"
 
 
+_RUNS = (ReplicaState.READY, ReplicaState.BUSY)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerLimits:
     """Times after which a worker counts as hung, and pauses before it starts again, in seconds.
@@ -87,9 +90,8 @@ class WorkerLimits:
 
 @dataclass(eq=False)
 class _Running:
-    """Batch that runs: its number, the caller's function for steps, and its end."""
+    """Batch that runs: the caller's function for steps, and its end."""
 
-    batch: int
     report: Callable[[StepDone], None]
     end: asyncio.Future[BatchEnd]
 
@@ -101,7 +103,7 @@ class _Worker(asyncio.Protocol):
         loaded: set when its engines are loaded.
         ended: set when its socket has closed.
         last_answer: time of the event loop.
-        running: the batch that runs.
+        running: the batches that run, by number.
         fault: why the process must be killed; empty if it ended by itself.
     """
 
@@ -110,7 +112,7 @@ class _Worker(asyncio.Protocol):
         self.loaded: asyncio.Future[EnginesLoaded] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.last_answer = loop.time()
-        self.running: _Running | None = None
+        self.running: dict[int, _Running] = {}
         self.fault = ""
         self._loop = loop
         self._reader = FrameReader(Answer)
@@ -147,8 +149,8 @@ class _Worker(asyncio.Protocol):
         if isinstance(answer, LoadFailed) and not self.loaded.done():
             kind = getattr(errors, answer.error, BackendError)
             self.loaded.set_exception(kind(answer.message))
-        running = self.running
-        if running is None or getattr(answer, "batch", None) != running.batch:
+        running = self.running.get(getattr(answer, "batch", -1))
+        if running is None:
             return
         if isinstance(answer, StepDone):
             running.report(answer)
@@ -232,7 +234,7 @@ async def _started(connection: int, lifeline: int) -> asyncio.subprocess.Process
 
 
 class Replica:
-    """Model in a process of its own, which takes one batch at a time.
+    """Model in a process of its own, which runs batches; several at once in turns.
 
     Use it in one event loop: start(), then run() batch after batch, and close().
 
@@ -241,6 +243,7 @@ class Replica:
         name: for the log.
         options: arguments of load() in the process.
         limits: times after which it counts as hung.
+        on_loss: called after each loss of a process.
 
     Attributes:
         state: present state.
@@ -256,6 +259,7 @@ class Replica:
         name: str = "worker",
         options: Mapping[str, bool | int | float | str | None] | None = None,
         limits: WorkerLimits = WorkerLimits(),
+        on_loss: Callable[[], None] = lambda: None,
     ) -> None:
         self.state = ReplicaState.STARTING
         self.losses = 0
@@ -263,11 +267,13 @@ class Replica:
         self.loaded: EnginesLoaded | None = None
         self._name = name
         self._limits = limits
+        self._on_loss = on_loss
         self._order = LoadEngines(directory=str(directory.absolute()), options=dict(options or {}))
         self._ready = asyncio.Event()
         self._process: _Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._row = 0  # losses in a row
+        self._lost_since: float | None = None
 
     @property
     def pid(self) -> int | None:
@@ -290,7 +296,7 @@ class Replica:
             raise
 
     async def ready(self) -> None:
-        """Wait until a batch can run: a process is ready, and runs none.
+        """Wait until a process has its engines loaded.
 
         Raises:
             ReplicaLostError: the replica is closed.
@@ -308,11 +314,10 @@ class Replica:
             ReplicaLostError: the process ended or hung. Another starts by itself: see ready().
         """
         process = self._process
-        if process is None or self.state is not ReplicaState.READY:
+        if process is None or self.state not in _RUNS:
             raise ReplicaLostError(f"{self._name} is {self.state.value}, not ready")
         worker, loop = process.worker, asyncio.get_running_loop()
-        running = _Running(order.batch, report, loop.create_future())
-        worker.running = running
+        running = worker.running[order.batch] = _Running(report, loop.create_future())
         worker.last_answer = loop.time()
         self._become(ReplicaState.BUSY)
         try:
@@ -323,11 +328,11 @@ class Replica:
             worker.disconnect("its batch was abandoned")
             raise
         finally:
-            worker.running = None
+            del worker.running[order.batch]
         if not running.end.done():
             raise ReplicaLostError(await asyncio.shield(process.reason))
         self._row = 0
-        if self.state in (ReplicaState.BUSY,):  # and not closed meanwhile
+        if self.state is ReplicaState.BUSY and not worker.running:
             self._become(ReplicaState.READY)
         return running.end.result()
 
@@ -343,6 +348,13 @@ class Replica:
             return 0.0
         return asyncio.get_running_loop().time() - self._process.worker.last_answer
 
+    @property
+    def lost_seconds(self) -> float:
+        """Seconds since the process was lost; 0 if there is one, or before the first."""
+        if self._lost_since is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._lost_since
+
     async def close(self) -> None:
         """End the process at once. A batch that runs raises ReplicaLostError."""
         self._become(ReplicaState.CLOSED)
@@ -355,7 +367,11 @@ class Replica:
     def _become(self, state: ReplicaState) -> None:
         """Change the state, and wake those who wait for it."""
         self.state = state
-        waits = state not in (ReplicaState.READY, ReplicaState.CLOSED)
+        if state in _RUNS:
+            self._lost_since = None
+        elif state is ReplicaState.LOST and self._lost_since is None:
+            self._lost_since = asyncio.get_running_loop().time()
+        waits = state not in (*_RUNS, ReplicaState.CLOSED)
         self._ready.clear() if waits else self._ready.set()
 
     async def _supervise(self, first: asyncio.Future[None]) -> None:
@@ -369,6 +385,7 @@ class Replica:
                     first.set_exception(error)
                     return
             self.losses, self._row = self.losses + 1, self._row + 1
+            self._on_loss()
             pause = self._limits.pause(self._row)
             _log.error("%s: %s; starts again in %.1f s", self._name, self.last_error, pause)
             await asyncio.sleep(pause)
@@ -423,7 +440,7 @@ class Replica:
             if self.silence > limits.step:
                 worker.disconnect(f"the process did not answer for {limits.step:g} s: killed")
                 return
-            if worker.running is None:
+            if not worker.running:
                 worker.send(Ping())
             await asyncio.wait((worker.ended,), timeout=tick)
 
