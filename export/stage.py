@@ -27,6 +27,7 @@ from latentforge.export.onnx import (
 )
 from latentforge.export.optimum import Layout, OptimumGraph
 from latentforge.export.parity import LazyModules, TorchSession, check_parity
+from latentforge.export.preview import fit_preview
 from latentforge.export.reference.devices import require_device
 from latentforge.export.schedule_proof import prove_schedule
 from latentforge.export.schedulers import CheckpointScheduler, follows, with_class
@@ -129,7 +130,7 @@ class _ExportJob:
     def progress_parts(self) -> int:
         """Number of parts of the progress bar."""
         count = len(self.components)
-        return count + 1 if self.graphs else 2 * count + 2
+        return count + 2 if self.graphs else 2 * count + 3
 
 
 @checked_arguments
@@ -177,7 +178,10 @@ def _write(job: _ExportJob, target: Path, request: ExportRequest, start: float) 
         if job.layout == "optimum":
             names = list(manifest.components)
             optimum.write_companions(job.checkpoint, job.plan, names, directory)
-        manifest = msgspec.structs.replace(manifest, history=(_history(job, start, parity),))
+        with progress.part("fitting the map for previews"):
+            preview = fit_preview(manifest, directory)
+        history = (_history(job, start, parity),)
+        manifest = msgspec.structs.replace(manifest, preview=preview, history=history)
         manifest.write(directory)
     return manifest
 

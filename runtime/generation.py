@@ -125,7 +125,7 @@ class DenoisingStep:
     def quick_preview(self) -> list[Image.Image]:
         """Map the estimate of the clean latents to colours, one pixel for each of their cells.
 
-        It takes well under a millisecond, by a linear map that was fitted to the model's VAE.
+        It takes about a millisecond, by a map that was fitted to the model's VAE.
 
         Raises:
             ManifestError: the manifest has no such map.

@@ -35,6 +35,7 @@ __all__ = [
     "CACHED_FEATURE",
     "DENOISER_PARTS",
     "FORMAT",
+    "MAX_COEFFICIENT",
     "MAX_SIDE",
     "MAX_TOKENS",
     "AccelerationPlan",
@@ -63,14 +64,17 @@ MAX_TOKENS = 8192
 MAX_SIDE = 16_384
 """Longest side of an image in pixels."""
 
+MAX_COEFFICIENT = 1e4
+"""Largest coefficient of a map for previews."""
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Steps = Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 _DEVICES = "con|prn|aux|nul|com[0-9]|lpt[0-9]"  # no file can have these names on Windows
 Name = Annotated[str, msgspec.Meta(pattern=rf"^(?!({_DEVICES})\Z)[a-z][a-z0-9_]{{0,63}}\Z")]
 Small = Annotated[int, msgspec.Meta(ge=1, le=1024)]
-Coefficient = Annotated[float, msgspec.Meta(ge=-1e3, le=1e3)]
-Coefficients = Annotated[tuple[Coefficient, ...], msgspec.Meta(min_length=1, max_length=1024)]
+Coefficient = Annotated[float, msgspec.Meta(ge=-MAX_COEFFICIENT, le=MAX_COEFFICIENT)]
+Coefficients = Annotated[tuple[Coefficient, ...], msgspec.Meta(max_length=1024)]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -313,22 +317,23 @@ class Latent(Record, frozen=True, kw_only=True):
 
 
 class PreviewMap(Record, frozen=True, kw_only=True):
-    """Linear map from a clean latent to the colour of its part of the image.
+    """Map from a clean latent to the colour of its part of the image, for previews.
 
-    Fitted to the model's own VAE: see export/preview.py.
+    Fitted to the model's own VAE: see export/preview.py. Each of red, green and blue is a sum, in
+    which -1 is black and 1 is white.
 
     Attributes:
-        weights: for red, green and blue, one number per channel of the latents, as the denoiser
-            has them.
-        offset: colours of a latent of zeros; -1 is black and 1 is white.
+        offset: constants.
+        weights: of the channels of the latent, as the denoiser has it.
+        products: of the products of each two channels: the first with itself and all others, the
+            second with itself and those after it, and so on. Empty for a linear map.
         correlation: with the decoder's images, averaged over the same parts, on latents that the
             fit has not seen.
     """
 
-    weights: Annotated[
-        tuple[tuple[Coefficient, ...], ...], msgspec.Meta(min_length=3, max_length=3)
-    ]
     offset: tuple[Coefficient, Coefficient, Coefficient]
+    weights: tuple[Coefficients, Coefficients, Coefficients]
+    products: tuple[Coefficients, Coefficients, Coefficients] = ((), (), ())
     correlation: Annotated[float, msgspec.Meta(ge=-1, le=1)]
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.manifest import (
         Component,
         Conditioning,
-        Latent,
         Manifest,
         PreviewMap,
         TextEncoding,
@@ -97,7 +96,7 @@ def check_parts(manifest: Manifest) -> None:
     _check_variants(manifest.components)
     _check_defaults(manifest)
     if manifest.preview is not None:
-        _check_preview(manifest.preview, manifest.latent)
+        _check_preview(manifest.preview, manifest.latent.channels)
     if manifest.acceleration is not None:
         _check_acceleration(manifest, manifest.acceleration)
 
@@ -137,13 +136,15 @@ def _check_defaults(manifest: Manifest) -> None:
         raise ManifestError(f"defaults: {error}") from error
 
 
-def _check_preview(preview: PreviewMap, latent: Latent) -> None:
-    for weights in preview.weights:
-        if len(weights) != latent.channels:
-            raise ManifestError(
-                f"preview: {len(weights)} weights for a colour, but latents have {latent.channels} "
-                "channels"
-            )
+def _check_preview(preview: PreviewMap, channels: int) -> None:
+    """Check that a map has coefficients for all channels of the latents."""
+    pairs = channels * (channels + 1) // 2
+    linear, squares = map(len, preview.weights), [len(each) for each in preview.products]
+    if set(linear) != {channels} or squares not in ([0] * 3, [pairs] * 3):
+        raise ManifestError(
+            f"preview: latents of {channels} channels need {channels} weights for each colour, and "
+            f"{pairs} products or none"
+        )
 
 
 def _check_encoder(manifest: Manifest, encoder: TextEncoding) -> None:

@@ -22,6 +22,7 @@ from latentforge.runtime.manifest import (
     Latent,
     Manifest,
     NoiseAugmentation,
+    PreviewMap,
     RequestDefaults,
     ScheduleProof,
     Stage,
@@ -419,6 +420,35 @@ def test_reads_a_plan(engines: Path, accelerated: Tree) -> None:
     }
 
 
+PREVIEW = {"offset": [0, 0, 0], "weights": [[1, 0, 0, 0]] * 3, "correlation": 0.5}
+FIVE = [[1, 0, 0, 0, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": [[1, 0, 0, 0]] * 2}, "preview.weights"),
+        ({"weights": FIVE}, "preview: latents of 4 channels need 4 weights"),
+        ({"weights": [[1, 0, 0, 0], [], []]}, "preview: latents of 4 channels need 4 weights"),
+        ({"weights": [[1, 0, 0, 1e30]] * 3}, "preview.weights"),
+        ({"products": FIVE}, "and 10 products or none"),
+        ({"products": [[0] * 10, [], []]}, "and 10 products or none"),
+        ({"offset": [0, 0, None]}, "preview.offset"),
+        ({"correlation": 2}, "preview.correlation"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_refuses_a_preview_that_does_not_fit(
+    engines: Path, changes: dict[str, object], message: str
+) -> None:
+    content = load(engines)
+    for preview in (PREVIEW, {**PREVIEW, "products": [[0] * 10] * 3}):
+        store(engines, {**content, "preview": preview})
+        assert Manifest.read(engines).preview is not None
+    store(engines, {**content, "preview": {**PREVIEW, **changes}})
+    refused(engines, message, "export again")
+
+
 def test_a_file_shared_by_components_counts_once(engines: Path, accelerated: Tree) -> None:
     alone = Manifest.read(engines)
     store(engines, accelerated)
@@ -758,6 +788,7 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "manifest.json": (Manifest,),
     "source": (WeightSource,),
     "latent": (Latent,),
+    "preview": (PreviewMap,),
     "conditioning": (Conditioning, NoiseAugmentation, TextEncoding),
     "schedule": (Schedule,),
     "edm": (EDMSchedule,),
