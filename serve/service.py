@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from latentforge.serve.meter import ServiceMeter
 from latentforge.serve.metrics import Metrics
 from latentforge.serve.request import Batch, ImageRequest
 from latentforge.serve.scheduler import BatchGains, JobChange, Limits, Scheduler
+from latentforge.serve.worker.batch_timing import measured_rates
 from latentforge.serve.worker.messages import BatchDone, BatchFailed, RawPixels, RunBatch, StepDone
 from latentforge.serve.worker.replica import (
     BatchEnd,
@@ -84,6 +86,8 @@ class ServiceOptions:
         result_seconds: time for which results are kept.
         result_bytes: bytes of the pictures of results that are kept.
         unavailable_seconds: time without any process after which a model's requests fail.
+        measure_seconds: time that the measurement of batches may take per model at the start,
+            where none is kept; 0 measures nothing.
     """
 
     limits: Limits = Limits()
@@ -91,6 +95,7 @@ class ServiceOptions:
     result_seconds: float = 600.0
     result_bytes: int = 1 << 28
     unavailable_seconds: float = 60.0
+    measure_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -237,7 +242,23 @@ class Service:
                 task.cancel()
             await asyncio.gather(*starting, return_exceptions=True)
             raise
+        if self._options.measure_seconds > 0 and self._options.limits.max_batch > 1:
+            await asyncio.gather(*map(self._measure, self.models.values()))
         self._tasks = [asyncio.create_task(self._serve(slot)) for slot in self._slots]
+
+    async def _measure(self, card: ModelCard) -> None:
+        """Let the scheduler know how many images are worth a batch on this machine."""
+        with suppress(ReplicaLostError):  # it starts again, and runs images one by one
+            rates = await measured_rates(
+                card.replicas[0],
+                card.manifest,
+                max_batch=self._options.limits.max_batch,
+                seconds=self._options.measure_seconds,
+                options=card.source.options,
+            )
+            name, size = card.source.name, card.manifest.defaults
+            gains = self.scheduler.gains.measured(name, size.height, size.width, rates)
+            self.scheduler.gains = gains
 
     async def drain(self, timeout: float) -> None:
         """Accept no further requests, and wait until those accepted have ended.

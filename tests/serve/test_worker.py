@@ -19,8 +19,10 @@ from test_loop import NETWORKS
 from latentforge.runtime.errors import BackendError, ManifestError
 from latentforge.runtime.isolation import child_environment
 from latentforge.runtime.loader import load
-from latentforge.runtime.manifest import PreviewMap
+from latentforge.runtime.manifest import Manifest, PreviewMap
 from latentforge.runtime.settings import Settings
+from latentforge.serve.worker import batch_timing
+from latentforge.serve.worker.batch_timing import measured_rates
 from latentforge.serve.worker.messages import (
     BatchDone,
     BatchFailed,
@@ -220,6 +222,33 @@ def test_a_lost_worker_is_started_again(handmade: Handmade) -> None:
             os.kill(replica.pid or 0, signal.SIGTERM)  # the server's to decide
             end = await replica.run(RunBatch(batch=2, settings=settings("a")), lambda _: None)
             assert isinstance(end, BatchDone) and replica.losses == 4
+
+    run(scenario())
+
+
+def test_batches_are_measured_once(
+    handmade: Handmade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has them for the next start; one that is damaged, or cannot be written, is none."""
+    directory, cache = handmade(onnx=NETWORKS), tmp_path / "cache"
+    manifest = Manifest.read(directory)
+    monkeypatch.setenv("LATENTFORGE_CACHE", str(cache))
+
+    async def scenario() -> None:
+        async with started(directory) as replica:
+            short = await measured_rates(replica, manifest, max_batch=4, seconds=1e-9)
+            assert short.keys() == {1} and short[1] > 0
+            monkeypatch.setattr(batch_timing, "_WORTH", 0.0)  # whatever this machine gains
+            assert await measured_rates(replica, manifest, max_batch=4, seconds=9) == short
+            (kept,) = (cache / "batches").iterdir()
+            kept.write_text('{"1": -1}')
+            rates = await measured_rates(replica, manifest, max_batch=4, seconds=9)
+            assert rates.keys() == {1, 2, 4}
+            again = await measured_rates(replica, manifest, max_batch=4, seconds=9)
+            assert again == rates
+            monkeypatch.setenv("LATENTFORGE_CACHE", str(kept))
+            other = await measured_rates(replica, manifest, max_batch=3, seconds=9)
+            assert other.keys() == {1, 2}
 
     run(scenario())
 
