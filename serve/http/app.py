@@ -34,12 +34,14 @@ def create_app(
     context: Context,
     *,
     authenticate: Authenticate | None = None,
+    hosts: frozenset[str] | None = None,
 ) -> ASGIApp:
     """Return the server's application.
 
     Args:
         context: service and options.
         authenticate: checks keys; None if the server has none.
+        hosts: names of the server that requests may have; None for any.
     """
     endpoints = all_endpoints(context)
     document = msgspec.json.encode(describe(endpoints, keys=authenticate is not None))
@@ -54,7 +56,7 @@ def create_app(
         exception_handlers=handlers(),
     )
     app.router.redirect_slashes = False
-    return RequestMiddleware(app, context.metrics, RequestLog(quiet=_POLLED))
+    return RequestMiddleware(app, context.metrics, RequestLog(quiet=_POLLED), hosts)
 
 
 def all_endpoints(context: Context) -> tuple[Endpoint, ...]:

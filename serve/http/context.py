@@ -27,6 +27,7 @@ from latentforge.serve.errors import (
 from latentforge.serve.http.body import BodyLimits
 from latentforge.serve.http.fields import ImageFields
 from latentforge.serve.job import Job, JobEvent
+from latentforge.serve.keys import ANYONE
 from latentforge.serve.metrics import Metrics
 from latentforge.serve.pictures import (
     ImageFormat,
@@ -68,8 +69,6 @@ _NAMED = re.compile(
 )
 
 _KEY = re.compile(r"[!-~]{1,255}")
-
-ANONYMOUS = "anonymous"
 
 OWNER, MODEL, JOB = "latentforge.owner", "latentforge.model", "latentforge.job"
 """Entries of a request's scope."""
@@ -259,7 +258,7 @@ class Context:
 
 def owner_of(request: Request) -> str:
     """Return the name of the key that a request came with."""
-    owner: str = request.scope.get(OWNER, ANONYMOUS)
+    owner: str = request.scope.get(OWNER, ANYONE)
     return owner
 
 

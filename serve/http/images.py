@@ -16,7 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from latentforge.serve.errors import BadRequestError, JobCancelledError, ServeError, job_error
+from latentforge.serve.errors import (
+    BadRequestError,
+    DrainingError,
+    JobCancelledError,
+    ServeError,
+    job_error,
+)
 from latentforge.serve.http.body import decode, read_form, read_json
 from latentforge.serve.http.context import (
     Context,
@@ -134,7 +140,8 @@ class _Run:
             elif isinstance(event, ImageDone):
                 yield await self._completed(event)
             elif isinstance(event, Failed | Cancelled):
-                yield sse_event("error", envelope(error_of(event)))
+                error = error_of(event, draining=self.context.service.draining)
+                yield sse_event("error", envelope(error))
 
     async def _partial(self, index: int, number: int, pixels: Pixels) -> bytes:
         whole = enlarged(pixels, self.job.request)
@@ -270,14 +277,16 @@ async def finished(context: Context, id: str) -> Job:
     """
     async for event in context.service.events(id):
         if isinstance(event, Failed | Cancelled):
-            raise error_of(event)
+            raise error_of(event, draining=context.service.draining)
     return context.service.get(id)
 
 
-def error_of(event: Failed | Cancelled) -> ServeError:
-    """Return the error of a job that ended so."""
+def error_of(event: Failed | Cancelled, *, draining: bool = False) -> ServeError:
+    """Return the error of a job that ended so, perhaps in the end of the server."""
     if isinstance(event, Failed):
         return job_error(event.code, event.message)
+    if draining:
+        return DrainingError(f"the request was not done in time: {event.reason}", retry_after=5.0)
     return JobCancelledError(f"the job was cancelled: {event.reason}")
 
 

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prometheus_client import Gauge
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentforge.serve.errors import KeyRequiredError
+from latentforge.serve.errors import ForbiddenError, KeyRequiredError
 from latentforge.serve.http.context import JOB, MODEL, OWNER
 from latentforge.serve.http.endpoint import Handler
+from latentforge.serve.http.envelope import error_response
 from latentforge.serve.http.sse import ClientGoneError
 from latentforge.serve.logs import RequestLog
 from latentforge.serve.metrics import Metrics
@@ -29,6 +31,7 @@ Authenticate = Callable[[str | None], str]
 """Function that returns the owner of a key, or raises KeyRequiredError."""
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_PORT = re.compile(r":[0-9]+$")
 _GONE = 499
 
 
@@ -64,11 +67,13 @@ class RequestMiddleware:
         app: the endpoints.
         metrics: of the server.
         log: of requests.
+        hosts: names of the server that requests may have; None for any.
     """
 
     app: ASGIApp
     metrics: Metrics
     log: RequestLog = RequestLog()
+    hosts: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request as an ASGI application."""
@@ -76,16 +81,28 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        answer = _Answer(send, _request_id(headers))
+        answer = _Answer(scope, send, _request_id(headers), self.metrics.open_streams)
         scope["latentforge.request_id"] = answer.request_id
         start = time.perf_counter()
         try:
             with request_span(scope["method"], headers):
-                await self.app(scope, receive, answer.send)
+                await self._guarded(scope, headers)(scope, receive, answer.send)
         except ClientGoneError:
             answer.status = _GONE
         finally:
+            answer.close()
             self._record(scope, headers, answer, time.perf_counter() - start)
+
+    def _guarded(self, scope: Scope, headers: Headers) -> ASGIApp:
+        """Return the application, or the refusal of a request that another site's page makes."""
+        if self.hosts is None:
+            return self.app
+        if _PORT.sub("", headers.get("host", "")).strip("[]") not in self.hosts:
+            refusal = ForbiddenError("this server answers to its own name alone", param="Host")
+            return error_response(refusal)
+        if scope["method"] == "POST" and headers.get("sec-fetch-site") == "cross-site":
+            return error_response(ForbiddenError("pages of other sites may not post here"))
+        return self.app
 
     def _record(self, scope: Scope, headers: Headers, answer: _Answer, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "none")
@@ -110,24 +127,40 @@ class _Answer:
     """Answer that is being sent.
 
     Attributes:
+        scope: of the request.
         forward: sends a message to the client.
         request_id: of the request.
+        streams: number of streams of events that are being sent.
         status: of the answer; 500 until it begins.
+        streaming: True if it is one of these.
     """
 
+    scope: Scope
     forward: Send
     request_id: str
+    streams: Gauge
     status: int = 500
+    streaming: bool = False
 
     async def send(self, message: Message) -> None:
-        """Send a message, with the request's id in the headers."""
+        """Send a message, with the ids of the request and its job in the headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
+            if JOB in self.scope:
+                headers["x-job-id"] = self.scope[JOB]
             headers.setdefault("x-content-type-options", "nosniff")
             headers.setdefault("cache-control", "no-store")
+            if headers.get("content-type", "").startswith("text/event-stream"):
+                self.streaming = True
+                self.streams.inc()
         await self.forward(message)
+
+    def close(self) -> None:
+        """End the answer."""
+        if self.streaming:
+            self.streams.dec()
 
 
 def _request_id(headers: Headers) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +26,7 @@ _log = logging.getLogger("latentforge.serve")
 
 _SPARE_FILES = 256  # of the process, beside those of connections
 _LAST_ANSWERS = 5.0  # seconds for clients to read, after the last job
+_SAME = 0.25  # seconds: a second signal by then is the first one again, as ``timeout`` sends it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ async def run(
     service: Runnable,
     bound: socket.socket,
     options: ServerOptions = ServerOptions(),
-    started: Callable[[], Awaitable[None]] | None = None,
+    started: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve until a signal, and return the exit status.
 
@@ -113,9 +114,7 @@ async def run(
         await _end(service, serving)
 
 
-async def _until_started(
-    service: Runnable, started: Callable[[], Awaitable[None]] | None, ending: _Ending
-) -> None:
+async def _until_started(service: Runnable, started: Callable[[], None], ending: _Ending) -> None:
     """Start the service, unless a signal comes first."""
     starting = asyncio.ensure_future(service.start())
     await asyncio.wait({starting, ending.begun}, return_when=asyncio.FIRST_COMPLETED)
@@ -124,8 +123,7 @@ async def _until_started(
         await asyncio.gather(starting, return_exceptions=True)
         return
     starting.result()
-    if started is not None:
-        await started()
+    started()
 
 
 async def _end(service: Runnable, serving: asyncio.Future[None]) -> None:
@@ -178,6 +176,7 @@ class _Ending:
         self._server = server
         self._service = service
         self._seconds = options.drain_seconds
+        self._first = 0.0
         self._draining: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -194,12 +193,13 @@ class _Ending:
                 loop.remove_signal_handler(number)
 
     def _receive(self, number: int) -> None:
-        name = signal.Signals(number).name
+        name, loop = signal.Signals(number).name, asyncio.get_running_loop()
         if self._draining is None:
+            self._first = loop.time()
             self.begun.set_result(None)
             _log.info("%s: accepted requests end within %g s", name, self._seconds)
             self._draining = asyncio.ensure_future(self._drain())
-        elif not self.forced.done():
+        elif not self.forced.done() and loop.time() - self._first > _SAME:
             _log.warning("second signal (%s): ending at once", name)
             self.forced.set_result(None)
 

@@ -21,6 +21,9 @@ from latentforge.runtime.text import one_line, printable
 
 __all__ = ["parser", "run"]
 
+_OF_SERVE = ("multipart", "prometheus_client", "python_multipart", "starlette", "uvicorn")
+"""Packages of the extra ``serve``."""
+
 EPILOG = """\
 first steps:
   latentforge demo                                    try everything on the demo checkpoint
@@ -89,7 +92,8 @@ def _explained(error: BaseException) -> str:
         place = f" at {error.filename}" if error.filename else ""
         return f"the disk is full{place}: make room, or name another place"
     if isinstance(error, ImportError):
-        return f"{error}: pip install 'latentforge[export]' brings it, or [eval] what eval needs"
+        extra = "serve" if str(error.name).partition(".")[0] in _OF_SERVE else "export"
+        return f"{error}: pip install 'latentforge[{extra}]' brings it, or [eval] what eval needs"
     return printable(one_line(error, limit=None))
 
 

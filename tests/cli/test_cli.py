@@ -16,7 +16,7 @@ from PIL import Image
 from latentforge.__main__ import main
 
 COMMANDS = ("build", "export", "optimize", "run", "bench", "report", "compare", "inspect", "verify")
-COMMANDS += ("demo", "eval")
+COMMANDS += ("demo", "eval", "serve")
 
 
 def latentforge(

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_README_LINES = 200
 
-NEEDS_A_HUB_OR_MINUTES = ("build", "export", "demo")
-"""Commands that the suite runs elsewhere, or that download a checkpoint."""
+NEEDS_A_HUB_OR_MINUTES = ("build", "export", "demo", "serve")
+"""Commands that the suite runs elsewhere, that download a checkpoint, or run until a signal."""
 
 LISTED = re.compile(
     r"`((?:runtime|measure|optimize|export|src|tests|benchmarks|docs|demo)/[^`\s]+)`"

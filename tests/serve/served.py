@@ -13,6 +13,7 @@ import uvicorn
 from latentforge.serve.http.app import create_app
 from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context
+from latentforge.serve.service import Service
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,21 @@ class Served:
 def served(
     make_context: Callable[[], Context],
     connection: type[BoundedConnection] = BoundedConnection,
+    *,
+    start: bool = True,
     **options: Any,
 ) -> Iterator[Served]:
-    """Run a server while the block runs; the context is made in its thread."""
+    """Run a server and its service while the block runs; the context is made in its thread.
+
+    Without `start` the service has no workers, for tests that generate nothing.
+    """
     started, running = threading.Event(), []
 
     async def run() -> None:
         context = make_context()
         app = create_app(context, **options)
+        if isinstance(context.service, Service) and start:
+            await context.service.start()
         config = uvicorn.Config(
             app, port=0, http=connection, lifespan="off", ws="none", log_config=None,
             timeout_graceful_shutdown=1,
@@ -67,6 +75,8 @@ def served(
         running.append((server, Served(port, context, asyncio.get_running_loop())))
         started.set()
         await task
+        if isinstance(context.service, Service):
+            await context.service.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()

@@ -16,8 +16,8 @@ EXCLUDED = ("positive_data_acceptance", "ignored_auth", "use_after_free")
 
 
 @pytest.fixture(scope="module")
-def server(null_engines: Path) -> Iterator[Served]:
-    with served(lambda: context_of(null_engines, step_seconds=0.0)) as found:
+def server(engines: Path) -> Iterator[Served]:
+    with served(lambda: context_of(engines)) as found:
         yield found
 
 

@@ -11,6 +11,7 @@ COMMANDS = (
     "optimize",
     "compile",
     "run",
+    "serve",
     "bench",
     "eval",
     "report",

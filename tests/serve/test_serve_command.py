@@ -1,0 +1,148 @@
+"""The command ``serve``: what it refuses, how it starts, and how signals end it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from latentforge.__main__ import main
+from latentforge.serve.keys import KeyRing
+
+LONG = {"prompt": "a red apple", "num_inference_steps": 500, "n": 10, "size": "512x512"}
+
+
+@contextmanager
+def serving(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """Run the command, and give its process and a client once it is ready."""
+    command = [sys.executable, "-m", "latentforge", "serve", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    )
+    try:
+        assert process.stdout is not None
+        lines = list(iter(process.stdout.readline, "ready\n"))
+        url = re.search(r"http://\S+", lines[0])
+        assert url, process.communicate()
+        with httpx.Client(base_url=url[0], timeout=60, trust_env=False) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def test_sigterm_lets_accepted_requests_end(null_engines: Path) -> None:
+    with serving(null_engines) as (process, client), ThreadPoolExecutor() as pool:
+        assert client.get("/readyz").status_code == 200
+        answer = pool.submit(client.post, "/v1/images/generations", json={**LONG, "n": 3})
+        wait_for_job(client)
+        process.send_signal(signal.SIGTERM)
+        refused = client.post("/v1/images/generations", json={"prompt": "a"})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        assert len(answer.result().raise_for_status().json()["data"]) == 3
+        assert process.wait(20) == 0
+        _, log = process.communicate()
+    assert all(json.loads(line)["level"] for line in log.splitlines())
+    assert "red apple" not in log
+
+
+def test_a_second_signal_ends_at_once(null_engines: Path) -> None:
+    with serving(null_engines) as (process, client):
+        client.post("/v1/jobs", json=LONG).raise_for_status()
+        wait_for_job(client)
+        workers = children(process)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.4)
+        assert process.poll() is None and workers
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
+def wait_for_job(client: httpx.Client) -> None:
+    end = time.monotonic() + 20
+    while 'latentforge_running{model="handmade"} 0.0' in client.get("/metrics").text:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], ["--keys", "--insecure"]),
+        (["--host", "::"], ["--keys"]),
+        (["--port", "70000"], ["65535"]),
+        (["--host", "192.0.2.1", "--insecure"], ["192.0.2.1", "--port"]),
+        (["--max-batch", "0"], ["max_batch"]),
+        (["--keys", "nowhere.toml"], ["nowhere.toml"]),
+        (["nowhere"], ["nowhere", "manifest.json"]),
+    ],
+)
+def test_refusals_are_one_line(
+    arguments: list[str], words: list[str], null_engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [] if arguments == ["nowhere"] else [str(null_engines)]
+    assert main(["serve", *named, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_a_used_port_is_named(null_engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", str(null_engines), "--port", port]) == 2
+    assert port in capsys.readouterr().err
+
+
+def test_equal_names_are_refused(null_engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(null_engines), str(null_engines), "--port", "0"]) == 2
+    assert "handmade" in capsys.readouterr().err
+
+
+def test_a_new_key_opens_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--new-key", "alice"]) == 0
+    entry, shown = capsys.readouterr()
+    secret = shown.split()[-1]
+    assert secret not in entry
+    (tmp_path / "keys.toml").write_text(entry)
+    assert KeyRing.read(tmp_path / "keys.toml").owner(secret) == "alice"
+
+
+def test_the_demo_needs_a_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LATENTFORGE_CACHE", "off")
+    assert main(["serve", "--port", "0"]) == 2
+    assert "LATENTFORGE_CACHE" in capsys.readouterr().err
+
+
+def test_the_demo_in_the_cache_is_served(
+    null_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentforge import demo_engines
+    from latentforge.runtime.version import __version__
+
+    monkeypatch.setenv("LATENTFORGE_CACHE", str(tmp_path))
+    place = tmp_path / "demo" / __version__ / "demo"
+    built: list[Any] = []
+    monkeypatch.setattr(demo_engines, "_build", built.append)
+    assert demo_engines.cached_demo_engines() == place and built == [place]
+    place.parent.mkdir(parents=True)
+    place.symlink_to(null_engines)
+    assert demo_engines.cached_demo_engines() == place and built == [place]
