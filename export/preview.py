@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentforge.runtime.engine import Engines
+from latentforge.runtime.latent_colors import colors, features
 from latentforge.runtime.loader import EngineLoader
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import MAX_COEFFICIENT, Latent, Manifest, PreviewMap
-from latentforge.runtime.preview import colors, features
 from latentforge.runtime.vae import Vae
 
 __all__ = ["fit_preview", "leaves", "pooled"]

@@ -24,8 +24,8 @@ from latentforge.runtime.denoising.step_engines import StepEngines
 from latentforge.runtime.engine import Engines
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.image import from_array
+from latentforge.runtime.latent_colors import quick_images
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.preview import quick_images
 from latentforge.runtime.resolved_request import ResolvedRequest
 from latentforge.runtime.rng import NoiseSource
 from latentforge.runtime.sampling.sampler import SamplerStep

@@ -142,7 +142,7 @@ def _warm(order: LoadEngines) -> Pipeline:
 
 
 @dataclass(eq=False)
-class _Run:
+class _BatchRun:
     """Batch that runs: its order, its steps once it has begun, and the last of them."""
 
     order: RunBatch
@@ -157,7 +157,7 @@ class _Runs:
     def __init__(self, channel: _Channel, pipeline: Pipeline) -> None:
         self._channel = channel
         self._pipeline = pipeline
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, _BatchRun] = {}
         self._turns = Turns()
 
     def serve(self) -> None:
@@ -172,20 +172,20 @@ class _Runs:
         if isinstance(order, Ping):
             self._channel.send(Pong())
         if isinstance(order, RunBatch):
-            self._runs[order.batch] = _Run(order, time.perf_counter())
+            self._runs[order.batch] = _BatchRun(order, time.perf_counter())
             self._turns.add(order.batch)
         if isinstance(order, CancelBatch) and (run := self._runs.get(order.batch)) is not None:
             steps = 0 if run.last is None else run.last.index + 1
             self._end(BatchStopped(batch=order.batch, steps=steps))
 
-    def _step(self, run: _Run) -> None:
+    def _step(self, run: _BatchRun) -> None:
         """Do one step of a batch, or decode its images, and answer."""
         start, batch = time.perf_counter(), run.order.batch
         answer = self._answer(run)
         self._turns.ran(batch, time.perf_counter() - start)
         self._channel.send(answer) if isinstance(answer, StepDone) else self._end(answer)
 
-    def _answer(self, run: _Run) -> StepDone | BatchDone | BatchFailed:
+    def _answer(self, run: _BatchRun) -> StepDone | BatchDone | BatchFailed:
         try:
             if run.steps is None:
                 run.steps = _steps(self._pipeline, run.order)
@@ -223,7 +223,7 @@ def _steps(pipeline: Pipeline, order: RunBatch) -> Iterator[DenoisingStep]:
     )
 
 
-def _images(run: _Run) -> BatchDone:
+def _images(run: _BatchRun) -> BatchDone:
     """Decode the images after the last step."""
     assert run.last is not None  # there is no run without steps
     result = run.last.result()

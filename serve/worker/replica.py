@@ -89,7 +89,7 @@ class WorkerLimits:
 
 
 @dataclass(eq=False)
-class _Running:
+class _RunningBatch:
     """Batch that runs: the caller's function for steps, and its end."""
 
     report: Callable[[StepDone], None]
@@ -112,7 +112,7 @@ class _Worker(asyncio.Protocol):
         self.loaded: asyncio.Future[EnginesLoaded] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.last_answer = loop.time()
-        self.running: dict[int, _Running] = {}
+        self.running: dict[int, _RunningBatch] = {}
         self.fault = ""
         self._loop = loop
         self._reader = FrameReader(Answer)
@@ -317,7 +317,7 @@ class Replica:
         if process is None or self.state not in _RUNS:
             raise ReplicaLostError(f"{self._name} is {self.state.value}, not ready")
         worker, loop = process.worker, asyncio.get_running_loop()
-        running = worker.running[order.batch] = _Running(report, loop.create_future())
+        running = worker.running[order.batch] = _RunningBatch(report, loop.create_future())
         worker.last_answer = loop.time()
         self._become(ReplicaState.BUSY)
         try:

@@ -7,7 +7,14 @@ import pytest
 from conftest import Handmade
 
 from latentforge.commands.describe import describe, stage_lines
-from latentforge.runtime.manifest import AccelerationPlan, Component, Manifest, ScheduleProof, Stage
+from latentforge.runtime.manifest import (
+    AccelerationPlan,
+    Component,
+    Manifest,
+    PreviewMap,
+    ScheduleProof,
+    Stage,
+)
 from latentforge.runtime.shapes import Range
 
 PLAN = AccelerationPlan(
@@ -52,6 +59,14 @@ def test_a_description_has_the_plan_and_every_component_and_stage(handmade: Hand
     assert "export: 61 s with torch 2.9" in text and "  denoiser/gelu: 3" in text
     for name in ("text_encoder", "denoiser", "vae_decoder"):
         assert f"\n{name}: " in text and f"\n{name:<18}null" in text
+
+
+def test_a_description_has_the_quality_of_previews(handmade: Handmade) -> None:
+    weights = ((1.0, 0.0, 0.0, 0.0),) * 3
+    preview = PreviewMap(offset=(0.0, 0.0, 0.0), weights=weights, correlation=0.978)
+    text = described(handmade, preview=preview)
+    assert "\npreviews    correlate 0.98 with the decoder's images\n" in text
+    assert "previews" not in described(handmade, name="none")
 
 
 def test_a_description_has_the_options_of_the_scheduler_that_are_followed(

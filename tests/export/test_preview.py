@@ -14,9 +14,9 @@ from latentforge.export.preview import fit_preview, leaves, pooled
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.image import psnr, to_array
+from latentforge.runtime.latent_colors import colors, features, quick_images
 from latentforge.runtime.loader import EngineLoader, load
 from latentforge.runtime.manifest import Latent, Manifest
-from latentforge.runtime.preview import colors, features, quick_images
 from latentforge.runtime.tensor import Feeds, TensorSpec
 
 Array = NDArray[np.float32]

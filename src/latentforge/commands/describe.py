@@ -67,6 +67,8 @@ def _model_lines(manifest: Manifest) -> Iterator[str]:
     )
     yield f"prompts     {encoders}"
     yield f"tasks       {_tasks(manifest)}"
+    if (preview := manifest.preview) is not None:
+        yield f"previews    correlate {preview.correlation:.2f} with the decoder's images"
     kind = schedule.beta_kind if isinstance(schedule, Schedule) else "EDM"
     yield f"schedule    {manifest.prediction}, {kind}, {schedule.train_steps} training steps"
     if manifest.schedule_proof is not None:
