@@ -56,6 +56,7 @@ __all__ = ["ModelCard", "ModelSource", "Service", "ServiceOptions"]
 
 _log = escaping_logger("latentforge.serve")
 
+_ENDS = (Completed, Failed, Cancelled)
 _READY = (ReplicaState.READY, ReplicaState.BUSY)
 
 
@@ -329,6 +330,7 @@ class Service:
         if idempotency is not None:
             self._repeats.remember(owner, *idempotency, id, now)
         self._apply(changes)
+        self._set_deadline()
         self._wake()
         return self.get(id)
 
@@ -367,7 +369,7 @@ class Service:
         self._readers[id].add(reader)
         try:
             event: JobEvent | None = None
-            while not isinstance(event, Completed | Failed | Cancelled):
+            while not isinstance(event, _ENDS):
                 event = await reader.next()
                 yield event
         finally:
@@ -503,9 +505,10 @@ class Service:
             self._publish(change.job, change.event)
         for number, batch in self.scheduler.stops():
             self._slots[number].replica.cancel(batch)
+        if any(isinstance(change.event, _ENDS) for change in changes):
+            self._set_deadline()
         if not self.scheduler.jobs:
             self._idle.set()
-        self._set_deadline()
 
     def _publish(self, id: str, event: JobEvent) -> None:
         now = time.time()

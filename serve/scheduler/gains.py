@@ -26,6 +26,12 @@ class BatchGains:
         """Return these gains, and the rates of a further size of image."""
         return BatchGains(rates={**self.rates, (model, height, width): dict(rates)})
 
+    def below(self, size: int, model: str, height: int, width: int) -> BatchGains:
+        """Return these gains, with batches of fewer images than ``size`` for this size of image."""
+        rates = self._nearest(model, height * width)
+        smaller = {number: rate for number, rate in rates.items() if number < size}
+        return self.measured(model, height, width, smaller)
+
     def batch_size(self, model: str, height: int, width: int) -> int:
         """Return the largest batch that is at least a tenth faster than one half as large.
 

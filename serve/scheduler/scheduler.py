@@ -36,12 +36,11 @@ from latentforge.serve.request import Batch, BatchKey, ImageRequest, Row
 from latentforge.serve.scheduler.gains import BatchGains
 from latentforge.serve.scheduler.limits import Limits, OwnerLimits
 from latentforge.serve.scheduler.queues import FairQueue, Flow, Taken
+from latentforge.serve.scheduler.throughput import Throughput
 
-__all__ = ["JobChange", "Scheduler"]
+__all__ = ["OUT_OF_MEMORY", "JobChange", "Scheduler"]
 
 Pixels = NDArray[np.uint8]
-
-_RECENT = 0.2  # weight of the last batch in the throughput
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,9 @@ class JobChange:
     job: str
     event: JobEvent
 
+
+OUT_OF_MEMORY = "out_of_memory"
+"""Code of a batch that failed because memory ran out."""
 
 Changes = tuple[JobChange, ...]
 
@@ -87,17 +89,13 @@ class _Running:
     Attributes:
         batch: the batch.
         replica: number of the replica.
-        started: seconds.
         part: part that is done, from 0 to 1.
-        shared: True if another ran beside it for a time.
         stopping: True once it runs for nobody and that was reported.
     """
 
     batch: Batch
     replica: int
-    started: float
     part: float = 0.0
-    shared: bool = False
     stopping: bool = False
 
     @property
@@ -134,7 +132,7 @@ class Scheduler:
         self._jobs: dict[str, _Entry] = {}
         self._batches: dict[int, _Running] = {}
         self._replicas: dict[int, str] = {}
-        self._rates: dict[str, float] = {}
+        self.throughput = Throughput()
         self._next = 0
 
     # what there is
@@ -293,11 +291,10 @@ class Scheduler:
         taken = self._queue(model).take(self._batch_size, allowed, now)
         if not taken:
             return None
-        running = _Running(self._batch(taken), replica, now, shared=bool(beside))
-        for other in beside:
-            other.shared = True
-        self._batches[running.batch.id] = running
-        return running.batch
+        batch = self._batch(taken)
+        self._batches[batch.id] = _Running(batch, replica)
+        self.throughput.begin(replica, now)
+        return batch
 
     def _batch(self, taken: Taken) -> Batch:
         self._next += 1
@@ -324,7 +321,7 @@ class Scheduler:
         running = self._batches.get(batch)
         if running is None:
             return ()
-        running.part = step / (count + 1)  # the decoder comes after the steps
+        self._advance(running, step / (count + 1), now)  # the decoder comes after the steps
         pictures = dict(zip(running.batch.rows, previews, strict=False))
         by_job: dict[str, list[Row]] = {}
         for row in self._live(running):
@@ -361,11 +358,11 @@ class Scheduler:
 
     def finished(self, batch: int, images: Sequence[Pixels], now: float) -> Changes:
         """Note that a batch is done, with the image of each of its rows."""
-        running = self._batches.pop(batch, None)
-        if running is None:
+        if (running := self._batches.get(batch)) is None:
             return ()
-        if not running.shared:
-            self.observe(running.batch.model, running.cost, now - running.started)
+        self._advance(running, 1.0, now)
+        self.throughput.measure(running.batch.model, running.replica)
+        self._release(running)
         return _joined(
             self._image_done(row, pixels)
             for row, pixels in zip(running.batch.rows, images, strict=True)
@@ -376,21 +373,24 @@ class Scheduler:
     ) -> Changes:
         """Note that the engines refused a batch, on a replica that goes on.
 
-        Of several rows each runs again alone, so that only the one that is the reason fails.
+        Of several rows each runs again alone, so that only the one that is the reason fails. If
+        memory was, the next batches are smaller.
         """
-        running = self._batches.pop(batch, None)
-        if running is None:
+        if (running := self._batches.get(batch)) is None:
             return ()
-        rows = self._live(running)
-        if len(running.batch.rows) > 1:
+        self._release(running)
+        rows, count = self._live(running), len(running.batch.rows)
+        if count > 1:
             self._retry_alone(rows)
+            if code == OUT_OF_MEMORY:
+                self.gains = self.gains.below(count, *_size(running.batch.key))
             return ()
         return _joined(self._end(row.job, Failed(code, message)) for row in rows)
 
     def stopped(self, batch: int, now: float) -> None:
         """Note that a replica gave up a batch that ran for nobody."""
-        running = self._batches.pop(batch, None)
-        if running is not None:
+        if (running := self._batches.get(batch)) is not None:
+            self._release(running)
             self._retry_alone(self._live(running))
 
     def replica_lost(self, replica: int, now: float) -> Changes:
@@ -398,7 +398,7 @@ class Scheduler:
         self._replicas.pop(replica, None)
         lost = [running for running in self._batches.values() if running.replica == replica]
         for running in lost:
-            del self._batches[running.batch.id]
+            self._release(running)
         return _joined(self._lost(row) for running in lost for row in running.batch.rows)
 
     def expire(self, now: float) -> Changes:
@@ -432,14 +432,6 @@ class Scheduler:
         deadlines = [e.deadline for e in self._jobs.values() if e.deadline is not None]
         return max(now, min(deadlines)) if deadlines else None
 
-    def observe(self, model: str, cost: float, seconds: float) -> None:
-        """Take a measurement into the throughput of one replica of a model."""
-        if seconds <= 0:
-            return
-        rate = cost / seconds
-        before = self._rates.get(model, rate)
-        self._rates[model] = before + _RECENT * (rate - before)
-
     # inside
 
     def _queue(self, model: str) -> FairQueue:
@@ -454,7 +446,7 @@ class Scheduler:
 
     def _rate(self, model: str) -> float | None:
         """Return the cost per second of all replicas of a model; None before a measurement."""
-        rate = self._rates.get(model)
+        rate = self.throughput.rates.get(model)
         replicas = sum(name == model for name in self._replicas.values())
         return None if rate is None else rate * max(1, replicas)
 
@@ -467,8 +459,7 @@ class Scheduler:
         return [running for running in batches if running.batch.model == model]
 
     def _batch_size(self, key: BatchKey) -> int:
-        size = self.gains.batch_size(key.model, key.settings.height, key.settings.width)
-        return min(size, self.limits.max_batch)
+        return min(self.gains.batch_size(*_size(key)), self.limits.max_batch)
 
     def _allowed(self, beside: _Running | None, flow: Flow, taken: Taken) -> bool:
         """Return True if an image may join a batch, which runs beside another or none."""
@@ -495,6 +486,17 @@ class Scheduler:
         live |= {chosen.job for chosen, _ in taken}
         own = {job for job in live if self._jobs[job].owner == flow.owner}
         return flow.job in own or len(own) < limit
+
+    def _advance(self, running: _Running, part: float, now: float) -> None:
+        """Note that a batch is done to a further part."""
+        self.throughput.report(running.replica, running.cost * (part - running.part), now)
+        running.part = part
+
+    def _release(self, running: _Running) -> None:
+        """Let a replica go."""
+        del self._batches[running.batch.id]
+        if all(other.replica != running.replica for other in self._batches.values()):
+            self.throughput.end(running.replica)
 
     def _live(self, running: _Running) -> list[Row]:
         """Return the rows of a batch whose jobs have not ended."""
@@ -531,6 +533,10 @@ class Scheduler:
         entry = self._jobs.pop(job)
         self._queue(entry.request.model).discard(job, entry.owner)
         return (JobChange(job, event),)
+
+
+def _size(key: BatchKey) -> tuple[str, int, int]:
+    return key.model, key.settings.height, key.settings.width
 
 
 def _joined(changes: Iterable[Changes]) -> Changes:

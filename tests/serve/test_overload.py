@@ -27,7 +27,7 @@ def poisson(simulation: Simulation, rate: float, *, seed: int = 0, **options: fl
     ],
 )
 def test_ten_times_the_load(cost: Cost, replicas: int, capacity: float) -> None:
-    limits = Limits(queue_seconds=10)
+    limits = Limits(queue_seconds=5)
     simulation = Simulation(cost, limits, replicas)
     poisson(simulation, 10 * capacity)
     simulation.run()

@@ -161,7 +161,7 @@ def test_a_full_queue_refuses_with_the_time_to_wait() -> None:
 
 def test_more_replicas_wait_less() -> None:
     queue = scheduler()
-    queue.observe("m", 10.0, 2.0)
+    queue.throughput.observe("m", 5.0)
     for index in range(4):
         submit(queue, f"job{index}", image_request(1))
     assert queue.expected_wait("m") == pytest.approx(8.0)
@@ -175,7 +175,7 @@ def test_more_replicas_wait_less() -> None:
 
 def test_a_request_that_cannot_meet_its_deadline_is_refused() -> None:
     queue = scheduler()
-    queue.observe("m", 10.0, 2.0)
+    queue.throughput.observe("m", 5.0)
     for index in range(3):
         submit(queue, f"job{index}", image_request(1))
     with pytest.raises(QueueFullError, match="done at its deadline"):
@@ -245,6 +245,45 @@ def test_a_poisoned_request_fails_alone() -> None:
         "b": [Failed("generation_failed", "NaN")],
         "c": [Completed()],
     }
+
+
+def test_batches_that_exhaust_memory_become_smaller() -> None:
+    queue = scheduler()
+    submit(queue, "a", image_request(12))
+    sizes = []
+    while (batch := queue.next_batch("m", 0, 0.0)) is not None:
+        sizes.append(len(batch.rows))
+        if len(batch.rows) > 1:
+            queue.failed(batch.id, "no memory left", 1.0, "out_of_memory")
+        else:
+            finish(queue, batch, 1.0)
+    assert sizes == [4, 2] + [1] * 12
+    submit(queue, "small", image_request(4, height=256, width=256))
+    assert len(jobs(queue.next_batch("m", 0, 2.0))) == 1  # as the next larger size
+    assert GAINS.below(4, "m", 512, 512).batch_size("m", 512, 512) == 2
+
+
+def test_the_throughput_is_measured_while_two_batches_take_turns() -> None:
+    """Five units a second, however they are mixed; pauses do not count."""
+    queue, now = scheduler(), 0.0
+    submit(queue, "long", image_request(1, steps=49))
+    long = queue.next_batch("m", 0, now)
+    assert long is not None
+    for step in range(1, 11):
+        now += 0.2 * 49 / 50
+        queue.stepped(long.id, step, 49, now)
+        submit(queue, f"short{step}", image_request(1, steps=9), now=now)
+        short = queue.next_batch("m", 0, now)
+        assert short is not None
+        now += 0.2 * 9
+        finish(queue, short, now)
+    assert queue.throughput.rates["m"] == pytest.approx(5.0)
+    now += 0.2 * 49 * 40 / 50
+    finish(queue, long, now)
+    submit(queue, "later", image_request(1), now=now + 100)
+    later = queue.next_batch("m", 0, now + 100)
+    finish(queue, later, now + 102)
+    assert queue.throughput.rates["m"] == pytest.approx(5.0)
 
 
 def test_images_that_are_lost_twice_fail() -> None:
