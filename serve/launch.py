@@ -128,12 +128,17 @@ def _source(
     return ModelSource(name=name, directory=Path(path), replicas=replicas, options=options)
 
 
-def launch(options: ServeOptions, announce: Callable[[str, Service], None]) -> int:
+def launch(
+    options: ServeOptions,
+    announce: Callable[[str, Service], None] = lambda url, service: None,
+    ready: Callable[[], None] = lambda: None,
+) -> int:
     """Serve until a signal, and return the exit status.
 
     Args:
         options: of the server.
-        announce: called with its address and the service once it answers.
+        announce: called with its address and the service, before the models are loaded.
+        ready: called when they are.
 
     Raises:
         SettingsError: the address is used, or open to other machines without a key.
@@ -143,11 +148,14 @@ def launch(options: ServeOptions, announce: Callable[[str, Service], None]) -> i
     bound = listen(options.address.host, options.address.port)
     log_to(sys.stderr, options.log, debug=options.debug)
     with bound:
-        return asyncio.run(_serve(options, bound, announce))
+        return asyncio.run(_serve(options, bound, announce, ready))
 
 
 async def _serve(
-    options: ServeOptions, bound: socket.socket, announce: Callable[[str, Service], None]
+    options: ServeOptions,
+    bound: socket.socket,
+    announce: Callable[[str, Service], None],
+    ready: Callable[[], None],
 ) -> int:
     service = Service(
         options.sources, options=options.service, ring=options.ring, gains=BatchGains()
@@ -162,9 +170,8 @@ async def _serve(
     keys = options.ring.owner if options.ring.keys else None
     app = create_app(context, authenticate=keys, hosts=_hosts(options))
     shown = f"[{host}]" if ":" in host else host
-    return await run(
-        app, service, bound, options.server, lambda: announce(f"http://{shown}:{port}", service)
-    )
+    announce(f"http://{shown}:{port}", service)
+    return await run(app, service, bound, options.server, ready)
 
 
 def _hosts(options: ServeOptions) -> frozenset[str] | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from starlette.datastructures import UploadFile
@@ -26,6 +27,7 @@ _UNKNOWN = re.compile(r"unknown field `(.*)`")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _MAX_PARTS = 32
 _MAX_FIELD = 1 << 20
+_LINGER_BYTES, _LINGER_SECONDS = 64 << 20, 5.0
 
 
 class SlowBodyError(ServeError):
@@ -151,8 +153,9 @@ class _Stream:
     """Pieces of a body, within bounds."""
 
     def __init__(self, request: Request, limits: BodyLimits) -> None:
-        _check_length(request, limits)
         self._pieces = request.stream()
+        self._expected = _expected_bytes(request)
+        self._waits = "expect" in request.headers  # a client that sends once it is asked to
         self._limits = limits
         self._left = limits.bytes
         self._end = asyncio.get_running_loop().time() + limits.seconds
@@ -161,6 +164,8 @@ class _Stream:
         return self
 
     async def __anext__(self) -> bytes:
+        if self._expected > self._limits.bytes:
+            await self._refuse()
         left = self._end - asyncio.get_running_loop().time()
         seconds = min(self._limits.chunk_seconds, max(0.0, left))
         try:
@@ -173,18 +178,32 @@ class _Stream:
             raise ClientGoneError from error
         self._left -= len(chunk)
         if self._left < 0:
-            raise _too_large(self._limits)
+            await self._refuse()
         return chunk
 
+    async def _refuse(self) -> NoReturn:
+        """Refuse a body that is too large.
 
-def _check_length(request: Request, limits: BodyLimits) -> None:
+        A little of the rest is read before: a client that still sends would not see the answer.
+        """
+        if not self._waits:
+            with suppress(asyncio.TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(self._discard(), _LINGER_SECONDS)
+        raise PayloadError(
+            f"the body is larger than {self._limits.bytes:,} bytes: send a smaller one"
+        )
+
+    async def _discard(self) -> None:
+        left = _LINGER_BYTES
+        async for chunk in self._pieces:
+            left -= len(chunk)
+            if left < 0:
+                return
+
+
+def _expected_bytes(request: Request) -> int:
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length[:20]) > limits.bytes:
-        raise _too_large(limits)
-
-
-def _too_large(limits: BodyLimits) -> PayloadError:
-    return PayloadError(f"the body is larger than {limits.bytes:,} bytes: send a smaller one")
+    return int(length[:20]) if length.isdigit() else 0
 
 
 async def read_form(request: Request, limits: BodyLimits) -> dict[str, Any]:

@@ -6,7 +6,11 @@ import asyncio
 import socket
 from contextlib import suppress
 
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from latentforge.serve.errors import BadRequestError
+from latentforge.serve.http.envelope import envelope
 
 __all__ = ["BoundedConnection"]
 
@@ -55,6 +59,18 @@ class BoundedConnection(H11Protocol):
         """Go on: the client has read."""
         self._stop_stalled()
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        body = msgspec.json.encode(envelope(BadRequestError(msg)))
+        head = [
+            b"HTTP/1.1 400 Bad Request",
+            b"content-type: application/json",
+            b"content-length: %d" % len(body),
+            b"connection: close",
+        ]
+        self.transport.write(b"\r\n".join([*head, b"", body]))
+        self.transport.close()
 
     def _expect_head(self) -> None:
         """Bound the time until a request is being answered."""

@@ -70,7 +70,8 @@ _NAMED = re.compile(
 
 _KEY = re.compile(r"[!-~]{1,255}")
 
-OWNER, MODEL, JOB = "latentforge.owner", "latentforge.model", "latentforge.job"
+OWNER, MODEL = "latentforge.owner", "latentforge.model"
+JOB, TEXT = "latentforge.job", "latentforge.prompt"
 """Entries of a request's scope."""
 
 
@@ -127,6 +128,7 @@ class HttpOptions:
         deadline: seconds after which a request ends that names no shorter time.
         url: address under which clients reach the server; empty for that of each request.
         metadata: False to leave the settings, and so the prompt, out of PNG files.
+        log_prompts: True to have prompts in the log.
     """
 
     body: BodyLimits = BodyLimits()
@@ -134,6 +136,7 @@ class HttpOptions:
     deadline: float = 600.0
     url: str = ""
     metadata: bool = True
+    log_prompts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +222,8 @@ class Context:
             )
         print_of = hashlib.sha256(request.scope["path"].encode() + msgspec.json.encode(fields))
         request.scope[MODEL] = images.model
+        if self.options.log_prompts:
+            request.scope[TEXT] = images.settings.prompts[0]
         job = await self.service.submit(
             images,
             owner=owner_of(request),

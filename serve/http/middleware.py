@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentforge.serve.errors import ForbiddenError, KeyRequiredError
-from latentforge.serve.http.context import JOB, MODEL, OWNER
+from latentforge.serve.http.context import JOB, MODEL, OWNER, TEXT
 from latentforge.serve.http.endpoint import Handler
 from latentforge.serve.http.envelope import error_response
 from latentforge.serve.http.sse import ClientGoneError
@@ -118,6 +118,7 @@ class RequestMiddleware:
             "model": model or None,
             "job": scope.get(JOB),
             "owner": scope.get(OWNER),
+            "prompt": scope.get(TEXT),
         }
         self.log.write(fields, route=route, status=status)
 

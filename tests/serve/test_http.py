@@ -27,20 +27,23 @@ from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context, HttpOptions
 from latentforge.serve.pictures import PictureLimits
 from latentforge.serve.request import ImageRequest
-from latentforge.serve.service import ModelSource, Service
+from latentforge.serve.scheduler import Limits
+from latentforge.serve.service import ModelSource, Service, ServiceOptions
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning:(openai|webuiapi|httpx).*")
 
 LIMITS = HttpOptions(
     body=BodyLimits(bytes=1 << 20, chunk_seconds=0.5, seconds=1.0),
     pictures=PictureLimits(side=512, pixels=1 << 16),
+    deadline=1e6,
 )
 GENERATIONS = "/v1/images/generations"
 LONG = {"prompt": "a", "num_inference_steps": 500, "n": 10, "size": "512x512"}
 
 
-def context_of(directory: Path, **options: Any) -> Context:
-    service = Service([ModelSource(name="handmade", directory=directory)], **options)
+def context_of(directory: Path) -> Context:
+    source = ModelSource(name="handmade", directory=directory)
+    service = Service([source], options=ServiceOptions(limits=Limits(queue_seconds=86_400.0)))
     return Context(service=service, metrics=service.metrics, options=LIMITS)
 
 
@@ -170,7 +173,7 @@ def test_wrong_fields_are_named(client: httpx.Client, change: dict[str, Any], pa
         (b"[" * 100_000, "application/json", 400),
         (b"{}", "text/plain", 415),
         (b"{}", "", 415),
-        (b"x" * (2 << 20), "application/json", 413),
+        (b"x" * (20 << 20), "application/json", 413),
     ],
 )
 def test_bodies_that_are_no_requests(
@@ -472,6 +475,24 @@ def test_a_client_that_leaves_ends_its_job(server: Served) -> None:
 def request_bytes(body: bytes, path: str = GENERATIONS) -> bytes:
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def test_a_client_that_leaves_the_queue_ends_its_job(server: Served, client: httpx.Client) -> None:
+    first = client.post("/v1/jobs", json=LONG).json()
+    scheduler = server.context.service.scheduler
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(request_bytes(json.dumps({**LONG, "seed": 1}).encode()))
+        wait_for(lambda: scheduler.jobs == 2)
+    wait_for(lambda: scheduler.jobs == 1)
+    assert client.post(first["cancel_url"]).json()["status"] == "cancelled"
+
+
+def test_what_is_not_http_is_refused(server: Served) -> None:
+    for sent in (b"\0\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(sent)
+            answer = connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in answer
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

@@ -20,13 +20,14 @@ import pytest
 from latentforge.__main__ import main
 from latentforge.serve.keys import KeyRing
 
+QUICK = ("--port", "0", "--measure-seconds", "0")
 LONG = {"prompt": "a red apple", "num_inference_steps": 500, "n": 10, "size": "512x512"}
 
 
 @contextmanager
 def serving(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """Run the command, and give its process and a client once it is ready."""
-    command = [sys.executable, "-m", "latentforge", "serve", *map(str, arguments), "--port", "0"]
+    command = [sys.executable, "-m", "latentforge", "serve", *map(str, arguments), *QUICK]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
     )

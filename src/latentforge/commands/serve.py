@@ -109,6 +109,11 @@ def _add_queue(parser: Any) -> None:
         help="most images that run together, where that was measured to be faster (default: 8)",
     )  # fmt: skip
     group.add_argument(
+        "--measure-seconds", type=float, default=20.0, metavar="S",
+        help="time that measuring batches may take per model at the first start; the result is "
+        "kept in the cache (default: 20; 0 runs images one by one)",
+    )  # fmt: skip
+    group.add_argument(
         "--keep", type=float, default=600.0, metavar="S",
         help="time for which results of jobs are kept (default: 600)",
     )  # fmt: skip
@@ -148,9 +153,10 @@ def _add_interface(parser: Any) -> None:
     group.add_argument(
         "--no-shares", action="store_true", help="no links to images that need no key"
     )
+    group.add_argument("--log-prompts", action="store_true", help="have the prompts in the log")
     group.add_argument(
         "--log", choices=["json", "text"], default="json",
-        help="format of the log on standard error, which has no prompts (default: json)",
+        help="format of the log on standard error (default: json)",
     )  # fmt: skip
 
 
@@ -160,7 +166,7 @@ def _serve(options: argparse.Namespace) -> None:
         return
     from latentforge.serve.launch import launch
 
-    status = launch(_options_of(options), _announce)
+    status = launch(_options_of(options), _announce, lambda: print("ready", flush=True))
     if status:
         raise KeyboardInterrupt("by a second signal")
 
@@ -187,12 +193,17 @@ def _options_of(options: argparse.Namespace) -> ServeOptions:
         sources=model_sources(_engines(options), loaded, options.replicas),
         address=address,
         ring=ring,
-        service=ServiceOptions(limits=limits, result_seconds=options.keep),
+        service=ServiceOptions(
+            limits=limits,
+            result_seconds=options.keep,
+            measure_seconds=options.measure_seconds,
+        ),
         http=HttpOptions(
             body=BodyLimits(bytes=options.max_body << 20),
             deadline=options.deadline,
             url=options.url,
             metadata=not options.no_metadata,
+            log_prompts=options.log_prompts,
         ),
         server=ServerOptions(drain_seconds=options.drain_timeout),
         shares=_shares(options),
@@ -242,11 +253,13 @@ def _print_key(name: str) -> None:
 
 
 def _announce(url: str, service: Service) -> None:
-    """Print where the server is, its models and its limits."""
+    """Print where the server is, its models and its limits, before the models are loaded."""
     print(f"latentforge serves at {url}  (page, API, /openapi.json, /metrics)")
     for name, card in service.models.items():
         print(f"  model {name}: {_described(card.manifest)}")
-    print("ready", flush=True)
+    limits = service.scheduler.limits
+    print(f"  waits up to {limits.queue_seconds:g} s, up to {limits.max_batch} images together")
+    print("loading", flush=True)
 
 
 def _described(manifest: Any) -> str:
