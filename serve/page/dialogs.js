@@ -86,3 +86,7 @@ function flash(button) {
 export function announce(message) {
   $("status").textContent = message;
 }
+
+for (const button of document.querySelectorAll("[data-close]")) {
+  button.addEventListener("click", () => button.closest("dialog").close("cancel"));
+}

@@ -8,6 +8,11 @@ const FIELDS = ["prompt", "negative", "model", "size", "n", "width", "height", "
 const CUSTOM = "custom";
 const SHAPES = [[1, 1], [4, 3], [3, 4], [16, 9], [9, 16]];
 
+/** Advice for models that draw little, by name. */
+const HINTS = {
+  demo: "The demo draws animals, plants, food and drinks, such as “owl on a pink background”.",
+};
+
 /** Fields by the name that the server gives in an error. */
 const BY_PARAM = {
   prompt: "prompt", negative_prompt: "negative", model: "model", size: "size", width: "size",
@@ -114,11 +119,16 @@ export class Form {
   blame(param) {
     const field = $(BY_PARAM[param] ?? "");
     if (!field) return;
-    const section = field.closest("details");
-    if (section) section.open = true;
+    this.reveal(field);
     field.setAttribute("aria-invalid", "true");
     field.setAttribute("aria-errormessage", "problem");
     field.focus();
+  }
+
+  /** Open the section of a field, where a message about it could not be shown otherwise. */
+  reveal(field) {
+    const section = field?.closest("details");
+    if (section) section.open = true;
   }
 
   #input(field) {
@@ -134,6 +144,7 @@ export class Form {
     if (!model) return;
     const [width, height] = [sides(model, "width", this.#limits), sides(model, "height", this.#limits)];
     $("model").closest(".field").hidden = this.#models.size < 2;
+    $("prompt-note").textContent = HINTS[model.name] ?? "";
     fill($("sampler"), model.samplers.map((name) => [name, name]), model.defaults.sampler);
     fill($("size"), sizes(model).map((size) => [size, size.replace("x", " × ")]), model.defaults.size);
     if (width.min < width.max || height.min < height.max) $("size").append(new Option("Custom", CUSTOM));

@@ -7,9 +7,13 @@ import { drop, keep, randomName } from "./store.js";
 const RETRIES = [500, 1000, 2000, 4000, 8000]; // milliseconds; the last one repeats
 const POLL = 1000; // milliseconds
 const ENDED = new Set(["completed", "failed", "cancelled", "lost"]);
+const SENDING = "sending"; // of a request whose answer has not come; its key makes it unique
 const LOST = "The server no longer has this image: it was restarted, or kept it too long ago";
 
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const pause = (milliseconds, signal) => new Promise((resolve) => {
+  setTimeout(resolve, milliseconds);
+  signal?.addEventListener("abort", resolve, { once: true });
+});
 
 /**
  * Entries by key, newest first. Events: "change" with an entry in `detail`, null for several.
@@ -23,19 +27,22 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 export class Jobs extends EventTarget {
   entries = new Map();
   #streamed = null; // job that is looked at
-  #switch = new AbortController(); // ends a stream that is no longer looked at
+  #switch = new AbortController(); // ends the streams and pauses when another is looked at
 
   constructor() {
     super();
     document.addEventListener("visibilitychange", () => this.#switch.abort());
   }
 
-  /** Take the entries of before a reload, and watch those that had not ended. */
-  resume(kept) {
+  /** Take the entries of before a reload, watch those that had not ended, and finish sending. */
+  async resume(all) {
+    const kept = all.filter((entry) => entry.status !== SENDING);
     kept.sort((one, other) => other.created - one.created || one.index - other.index);
     for (const entry of kept) this.entries.set(entry.key, entry);
     const running = kept.filter((entry) => !ENDED.has(entry.status));
     for (const job of new Set(running.map((entry) => entry.job))) this.#watch(job);
+    this.#changed(null);
+    for (const entry of all.filter(({ status }) => status === SENDING)) await this.#send(entry);
   }
 
   of(job) {
@@ -44,11 +51,18 @@ export class Jobs extends EventTarget {
 
   /** Send a request and return the entries of its images. */
   async submit(request) {
-    const answer = await resent("v1/jobs", request, randomName());
+    const entry = { key: randomName(), status: SENDING, request, created: Date.now() };
+    await keep(entry);
+    return this.#send(entry);
+  }
+
+  /** Send a request, which has the same job as before if only the answer to it was lost. */
+  async #send({ key, request, created }) {
+    const answer = await resent("v1/jobs", request, key).finally(() => drop(key));
     const made = answer.seeds.map((seed, index) => ({
       key: `${answer.id}/${index}`, job: answer.id, index, count: answer.seeds.length,
       request, size: answer.size, seed,
-      status: "queued", position: answer.queue_position, created: Date.now(),
+      status: "queued", position: answer.queue_position, created,
     }));
     this.entries = new Map([...made.map((entry) => [entry.key, entry]), ...this.entries]);
     this.#changed(null);
@@ -84,23 +98,27 @@ export class Jobs extends EventTarget {
     for (let failures = 0; this.#running(job);) {
       try {
         if (job === this.#streamed && !document.hidden) await this.#stream(job);
-        await this.#ask(job);
+        if (this.#running(job)) await this.#ask(job);
         failures = 0;
       } catch (error) {
         this.#excuse(job, error);
         failures += 1;
       }
       const waiting = failures ? RETRIES[Math.min(failures, RETRIES.length) - 1] : POLL;
-      if (this.#running(job) && (failures || job !== this.#streamed || document.hidden)) await pause(waiting);
+      if (this.#running(job)) await pause(waiting, this.#signal);
     }
   }
 
-  async #stream(job) {
+  get #signal() {
     if (this.#switch.signal.aborted) this.#switch = new AbortController();
+    return this.#switch.signal;
+  }
+
+  async #stream(job) {
     try {
-      for await (const { type, data } of events(`v1/jobs/${job}/events`, this.#switch.signal)) {
+      for await (const { type, data } of events(`v1/jobs/${job}/events`, this.#signal)) {
         await APPLY[type]?.(this, job, data);
-        if (!this.#running(job)) return;
+        if (ENDED.has(type)) return;
       }
     } catch (error) {
       if (error.name !== "AbortError") throw error;
@@ -124,9 +142,9 @@ export class Jobs extends EventTarget {
     await this.state(job, await call(`v1/jobs/${job}`));
   }
 
-  async state(job, { status, queue_position: position, progress, images, error }) {
+  async state(job, { status, queue_position: position, progress, images, error, started, ended }) {
     await Promise.all(images.map((image) => this.finish(job, image)));
-    if (ENDED.has(status)) this.#end(job, status, error?.message);
+    if (ENDED.has(status)) this.#end(job, status, error?.message, ended - started);
     else if (status === "queued") this.queue(job, position);
     else this.progress(job, { ...progress, images: this.of(job).map(({ index }) => index), previews: [] });
   }
@@ -134,9 +152,7 @@ export class Jobs extends EventTarget {
   async finish(job, { index, url }) {
     const entry = this.entries.get(`${job}/${index}`);
     if (!entry || entry.blob) return;
-    const blob = await file(url);
-    const seconds = entry.started ? (performance.now() - entry.started) / 1000 : null;
-    this.#update(entry, { blob, seconds, status: "completed" });
+    this.#update(entry, { blob: await file(url), status: "completed" });
   }
 
   queue(job, position) {
@@ -144,8 +160,6 @@ export class Jobs extends EventTarget {
   }
 
   begin(job) {
-    const started = performance.now();
-    for (const entry of this.of(job)) entry.started ??= started;
     this.#set(job, { status: "running", position: null });
   }
 
@@ -164,8 +178,9 @@ export class Jobs extends EventTarget {
     }
   }
 
-  #end(job, status, error = null) {
+  #end(job, status, error = null, seconds = null) {
     for (const entry of this.of(job)) {
+      if (entry.status === "completed") this.#update(entry, { seconds });
       if (ENDED.has(entry.status)) continue;
       const missing = status === "completed" && !entry.blob;
       this.#update(entry, missing ? { status: "lost", error: LOST } : { status, error });

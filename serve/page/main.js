@@ -1,6 +1,6 @@
 // Entry of the page: joins the form, the jobs, the selected image and the gallery.
 
-import { call } from "./api.js";
+import { call, hasKey } from "./api.js";
 import { announce, askClear, askKey, showCode, showLink } from "./dialogs.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
@@ -27,11 +27,12 @@ start();
 
 async function start() {
   connectEvents();
-  const [kept] = await Promise.all([open(), connect()]);
+  const kept = await open();
   if (kept === null) warnUnkept();
-  jobs.resume(kept ?? []);
-  gallery.showAll(jobs.entries, current);
+  const resumed = jobs.resume(kept ?? []).catch(reportError);
   select(jobs.entries.keys().next().value ?? null);
+  await Promise.all([resumed, connect()]);
+  if (current === null) select(jobs.entries.keys().next().value ?? null);
 }
 
 /** Ask the server what it can do, until it answers. */
@@ -73,6 +74,7 @@ function showState(name, text) {
 }
 
 function connectEvents() {
+  $("key-open").hidden = !hasKey();
   $("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
   $("form").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
@@ -102,8 +104,10 @@ function connectEvents() {
 const selected = () => jobs.entries.get(current);
 
 async function submit() {
-  const request = form.request();
+  if ($("generate").disabled) return; // no model yet, or a request is on its way
+  form.reveal($("form").querySelector("input:invalid"));
   if (!$("form").reportValidity()) return;
+  const request = form.request();
   if (source.missing) {
     report("This model needs an image.");
     form.blame("image");
@@ -176,6 +180,8 @@ function showChange(entry) {
   if (entry?.away) reconnect();
   if (entry !== null && entry.key !== current) return;
   if (entry !== null) speak(entry);
+  const running = selected()?.status === "running" && selected().fraction;
+  document.title = running ? `${Math.floor(100 * running)} % · latentforge` : "latentforge";
   showStage();
 }
 

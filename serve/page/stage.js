@@ -72,6 +72,7 @@ function facts({ request, size, seed, seconds, count, index }) {
     ...(count > 1 ? [`Image ${index + 1} of ${count}`] : []),
     request.model, size.replace("x", " × "), `${request.num_inference_steps} steps`,
     `guidance ${request.guidance_scale}`, request.sampler,
-    `seed ${seed}`, ...(seconds ? [duration(seconds)] : []),
+    `seed ${seed}`,
+    ...(seconds ? [(count > 1 ? `${count} images in ` : "") + duration(seconds)] : []),
   ];
 }
