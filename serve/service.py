@@ -23,6 +23,7 @@ from latentforge.runtime.errors import BackendError, LatentforgeError, SettingsE
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.text import one_line
+from latentforge.runtime.validation import check_number
 from latentforge.serve.errors import ExpiredJobError, ModelUnavailableError, ServeError
 from latentforge.serve.idempotency import IdempotencyStore
 from latentforge.serve.job import (
@@ -89,6 +90,9 @@ class ServiceOptions:
         unavailable_seconds: time without any process after which a model's requests fail.
         measure_seconds: time that the measurement of batches may take per model at the start,
             where none is kept; 0 measures nothing.
+
+    Raises:
+        SettingsError: measure_seconds is no number from 0 to a million.
     """
 
     limits: Limits = Limits()
@@ -97,6 +101,9 @@ class ServiceOptions:
     result_bytes: int = 1 << 28
     unavailable_seconds: float = 60.0
     measure_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("measure_seconds", self.measure_seconds, 0, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,10 +14,12 @@ from enum import Enum
 from pathlib import Path
 
 from latentforge.runtime import errors
+from latentforge.runtime.annotations import check_fields
 from latentforge.runtime.errors import BackendError, LatentforgeError
 from latentforge.runtime.isolation import child_environment, program_command
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.text import one_line
+from latentforge.runtime.validation import check_number
 from latentforge.serve.worker.messages import (
     Answer,
     BatchDone,
@@ -75,6 +77,9 @@ class WorkerLimits:
         ping: time between two questions to a worker without a batch.
         first_pause: before it starts again; doubled with each loss in a row.
         longest_pause: limit of that.
+
+    Raises:
+        SettingsError: one is no number from 0.01 to a million.
     """
 
     load: float = 1800.0
@@ -82,6 +87,11 @@ class WorkerLimits:
     ping: float = 5.0
     first_pause: float = 0.5
     longest_pause: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("load", "step", "ping", "first_pause", "longest_pause"):
+            check_number(name, getattr(self, name), 0.01, 1e6)
 
     def pause(self, losses: int) -> float:
         """Return the pause after this many losses in a row."""

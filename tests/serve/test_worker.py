@@ -16,7 +16,7 @@ import pytest
 from conftest import Handmade
 from test_loop import NETWORKS
 
-from latentforge.runtime.errors import BackendError, ManifestError
+from latentforge.runtime.errors import BackendError, ManifestError, SettingsError
 from latentforge.runtime.isolation import child_environment
 from latentforge.runtime.loader import load
 from latentforge.runtime.manifest import Manifest, PreviewMap
@@ -367,3 +367,6 @@ def test_previews_divide_a_run_evenly() -> None:
 def test_pauses_grow_to_a_limit() -> None:
     limits = WorkerLimits()
     assert [limits.pause(losses) for losses in (1, 2, 3, 7, 1000)] == [0.5, 1, 2, 30, 30]
+    for wrong in ({"step": 0.0}, {"load": float("nan")}, {"ping": -1.0}):
+        with pytest.raises(SettingsError, match=rf"{next(iter(wrong))} must be a number from"):
+            WorkerLimits(**wrong)

@@ -138,6 +138,15 @@ def _add_workers(parser: Any) -> None:
         "--prompt-cache", type=int, default=256, metavar="N",
         help="prompts whose embeddings each process keeps (default: 256)",
     )  # fmt: skip
+    group.add_argument(
+        "--load-timeout", type=float, default=1800.0, metavar="S",
+        help="time for a model to load and to run one step (default: 1800)",
+    )  # fmt: skip
+    group.add_argument(
+        "--step-timeout", type=float, default=300.0, metavar="S",
+        help="time of a step after which a process counts as hung, and is started again "
+        "(default: 300)",
+    )  # fmt: skip
 
 
 def _add_interface(parser: Any) -> None:
@@ -179,6 +188,7 @@ def _options_of(options: argparse.Namespace) -> ServeOptions:
     from latentforge.serve.launch import Address, ServeOptions, model_sources
     from latentforge.serve.scheduler import Limits
     from latentforge.serve.service import ServiceOptions
+    from latentforge.serve.worker.replica import WorkerLimits
 
     address = Address(host=options.host, port=options.port, insecure=options.insecure)
     ring = _ring(options)
@@ -195,6 +205,7 @@ def _options_of(options: argparse.Namespace) -> ServeOptions:
         ring=ring,
         service=ServiceOptions(
             limits=limits,
+            worker=WorkerLimits(load=options.load_timeout, step=options.step_timeout),
             result_seconds=options.keep,
             measure_seconds=options.measure_seconds,
         ),
