@@ -157,9 +157,8 @@ class Job:
     def bytes(self) -> int:
         """Bytes of its pictures."""
         shown = self.step.previews if self.step is not None else {}
-        own = [self.request.image, self.request.mask]
-        pictures = [*self.images.values(), *shown.values(), *(p for p in own if p is not None)]
-        return sum(picture.nbytes for picture in pictures)
+        pictures = (*self.images.values(), *shown.values())
+        return self.request.bytes + sum(picture.nbytes for picture in pictures)
 
     def after(self, event: JobEvent, now: float) -> Job:
         """Return the job after an event, at ``now`` in seconds since the epoch."""

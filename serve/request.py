@@ -119,6 +119,11 @@ class ImageRequest:
         """Work of all images: steps of 512 x 512 pixels without guidance."""
         return self.key.row_cost * self.count
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of its pictures."""
+        return sum(part.nbytes for part in (self.image, self.mask) if part is not None)
+
     def rows(self, job: str) -> tuple[Row, ...]:
         """Return the images of this request, as a job, to run in batches."""
         settings = self.settings

@@ -17,9 +17,10 @@ class Limits:
     Attributes:
         queue_seconds: longest wait that a request is accepted for, by the measured throughput.
         queue_jobs: jobs of one model that may wait.
+        queue_bytes: bytes of the pictures of all requests that have not ended.
         max_batch: most images that run together; fewer if more are not measured to be faster.
         interleave: True if a short batch may run in turn with a long one on the same replica.
-        aging_seconds: wait after which an owner's jobs run in the order of their arrival.
+        aging_seconds: wait for a turn after which a job has one before others of its owner.
         retry_seconds: Retry-After as long as no throughput has been measured.
 
     Raises:
@@ -28,6 +29,7 @@ class Limits:
 
     queue_seconds: float = 60.0
     queue_jobs: int = 1000
+    queue_bytes: int = 1 << 30
     max_batch: int = 8
     interleave: bool = True
     aging_seconds: float = 30.0
@@ -37,6 +39,7 @@ class Limits:
         check_fields(self)
         check_number("queue_seconds", self.queue_seconds, 0, _DAY)
         check_count("queue_jobs", self.queue_jobs, 1_000_000)
+        check_count("queue_bytes", self.queue_bytes, 1 << 50)
         check_count("max_batch", self.max_batch, 1024)
         check_number("aging_seconds", self.aging_seconds, 0, _DAY)
         check_number("retry_seconds", self.retry_seconds, 0, _DAY)

@@ -2,9 +2,10 @@
 
 Each owner has a tag, the cost of the images that ran for it: the owner of the lowest tag is next,
 and an owner who comes back after a pause starts at the tag that is served (start-time fair queuing,
-Goyal et al. 1996). Among the jobs of an owner goes the one whose next image would be finished first
-if all of them ran at once (weighted fair queuing, Demers et al. 1989): a small job passes a huge
-one, and each image of the huge one has its time. Jobs that wait for too long go first.
+Goyal et al. 1996). Among the jobs of an owner goes the one that would be finished first if all of
+them ran at once, each at its share of the speed (weighted fair queuing, Demers et al. 1989): small
+jobs pass a huge one, equal ones go in the order of their arrival, and each is done about as soon as
+if it had its share from the start. Whatever has waited for too long has a turn first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Flow:
         arrived: seconds, when the job was accepted.
         rows: its images that wait.
         alone: True for images that do not share a batch, since one of them failed there.
-        tag: virtual time at which the next image starts.
+        finish: virtual time at which all are done, if all jobs of the owner run at once.
+        since: seconds, when it had a turn, or arrived.
     """
 
     job: str
@@ -38,7 +40,11 @@ class Flow:
     arrived: float
     rows: deque[Row]
     alone: bool = False
-    tag: float = 0.0
+    finish: float = 0.0
+    since: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since = self.arrived
 
     @property
     def key(self) -> BatchKey:
@@ -49,11 +55,6 @@ class Flow:
     def cost(self) -> float:
         """Work of all its images."""
         return self.key.row_cost * len(self.rows)
-
-    @property
-    def finish(self) -> float:
-        """Virtual time at which the next image ends."""
-        return self.tag + self.key.row_cost
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class FairQueue:
     """Waiting images of one model.
 
     Args:
-        aging_seconds: wait after which the jobs of an owner go in the order of their arrival.
+        aging_seconds: wait for a turn after which a job has one before all others of its owner.
     """
 
     def __init__(self, aging_seconds: float) -> None:
@@ -102,11 +103,6 @@ class FairQueue:
         return sum(share.images for share in self._shares.values())
 
     @property
-    def owners(self) -> int:
-        """Number of owners who wait."""
-        return len(self._shares)
-
-    @property
     def cost(self) -> float:
         """Work of all images that wait."""
         return sum(share.cost for share in self._shares.values())
@@ -121,10 +117,18 @@ class FairQueue:
         share = self._shares.get(owner)
         return len(share.flows) if share is not None else 0
 
-    def cost_of(self, owner: str) -> float:
-        """Return the work of the images of one owner that wait."""
-        share = self._shares.get(owner)
-        return share.cost if share is not None else 0.0
+    def work_before(self, owner: str, cost: float) -> float:
+        """Return the work that would be done before that of a further job of an owner ends.
+
+        Args:
+            owner: the owner.
+            cost: work of the job.
+        """
+        if (share := self._shares.get(owner)) is None:
+            return 0.0
+        earlier = (f for f in share.flows.values() if f.finish <= share.time + cost)
+        owners = len(self._shares)
+        return min(self.cost, owners * sum(flow.cost for flow in earlier))
 
     def add(self, flow: Flow) -> None:
         """Let the images of a job wait. Those that join others of the job are behind them."""
@@ -138,7 +142,7 @@ class FairQueue:
         if (waiting := share.flows.get(name)) is not None:
             waiting.rows.extend(flow.rows)
             return
-        flow.tag = share.time
+        flow.finish = share.time + flow.cost
         share.flows[name] = flow
 
     def discard(self, job: str, owner: str) -> None:
@@ -168,14 +172,15 @@ class FairQueue:
         for flow in [first, *self._companions(first)]:
             while flow.rows and len(taken) < size and allowed(flow, taken):
                 taken.append((flow, self._pop(flow)))
+                flow.since = now
         return taken
 
     def _first(self, allowed: Allowed, now: float) -> Flow | None:
         for share in sorted(self._shares.values(), key=lambda share: share.tag):
             flows = [flow for flow in share.flows.values() if allowed(flow, ())]
             if flows:
-                oldest = min(flows, key=lambda flow: flow.arrived)
-                aged = now - oldest.arrived >= self._aging
+                oldest = min(flows, key=lambda flow: flow.since)
+                aged = now - oldest.since >= self._aging
                 return oldest if aged else min(flows, key=lambda flow: flow.finish)
         return None
 
@@ -195,7 +200,6 @@ class FairQueue:
         share.cost -= cost
         share.tag += cost
         share.time += cost / len(share.flows)
-        flow.tag += cost
         self._leave(flow)
         return row
 

@@ -241,22 +241,26 @@ class Scheduler:
             )
         if queue.jobs >= self.limits.queue_jobs:
             raise self._full(request.model, f"{self.limits.queue_jobs} requests wait already")
+        if request.bytes and (held := self._held_bytes()) + request.bytes > self.limits.queue_bytes:
+            raise self._full(request.model, f"requests hold {held:,} bytes of pictures already")
         self._admit_wait(request, owner, deadline, now)
 
     def _admit_wait(
         self, request: ImageRequest, owner: str, deadline: float | None, now: float
     ) -> None:
         """Refuse a request that would wait for too long, by what has been measured so far."""
-        rate, wait = self._rate(request.model), self.expected_wait(request.model)
-        queue, limit = self._queue(request.model), self.limits.queue_seconds
-        if rate is None or wait is None or not len(queue):
+        rate, limit = self._rate(request.model), self.limits.queue_seconds
+        before = self._queue(request.model).work_before(owner, request.cost)
+        if rate is None or not before:
             return
-        owners = queue.owners + (not queue.jobs_of(owner))
-        own = (queue.cost_of(owner) + self._remaining(request.model)) / rate
-        if wait > limit and own > limit / owners:
+        wait = (before + self._remaining(request.model)) / rate
+        if wait > limit:
             raise self._full(request.model, f"it would start in about {wait:.0f} seconds")
-        if deadline is not None and now + min(wait, own * owners) + request.cost / rate > deadline:
+        if deadline is not None and now + wait + request.cost / rate > deadline:
             raise self._full(request.model, "it would not be done at its deadline")
+
+    def _held_bytes(self) -> int:
+        return sum(entry.request.bytes for entry in self._jobs.values())
 
     def _full(self, model: str, reason: str) -> QueueFullError:
         wait = self._retry_after(model)

@@ -61,17 +61,18 @@ def small(simulation: Simulation, start: float, gap: float) -> list[str]:
     "huge",
     [
         {"images": 64},  # of the same size and steps, many images
+        {"images": 600},  # more than a minute: it has its turns, no more
         {"images": 10, "height": 768, "width": 768, "steps": 15},
     ],
 )
 def test_small_requests_beside_a_huge_one(huge: dict[str, int], gap: float) -> None:
-    cost = Cost(0.005, 0.015)
-    alone = Simulation(cost)
+    cost, limits = Cost(0.005, 0.015), Limits(aging_seconds=2)
+    alone = Simulation(cost, limits)
     small(alone, 0.5, gap)
     alone.run()
-    beside = Simulation(cost)
+    beside = Simulation(cost, limits)
     large = beside.send(0.0, image_request(**huge))  # type: ignore[arg-type]
-    names = small(beside, 0.5, gap)
+    names = small(beside, 2.5, gap)
     beside.run()
     p95 = percentile((o.seconds for o in alone.having("completed")), 95)
     assert percentile((beside.outcomes[name].seconds for name in names), 95) <= 3 * p95

@@ -103,13 +103,39 @@ def test_owners_have_equal_shares() -> None:
     assert order[:4] == [f"many{index}" for index in range(4)]
 
 
-def test_a_long_wait_goes_first_within_an_owner() -> None:
+def test_a_long_wait_has_a_turn_within_an_owner() -> None:
+    """One turn: the rest of a huge job does not pass what came later."""
     queue = scheduler(Limits(aging_seconds=5))
-    submit(queue, "large", image_request(1, height=1024, width=1024))
+    submit(queue, "huge", image_request(9, height=1024, width=1024))
     submit(queue, "small", image_request(1, steps=4), now=4.0)
     assert jobs(queue.next_batch("m", 0, 4.9)) == ["small"]
     submit(queue, "small2", image_request(1, steps=4), now=5.0)
-    assert jobs(queue.next_batch("m", 1, 5.0)) == ["large"]
+    assert jobs(queue.next_batch("m", 1, 5.0)) == ["huge"] * 4
+    assert jobs(queue.next_batch("m", 2, 5.0)) == ["small2"]
+
+
+def test_equal_jobs_go_one_after_the_other() -> None:
+    queue = scheduler(Limits(max_batch=1, interleave=False))
+    for name in "abc":
+        submit(queue, name, image_request(3))
+    order = []
+    while (batch := queue.next_batch("m", 0, 0.0)) is not None:
+        order += jobs(batch)
+        finish(queue, batch, 0.0)
+    assert order == [*"aaabbbccc"]
+
+
+def test_pictures_that_wait_are_bounded_in_memory() -> None:
+    queue = scheduler(Limits(queue_bytes=1000))
+    settings = image_request(1).settings
+    image = np.zeros((10, 20, 3), np.uint8)
+    with_image = ImageRequest(model="m", settings=settings, image=image)
+    submit(queue, "a", with_image)
+    with pytest.raises(QueueFullError, match="hold 600 bytes"):
+        submit(queue, "b", with_image)
+    submit(queue, "c", image_request(1))
+    queue.cancel("a", "client", 0.0)
+    submit(queue, "d", with_image)
 
 
 def test_a_short_batch_runs_beside_a_long_one() -> None:
@@ -197,10 +223,10 @@ def test_the_number_of_jobs_is_limited() -> None:
 def test_jobs_of_an_owner_at_its_limit_wait_for_each_other() -> None:
     queue = scheduler(one=OwnerLimits(concurrent=1))
     submit(queue, "a", image_request(6), owner="one")
-    submit(queue, "b", image_request(1), owner="one")
-    submit(queue, "c", image_request(1), owner="free")
     first = queue.next_batch("m", 0, 0.0)
     assert jobs(first) == ["a"] * 4
+    submit(queue, "b", image_request(1), owner="one")
+    submit(queue, "c", image_request(1), owner="free")
     assert jobs(queue.next_batch("m", 1, 0.0)) == ["c", "a", "a"]  # no permit for b
     assert queue.next_batch("m", 2, 0.0) is None
     queue.cancel("a", "client", 1.0)
@@ -257,7 +283,7 @@ def test_batches_that_exhaust_memory_become_smaller() -> None:
             queue.failed(batch.id, "no memory left", 1.0, "out_of_memory")
         else:
             finish(queue, batch, 1.0)
-    assert sizes == [4, 2] + [1] * 12
+    assert sizes == [4, 1, 1, 1, 1, 2, 1, 1] + [1] * 6
     submit(queue, "small", image_request(4, height=256, width=256))
     assert len(jobs(queue.next_batch("m", 0, 2.0))) == 1  # as the next larger size
     assert GAINS.below(4, "m", 512, 512).batch_size("m", 512, 512) == 2
