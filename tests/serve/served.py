@@ -5,15 +5,36 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import uvicorn
+from conftest import handmade_engines
 
+from latentforge.runtime.manifest import Manifest, PreviewMap
+from latentforge.runtime.tensor import TensorSpec
 from latentforge.serve.http.app import create_app
 from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context
 from latentforge.serve.service import Service
+
+
+def complete_engines(folder: Path) -> Path:
+    """Write null engines that encode images and make previews."""
+    directory = handmade_engines(folder)
+    manifest = Manifest.read(directory)
+    encoder = msgspec.structs.replace(
+        manifest.components["vae_decoder"],
+        inputs={"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
+        outputs={"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
+    )
+    components = {**manifest.components, "vae_encoder": encoder}
+    preview = PreviewMap(weights=((0.1,) * 4,) * 3, offset=(0.0, 0.5, -0.5), correlation=0.9)
+    changed = msgspec.structs.replace(manifest, components=components, preview=preview)
+    changed.write(directory)
+    return directory
 
 
 @dataclass(frozen=True)

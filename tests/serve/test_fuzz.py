@@ -1,12 +1,11 @@
 """Requests that schemathesis derives from the server's own description."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from served import Served, served
+from served import Served, complete_engines, served
 from test_http import context_of
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -16,7 +15,8 @@ EXCLUDED = ("positive_data_acceptance", "ignored_auth", "use_after_free")
 
 
 @pytest.fixture(scope="module")
-def server(engines: Path) -> Iterator[Served]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    engines = complete_engines(tmp_path_factory.mktemp("fuzz"))
     with served(lambda: context_of(engines)) as found:
         yield found
 

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
-from conftest import handmade_engines
 from PIL import Image
-from served import Served, served
+from served import Served, complete_engines, served
 
-from latentforge.runtime.manifest import Manifest, PreviewMap
-from latentforge.runtime.tensor import TensorSpec
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.app import all_endpoints
 from latentforge.serve.http.body import BodyLimits
@@ -49,19 +45,7 @@ def context_of(directory: Path) -> Context:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Null engines that encode images, and make previews."""
-    directory = handmade_engines(tmp_path_factory.mktemp("http"))
-    manifest = Manifest.read(directory)
-    encoder = msgspec.structs.replace(
-        manifest.components["vae_decoder"],
-        inputs={"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
-        outputs={"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
-    )
-    components = {**manifest.components, "vae_encoder": encoder}
-    preview = PreviewMap(weights=((0.1,) * 4,) * 3, offset=(0.0, 0.5, -0.5), correlation=0.9)
-    changed = msgspec.structs.replace(manifest, components=components, preview=preview)
-    changed.write(directory)
-    return directory
+    return complete_engines(tmp_path_factory.mktemp("http"))
 
 
 @pytest.fixture(scope="module")
