@@ -36,6 +36,7 @@ __all__ = [
     "image_pixels",
     "mask_levels",
     "open_picture",
+    "resized",
     "transparent_mask",
 ]
 
@@ -130,6 +131,14 @@ def image_pixels(picture: Image.Image) -> Pixels:
 def mask_levels(picture: Image.Image) -> Pixels:
     """Return a mask (h, w) of a picture that is light where to paint."""
     return np.asarray(picture.convert("L"), np.uint8)
+
+
+def resized(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Return colours (h, w, 3) or levels (h, w) in another size, as the runtime resizes them."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(picture, np.uint8)
 
 
 def has_holes(picture: Image.Image) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn, TypeVar
 
@@ -42,19 +42,49 @@ class MediaTypeError(ServeError):
     status, kind, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class BusyError(ServeError):
+    """Request whose body there is no memory for, beside those of others."""
+
+    status, kind, code = 503, "server_error", "busy"
+
+
+class BodyMemory:
+    """Memory that the bodies of all requests may take together, until they are decoded.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int = 1 << 29) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that came.
+
+        Raises:
+            BusyError: there are too many.
+        """
+        if self.held + size > self._limit:
+            raise BusyError("too many large requests at once: try again", retry_after=2.0)
+        self.held += size
+
+
 @dataclass(frozen=True, kw_only=True)
 class BodyLimits:
-    """Bounds of a body.
+    """Bounds of bodies.
 
     Attributes:
-        bytes: of the whole body.
+        bytes: of one body.
         chunk_seconds: time until the next piece of it.
         seconds: time until all of it.
+        memory: of all bodies together.
     """
 
     bytes: int = 32 << 20
     chunk_seconds: float = 20.0
     seconds: float = 300.0
+    memory: BodyMemory = field(default_factory=BodyMemory, compare=False)
 
 
 async def read_json(request: Request, type: type[Struct], limits: BodyLimits) -> Struct:
@@ -65,7 +95,8 @@ async def read_json(request: Request, type: type[Struct], limits: BodyLimits) ->
         PayloadError, SlowBodyError, MediaTypeError: it is too large, too slow, or no JSON.
     """
     _check_media_type(request, "application/json")
-    return decode(type, await _read(request, limits))
+    with _Stream(request, limits) as stream:
+        return decode(type, b"".join([chunk async for chunk in stream]))
 
 
 def decode(type: type[Struct], body: bytes | Mapping[str, Any]) -> Struct:
@@ -142,23 +173,22 @@ def _check_media_type(request: Request, expected: str) -> None:
         raise MediaTypeError(f"the body must be {expected}, not {given or 'without a type'}")
 
 
-async def _read(request: Request, limits: BodyLimits) -> bytes:
-    chunks: list[bytes] = []
-    async for chunk in _Stream(request, limits):
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
 class _Stream:
-    """Pieces of a body, within bounds."""
+    """Pieces of a body, within bounds. In a ``with`` block they count as held in memory."""
 
     def __init__(self, request: Request, limits: BodyLimits) -> None:
         self._pieces = request.stream()
         self._expected = _expected_bytes(request)
         self._waits = "expect" in request.headers  # a client that sends once it is asked to
         self._limits = limits
-        self._left = limits.bytes
+        self._taken = 0
         self._end = asyncio.get_running_loop().time() + limits.seconds
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._limits.memory.held -= self._taken
 
     def __aiter__(self) -> _Stream:
         return self
@@ -176,8 +206,9 @@ class _Stream:
             ) from error
         except ClientDisconnect as error:
             raise ClientGoneError from error
-        self._left -= len(chunk)
-        if self._left < 0:
+        self._limits.memory.take(len(chunk))
+        self._taken += len(chunk)
+        if self._taken > self._limits.bytes:
             await self._refuse()
         return chunk
 
@@ -214,14 +245,19 @@ async def read_form(request: Request, limits: BodyLimits) -> dict[str, Any]:
         PayloadError, SlowBodyError, MediaTypeError: it is too large, too slow, or no form.
     """
     _check_media_type(request, "multipart/form-data")
+    with _Stream(request, limits) as stream:
+        return await _parsed(request, stream, limits.bytes)
+
+
+async def _parsed(request: Request, stream: _Stream, size: int) -> dict[str, Any]:
     parser = MultiPartParser(
         request.headers,
-        _generator(_Stream(request, limits)),
+        _generator(stream),
         max_files=_MAX_PARTS,
         max_fields=_MAX_PARTS,
         max_part_size=_MAX_FIELD,
     )
-    parser.spool_max_size = limits.bytes  # memory, not a temporary file: the body is bounded
+    parser.spool_max_size = size  # memory, not a temporary file: the body is bounded
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ import hmac
 import re
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
@@ -35,6 +35,7 @@ from latentforge.serve.pictures import (
     Pixels,
     encode_image,
     image_metadata,
+    resized,
 )
 from latentforge.serve.request import ImageRequest
 from latentforge.serve.share import ShareStore
@@ -131,7 +132,7 @@ class HttpOptions:
         log_prompts: True to have prompts in the log.
     """
 
-    body: BodyLimits = BodyLimits()
+    body: BodyLimits = field(default_factory=BodyLimits)
     pictures: PictureLimits = PictureLimits()
     deadline: float = 600.0
     url: str = ""
@@ -293,7 +294,7 @@ def complete(
         BadRequestError: the model cannot do it; it names the field.
     """
     try:
-        return ImageRequest.of(
+        request = ImageRequest.of(
             name,
             model.manifest,
             prompt,
@@ -303,12 +304,27 @@ def complete(
             previews=previews,
             **settings,
         )
+        return _fitted(request, model.manifest.shrink)
     except ServeError:
         raise
     except LatentforgeError as error:
         named = _NAMED.search(str(error))
         param = names.get(named[1], named[1]) if named else None
         raise BadRequestError(error, param=param) from error
+
+
+def _fitted(request: ImageRequest, shrink: int) -> ImageRequest:
+    """Return a request with pictures of the size that it works at, as the runtime resizes them.
+
+    So what waits in the queue has the size of the model's images, not that of a client's camera.
+    """
+    if request.image is None:
+        return request
+    height, width = request.settings.height // shrink, request.settings.width // shrink
+    if request.mask is None:
+        return replace(request, image=resized(request.image, height, width))
+    image, mask = (resized(p, height, width) for p in (request.image, request.mask))
+    return replace(request, image=image, mask=mask)
 
 
 def settings_of(fields: ImageFields) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from served import Served, complete_engines, served
 
+from latentforge.runtime.denoising.initial_latents import InitImage
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.app import all_endpoints
-from latentforge.serve.http.body import BodyLimits
+from latentforge.serve.http.body import BodyLimits, BodyMemory
 from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context, HttpOptions
 from latentforge.serve.pictures import PictureLimits
@@ -28,19 +29,23 @@ from latentforge.serve.service import ModelSource, Service, ServiceOptions
 
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning:(openai|webuiapi|httpx).*")
 
-LIMITS = HttpOptions(
-    body=BodyLimits(bytes=1 << 20, chunk_seconds=0.5, seconds=1.0),
-    pictures=PictureLimits(side=512, pixels=1 << 16),
-    deadline=1e6,
-)
 GENERATIONS = "/v1/images/generations"
 LONG = {"prompt": "a", "num_inference_steps": 500, "n": 10, "size": "512x512"}
 
 
-def context_of(directory: Path) -> Context:
+def limits(memory: BodyMemory | None) -> HttpOptions:
+    shared = memory if memory is not None else BodyMemory()
+    return HttpOptions(
+        body=BodyLimits(bytes=1 << 20, chunk_seconds=0.5, seconds=1.0, memory=shared),
+        pictures=PictureLimits(side=512, pixels=1 << 16),
+        deadline=1e6,
+    )
+
+
+def context_of(directory: Path, memory: BodyMemory | None = None) -> Context:
     source = ModelSource(name="handmade", directory=directory)
     service = Service([source], options=ServiceOptions(limits=Limits(queue_seconds=86_400.0)))
-    return Context(service=service, metrics=service.metrics, options=LIMITS)
+    return Context(service=service, metrics=service.metrics, options=limits(memory))
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +65,19 @@ def client(server: Served) -> Iterator[httpx.Client]:
         yield found
 
 
+def encoded(pixels: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
 def png(width: int = 48, height: int = 32, *, hole: bool = False) -> bytes:
     """Return a picture, opaque or with a transparent corner."""
     pixels = np.full((height, width, 4), 200, np.uint8)
     pixels[..., 3] = 255
     if hole:
         pixels[:8, :8, 3] = 0
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encoded(pixels)
 
 
 def text64(data: bytes) -> str:
@@ -229,6 +238,36 @@ def test_edits_that_are_wrong(
     sent = {name: (f"{name}.png", content) for name, content in files.items()}
     answer = client.post("/v1/images/edits", data={"prompt": "a", **form}, files=sent)
     assert (answer.status_code, error_of(answer)["param"]) == (status, param)
+
+
+def test_pictures_wait_in_the_size_of_the_images(server: Served, client: httpx.Client) -> None:
+    """They become the same pixels as in the runtime, which gets them as they are."""
+    pixels = np.random.default_rng(1).integers(0, 256, (61, 95, 3), np.uint8)
+    hole = np.where(pixels[..., :1] > 99, 255, 0).astype(np.uint8)
+    files = [("image", pixels), ("mask", np.concatenate([pixels, hole], -1))]
+    sent = {name: (name, encoded(array)) for name, array in files}
+    form = {"prompt": "a", "size": "48x32"}
+    answer = client.post("/v1/images/edits", data=form, files=sent).raise_for_status()
+    ran = request_of(server, answer)
+    assert ran.image is not None and ran.mask is not None
+    assert ran.image.shape == (32, 48, 3) and ran.mask.shape == (32, 48)
+    mask = np.where(hole[..., 0] == 0, 255, 0).astype(np.uint8)
+    latent = server.context.service.models["handmade"].manifest.latent
+    late, early = (
+        InitImage.of(image, marked, ran.settings, latent)
+        for image, marked in ((pixels, mask), (ran.image, ran.mask))
+    )
+    assert np.array_equal(late.pixels, early.pixels) and np.array_equal(late.mask, early.mask)
+
+
+def test_bodies_share_their_memory(engines: Path) -> None:
+    with served(lambda: context_of(engines, BodyMemory(1 << 16)), start=False) as server:
+        with server.client() as client:
+            busy = client.post(GENERATIONS, json={"prompt": "a" * (1 << 17)})
+            assert busy.status_code == 503 and error_of(busy)["code"] == "busy"
+            wrong = client.post(GENERATIONS, json={"prompt": 1, "user": "a" * (1 << 15)})
+            assert wrong.status_code == 400
+        assert server.context.options.body.memory.held == 0
 
 
 def test_streams_send_images_as_events(client: httpx.Client) -> None:
