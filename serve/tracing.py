@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +16,7 @@ try:
 except ImportError:
     propagate = trace = None
 
-__all__ = ["request_span", "trace_id"]
+__all__ = ["describe_span", "request_span", "trace_id"]
 
 
 @contextmanager
@@ -27,13 +27,24 @@ def request_span(name: str, headers: Mapping[str, str]) -> Iterator[Any]:
     OpenTelemetry's own variables.
     """
     if trace is None or propagate is None:
-        with nullcontext() as nothing:
-            yield nothing
+        yield None
         return
     context = propagate.extract(headers)
     tracer = trace.get_tracer("latentforge.serve")
     with tracer.start_as_current_span(name, context, kind=trace.SpanKind.SERVER) as span:
         yield span
+
+
+def describe_span(span: Any, method: str, route: str, status: int) -> None:
+    """Name a span by its route, and say how the request ended; nothing for None."""
+    if span is None or trace is None:
+        return
+    span.update_name(f"{method} {route}")
+    span.set_attributes(
+        {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+    )
+    if status >= 500:
+        span.set_status(trace.StatusCode.ERROR)
 
 
 def trace_id(headers: Mapping[str, str]) -> str | None:

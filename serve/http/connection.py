@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from latentforge.serve.errors import BadRequestError
 from latentforge.serve.http.envelope import envelope
 
-__all__ = ["BoundedConnection"]
+__all__ = ["BoundedConnection", "find_lost_peers"]
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 """Options by which the kernel finds out that the other machine is gone."""
@@ -35,7 +35,7 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin: the headers must come in time."""
         super().connection_made(transport)
-        _find_lost_peers(transport.get_extra_info("socket"))
+        find_lost_peers(transport.get_extra_info("socket"))
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -91,7 +91,7 @@ class BoundedConnection(H11Protocol):
             self._stalled = None
 
 
-def _find_lost_peers(connection: socket.socket | None) -> None:
+def find_lost_peers(connection: socket.socket | None) -> None:
     """Let the kernel close a connection whose other end is gone without a word."""
     if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
         return

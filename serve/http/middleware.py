@@ -23,7 +23,7 @@ from latentforge.serve.http.envelope import error_response
 from latentforge.serve.http.sse import ClientGoneError
 from latentforge.serve.logs import RequestLog
 from latentforge.serve.metrics import Metrics
-from latentforge.serve.tracing import request_span, trace_id
+from latentforge.serve.tracing import describe_span, request_span, trace_id
 
 __all__ = ["Authenticate", "RequestMiddleware", "guarded"]
 
@@ -85,8 +85,11 @@ class RequestMiddleware:
         scope["latentforge.request_id"] = answer.request_id
         start = time.perf_counter()
         try:
-            with request_span(scope["method"], headers):
-                await self._guarded(scope, headers)(scope, receive, answer.send)
+            with request_span(scope["method"], headers) as span:
+                try:
+                    await self._guarded(scope, headers)(scope, receive, answer.send)
+                finally:
+                    describe_span(span, scope["method"], _route(scope), answer.status)
         except ClientGoneError:
             answer.status = _GONE
         finally:
@@ -105,7 +108,7 @@ class RequestMiddleware:
         return self.app
 
     def _record(self, scope: Scope, headers: Headers, answer: _Answer, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "none")
+        route = _route(scope)
         model = scope.get(MODEL, "")
         status = answer.status
         self.metrics.requests.labels(route=route, model=model, status=str(status)).inc()
@@ -162,6 +165,12 @@ class _Answer:
         """End the answer."""
         if self.streaming:
             self.streams.dec()
+
+
+def _route(scope: Scope) -> str:
+    """Return the path of the endpoint that answered, with its parameters in braces."""
+    route: str = getattr(scope.get("route"), "path", "none")
+    return route
 
 
 def _request_id(headers: Headers) -> str:

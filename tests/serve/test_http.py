@@ -20,7 +20,7 @@ from latentforge.runtime.denoising.initial_latents import InitImage
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.app import all_endpoints
 from latentforge.serve.http.body import BodyLimits, BodyMemory
-from latentforge.serve.http.connection import BoundedConnection
+from latentforge.serve.http.connection import BoundedConnection, find_lost_peers
 from latentforge.serve.http.context import Context, HttpOptions
 from latentforge.serve.pictures import PictureLimits
 from latentforge.serve.request import ImageRequest
@@ -55,8 +55,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(engines: Path) -> Iterator[Served]:
+    """A server; whatever the tests do to it, every accepted request must end."""
     with served(lambda: context_of(engines)) as found:
         yield found
+        scheduler = found.context.service.scheduler
+        wait_for(lambda: not scheduler.jobs)
+        assert (scheduler.waiting, scheduler.running, scheduler.permits) == (0, 0, 0)
+        wait_for(lambda: not found.value("latentforge_open_streams"))
 
 
 @pytest.fixture
@@ -508,6 +513,28 @@ def test_a_client_that_leaves_the_queue_ends_its_job(server: Served, client: htt
         wait_for(lambda: scheduler.jobs == 2)
     wait_for(lambda: scheduler.jobs == 1)
     assert client.post(first["cancel_url"]).json()["status"] == "cancelled"
+
+
+def test_a_stream_that_nobody_reads_holds_nothing_up(server: Served, client: httpx.Client) -> None:
+    job = client.post("/v1/jobs", json={**LONG, "previews": 100}).json()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        path = f"/v1/jobs/{job['id']}/events"
+        connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        seen = [client.get(job["poll_url"]).json()["progress"]["step"]]
+        wait_for(lambda: client.get(job["poll_url"]).json()["progress"]["step"] > seen[0] + 2)
+        assert client.post(job["cancel_url"]).json()["status"] == "cancelled"
+
+
+def test_the_kernel_looks_for_lost_clients() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()):
+            connection, _ = listener.accept()
+            find_lost_peers(connection)
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+            connection.close()
 
 
 def test_what_is_not_http_is_refused(server: Served) -> None:
