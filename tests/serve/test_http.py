@@ -22,6 +22,7 @@ from latentforge.serve.http.app import all_endpoints
 from latentforge.serve.http.body import BodyLimits, BodyMemory
 from latentforge.serve.http.connection import BoundedConnection, find_lost_peers
 from latentforge.serve.http.context import Context, HttpOptions
+from latentforge.serve.keys import ApiKey, KeyRing, digest_of
 from latentforge.serve.pictures import PictureLimits
 from latentforge.serve.request import ImageRequest
 from latentforge.serve.scheduler import Limits
@@ -418,6 +419,36 @@ def test_keys_guard_all_but_health(engines: Path) -> None:
             wrong = client.get("/v1/models", headers={"authorization": "Bearer wrong"})
             assert error_of(wrong)["code"] == "invalid_api_key"
             assert wrong.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_limits_of_keys_and_of_the_queue(engines: Path) -> None:
+    """Without workers nothing that is accepted ends."""
+    keys = {
+        "small": ApiKey(sha256=digest_of("s"), rate=1e-6, burst=1e-3),
+        "patient": ApiKey(sha256=digest_of("p"), queued=1),
+        "full": ApiKey(sha256=digest_of("f")),
+    }
+    ring, body = KeyRing(keys), {"prompt": "a"}
+
+    def context() -> Context:
+        few = ServiceOptions(limits=Limits(queue_jobs=2))
+        source = ModelSource(name="handmade", directory=engines)
+        service = Service([source], options=few, ring=ring)
+        return Context(service=service, metrics=service.metrics)
+
+    with served(context, authenticate=ring.owner, start=False) as server, server.client() as client:
+
+        def post(key: str) -> httpx.Response:
+            bearer = {"authorization": f"Bearer {key}"}
+            return client.post("/v1/jobs", json=body, headers=bearer)
+
+        answers = [post(key) for key in "sppff"]
+        assert [answer.status_code for answer in answers] == [429, 202, 429, 202, 503]
+        assert all(int(answers[i].headers["retry-after"]) > 0 for i in (2, 4))
+        codes = [error_of(answers[i])["code"] for i in (0, 2, 4)]
+        assert codes == ["rate_limit_exceeded", "rate_limit_exceeded", "queue_full"]
+        theirs = client.get(answers[1].json()["poll_url"], headers={"authorization": "Bearer f"})
+        assert theirs.status_code == 404
 
 
 # clients of others
