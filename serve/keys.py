@@ -17,7 +17,7 @@ import msgspec
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.record import Record
 from latentforge.runtime.validation import checked_path
-from latentforge.serve.errors import KeyRequiredError, QuotaError
+from latentforge.serve.errors import BadRequestError, KeyRequiredError, QuotaError
 from latentforge.serve.scheduler.limits import OwnerLimits
 
 if sys.version_info >= (3, 11):
@@ -146,13 +146,14 @@ class RateLimiter:
 
         Raises:
             QuotaError: it does; the error has the seconds to wait.
+            BadRequestError: it is more than may ever come at once.
         """
         key = self._keys.get(owner)
         if key is None or key.rate is None:
             return
         burst = key.burst if key.burst is not None else 60 * key.rate
         if cost > burst:
-            raise QuotaError(
+            raise BadRequestError(
                 f"this request is work of {cost:g} units, and this key may use {burst:g} at once: "
                 "ask for fewer images or steps, or a smaller size"
             )

@@ -89,12 +89,14 @@ class _Running:
     Attributes:
         batch: the batch.
         replica: number of the replica.
+        alone: True if nothing may run beside it, since its image failed in company.
         part: part that is done, from 0 to 1.
         stopping: True once it runs for nobody and that was reported.
     """
 
     batch: Batch
     replica: int
+    alone: bool = False
     part: float = 0.0
     stopping: bool = False
 
@@ -289,14 +291,14 @@ class Scheduler:
         """
         self._replicas[replica] = model
         beside = [running for running in self._batches.values() if running.replica == replica]
-        if len(beside) >= (2 if self.limits.interleave else 1):
+        if len(beside) >= (2 if self.limits.interleave else 1) or any(r.alone for r in beside):
             return None
         allowed = partial(self._allowed, beside[0] if beside else None)
         taken = self._queue(model).take(self._batch_size, allowed, now)
         if not taken:
             return None
         batch = self._batch(taken)
-        self._batches[batch.id] = _Running(batch, replica)
+        self._batches[batch.id] = _Running(batch, replica, taken[0][0].alone)
         self.throughput.begin(replica, now)
         return batch
 
@@ -477,7 +479,7 @@ class Scheduler:
         cost = flow.key.row_cost
         if beside is None:
             return True
-        if cost > beside.batch.key.row_cost / 2:
+        if flow.alone or cost > beside.batch.key.row_cost / 2:
             return False
         return cost * (len(taken) + 1) <= beside.remaining / 2
 

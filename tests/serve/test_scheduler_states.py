@@ -134,6 +134,10 @@ class Lives(RuleBasedStateMachine):
             assert life.request.key == batch.key
             assert row.seed == life.request.settings.seeds[row.index]
             assert (row.job, row.index) not in self.alone or len(batch.rows) == 1
+        lonely = [
+            row for b in (batch, *before) for row in b.rows if (row.job, row.index) in self.alone
+        ]
+        assert not before or not lonely
         for other in before:
             assert batch.key.row_cost <= other.key.row_cost / 2
 
