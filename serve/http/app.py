@@ -14,9 +14,9 @@ from latentforge.serve.http.context import Context
 from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import handlers
 from latentforge.serve.http.health import HealthEndpoints
-from latentforge.serve.http.images import OpenAIEndpoints
 from latentforge.serve.http.jobs import JobEndpoints
 from latentforge.serve.http.middleware import Authenticate, RequestMiddleware, guarded
+from latentforge.serve.http.openai import OpenAIEndpoints
 from latentforge.serve.http.openapi import describe
 from latentforge.serve.http.page import page_routes
 from latentforge.serve.http.sdapi import WebUIEndpoints

@@ -22,7 +22,7 @@ from latentforge.serve.http.context import Context, ServedModel
 from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.fields import MAX_IMAGES
-from latentforge.serve.http.images import makes_previews
+from latentforge.serve.http.openai import makes_previews
 
 __all__ = ["CapabilityEndpoints"]
 

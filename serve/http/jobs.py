@@ -35,7 +35,7 @@ from latentforge.serve.http.fields import (
     JobImage,
     JobProgress,
 )
-from latentforge.serve.http.images import REFUSALS, error_of, require_previews, size_of
+from latentforge.serve.http.openai import REFUSALS, error_of, require_previews, size_of
 from latentforge.serve.http.sse import EventStream, sse_event
 from latentforge.serve.job import (
     Cancelled,

@@ -35,8 +35,8 @@ from latentforge.serve.http.context import (
 from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.fields import MAX_IMAGES, MAX_SEED, Base64, Label, Steps, Text
-from latentforge.serve.http.images import REFUSALS, finished, makes_previews
 from latentforge.serve.http.jobs import decoded_pictures
+from latentforge.serve.http.openai import REFUSALS, finished, makes_previews
 from latentforge.serve.http.sse import answered
 from latentforge.serve.job import Cancelled, Job
 from latentforge.serve.pictures import encode_preview
