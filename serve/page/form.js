@@ -115,6 +115,12 @@ export class Form {
     });
   }
 
+  /** Return the message of an error, with the label of the field that it begins with. */
+  labelled({ param, message }) {
+    const label = document.querySelector(`label[for="${BY_PARAM[param] ?? ""}"]`);
+    return label && message.startsWith(`${param}:`) ? label.firstChild.data.trim() + message.slice(param.length) : message;
+  }
+
   /** Mark the field that an error is about, and move there. */
   blame(param) {
     const field = $(BY_PARAM[param] ?? "");

@@ -27,6 +27,7 @@ const pause = (milliseconds, signal) => new Promise((resolve) => {
 export class Jobs extends EventTarget {
   entries = new Map();
   #streamed = null; // job that is looked at
+  #cancelled = new Set(); // jobs that were cancelled here
   #switch = new AbortController(); // ends the streams and pauses when another is looked at
 
   constructor() {
@@ -80,6 +81,7 @@ export class Jobs extends EventTarget {
   }
 
   async cancel(job) {
+    this.#cancelled.add(job);
     await call(`v1/jobs/${job}/cancel`, { method: "POST" });
     await this.#ask(job);
   }
@@ -178,7 +180,8 @@ export class Jobs extends EventTarget {
     }
   }
 
-  #end(job, status, error = null, seconds = null) {
+  #end(job, status, message = null, seconds = null) {
+    const error = status === "cancelled" && this.#cancelled.has(job) ? null : message;
     for (const entry of this.of(job)) {
       if (entry.status === "completed") this.#update(entry, { seconds });
       if (ENDED.has(entry.status)) continue;

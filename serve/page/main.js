@@ -8,7 +8,7 @@ import { Jobs } from "./jobs.js";
 import { Source } from "./source.js";
 import { Stage } from "./stage.js";
 import { open } from "./store.js";
-import { duration, state } from "./text.js";
+import { duration, outcome, sentence } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -142,8 +142,8 @@ async function reportError(error, place = "problem") {
     if (await askKey(true)) report("Try again with the new key.", place);
     return;
   }
-  const again = error.retryAfter ? `. Try again in ${duration(error.retryAfter)}` : "";
-  report(error.message + again, place);
+  const again = error.retryAfter ? ` Try again in ${duration(error.retryAfter)}.` : "";
+  report(sentence(form.labelled(error)) + again, place);
   if (error.param && place === "problem") form.blame(error.param);
 }
 
@@ -191,7 +191,7 @@ function speak(entry) {
   const mark = [entry.key, entry.status, quarter, entry.away].join();
   if (mark === speak.last) return;
   speak.last = mark;
-  announce(entry.status === "completed" ? "The image is ready." : [state(entry), entry.error].filter(Boolean).join(". "));
+  announce(entry.status === "completed" ? "The image is ready." : outcome(entry));
 }
 
 async function share() {

@@ -1,7 +1,7 @@
 // The selected image: its progress, its facts, and what can be done with it.
 
 import { show } from "./source.js";
-import { duration, fileName, state, timeLeft } from "./text.js";
+import { duration, fileName, outcome, state, timeLeft } from "./text.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -33,7 +33,7 @@ export class Stage {
     $("picture").classList.toggle("preview", !entry?.blob);
     const gone = entry && ["failed", "cancelled", "lost"].includes(entry.status);
     $("lost").hidden = !gone;
-    $("lost").textContent = gone ? [state(entry), entry.error].filter(Boolean).join(". ") : "";
+    $("lost").textContent = gone ? outcome(entry) : "";
     $("empty").hidden = Boolean(entry);
   }
 

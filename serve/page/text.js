@@ -13,6 +13,16 @@ export function timeLeft(seconds) {
   return seconds < 1 ? "a moment left" : `about ${duration(Math.ceil(seconds))} left`;
 }
 
+/** Return a message as a sentence. */
+export function sentence(message) {
+  return message.charAt(0).toUpperCase() + message.slice(1) + (/[.!?]$/.test(message) ? "" : ".");
+}
+
+/** Return the state of an entry, and why, in sentences. */
+export function outcome(entry) {
+  return [state(entry), entry.error].filter(Boolean).map(sentence).join(" ");
+}
+
 /** Return the state of an entry in a few words. */
 export function state(entry) {
   if (entry.away) return "Waiting for the server";

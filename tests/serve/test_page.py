@@ -48,20 +48,13 @@ class Site:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "latentforge", "serve", str(self.engines)]
-        environment = {
-            **os.environ,
-            "LATENTFORGE_CACHE": str(self.cache),
-            "LATENTFORGE_KEYS": self.key,
-        }
-        log = (self.cache / "log").open("ab")
-        self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), "--queue-seconds", "600"],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        log.close()
+        options = f"--port {self.port} --queue-seconds 600 --measure-seconds 0".split()
+        command = [sys.executable, "-m", "latentforge", "serve", str(self.engines), *options]
+        cache = {"LATENTFORGE_CACHE": str(self.cache), "LATENTFORGE_KEYS": self.key}
+        with (self.cache / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, **cache}, stdout=log, stderr=log
+            )
         end = time.monotonic() + 60
         while not self.ready():
             assert self.process.poll() is None, (self.cache / "log").read_text()
@@ -342,13 +335,24 @@ def test_code_repeats_the_image(page: Any, tmp_path: Path) -> None:
 
 
 def test_error_of_the_server_marks_its_field(page: Any) -> None:
-    generate(page, seed=1, steps=5000)
-    expect(page.locator("#problem")).to_contain_text("num_inference_steps")
+    expect(page.locator("#generate")).to_be_enabled()
+    page.select_option("#sampler", "lcm")
+    generate(page, steps=300)
+    expect(page.locator("#problem")).to_contain_text("takes at most 50")
     expect(page.locator("#steps")).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#steps")).to_be_focused()
     check_accessible(page)
     page.fill("#steps", "4")
     assert page.locator("#steps").get_attribute("aria-invalid") is None
+
+
+def test_wrong_value_in_a_closed_section_is_shown(page: Any) -> None:
+    generate(page, "", steps=2000)
+    page.click("#settings summary")
+    generate(page)
+    expect(page.locator("#settings")).to_have_attribute("open", "")
+    expect(page.locator("#steps")).to_be_focused()
+    assert labels(page) == []
 
 
 def blue(path: Path, size: tuple[int, int]) -> Path:
