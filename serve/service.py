@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +25,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.text import one_line
 from latentforge.runtime.validation import check_number
 from latentforge.serve.errors import ExpiredJobError, ModelUnavailableError, ServeError
+from latentforge.serve.event_queue import EventQueue
 from latentforge.serve.idempotency import IdempotencyStore
 from latentforge.serve.job import (
     Cancelled,
@@ -150,35 +151,6 @@ class _Slot:
     batches: set[asyncio.Task[None]] = field(default_factory=set)
 
 
-class _Reader:
-    """Events of one job for one reader. Steps that it is too slow for are merged into one."""
-
-    def __init__(self, events: Iterable[JobEvent]) -> None:
-        self._events = deque(events)
-        self._arrived = asyncio.Event()
-        self._arrived.set()
-
-    def push(self, event: JobEvent) -> Sequence[object]:
-        """Add an event, and return the previews that it displaces."""
-        dropped: Sequence[object] = ()
-        if isinstance(event, Stepped | Queued) and self._events:
-            last = self._events[-1]
-            if isinstance(last, Stepped) and isinstance(event, Stepped):
-                dropped = [last.previews[index] for index in last.previews.keys() & event.previews]
-                event = replace(event, previews={**last.previews, **event.previews})
-            if type(last) is type(event):
-                self._events.pop()
-        self._events.append(event)
-        self._arrived.set()
-        return dropped
-
-    async def next(self) -> JobEvent:
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._events.popleft()
-
-
 class Service:
     """Models, their queues, and the jobs of clients.
 
@@ -218,7 +190,7 @@ class Service:
         self._limiter = RateLimiter(ring)
         self._store = JobStore(seconds=options.result_seconds, bytes=options.result_bytes)
         self._repeats = IdempotencyStore()
-        self._readers: defaultdict[str, set[_Reader]] = defaultdict(set)
+        self._readers: defaultdict[str, set[EventQueue]] = defaultdict(set)
         self._slots: list[_Slot] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._deadline: asyncio.TimerHandle | None = None
@@ -372,7 +344,7 @@ class Service:
         Raises:
             UnknownJobError, ExpiredJobError: there is none.
         """
-        reader = _Reader(self.get(id).replay())
+        reader = EventQueue(self.get(id).replay())
         self._readers[id].add(reader)
         try:
             event: JobEvent | None = None

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -348,3 +349,38 @@ def test_models_have_names_of_their_own(handmade: Handmade) -> None:
         Service([source, source])
     with pytest.raises(SettingsError, match="no model"):
         Service([])
+
+
+def memory() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_five_thousand_requests_leave_nothing_behind(handmade: Handmade) -> None:
+    """A quarter of them is cancelled, a tenth repeated, and every worker is lost now and then."""
+    draw, sizes, ends = random.Random(1), list[int](), Counter[str]()
+
+    async def client(service: Service, number: int) -> None:
+        key = (f"key{number % 900}", "body") if number % 10 == 0 else None
+        job = await submit(service, "red", draw.choice((1, 2)), steps=3, idempotency=key)
+        if draw.random() < 0.25:
+            await asyncio.sleep(0)
+            service.cancel(job.id)
+        ends[(await ended(service, job)).state.value] += 1
+
+    async def scenario() -> None:
+        options = ServiceOptions(worker=QUICK, result_seconds=1, limits=Limits(queue_seconds=600))
+        async with running(handmade(), options=options) as service:
+            for round in range(50):
+                if round % 10 == 9:
+                    signals(service, signal.SIGKILL)()
+                await asyncio.gather(*(client(service, round * 100 + i) for i in range(100)))
+                sizes.append(memory())
+            assert len(service._store) < 1000 and not service._readers
+            assert not service._meter.accepted and not service._meter.stepped
+
+    asyncio.run(asyncio.wait_for(scenario(), 280))
+    assert sum(ends.values()) == 5000 and ends["failed"] == 0
+    assert ends["cancelled"] > 500
+    assert max(sizes[10:]) <= 1.02 * sizes[9], [size >> 20 for size in sizes]
