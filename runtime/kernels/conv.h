@@ -388,11 +388,13 @@ Blocking Convolution<Scheme>::blocking() const {
   return {larger<int64_t>(smaller(fitting, kMaxRows), 2) * kRows, kColumns, kDepth};
 }
 
-// Estimates the work of a scheme in multiply-adds; transforms count as some of them.
+// Estimates the work of a scheme in multiply-adds; transforms count as some of them. It is that of
+// two images, whatever their number: an image must not depend on how many others are with it.
 template <typename Scheme>
 int64_t work(const Conv& conv) {
+  constexpr int64_t kImages = 2;
   const int64_t tiles =
-      conv.n * ceil_div(conv.out_h, Scheme::kTile) * ceil_div(conv.out_w, Scheme::kTile);
+      kImages * ceil_div(conv.out_h, Scheme::kTile) * ceil_div(conv.out_w, Scheme::kTile);
   const int64_t sums = Scheme::kPoints * Scheme::taps(conv);
   constexpr int64_t kWeights = 10, kTransforms = 16;
   return sums * (conv.c * conv.k * (tiles + kWeights) + tiles * kTransforms * (conv.c + conv.k));

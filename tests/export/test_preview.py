@@ -106,5 +106,5 @@ def test_previews_of_the_demo_are_its_images(demo_engines: Path) -> None:
         expected = pooled(to_array(step.preview()), pipe.manifest.latent.downscale)
         found = to_array(step.quick_preview())
     correlation = np.corrcoef(found.ravel(), expected.ravel())[0, 1]
-    assert psnr(expected, found, peak=2.0) > 18 and correlation > 0.93
+    assert psnr(expected, found, peak=2.0) > 18 and correlation > 0.9
     assert pipe.manifest.preview is not None and pipe.manifest.preview.correlation > 0.85

@@ -197,6 +197,20 @@ def test_convolves_any_configuration(
 
 
 @built
+@pytest.mark.parametrize("side", [2, 4, 8, 17])
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_an_image_is_the_same_beside_others(side: int, upsample: int) -> None:
+    """In its bytes: which way of convolution is the fastest changes with their number."""
+    images, weight = some(9, side, side, 96), pack(some(160, 96, 3, 3, seed=1) / 30)
+    given = {"channels": 160, "pads": (1, 1, 1, 1), "stride": 1, "upsample": upsample}
+    rest: list[Array | None] = [weight, some(160, seed=2), None, None, None, None, None]
+    together = ran("Conv", [images, *rest], silu=0, **given)
+    for count in (1, 2, 4):
+        part = ran("Conv", [images[:count], *rest], silu=0, **given)
+        assert part.tobytes() == together[:count].tobytes()
+
+
+@built
 @pytest.mark.parametrize("shape", [(1, 5, 7, 32), (3, 16, 16, 48), (2, 33, 31, 64)])
 @pytest.mark.parametrize("groups", [1, 4, 16])
 def test_normalizes(shape: tuple[int, int, int, int], groups: int) -> None:
