@@ -7,6 +7,7 @@ import ipaddress
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +166,7 @@ async def _serve(
         service=service,
         metrics=service.metrics,
         options=options.http,
-        shares=None if options.shares is None else ShareStore(directory=options.shares),
+        shares=None if options.shares is None else ShareStore.open(options.shares, time.time()),
     )
     keys = options.ring.owner if options.ring.keys else None
     app = create_app(context, authenticate=keys, hosts=_hosts(options))

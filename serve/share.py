@@ -6,6 +6,8 @@ A file's time of modification is the moment at which it expires. Nothing else is
 restart loses no link and several servers can use one folder.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import read_file, staged_file
 from latentforge.runtime.record import Record
 from latentforge.runtime.text import size_text
@@ -81,6 +84,23 @@ class ShareStore:
     lifetime: float = 7 * 24 * 3600.0
     limit: int = 1 << 30
     _threads: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path, now: float) -> ShareStore:
+        """Return the store of a folder, without what expired while no server ran.
+
+        Raises:
+            SettingsError: the folder cannot be made or written.
+        """
+        store = cls(directory=directory)
+        try:
+            store.expire(now)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot keep shared images in {directory}: {error.strerror or error}; give "
+                "--no-shares, or set LATENTFORGE_CACHE to another folder"
+            ) from error
+        return store
 
     def add(self, png: bytes, caption: Caption, now: float) -> SharedImage:
         """Keep an image and return a new share of it.

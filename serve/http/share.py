@@ -15,6 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from latentforge.runtime.errors import TargetError
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.record import Record
 from latentforge.serve.errors import ConflictError, ForbiddenError
 from latentforge.serve.http.body import read_json
@@ -23,9 +25,11 @@ from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.page import SECURITY_HEADERS, page_template
 from latentforge.serve.job import Job
-from latentforge.serve.share import Caption, SharedImage, ShareStore
+from latentforge.serve.share import Caption, SharedImage, ShareFullError, ShareStore
 
 __all__ = ["ShareEndpoints"]
+
+_log = escaping_logger("latentforge.serve")
 
 _HEADERS = {**SECURITY_HEADERS, "Cache-Control": "no-store", "X-Robots-Tag": "noindex, nofollow"}
 
@@ -85,7 +89,11 @@ class ShareEndpoints:
             raise ConflictError("the job has no such image: see its status", param="index")
         pixels = job.images[body.index]
         png = await self.context.file(job.request, body.index, pixels, Output())
-        image = await asyncio.to_thread(shares.add, png, _caption(job, body.index), time.time())
+        try:
+            image = await asyncio.to_thread(shares.add, png, _caption(job, body.index), time.time())
+        except (OSError, TargetError) as error:
+            _log.error("a shared image cannot be written: %s", error)
+            raise ShareFullError("the server has no place for it: download the image") from error
         answer = self._answer(request, image)
         return Json(answer, 201, {"location": answer.url})
 

@@ -51,7 +51,7 @@ async function failure(answer) {
 export const call = (path, options) => read(path, options, (answer) => answer.json());
 
 /** Return the file at an address that the server gave, through whatever proxy the page came. */
-export const file = (url) => read(url.slice(url.indexOf("v1/")), {}, (answer) => answer.blob());
+export const file = (url) => read(url.slice(url.lastIndexOf("v1/jobs/")), {}, (answer) => answer.blob());
 
 async function read(path, options, content) {
   const answer = await send(path, options);

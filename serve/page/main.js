@@ -198,7 +198,10 @@ async function share() {
   const { job, index } = selected();
   try {
     const link = await call("v1/shares", { body: { job, index } });
-    await showLink(new URL(`s/${link.id}`, document.baseURI).href, link.expires);
+    // The server's own address is another if it was given one for links; else this one is right.
+    const elsewhere = new URL(link.url).host !== location.host;
+    const url = elsewhere ? link.url : new URL(`s/${link.id}`, document.baseURI).href;
+    await showLink(url, link.expires);
   } catch (error) {
     if (error.status !== 404 && error.status !== 410) throw error;
     report("The server no longer has this image, so it cannot be shared: generate it again, or download it.", "stage-problem");

@@ -18,6 +18,7 @@ from in_process import InProcessService, Model
 from PIL import Image
 from served import Served, served
 
+from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.manifest import Manifest
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.app import create_app
@@ -59,6 +60,20 @@ def test_content_lives_as_long_as_its_last_share(store: ShareStore) -> None:
     assert store.content(last) == b"picture"
     store.expire(NOW + 150)
     assert not files(store, ".png") and not files(store, ".json")
+
+
+def test_server_begins_without_what_expired(store: ShareStore) -> None:
+    image = store.add(b"picture", CAPTION, NOW)
+    later = ShareStore.open(store.directory, NOW + 50)
+    assert later.get(image.id, NOW + 50) == image
+    ShareStore.open(store.directory, NOW + 100)
+    assert not files(store, ".png")
+
+
+def test_folder_that_cannot_be_made_is_refused_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="--no-shares"):
+        ShareStore.open(tmp_path / "file" / "shares", NOW)
 
 
 def test_another_server_and_a_later_one_have_the_same_images(store: ShareStore) -> None:
@@ -233,3 +248,11 @@ def test_full_folder_answers_when_to_come_back(server: Served, store: ShareStore
         answer = ann.post("/v1/shares", json={"job": finished(ann)})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shares_full")
     assert 90 < int(answer.headers["retry-after"]) <= 100
+
+
+def test_folder_that_cannot_be_written_is_no_secret(server: Served, store: ShareStore) -> None:
+    store.directory.write_text("a file")
+    with server.client(headers={"Authorization": "Bearer ann"}) as ann:
+        answer = ann.post("/v1/shares", json={"job": finished(ann)})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shares_full")
+    assert str(store.directory) not in answer.text
