@@ -54,6 +54,7 @@ def log_to(stream: TextIO, format: LogFormat, *, debug: bool = False) -> None:
     handler.setFormatter(JsonLines() if format == "json" else TextLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("latentforge").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # of clients' damaged forms
     logging.captureWarnings(True)
 
 

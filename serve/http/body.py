@@ -11,11 +11,10 @@ from functools import cache
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from latentforge.serve.errors import BadRequestError, PayloadError, ServeError
+from latentforge.serve.http.form import parse_form
 from latentforge.serve.http.sse import ClientGoneError
 
 __all__ = ["BodyLimits", "SlowBodyError", "decode", "read_form", "read_json", "read_query"]
@@ -25,8 +24,6 @@ Struct = TypeVar("Struct", bound=msgspec.Struct)
 _PATH = re.compile(r" - at `\$\.?([\w.\[\]]*?)(?:\[\.\.\.\])?`")
 _UNKNOWN = re.compile(r"unknown field `(.*)`")
 _MISSING = re.compile(r"missing required field `(\w+)`")
-_MAX_PARTS = 32
-_MAX_FIELD = 1 << 20
 _LINGER_BYTES, _LINGER_SECONDS = 64 << 20, 5.0
 
 
@@ -246,35 +243,5 @@ async def read_form(request: Request, limits: BodyLimits) -> dict[str, Any]:
     """
     _check_media_type(request, "multipart/form-data")
     with _Stream(request, limits) as stream:
-        return await _parsed(request, stream, limits.bytes)
-
-
-async def _parsed(request: Request, stream: _Stream, size: int) -> dict[str, Any]:
-    parser = MultiPartParser(
-        request.headers,
-        _generator(stream),
-        max_files=_MAX_PARTS,
-        max_fields=_MAX_PARTS,
-        max_part_size=_MAX_FIELD,
-    )
-    parser.spool_max_size = size  # memory, not a temporary file: the body is bounded
-    try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
-        message = getattr(error, "message", "its boundary is missing or its text is no UTF-8")
-        raise BadRequestError(f"the form cannot be read: {message}") from error
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        content = await value.read() if isinstance(value, UploadFile) else value
-        fields[name] = content if name not in fields else [*_listed(fields[name]), content]
-    await form.close()
-    return fields
-
-
-async def _generator(stream: _Stream) -> Any:
-    async for chunk in stream:
-        yield chunk
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+        body = b"".join([chunk async for chunk in stream])
+        return await asyncio.to_thread(parse_form, body, request.headers["content-type"])

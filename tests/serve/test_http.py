@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 import resource
 import socket
 import time
@@ -244,6 +245,51 @@ def test_edits_that_are_wrong(
     sent = {name: (f"{name}.png", content) for name, content in files.items()}
     answer = client.post("/v1/images/edits", data={"prompt": "a", **form}, files=sent)
     assert (answer.status_code, error_of(answer)["param"]) == (status, param)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "word"),
+    [
+        (b"", "multipart/form-data; boundary=B", "early"),
+        (b"--B\r\n", "multipart/form-data; boundary=B", "early"),
+        (b"--B--\r\n", "multipart/form-data", "boundary"),
+        (b"--B\r\n\r\na\r\n--B--\r\n", "multipart/form-data; boundary=B", "name"),
+        (b"x", "multipart/form-data; boundary=B", "read"),
+        (b"--B--\r\n", f"multipart/form-data; boundary={'B' * 300}", "read"),
+    ],
+)
+def test_what_is_no_form(client: httpx.Client, form: bytes, kind: str, word: str) -> None:
+    answer = client.post("/v1/images/edits", content=form, headers={"content-type": kind})
+    assert answer.status_code == 400 and word in error_of(answer)["message"]
+
+
+def test_a_form_has_few_parts(client: httpx.Client) -> None:
+    files = {f"f{index}": (f"{index}", b"") for index in range(40)}
+    answer = client.post("/v1/images/edits", data={"prompt": "a"}, files=files)
+    assert answer.status_code == 400 and "parts" in error_of(answer)["message"]
+
+
+def test_damaged_forms_are_no_errors_of_the_server(client: httpx.Client) -> None:
+    chance = random.Random(5)
+    kind = {"content-type": "multipart/form-data; boundary=B"}
+    texts = part("prompt", "a") + part("n", "1")
+    whole = f"{texts}--B\r\n".encode() + IMAGE_HEAD + png(hole=True) + b"\r\n--B--\r\n"
+    statuses = set()
+    for _ in range(200):
+        sent = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 5, 20])):
+            place = chance.randrange(len(sent))
+            sent[place : place + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+        answer = client.post("/v1/images/edits", content=bytes(sent), headers=kind)
+        statuses.add(answer.status_code)
+    assert statuses <= {200, 400, 413} and 400 in statuses
+
+
+IMAGE_HEAD = b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+
+
+def part(name: str, text: str) -> str:
+    return f'--B\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'
 
 
 def test_pictures_wait_in_the_size_of_the_images(server: Served, client: httpx.Client) -> None:

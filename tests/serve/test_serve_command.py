@@ -63,6 +63,16 @@ def test_sigterm_lets_accepted_requests_end(null_engines: Path) -> None:
     assert "red apple" not in log
 
 
+def test_the_time_for_accepted_requests_ends(null_engines: Path) -> None:
+    with serving(null_engines, "--drain-timeout", "0.3") as (process, client):
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(client.post, "/v1/images/generations", json=LONG)
+            wait_for_job(client)
+            process.send_signal(signal.SIGTERM)
+            assert answer.result().json()["error"]["code"] == "draining"
+        assert process.wait(10) == 0
+
+
 def test_a_second_signal_ends_at_once(null_engines: Path) -> None:
     with serving(null_engines) as (process, client):
         client.post("/v1/jobs", json=LONG).raise_for_status()
