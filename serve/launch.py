@@ -147,7 +147,6 @@ def launch(
     """
     options.address.check(options.ring)
     bound = listen(options.address.host, options.address.port)
-    log_to(sys.stderr, options.log, debug=options.debug)
     with bound:
         return asyncio.run(_serve(options, bound, announce, ready))
 
@@ -161,6 +160,7 @@ async def _serve(
     service = Service(
         options.sources, options=options.service, ring=options.ring, gains=BatchGains()
     )
+    log_to(sys.stderr, options.log, debug=options.debug)
     host, port = bound.getsockname()[:2]
     context = Context(
         service=service,

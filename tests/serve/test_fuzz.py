@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield found
 
 
-@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [3, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_request_is_an_error_of_the_server(server: Served, examples: int) -> None:
     """Requests within the description and outside of it get the answers that it promises."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
