@@ -27,7 +27,7 @@ Array = NDArray[np.float32]
 
 _log = escaping_logger("latentforge")
 
-_SIDE = 128  # pixels, where the sizes of the engines are free
+_SIDE = 96  # pixels, where the sizes of the engines are free
 _PIXELS = 6 * _SIDE**2  # of all pictures together, at least
 _SHAPES = (2, 4, 8, 16, 32, 64)  # of one picture
 _SMALLEST, _LARGEST = 0.03, 0.5  # radius of a shape, as part of a picture's side
@@ -94,22 +94,23 @@ def leaves(rng: np.random.Generator, size: tuple[int, int], channels: int, count
         channels: numbers of a colour, each about -1..1.
         count: shapes.
     """
-    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) / np.float32(max(size))
+    grid = np.mgrid[: size[0], : size[1]].astype(np.float32) / np.float32(max(size))
+    y, x = grid.reshape(2, -1)
     picture = _shade(rng, y, x, channels)
     for _ in range(count):
-        inside = _shape(rng, y, x)
-        picture[:, inside] = _shade(rng, y, x, channels)[:, inside]
-    return picture
+        inside = np.flatnonzero(_shape(rng, y, x))
+        picture[:, inside] = _shade(rng, y[inside], x[inside], channels)
+    return picture.reshape(channels, *size)
 
 
 def _shade(rng: np.random.Generator, y: Array, x: Array, channels: int) -> Array:
-    """Return a random colour with a gradient: (channels, height, width)."""
+    """Return a random colour with a gradient at some pixels: (channels, pixels)."""
     color = rng.uniform(-1, 1, channels)
     if rng.random() < _WHITE:  # far more common in pictures than chance has them
         color[:] = rng.choice([-1, 1])
     slope = rng.normal(0, 0.25, (2, channels))
     parts = (color, slope[0], slope[1])
-    base, down, across = (part.astype(np.float32)[:, None, None] for part in parts)
+    base, down, across = (part.astype(np.float32)[:, None] for part in parts)
     shaded: Array = base + down * (y - 0.5) + across * (x - 0.5)
     return shaded
 
@@ -121,8 +122,10 @@ def _shape(rng: np.random.Generator, y: Array, x: Array) -> NDArray[np.bool_]:
     cos, sin = math.cos(angle), math.sin(angle)
     u = ((y - top) * cos + (x - left) * sin) / radius
     v = ((x - left) * cos - (y - top) * sin) / (radius * rng.uniform(0.5, 2))
-    power = rng.choice([2, 8])
-    inside: NDArray[np.bool_] = np.abs(u) ** power + np.abs(v) ** power < 1
+    squares = u * u, v * v
+    if rng.random() < 0.5:
+        squares = squares[0] ** 4, squares[1] ** 4
+    inside: NDArray[np.bool_] = squares[0] + squares[1] < 1
     return inside
 
 

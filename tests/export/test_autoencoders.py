@@ -121,6 +121,13 @@ def test_text_to_image(built: Built) -> None:
     check(built)
 
 
+def test_previews(built: Built) -> None:
+    pipe, _ = built
+    step = next(pipe.stream("a red fox", steps=2, height=SIDE, width=SIDE))
+    side = SIDE // pipe.manifest.latent.downscale
+    assert [image.size for image in step.quick_preview()] == [(side, side)]
+
+
 def test_image_to_image(built: Built, picture: Image.Image) -> None:
     check(built, image=picture)
 
