@@ -8,7 +8,6 @@ const $ = (id) => document.getElementById(id);
 const SMALL = 256; // pixels from which an enlarged image is smoothed
 
 export class Stage {
-  #entry = null;
   #shown = null; // blob in the frame
 
   constructor() {
@@ -17,10 +16,11 @@ export class Stage {
 
   /** Show an entry, or its latest state; null for none. */
   show(entry, model) {
-    this.#entry = entry;
+    const focused = document.activeElement;
     this.#showPicture(entry?.blob ?? entry?.preview ?? null, entry);
     this.#showProgress(entry);
     this.#showCaption(entry, model);
+    if ($("stage").contains(focused) && !focused.checkVisibility()) refocus();
   }
 
   #showPicture(blob, entry) {
@@ -65,6 +65,11 @@ export class Stage {
     $("download").href = $("picture").src;
     $("download").download = fileName(entry);
   }
+}
+
+/** Move the focus on from a button that is gone, else the keyboard's place would be lost. */
+function refocus() {
+  ["cancel", "download", "again"].map($).find((button) => button.checkVisibility())?.focus();
 }
 
 function facts({ request, size, seed, seconds, count, index }) {

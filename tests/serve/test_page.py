@@ -37,7 +37,7 @@ expect = sync_api.expect
 PROMPT = "owl on a pink background"
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 SECONDS = 30_000  # milliseconds that anything may take on a loaded machine
-LONG = 1000  # steps of a job that does not end by itself
+LONG = 1000  # steps
 RUNNING = re.compile(rf"Step \d+ of {LONG}")
 
 
@@ -143,6 +143,13 @@ def generate(page: Any, prompt: str = PROMPT, **fields: object) -> None:
     page.press("#prompt", "Control+Enter")
 
 
+def generate_long(page: Any, prompt: str = PROMPT, **fields: object) -> None:
+    """Send a request that takes 15 seconds and more."""
+    expect(page.locator("#generate")).to_be_enabled()
+    page.select_option("#size", "custom")
+    generate(page, prompt, width=128, height=128, steps=LONG, **fields)
+
+
 def check_accessible(page: Any) -> None:
     found = axe_api.Axe().run(page).response["violations"]
     assert [(item["id"], [node["html"] for node in item["nodes"]]) for item in found] == []
@@ -187,15 +194,17 @@ def test_image_is_generated_shown_and_downloaded(page: Any) -> None:
 
 def test_progress_is_watched_and_cancelled(page: Any, site: Site) -> None:
     with page.expect_response("**/v1/jobs") as answer:
-        generate(page, steps=LONG)
+        generate_long(page)
     expect(page.locator("#step")).to_have_text(RUNNING)
     expect(page.locator("#left")).to_have_text(re.compile(r"about \d+ (s|min) left"))
     expect(page.locator("#picture")).to_have_attribute("alt", "Preview")
     assert 0 < float(page.locator("#bar").evaluate("bar => bar.value")) < 1
     check_accessible(page)
-    page.click("#cancel")
-    expect(page.locator("#lost")).to_contain_text("Cancelled")
+    page.focus("#cancel")
+    page.keyboard.press("Enter")
+    expect(page.locator("#lost")).to_have_text("Cancelled.")
     expect(page.locator("#progress")).to_be_hidden()
+    expect(page.locator("#again")).to_be_focused()
     job = httpx.get(f"{site.url}/v1/jobs/{answer.value.json()['id']}", trust_env=False).json()
     assert job["status"] == "cancelled"
 
@@ -213,13 +222,14 @@ def test_several_images_of_one_request(page: Any) -> None:
 def test_reload_finds_the_running_and_the_finished(page: Any) -> None:
     generate(page, seed=1, steps=4)
     expect(page.locator("#download")).to_be_visible()
-    generate(page, "penguin", steps=LONG)
+    generate_long(page, "penguin")
     expect(page.locator("#step")).to_have_text(RUNNING)
     page.reload()
     expect(page.locator("#step")).to_have_text(RUNNING)
     assert [label.split(": ")[-1] for label in labels(page)] == ["penguin", PROMPT]
     assert page.input_value("#prompt") == "penguin"
     assert page.input_value("#steps") == str(LONG)
+    assert page.input_value("#width") == "128"
     page.click("#cancel")
     page.locator("#thumbs button").nth(1).click()
     expect(page.locator("#download")).to_be_visible()
@@ -253,8 +263,11 @@ def test_tabs_have_sessions_of_their_own(page: Any) -> None:
 
 
 def test_more_jobs_than_a_browser_opens_connections(page: Any) -> None:
-    for index in range(8):
-        generate(page, f"owl {index}", steps=LONG if index == 0 else 1, seed=index)
+    generate_long(page, "owl 0")
+    expect(page.locator("#thumbs button")).to_have_count(1)
+    page.select_option("#size", "64x64")
+    for index in range(1, 8):
+        generate(page, f"owl {index}", steps=1, seed=index)
         expect(page.locator("#problem")).to_be_empty()
         expect(page.locator("#thumbs button")).to_have_count(index + 1)
     page.locator("#thumbs button").last.click()
@@ -283,7 +296,7 @@ def test_server_restart_loses_what_ran_and_says_so(visit: Open, site: Site) -> N
     generate(page, "penguin", seed=3, steps=4)
     expect(page.locator("#download")).to_be_visible()
     kept = downloaded(page)
-    generate(page, steps=LONG, seed=4)
+    generate_long(page, seed=4)
     expect(page.locator("#step")).to_have_text(RUNNING)
     site.end()
     expect(page.locator("#step")).to_have_text("Waiting for the server")
