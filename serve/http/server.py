@@ -62,7 +62,9 @@ def listen(host: str, port: int) -> socket.socket:
         SettingsError: the address is used, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends what it has at once only on sockets of a named protocol: answers in two parts
+    # would wait some 40 ms for the client's acknowledgement of the first.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
