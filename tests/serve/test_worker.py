@@ -197,7 +197,7 @@ def test_a_worker_lives_through_batches_that_fail_or_are_cancelled(handmade: Han
 
 def test_a_lost_worker_is_started_again(handmade: Handmade) -> None:
     """Killed while it runs a batch and while it does not, hung, and abandoned by its task."""
-    directory = handmade(onnx=NETWORKS)
+    directory = handmade()  # which loads fastest
     short = WorkerLimits(step=0.4, ping=0.05, first_pause=0.05, longest_pause=0.1)
     endless = RunBatch(batch=1, settings=settings("a", steps=999, height=256, width=256))
 
@@ -254,7 +254,7 @@ def test_batches_are_measured_once(
 
 
 def test_closing_ends_a_batch_and_those_who_wait(handmade: Handmade) -> None:
-    directory = handmade(onnx=NETWORKS)
+    directory = handmade()
     endless = RunBatch(batch=1, settings=settings("a", steps=999))
 
     async def scenario() -> None:
