@@ -70,7 +70,7 @@ def main() -> None:
         (options.output / f"{name}.json").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stages too
     with tempfile.TemporaryDirectory(prefix="latentforge-gpu-", ignore_cleanup_errors=True) as work:
-        run = _Run(plan, options.output, Path(work), options.dry_run)
+        run = _StageRun(plan, options.output, Path(work), options.dry_run)
         try:
             run.say("plan: " + ", ".join(f"{name} {plan[name]:.0f} s" for name in plan))
             run.stages()
@@ -124,7 +124,7 @@ def _run_stage(options: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _StageRun:
     """One run of the script.
 
     Attributes:

@@ -72,14 +72,12 @@ def load(
             engines has such an option.
     """
     check_max_rows(max_rows)
-    check_prompt_cache(prompt_cache)
-    _check_options(wrap_session, hashes=hashes, low_memory=low_memory)
+    _check_options(wrap_session, prompt_cache, hashes=hashes, low_memory=low_memory)
     path = checked_path("directory", directory)
     options = {name: plain(value) for name, value in options.items()}
     manifest = Manifest.read(path, hashes=hashes)
     manifest.check_complete(path)
-    required, components = manifest.required_components, manifest.components
-    backends.check_option_names(options, {components[name].backend for name in required})
+    backends.check_option_names(options, manifest.required_backends)
     loader = EngineLoader(
         manifest=manifest,
         directory=path,
@@ -87,21 +85,23 @@ def load(
         low_memory=low_memory,
         wrap_session=wrap_session,
     )
-    tokenizers = {
-        name: Tokenizer(path / entry.file, entry) for name, entry in manifest.tokenizers.items()
-    }
-    engines = Engines(loader, required, options)
     return Pipeline(
         manifest,
-        engines,
-        tokenizers,
+        Engines(loader, manifest.required_components, options),
+        _tokenizers(manifest, path),
         path,
         example_images=example_images,
         prompt_cache=prompt_cache,
     )
 
 
-def _check_options(wrap_session: object, **flags: bool) -> None:
+def _tokenizers(manifest: Manifest, directory: Path) -> dict[str, Tokenizer]:
+    entries = manifest.tokenizers.items()
+    return {name: Tokenizer(directory / entry.file, entry) for name, entry in entries}
+
+
+def _check_options(wrap_session: object, prompt_cache: int, **flags: bool) -> None:
+    check_prompt_cache(prompt_cache)
     for name, value in flags.items():
         check_flag(name, value)
     if wrap_session is not None and not callable(wrap_session):

@@ -453,6 +453,11 @@ class Manifest(Record, frozen=True, kw_only=True):
         parts = [name for name in DENOISER_PARTS if name in self.components or name == "denoiser"]
         return (*encoders, *parts, "vae_decoder")
 
+    @property
+    def required_backends(self) -> set[str]:
+        """Backends of the components that text to image needs."""
+        return {self.components[name].backend for name in self.required_components}
+
     def check_complete(self, directory: Path) -> None:
         """Check that the directory has every component that text to image needs.
 

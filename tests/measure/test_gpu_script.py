@@ -104,7 +104,7 @@ def test_the_plan_is_eight_minutes_in_order_of_worth(tmp_path: Path) -> None:
     assert "no stage 'demos'" in rehearse(tmp_path, "--stages", "demos").stderr
 
 
-def hanging(tmp_path: Path, monkeypatch: Any, *, before: str = "") -> gpu._Run:
+def hanging(tmp_path: Path, monkeypatch: Any, *, before: str = "") -> gpu._StageRun:
     """Return a run whose stages never end.
 
     A child of theirs is in a session of its own, as the participants of a benchmark are.
@@ -123,7 +123,7 @@ def hanging(tmp_path: Path, monkeypatch: Any, *, before: str = "") -> gpu._Run:
     monkeypatch.setattr(gpu, "__file__", str(program))
     work = tmp_path / "work"
     work.mkdir()
-    return gpu._Run({"devices": 2.0, "full": 2.0}, tmp_path, work, True)
+    return gpu._StageRun({"devices": 2.0, "full": 2.0}, tmp_path, work, True)
 
 
 def has_ended(pid: Path) -> bool:
@@ -152,7 +152,7 @@ def test_stages_that_hang_are_ended_with_their_children(tmp_path: Path, monkeypa
 def test_the_log_survives_a_pipe_that_writes_to_the_same_file(tmp_path: Path) -> None:
     """It is put in place of the other file, which goes on without a name."""
     (tmp_path / "work").mkdir()
-    run = gpu._Run({}, tmp_path, tmp_path / "work", True)
+    run = gpu._StageRun({}, tmp_path, tmp_path / "work", True)
     with (tmp_path / "log").open("w") as piped:  # by tee
         for line in ("one", "two"):
             run.say(line)
