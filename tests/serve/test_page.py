@@ -197,7 +197,9 @@ def test_progress_is_watched_and_cancelled(page: Any, site: Site) -> None:
         generate_long(page)
     expect(page.locator("#step")).to_have_text(RUNNING)
     expect(page.locator("#left")).to_have_text(re.compile(r"about \d+ (s|min) left"))
+    expect(page.locator("#picture")).to_be_visible()
     expect(page.locator("#picture")).to_have_attribute("alt", "Preview")
+    assert page.locator("#picture").evaluate("image => image.naturalWidth") > 0
     assert 0 < float(page.locator("#bar").evaluate("bar => bar.value")) < 1
     check_accessible(page)
     page.focus("#cancel")
