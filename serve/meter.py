@@ -33,12 +33,12 @@ class ServiceMeter:
     Attributes:
         metrics: the instruments.
         accepted: time at which each open job was accepted.
-        stepped: time of the last step of each batch that runs, or of its start.
+        stepped: number and time of the last step of each batch that runs, or of its start.
     """
 
     metrics: Metrics
     accepted: dict[str, float] = field(default_factory=dict)
-    stepped: dict[int, float] = field(default_factory=dict)
+    stepped: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def refuse(self, error: ServeError) -> None:
         """Record a request that was not accepted."""
@@ -51,21 +51,22 @@ class ServiceMeter:
 
     def start(self, batch: Batch, now: float) -> None:
         """Record the start of a batch."""
-        self.stepped[batch.id] = now
+        self.stepped[batch.id] = (0, now)
         self.metrics.batch_size.labels(model=batch.model).observe(len(batch.rows))
         waits = self.metrics.queue_seconds.labels(model=batch.model)
         for row in batch.rows:
             if (accepted := self.accepted.get(row.job)) is not None:
                 waits.observe(now - accepted)
 
-    def step(self, batch: Batch, live: int, now: float) -> None:
-        """Record a step of a batch, of which some rows run for somebody."""
-        before = self.stepped.get(batch.id, now)
-        self.stepped[batch.id] = now
-        self.metrics.step_seconds.labels(model=batch.model).observe(now - before)
+    def step(self, batch: Batch, step: int, live: int, now: float) -> None:
+        """Record that a batch has done ``step`` steps, and runs for some rows' jobs."""
+        earlier, then = self.stepped.get(batch.id, (step - 1, now))
+        self.stepped[batch.id] = (step, now)
+        steps = max(1, step - earlier)
+        self.metrics.step_seconds.labels(model=batch.model).observe((now - then) / steps)
         if live < len(batch.rows):
             wasted = self.metrics.wasted_steps.labels(model=batch.model)
-            wasted.inc(len(batch.rows) - live)
+            wasted.inc(steps * (len(batch.rows) - live))
 
     def end(self, batch: Batch) -> None:
         """Record the end of a batch."""

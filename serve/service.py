@@ -22,7 +22,6 @@ import msgspec
 from latentforge.runtime.errors import BackendError, LatentforgeError, SettingsError
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Manifest
-from latentforge.runtime.text import one_line
 from latentforge.runtime.validation import check_number
 from latentforge.serve.errors import ExpiredJobError, ModelUnavailableError, ServeError
 from latentforge.serve.event_queue import EventQueue
@@ -380,7 +379,8 @@ class Service:
         slots = [slot for slot in self._slots if slot.model == model]
         if slots and all(slot.replica.lost_seconds > self._patience(slot) for slot in slots):
             raise ModelUnavailableError(
-                f"{model} does not run: {one_line(slots[0].replica.last_error, limit=300)}",
+                f"{model} does not run: its process ended and does not come back; the log of the "
+                "server says why",
                 retry_after=self._options.worker.longest_pause,
             )
 
@@ -453,7 +453,7 @@ class Service:
         pictures = () if step.previews is None else tuple(step.previews.array)
         changes = self.scheduler.stepped(batch.id, step.step, step.count, self._now, pictures)
         live = sum(len(c.event.images) for c in changes if isinstance(c.event, Stepped))
-        self._meter.step(batch, live, self._now)
+        self._meter.step(batch, step.step, live, self._now)
         self._apply(changes)
 
     def _ended(self, batch: Batch, end: BatchEnd) -> None:

@@ -5,7 +5,7 @@ sends LoadEngines first, and a batch when the one before has ended; CancelBatch 
 time. The worker answers:
 
     LoadEngines ─► EnginesLoaded, or LoadFailed and its end
-    RunBatch    ─► StepDone, any number of times, then BatchDone, BatchStopped or BatchFailed
+    RunBatch    ─► StepDone, not for every quick step, then BatchDone, BatchStopped or BatchFailed
     Ping        ─► Pong, between two steps at the latest
 """
 

@@ -55,6 +55,7 @@ from latentforge.serve.worker.messages import (
 
 __all__ = ["is_preview_due", "main"]
 
+_REPORT_SECONDS = 0.05  # between two steps that are reported
 _PIECE = 1 << 20  # bytes of one read
 _QUOTING = "latentforge.runtime.conditioning.tokenizer"  # its warnings quote prompts
 
@@ -143,10 +144,19 @@ def _warm(order: LoadEngines) -> Pipeline:
 
 @dataclass(eq=False)
 class _BatchRun:
-    """Batch that runs: its order, its steps once it has begun, and the last of them."""
+    """Batch that runs.
+
+    Attributes:
+        order: its order.
+        start: time at which it arrived.
+        reported: time at which a step was last reported; 0 before the first.
+        steps: its steps, once it has begun.
+        last: the last of these so far.
+    """
 
     order: RunBatch
     start: float
+    reported: float = 0.0
     steps: Iterator[DenoisingStep] | None = None
     last: DenoisingStep | None = None
 
@@ -183,7 +193,15 @@ class _Runs:
         start, batch = time.perf_counter(), run.order.batch
         answer = self._answer(run)
         self._turns.ran(batch, time.perf_counter() - start)
-        self._channel.send(answer) if isinstance(answer, StepDone) else self._end(answer)
+        self._report(run, answer) if isinstance(answer, StepDone) else self._end(answer)
+
+    def _report(self, run: _BatchRun, step: StepDone) -> None:
+        """Report a step, unless another was a moment ago: messages may cost more than steps."""
+        now = time.perf_counter()
+        shown = step.previews is not None or step.step == step.count
+        if shown or now - run.reported >= _REPORT_SECONDS:
+            run.reported = now
+            self._channel.send(step)
 
     def _answer(self, run: _BatchRun) -> StepDone | BatchDone | BatchFailed:
         try:

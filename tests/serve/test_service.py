@@ -322,7 +322,7 @@ def test_a_model_that_does_not_come_back_is_unavailable(handmade: Handmade) -> N
             end = (await ended(service, waiting)).end
             assert isinstance(end, Failed) and end.code == "model_unavailable"
             with pytest.raises(
-                ModelUnavailableError, match="m does not run: the process"
+                ModelUnavailableError, match="m does not run: its process ended"
             ) as refused:
                 await submit(service)
             assert refused.value.retry_after and not service.models["m"].ready

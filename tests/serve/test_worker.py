@@ -171,7 +171,7 @@ def test_a_worker_lives_through_batches_that_fail_or_are_cancelled(handmade: Han
 
             async def end_of(batch: int, wanted: Settings) -> Any:
                 def report(step: StepDone) -> None:
-                    if batch == 5 and step.step == 2:
+                    if batch == 5 and step.step > 1:
                         replica.cancel(batch)
 
                 return await replica.run(RunBatch(batch=batch, settings=wanted), report)
