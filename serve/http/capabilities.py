@@ -81,6 +81,7 @@ class ServerLimits(Record, frozen=True, kw_only=True):
     """Limits of a request.
 
     Attributes:
+        image_pixels: most pixels of an image that is made.
         share_seconds: time for which a shared image is kept; None if none can be shared.
     """
 
@@ -89,6 +90,7 @@ class ServerLimits(Record, frozen=True, kw_only=True):
     body_bytes: int
     picture_side: int
     picture_pixels: int
+    image_pixels: int
     seconds: float
     share_seconds: float | None
 
@@ -140,6 +142,7 @@ class CapabilityEndpoints:
             body_bytes=options.body.bytes,
             picture_side=options.pictures.side,
             picture_pixels=options.pictures.pixels,
+            image_pixels=options.image_pixels,
             seconds=options.deadline,
             share_seconds=None if shares is None else shares.lifetime,
         )

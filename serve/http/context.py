@@ -17,7 +17,8 @@ import msgspec
 from starlette.requests import Request
 
 from latentforge.runtime.errors import LatentforgeError
-from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.manifest import MAX_SIDE, Manifest
+from latentforge.runtime.validation import check_count
 from latentforge.serve.errors import (
     BadRequestError,
     ServeError,
@@ -126,18 +127,26 @@ class HttpOptions:
     Attributes:
         body: bounds of bodies.
         pictures: bounds of pictures in them.
+        image_pixels: most pixels of an image that is made.
         deadline: seconds after which a request ends that names no shorter time.
         url: address under which clients reach the server; empty for that of each request.
         metadata: False to leave the settings, and so the prompt, out of PNG files.
         log_prompts: True to have prompts in the log.
+
+    Raises:
+        SettingsError: a number is out of range.
     """
 
     body: BodyLimits = field(default_factory=BodyLimits)
     pictures: PictureLimits = PictureLimits()
+    image_pixels: int = 4_194_304
     deadline: float = 600.0
     url: str = ""
     metadata: bool = True
     log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("max_pixels", self.image_pixels, MAX_SIDE**2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +223,7 @@ class Context:
         Raises:
             ServeError: it is not accepted.
         """
+        self._check_pixels(images)
         longest = self.options.deadline
         key = request.headers.get("idempotency-key")
         if key is not None and not _KEY.fullmatch(key):
@@ -233,6 +243,15 @@ class Context:
         )
         request.scope[JOB] = job.id
         return job
+
+    def _check_pixels(self, images: ImageRequest) -> None:
+        settings, most = images.settings, self.options.image_pixels
+        if settings.height * settings.width > most:
+            raise BadRequestError(
+                f"images of {settings.width}x{settings.height} are too large for this server, "
+                f"which makes up to {most:,} pixels: choose a smaller size",
+                param="size",
+            )
 
     def base_url(self, request: Request) -> str:
         """Return the address of the server for links, without a slash at its end."""

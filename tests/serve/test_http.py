@@ -292,6 +292,16 @@ def part(name: str, text: str) -> str:
     return f'--B\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'
 
 
+def test_images_larger_than_the_server_makes(server: Served, client: httpx.Client) -> None:
+    most = client.get("/v1/capabilities").json()["limits"]["image_pixels"]
+    assert most == 2048 * 2048
+    for path in (GENERATIONS, "/v1/jobs"):
+        answer = client.post(path, json={"prompt": "a", "size": "2048x2056"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "size"
+    answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a", "width": 8192, "height": 8192})
+    assert answer.status_code == 400 and "4,194,304 pixels" in answer.text
+
+
 def test_pictures_wait_in_the_size_of_the_images(server: Served, client: httpx.Client) -> None:
     """They become the same pixels as in the runtime, which gets them as they are."""
     pixels = np.random.default_rng(1).integers(0, 256, (61, 95, 3), np.uint8)

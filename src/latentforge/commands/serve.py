@@ -156,6 +156,10 @@ def _add_interface(parser: Any) -> None:
         help="largest request, pictures included (default: 32)",
     )  # fmt: skip
     group.add_argument(
+        "--max-pixels", type=int, default=4_194_304, metavar="N",
+        help="most pixels of an image that is made (default: 4194304, which is 2048x2048)",
+    )  # fmt: skip
+    group.add_argument(
         "--no-metadata", action="store_true",
         help="leave the settings, and so the prompt, out of PNG files",
     )  # fmt: skip
@@ -211,6 +215,7 @@ def _options_of(options: argparse.Namespace) -> ServeOptions:
         ),
         http=HttpOptions(
             body=BodyLimits(bytes=options.max_body << 20),
+            image_pixels=options.max_pixels,
             deadline=options.deadline,
             url=options.url,
             metadata=not options.no_metadata,
