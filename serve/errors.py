@@ -112,9 +112,12 @@ class QuotaError(ServeError):
 
 
 class JobCancelledError(ServeError):
-    """Job that was cancelled while another request waited for it."""
+    """Job that was cancelled while another request waited for it.
 
-    status, kind, code = 409, "invalid_request_error", "cancelled"
+    OpenAI's clients send a request again after 408, 409, 429 and 5xx, which would undo the cancel.
+    """
+
+    status, kind, code = 410, "invalid_request_error", "cancelled"
 
 
 class GenerationError(ServeError):

@@ -68,7 +68,7 @@ __all__ = [
     "size_of",
 ]
 
-REFUSALS = (400, 404, 408, 409, 413, 415, 422, 429, 503, 504)
+REFUSALS = (400, 404, 408, 409, 410, 413, 415, 422, 429, 503, 504)
 """Statuses of requests for images that are not fulfilled."""
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from served import Served, complete_engines, served
 
 from latentforge.runtime.denoising.initial_latents import InitImage
-from latentforge.serve.errors import KeyRequiredError
+from latentforge.serve.errors import KeyRequiredError, job_error
 from latentforge.serve.http.app import all_endpoints
 from latentforge.serve.http.body import BodyLimits, BodyMemory
 from latentforge.serve.http.connection import BoundedConnection, find_lost_peers
@@ -366,6 +366,11 @@ def test_a_job_is_accepted_and_followed(client: httpx.Client) -> None:
     assert ended["status"] == "completed" and ended["seeds"] == [5, 6]
     content = client.get(ended["images"][1]["url"]).content
     assert json.loads(Image.open(io.BytesIO(content)).info["latentforge"])["seed"] == 6
+
+
+def test_clients_do_not_repeat_what_was_cancelled() -> None:
+    status = job_error("cancelled", "by another request").status
+    assert 400 <= status < 500 and status not in (408, 409, 429)  # which OpenAI's client repeats
 
 
 def test_a_job_is_cancelled_once(client: httpx.Client) -> None:
