@@ -47,6 +47,11 @@ def check_images(
             raise SettingsError(
                 "strength does not apply to this model, which samples from noise: omit it"
             )
+    elif image is None and settings.strength != 1:
+        raise SettingsError(
+            "strength is that of changes to an initial image: give the image that these settings "
+            "were completed for"
+        )
 
 
 def _check_noise_level(conditioning: Conditioning, settings: Settings) -> None:

@@ -105,6 +105,13 @@ def test_a_request_is_complete_and_checked_without_engines(
         lone.check_complete(Path("engines"))
 
 
+def test_settings_of_an_image_do_not_run_without_it(pipe: Pipeline) -> None:
+    changed = pipe("a", image=picture(), steps=4, seed=1, strength=0.5)
+    assert pipe.run(changed.settings, image=picture()).images == changed.images
+    with pytest.raises(SettingsError, match="give the image"):
+        pipe.run(changed.settings)
+
+
 def test_little_strength_changes_little(pipe: Pipeline) -> None:
     given = clean(picture())
     far = [
