@@ -22,6 +22,7 @@ __all__ = ["limited_memory", "load_memory", "run_memory"]
 
 _BASE = 1 << 29  # for code that a library generates, and its buffers
 _PER_CORE = 32 << 20  # stacks of a library's threads
+_ANY = _BASE + _PER_CORE * (os.cpu_count() or 1)  # of any engine
 _PER_BYTE = 16  # weights of four bits become floats, and a copy of them in the layout of kernels
 _PER_ELEMENT = 1 << 16  # a hundred channels in some layers at a time
 
@@ -59,7 +60,7 @@ def limited_memory(needed: int) -> Iterator[None]:
     if present is None:
         yield
         return
-    allowed = present + needed + _BASE + _PER_CORE * (os.cpu_count() or 1)
+    allowed = present + needed + _ANY
     old, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limits = [limit for limit in (old, hard, allowed) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(*limits, (1 << 63) - 1), hard))
