@@ -94,7 +94,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 def test_wheel_is_small(wheel: Path) -> None:
-    assert wheel.stat().st_size < 1e6
+    assert wheel.stat().st_size < 1.1e6  # 0.18 MB of it kernels, 0.13 MB the server
 
 
 def test_demo_wheel_holds_the_checkpoint_and_nothing_else(demo_wheel: Path) -> None:
