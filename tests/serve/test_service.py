@@ -163,7 +163,7 @@ def test_images_are_those_of_the_pipeline(handmade: Handmade) -> None:
 def test_a_running_job_is_cancelled_between_steps(handmade: Handmade) -> None:
     """By its client, by its deadline, and before its first step; others run on."""
     directory = handmade(onnx=NETWORKS)
-    long = {"steps": 900, "height": 512, "width": 512}  # 0.2 s, on a fast machine
+    long = {"count": 10, "steps": 900, "height": 512, "width": 512}  # 2 s, on a fast machine
 
     async def scenario() -> None:
         async with running(directory) as service:
@@ -174,7 +174,7 @@ def test_a_running_job_is_cancelled_between_steps(handmade: Handmade) -> None:
             assert service.get(first.id).state is JobState.RUNNING  # the short one ran beside
             assert service.cancel(first.id) and not service.cancel(first.id)
             assert service.get(first.id).end == Cancelled("cancelled by the client")
-            late = await ended(service, await submit(service, count=10, deadline=0.1, **long))
+            late = await ended(service, await submit(service, **long, deadline=0.1))
             assert isinstance(late.end, Failed) and late.end.code == "deadline_exceeded"
             at_once = await submit(service, **long)
             service.cancel(at_once.id)
@@ -183,7 +183,7 @@ def test_a_running_job_is_cancelled_between_steps(handmade: Handmade) -> None:
                 service.cancel("unheard of")
             assert value(service, "cancelled_total", stage="running") == 1
             assert value(service, "cancelled_total", stage="queued") == 1
-            assert value(service, "wasted_steps_total", model="m") < 100
+            assert value(service, "wasted_steps_total", model="m") < 900  # none went on to its end
 
     run(scenario())
 
@@ -245,7 +245,7 @@ def test_a_drain_loses_nothing(handmade: Handmade) -> None:
             assert {service.get(job.id).state for job in jobs} == {JobState.COMPLETED}
             assert value(service, "rejected_total", reason="drain") == 1
         async with running(directory) as service:
-            endless = await submit(service, steps=900, height=256, width=256)
+            endless = await submit(service, count=10, steps=900, height=256, width=256)
             await stepping(service, endless)
             await service.drain(0.05)
             assert isinstance(service.get(endless.id).end, Cancelled)
@@ -314,7 +314,7 @@ def test_a_model_that_does_not_come_back_is_unavailable(handmade: Handmade) -> N
 
     async def scenario() -> None:
         async with running(directory, options=options) as service:
-            waiting = await submit(service, steps=900, height=256, width=256)
+            waiting = await submit(service, count=10, steps=900, height=256, width=256)
             await stepping(service, waiting)
             for path in directory.glob("*.onnx"):
                 path.unlink()
