@@ -16,7 +16,7 @@ from latentforge.runtime.errors import ManifestError
 if TYPE_CHECKING:  # the manifest imports this module
     from latentforge.runtime.manifest import Stage
 
-__all__ = ["check_stage"]
+__all__ = ["OTHER_STAGES", "check_stage"]
 
 _T = TypeVar("_T")
 
@@ -110,6 +110,9 @@ _STAGES: Mapping[str, type] = {
 }
 """Options that stages of these names have besides."""
 
+OTHER_STAGES = frozenset({"build", "compile", "export", "search", "select"})
+"""Stages that do not edit graphs. A stage of any other name is read like that of optimize."""
+
 _COMPILED = ("bytes_before", "bytes_after", "build_seconds", "build_memory")
 _GRAPH = ("bytes_before", "bytes_after", "nodes_before", "nodes_after")
 _TIMED = ("speedup", "denoiser_step_speedup", "memory_before", "memory_after")
@@ -127,12 +130,16 @@ def check_stage(stage: Stage) -> None:
         raise ManifestError(f"history: {stage.name}: sizing has no budget")
     if stage.name in _STAGES:
         _read(stage, stage.options, _STAGES[stage.name])
-    if ("recipe" in stage.options) != ("target" in stage.options) and stage.name == "optimize":
-        raise ManifestError("history: optimize: recipe and target come together")
+    if ("recipe" in stage.options) != ("target" in stage.options) and _edits_graphs(stage):
+        raise ManifestError(f"history: {stage.name}: recipe and target come together")
     if stage.name == "export" and isinstance(options.reference, str):
         raise ManifestError("history: export: reference is an object")
     _check_candidates(stage, options)
     _check_figures(stage, options)
+
+
+def _edits_graphs(stage: Stage) -> bool:
+    return stage.name not in OTHER_STAGES
 
 
 def _read(stage: Stage, value: object, record: type[_T]) -> _T:
@@ -171,7 +178,7 @@ def _check_figures(stage: Stage, options: _Options) -> None:
 
 
 def _check_image(stage: Stage, figures: Mapping[str, float]) -> None:
-    if stage.name == "optimize" and "psnr" in figures:
+    if _edits_graphs(stage) and "psnr" in figures:
         _require(stage, "image", ("images",))
         _read(stage, stage.options, _Judged)
     if "speedup" in figures:

@@ -6,7 +6,10 @@ import time
 import numpy as np
 import pytest
 
+from latentforge.commands.describe import STAGE_LINES
+from latentforge.runtime.errors import ManifestError
 from latentforge.runtime.manifest import Stage
+from latentforge.runtime.manifest.history import OTHER_STAGES, check_stage
 from latentforge.runtime.version import __version__
 
 
@@ -40,3 +43,24 @@ def test_a_record_has_the_versions_of_packages() -> None:
     assert list(record.tools.items()) == [("latentforge", __version__), ("numpy", np.__version__)]
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         Stage.ended("tune", time.perf_counter(), {}, ["numpy", "no-such-package"])
+
+
+@pytest.mark.parametrize("name", ["optimize", "heun", "tune", ""])
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ({}, {"image": {"psnr": 40.0, "images": 1}}),
+        ({"recipe": "fp16"}, {}),
+        ({"target": "cpu"}, {}),
+    ],
+)
+def test_a_stage_of_any_name_has_what_its_description_reads(
+    name: str, options: dict[str, object], measured: dict[str, dict[str, float]]
+) -> None:
+    stage = Stage(name=name, options=options, tools={}, seconds=1.0, measured=measured)
+    with pytest.raises(ManifestError, match="history"):
+        check_stage(stage)
+
+
+def test_stages_that_edit_no_graphs_are_described_by_their_own_lines() -> None:
+    assert OTHER_STAGES == STAGE_LINES.keys()

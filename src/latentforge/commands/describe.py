@@ -21,7 +21,7 @@ from latentforge.runtime.shapes import format_shapes
 from latentforge.runtime.tensor import TensorSpec
 from latentforge.runtime.text import duration_text, size_text
 
-__all__ = ["describe", "stage_lines"]
+__all__ = ["STAGE_LINES", "describe", "stage_lines"]
 
 _TASKS: Mapping[tuple[ImageChannels, ...], str] = {
     ("mask", "masked_image"): "inpainting",
@@ -165,7 +165,7 @@ def _figures(figures: Mapping[str, float]) -> str:
 def stage_lines(stage: Stage) -> Iterator[str]:
     """Yield what a stage changed and measured, line by line."""
     stage = escaped(stage)
-    yield from _STAGE_LINES.get(stage.name, _graph_lines)(stage)
+    yield from STAGE_LINES.get(stage.name, _graph_lines)(stage)
 
 
 def _export_lines(stage: Stage) -> Iterator[str]:
@@ -326,7 +326,7 @@ def _float_layers(layers: list[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-_STAGE_LINES: Mapping[str, Callable[[Stage], Iterator[str]]] = {
+STAGE_LINES: Mapping[str, Callable[[Stage], Iterator[str]]] = {
     "build": _build_lines,
     "compile": _compile_lines,
     "export": _export_lines,
