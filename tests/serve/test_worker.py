@@ -189,7 +189,7 @@ def test_a_worker_lives_through_batches_that_fail_or_are_cancelled(handmade: Han
                 "generation_failed", "out_of_memory", "invalid_value", "invalid_value",
             ]  # fmt: skip
             assert "NaN" in ended[1].message and "multiple of 16" in ended[3].message
-            assert isinstance(ended[5], BatchStopped) and 2 <= ended[5].steps < 300
+            assert isinstance(ended[5], BatchStopped) and 2 <= ended[5].steps < 900
             assert isinstance(ended[6], BatchDone) and replica.pid == pid and not replica.losses
 
     run(scenario())
