@@ -132,15 +132,7 @@ class Pipeline:
         check_max_rows(max_rows)
         complete = self.settings(prompt, image=image, mask=mask, **settings)
         warn_of_calibration(complete, self.manifest.components["denoiser"])
-        request = ResolvedRequest.of(
-            complete,
-            self.manifest,
-            image=self._image(image, complete),
-            mask=mask,
-            depth_map=self._depth_map(depth_map, complete),
-            max_rows=max_rows,
-        )
-        return generate(self._model, request)
+        return self.steps(complete, image=image, mask=mask, depth_map=depth_map, max_rows=max_rows)
 
     def run(
         self,
@@ -179,9 +171,11 @@ class Pipeline:
         mask: Picture | None = None,
         depth_map: DepthInput | None = None,
         conditioning: ConditioningInputs | None = None,
+        max_rows: int | None = None,
     ) -> Iterator[DenoisingStep]:
         """Run a complete request and yield after each denoising step: see run() and stream()."""
         _check_settings(settings)
+        check_max_rows(max_rows)
         request = ResolvedRequest.of(
             settings,
             self.manifest,
@@ -189,6 +183,7 @@ class Pipeline:
             mask=mask,
             depth_map=self._depth_map(depth_map, settings),
             conditioning=conditioning,
+            max_rows=max_rows,
         )
         return generate(self._model, request)
 
