@@ -1,13 +1,12 @@
-"""Overload a running server, and measure what it does for those it accepts.
+"""Measure latentforge's server: overhead, overload, fairness, and many requests.
 
-    latentforge serve demo-engines --port 8000
-    python benchmarks/serving_load.py http://127.0.0.1:8000 --seconds 60 --times 10
+    python benchmarks/serving_load.py --output DIR
+    python benchmarks/serving_load.py --output DIR ENGINES --seconds 5 --requests 200  # rehearsal
 
-First it finds the capacity, with as many clients as wait for each other; then requests arrive at
-random times (Poisson), as often as asked for, whether earlier ones were answered or not: clients
-who wait for answers would hide the queue (coordinated omission). Each asks for one image of its own
-seed. It prints one JSON object. Run it where the server has its cores for itself, or read the
-ratios alone.
+It starts the server itself, with engines of known cost and with the demo's, on this machine's
+loopback interface, and writes serving.json and the table serving.md, in eight minutes at most. Run
+it where nothing else runs: it takes a little of the cores that the server has, says how much, and
+stamps answers by the kernel's clock, so that its own delays do not count.
 """
 
 from __future__ import annotations
@@ -15,151 +14,160 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
-import re
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import httpx
+from serving_stages.client import Client
+from serving_stages.figures import Figure, as_json, as_table
+from serving_stages.load import LoadResult, ServerLoad, fairness, overhead, overload, soak
+from serving_stages.server_process import latentforge_server
+from serving_stages.synthetic import StepCost, synthetic_engines
+
+from latentforge.demo_engines import cached_demo_engines
+from latentforge.measure.hardware import describe_machine
+from latentforge.runtime.loader import load
+from latentforge.runtime.manifest import Manifest
 
 __all__ = ["main"]
 
-_SAMPLE = re.compile(r"^latentforge_(running|waiting|permits)\{[^}]*\} (\S+)$", re.MULTILINE)
-_MEMORY = re.compile(r"^process_resident_memory_bytes (\S+)$", re.MULTILINE)
+COST = StepCost()
+_STEPS = 10
+_GAPS = (0.0, 0.25)
 
 
 @dataclass(frozen=True)
-class Load:
-    """Requests to one server.
+class LoadRun:
+    """One run of all measurements.
 
     Attributes:
-        client: of the server.
-        fields: of each request.
+        options: of the command.
+        work: a temporary folder.
+        figures: for the table.
+        details: of each measurement, by name.
     """
 
-    client: httpx.AsyncClient
-    fields: dict[str, Any]
+    options: argparse.Namespace
+    work: Path
+    figures: list[Figure] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
-    async def request(self, seed: int, found: Outcomes) -> float:
-        """Ask for an image, note the answer, and return the seconds until the next may be sent."""
+    def all(self, engines: Path) -> None:
+        """Make all measurements."""
+        with self._serving(synthetic_engines(engines, self.work, COST), *self._bounds) as load:
+            self._measure("overload-synthetic", self._overloaded(load))
+            rows = self.details["overload-synthetic"].get("rows_of_a_batch", 1)
+            known = COST.images_per_second(_STEPS, round(rows))
+            self.figures.append(
+                Figure(text="synthetic: capacity by its cost", value=known, unit=" images/s")
+            )
+        with self._serving(engines) as load:
+            self._measure("overhead", self._overhead(load, engines))
+            for gap in _GAPS:
+                rounds = self.options.rounds
+                self._measure(f"fairness-{gap:g}", fairness(load, rounds, gap))
+        with self._serving(engines, *self._bounds) as load:
+            self._measure("overload", self._overloaded(load))
+            self._measure("soak", self._soak(load))
+
+    @property
+    def _bounds(self) -> tuple[str, ...]:
+        """Options of a server that is full, and forgets, after seconds: both take time."""
+        return ("--queue-seconds", str(self.options.queue_seconds), "--keep", "5")
+
+    @contextmanager
+    def _serving(self, engines: Path, *options: str) -> Iterator[ServerLoad]:
+        log = self.work / f"{engines.name}-{len(self.details)}.log"
+        with latentforge_server(engines, log, *options) as server:
+            client = Client.of(server.url)
+            name = Manifest.read(engines).name
+            yield ServerLoad(server=server, client=client, fields=_fields(), name=name)
+            client.close()
+
+    def _measure(self, name: str, work: Coroutine[Any, Any, LoadResult]) -> None:
+        """Make a measurement; one that fails leaves its reason, and the others are made."""
+        print(f"{name} …", end=" ", flush=True)
         start = time.perf_counter()
-        body = {**self.fields, "seed": seed}
-        pause = 0.0
         try:
-            answer = await self.client.post("/v1/images/generations", json=body)
-            status = str(answer.status_code)
-            pause = float(answer.headers.get("retry-after", 0))
-        except httpx.HTTPError as error:
-            status = type(error).__name__
-        found.add(status, time.perf_counter() - start)
-        return pause
+            measured = asyncio.run(work)
+        except RuntimeError as error:
+            print(error, flush=True)
+            self.details[name] = {"failed": str(error)}
+            self.figures.append(Figure(text=f"{name}: {error}", value=1, limit=0))
+            return
+        self.figures.extend(measured.figures)
+        self.details[name] = measured.details
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
-    async def closed(self, clients: int, seconds: float) -> Outcomes:
-        """Let clients ask again as soon as they are answered."""
-        found, end = Outcomes(), time.perf_counter() + seconds
+    async def _overhead(self, requests: ServerLoad, engines: Path) -> LoadResult:
+        with load(engines) as pipe:
+            return await overhead(requests, pipe, self.options.pairs)
 
-        async def client(number: int) -> None:
-            while time.perf_counter() < end:
-                await asyncio.sleep(await self.request(random.randrange(1 << 31), found))
+    def _overloaded(self, requests: ServerLoad) -> Coroutine[Any, Any, LoadResult]:
+        options = self.options
+        return overload(
+            requests,
+            calm=options.calm,
+            seconds=options.seconds,
+            times=options.times,
+            clients=options.clients,
+            queue=options.queue_seconds,
+        )
 
-        start = time.perf_counter()
-        await asyncio.gather(*map(client, range(clients)))
-        found.elapsed = time.perf_counter() - start
-        return found
-
-    async def open(self, rate: float, seconds: float) -> Outcomes:
-        """Send requests at random times, at a rate per second, and wait for all answers."""
-        found, tasks, start = Outcomes(), [], time.perf_counter()
-        due = random.expovariate(rate)
-        while due < seconds:
-            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.request(random.randrange(1 << 31), found)))
-            due += random.expovariate(rate)
-        found.elapsed = time.perf_counter() - start
-        found.in_time = len(found.seconds.get("200", ()))
-        await asyncio.gather(*tasks)
-        return found
-
-    async def state(self) -> dict[str, float]:
-        """Return the gauges of the server, and its memory in MB."""
-        text = (await self.client.get("/metrics")).text
-        gauges: dict[str, float] = {}
-        for name, value in _SAMPLE.findall(text):
-            gauges[name] = gauges.get(name, 0.0) + float(value)
-        memory = _MEMORY.search(text)
-        return {**gauges, "memory_mb": float(memory[1]) / 1e6 if memory else 0.0}
+    def _soak(self, requests: ServerLoad) -> Coroutine[Any, Any, LoadResult]:
+        short = {**requests.fields, "num_inference_steps": self.options.soak_steps}
+        load = ServerLoad(
+            server=requests.server, client=requests.client, fields=short, name=requests.name
+        )
+        return soak(load, self.options.requests, self.options.clients)
 
 
-@dataclass
-class Outcomes:
-    """Seconds of answers by status; those that came in time, and the time of the load."""
-
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    elapsed: float = 0.0
-    in_time: int = 0
-
-    def add(self, status: str, seconds: float) -> None:
-        """Add an answer."""
-        self.seconds.setdefault(status, []).append(seconds)
-
-    def summary(self) -> dict[str, Any]:
-        """Return counts and percentiles by status."""
-        return {
-            status: {
-                "count": len(times),
-                "p50": round(_percentile(times, 50), 4),
-                "p99": round(_percentile(times, 99), 4),
-            }
-            for status, times in sorted(self.seconds.items())
-        }
+def _fields() -> dict[str, Any]:
+    """Return the fields of a request, which makes the same work for every model."""
+    return {"num_inference_steps": _STEPS, "guidance_scale": 1.0, "unaccelerated": True}
 
 
-def _percentile(values: Sequence[float], percent: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the results, and return 1 if a limit is not kept."""
+    options = _parser().parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    engines, start = options.engines or cached_demo_engines(), time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="latentforge-load-") as work:
+        run = LoadRun(options, Path(work))
+        run.all(engines)
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": describe_machine(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "figures": as_json(run.figures),
+        "measurements": run.details,
+    }
+    (options.output / "serving.json").write_text(json.dumps(content, indent=2) + "\n")
+    (options.output / "serving.md").write_text(as_table(run.figures) + "\n")
+    print(as_table(run.figures))
+    return int(any(figure.is_kept is False for figure in run.figures))
 
 
-async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the capacity, the overload and the state after it."""
-    fields = {"prompt": options.prompt, "n": 1, "output_format": "jpeg"}
-    if options.steps:
-        fields["num_inference_steps"] = options.steps
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    timeout = httpx.Timeout(options.seconds * 10 + 60)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout) as client:
-        load = Load(client, fields)
-        alone = await load.closed(1, options.calm / 2)
-        calm = await load.closed(options.clients, options.calm)
-        before = await load.state()
-        capacity = len(calm.seconds.get("200", ())) / calm.elapsed
-        over = await load.open(options.times * capacity, options.seconds)
-        await asyncio.sleep(1)
-        return {
-            "alone": alone.summary(),
-            "capacity_images_per_second": round(capacity, 3),
-            "calm": calm.summary(),
-            "overload": over.summary(),
-            "goodput": round(over.in_time / over.elapsed / capacity, 3),
-            "before": before,
-            "after": await load.state(),
-        }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure a server and print the result."""
-    parser = argparse.ArgumentParser(description="Overload a server and measure it.")
-    parser.add_argument("url", help="address of the server")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the overload")
-    parser.add_argument("--times", type=float, default=10.0, help="load, in capacities")
-    parser.add_argument("--calm", type=float, default=10.0, help="seconds to find the capacity")
-    parser.add_argument("--clients", type=int, default=8, help="clients in that time")
-    parser.add_argument("--steps", type=int, help="of each image")
-    parser.add_argument("--prompt", default="a red apple on a plate")
-    options = parser.parse_args(arguments)
-    print(json.dumps(asyncio.run(measure(options.url, options)), indent=2))
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("engines", nargs="?", type=Path, help="default: the demo's, in the cache")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each overload")
+    parser.add_argument("--times", type=float, default=10.0, help="its rate, in capacities")
+    parser.add_argument("--calm", type=float, default=8.0, help="seconds to find the capacity in")
+    parser.add_argument("--clients", type=int, default=8, help="in that time, and of many requests")
+    parser.add_argument("--queue-seconds", type=float, default=5.0, help="of the server")
+    parser.add_argument("--pairs", type=int, default=40, help="to find the overhead from")
+    parser.add_argument("--rounds", type=int, default=3, help="of small requests beside a huge one")
+    parser.add_argument("--requests", type=int, default=5000, help="one after another")
+    parser.add_argument("--soak-steps", type=int, default=1, help="of each of these")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

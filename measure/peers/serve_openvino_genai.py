@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from openvino_model import convert, model_bytes, properties
 from serving import LoadedModel, PeerJob, Stages, serve, versions
 
+__all__ = ["link"]
+
 _SCHEDULERS = (
     "DDIMScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -32,7 +34,7 @@ def load(job: PeerJob, directory: Path) -> LoadedModel:
     settings = job.settings
     _check(job)
     with tempfile.TemporaryDirectory() as view:
-        _link(directory, Path(view), job.scheduler)
+        link(directory, Path(view), job.scheduler)
         pipe = genai.Text2ImagePipeline(view)
         # Static sizes, as its documentation recommends.
         size = (settings["height"], settings["width"], settings["guidance_scale"])
@@ -57,7 +59,7 @@ def _check(job: PeerJob) -> None:
         raise ValueError("OpenVINO GenAI does not support guidance rescale: use --rescale 0")
 
 
-def _link(directory: Path, view: Path, scheduler: Mapping[str, Any]) -> None:
+def link(directory: Path, view: Path, scheduler: Mapping[str, Any]) -> None:
     """Link a model's directory, with the job's scheduler in place of the checkpoint's."""
     for entry in directory.iterdir():
         if entry.name != "scheduler":

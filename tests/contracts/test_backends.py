@@ -201,6 +201,11 @@ def test_refuses_options(load: Load, options: dict[str, Any], message: str) -> N
         load(**options)
 
 
+def test_calls_of_the_null_backend_take_a_second_at_most(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="call_us must be at most 1000000, not 1000001"):
+        backends.get("null").load(tmp_path, component("null"), {"call_us": 1_000_001})
+
+
 def test_compile_refuses_options_too(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no backend option 'turbo'"):
         backends.get(name).compile(
