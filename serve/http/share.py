@@ -158,6 +158,8 @@ def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def _document(template: str, status: int, values: dict[str, str]) -> Response:
-    content = page_template(template).substitute(values)
+def _document(name: str, status: int, values: dict[str, str]) -> Response:
+    """Return a page in the frame of all that show shared images: <main>, and what is before it."""
+    head, start, rest = page_template(name).substitute(values).partition("<main")
+    content = page_template("frame.html").substitute(head=head, main=start + rest)
     return Response(content, status, _HEADERS, "text/html")

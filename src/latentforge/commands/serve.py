@@ -64,6 +64,18 @@ def add(commands: Any) -> None:
     _add_interface(parser)
 
 
+def _add_numbers(group: Any, *rows: tuple[str, str, float, str]) -> None:
+    """Add options by their names, units, defaults and texts."""
+    for name, unit, default, text in rows:
+        group.add_argument(name, type=type(default), default=default, metavar=unit, help=text)
+
+
+def _add_flags(group: Any, **texts: str) -> None:
+    """Add options without values, by their texts."""
+    for name, text in texts.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+
+
 def _add_address(parser: Any) -> None:
     group = parser.add_argument_group("address and keys")
     group.add_argument(
@@ -71,10 +83,7 @@ def _add_address(parser: Any) -> None:
         help="interface to listen at (default: 127.0.0.1, this machine alone); 0.0.0.0 for all, "
         "which needs a key",
     )  # fmt: skip
-    group.add_argument(
-        "--port", type=int, default=8000, metavar="N",
-        help="port (default: 8000; 0 for a free one)",
-    )  # fmt: skip
+    _add_numbers(group, ("--port", "N", 8000, "port (default: %(default)s; 0 for a free one)"))
     group.add_argument(
         "--keys", type=Path, metavar="FILE",
         help="API keys as SHA-256 with limits of each, in TOML; $LATENTFORGE_KEYS has keys "
@@ -84,9 +93,7 @@ def _add_address(parser: Any) -> None:
         "--new-key", metavar="NAME",
         help="print a new key and its entry for the file of --keys, and end",
     )  # fmt: skip
-    group.add_argument(
-        "--insecure", action="store_true", help="let other machines in without a key"
-    )
+    _add_flags(group, insecure="let other machines in without a key")
     group.add_argument(
         "--url", default="", metavar="URL",
         help="address that clients use, for links, where a proxy is in front",
@@ -94,79 +101,63 @@ def _add_address(parser: Any) -> None:
 
 
 def _add_queue(parser: Any) -> None:
-    group = parser.add_argument_group("queue")
-    group.add_argument(
-        "--queue-seconds", type=float, default=60.0, metavar="S",
-        help="longest wait, by the measured speed, that a request is accepted for; others get "
-        "503 with Retry-After (default: 60)",
-    )  # fmt: skip
-    group.add_argument(
-        "--deadline", type=float, default=600.0, metavar="S",
-        help="longest time of a request until its end, then 504 (default: 600)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-batch", type=int, default=8, metavar="N",
-        help="most images that run together, where that was measured to be faster (default: 8)",
-    )  # fmt: skip
-    group.add_argument(
-        "--measure-seconds", type=float, default=20.0, metavar="S",
-        help="time that measuring batches may take per model at the first start; the result is "
-        "kept in the cache (default: 20; 0 runs images one by one)",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep", type=float, default=600.0, metavar="S",
-        help="time for which results of jobs are kept (default: 600)",
-    )  # fmt: skip
-    group.add_argument(
-        "--drain-timeout", type=float, default=60.0, metavar="S",
-        help="time for accepted requests after the first SIGTERM (default: 60)",
+    _add_numbers(
+        parser.add_argument_group("queue"),
+        ("--queue-seconds", "S", 60.0,
+         "longest wait, by the measured speed, that a request is accepted for; others get "
+         "503 with Retry-After (default: %(default)g)"),
+        ("--deadline", "S", 600.0,
+         "longest time of a request until its end, then 504 (default: %(default)g)"),
+        ("--max-batch", "N", 8,
+         "most images that run together, where that was measured to be faster "
+         "(default: %(default)s)"),
+        ("--measure-seconds", "S", 20.0,
+         "time that measuring batches may take per model at the first start; the result is "
+         "kept in the cache (default: %(default)g; 0 runs images one by one)"),
+        ("--keep", "S", 600.0, "time for which results of jobs are kept (default: %(default)g)"),
+        ("--drain-timeout", "S", 60.0,
+         "time for accepted requests after the first SIGTERM (default: %(default)g)"),
     )  # fmt: skip
 
 
 def _add_workers(parser: Any) -> None:
     group = parser.add_argument_group("workers")
-    group.add_argument(
-        "--replicas", type=int, default=1, metavar="N",
-        help="processes of each model, which share the cores (default: 1)",
+    _add_numbers(
+        group,
+        ("--replicas", "N", 1,
+         "processes of each model, which share the cores (default: %(default)s)"),
     )  # fmt: skip
     arguments.add_threads(group)
-    group.add_argument(
-        "--low-memory", action="store_true",
-        help="one row at a time and one copy of the weights: about half the memory, slower",
-    )  # fmt: skip
-    group.add_argument(
-        "--prompt-cache", type=int, default=256, metavar="N",
-        help="prompts whose embeddings each process keeps (default: 256)",
-    )  # fmt: skip
-    group.add_argument(
-        "--load-timeout", type=float, default=1800.0, metavar="S",
-        help="time for a model to load and to run one step (default: 1800)",
-    )  # fmt: skip
-    group.add_argument(
-        "--step-timeout", type=float, default=300.0, metavar="S",
-        help="time of a step after which a process counts as hung, and is started again "
-        "(default: 300)",
+    _add_flags(
+        group,
+        low_memory="one row at a time and one copy of the weights: about half the memory, slower",
+    )
+    _add_numbers(
+        group,
+        ("--prompt-cache", "N", 256,
+         "prompts whose embeddings each process keeps (default: %(default)s)"),
+        ("--load-timeout", "S", 1800.0,
+         "time for a model to load and to run one step (default: %(default)g)"),
+        ("--step-timeout", "S", 300.0,
+         "time of a step after which a process counts as hung, and is started again "
+         "(default: %(default)g)"),
     )  # fmt: skip
 
 
 def _add_interface(parser: Any) -> None:
     group = parser.add_argument_group("interface")
-    group.add_argument(
-        "--max-body", type=int, default=32, metavar="MB",
-        help="largest request, pictures included (default: 32)",
+    _add_numbers(
+        group,
+        ("--max-body", "MB", 32, "largest request, pictures included (default: %(default)s)"),
+        ("--max-pixels", "N", 4_194_304,
+         "most pixels of an image that is made (default: %(default)s, which is 2048x2048)"),
     )  # fmt: skip
-    group.add_argument(
-        "--max-pixels", type=int, default=4_194_304, metavar="N",
-        help="most pixels of an image that is made (default: 4194304, which is 2048x2048)",
-    )  # fmt: skip
-    group.add_argument(
-        "--no-metadata", action="store_true",
-        help="leave the settings, and so the prompt, out of PNG files",
-    )  # fmt: skip
-    group.add_argument(
-        "--no-shares", action="store_true", help="no links to images that need no key"
+    _add_flags(
+        group,
+        no_metadata="leave the settings, and so the prompt, out of PNG files",
+        no_shares="no links to images that need no key",
+        log_prompts="have the prompts in the log",
     )
-    group.add_argument("--log-prompts", action="store_true", help="have the prompts in the log")
     group.add_argument(
         "--log", choices=["json", "text"], default="json",
         help="format of the log on standard error (default: json)",
