@@ -62,6 +62,16 @@ SIGNATURES = {
         {"latent_parameters": TensorSpec("float32", ("batch", 8, "height//8", "width//8"))},
     ),
 }
+SCHEDULE = Schedule(
+    beta_kind="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    spacing="leading",
+    offset=1,
+    zero_terminal_snr=False,
+    final_alpha_one=False,
+    options=SolverOptions(clip_sample=False),
+)
 # Each token id t becomes (t/20, t/20), so that the mean of an embedding identifies its prompt.
 TEXT_ENCODER = """<ir_version: 9, opset_import: ["" : 17]>
 m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
@@ -137,16 +147,7 @@ def handmade_engines(
         "conditioning": Conditioning(
             encoders=(TextEncoding(component="text_encoder", tokenizer="tokenizer"),)
         ),
-        "schedule": Schedule(
-            beta_kind="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            spacing="leading",
-            offset=1,
-            zero_terminal_snr=False,
-            final_alpha_one=False,
-            options=SolverOptions(clip_sample=False),
-        ),
+        "schedule": SCHEDULE,
         "defaults": RequestDefaults(
             sampler="ddim",
             steps=4,

@@ -11,15 +11,12 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
 from hostile_checkpoints import FAMILIES, describe, write_case
-from watched import failures, watched
+from watched import failures, numbered, watched
 
 from latentforge.export.checkpoint import open_checkpoint
 from latentforge.export.families import family_of
 from latentforge.export.schedulers import CheckpointScheduler, with_class
 from latentforge.export.tokenizers import write_tokenizer
-
-FEW = range(280, 310)  # with an id that fills the memory
-FULL = range(1000)
 
 
 @pytest.fixture
@@ -86,11 +83,6 @@ def check(bases: Mapping[str, Path], place: Path, indices: range) -> None:
     assert after == before
 
 
-def test_damaged_checkpoints(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    check(bases, tmp_path / "cases", FEW)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_all_damaged_checkpoints(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    check(bases, tmp_path / "cases", FULL)
+@numbered(range(280, 310), full=1000)  # with an id that fills the memory
+def test_damaged_checkpoints(bases: Mapping[str, Path], tmp_path: Path, indices: range) -> None:
+    check(bases, tmp_path / "cases", indices)

@@ -14,15 +14,13 @@ from hostile_commands import command_line
 from hostile_requests import Places, write_files
 from measured import BENCH
 from test_requests import listing
-from watched import failures, watched
+from watched import failures, numbered, watched
 
 from latentforge.__main__ import main
 from latentforge.runtime.errors import LatentforgeError
 
 pytest_plugins = ["test_requests"]
 
-FEW = range(200)
-FULL = range(2000)
 GATE_FAILED = 3
 
 
@@ -76,11 +74,6 @@ def check(places: Places, place: Path, indices: range) -> None:
     assert ends.count("works") > len(ends) / 50 and ends.count("refused") > len(ends) / 3
 
 
-def test_hostile_commands(places: Places, tmp_path: Path) -> None:
-    check(places, tmp_path / "cases", FEW)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_all_hostile_commands(places: Places, tmp_path: Path) -> None:
-    check(places, tmp_path / "cases", FULL)
+@numbered(range(200), full=2000)
+def test_hostile_commands(places: Places, tmp_path: Path, indices: range) -> None:
+    check(places, tmp_path / "cases", indices)

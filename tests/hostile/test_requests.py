@@ -13,10 +13,7 @@ pytest.importorskip("torchmetrics", exc_type=ImportError)
 
 from conftest import Handmade
 from hostile_requests import Places, call, describe, write_files
-from watched import failures, watched
-
-FEW = range(300)
-FULL = range(2000)
+from watched import failures, numbered, watched
 
 
 @pytest.fixture
@@ -53,11 +50,6 @@ def check(places: Places, place: Path, indices: range) -> None:
     assert listing(place.parent) == before
 
 
-def test_hostile_requests(places: Places, tmp_path: Path) -> None:
-    check(places, tmp_path / "cases", FEW)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_all_hostile_requests(places: Places, tmp_path: Path) -> None:
-    check(places, tmp_path / "cases", FULL)
+@numbered(range(300), full=2000)
+def test_hostile_requests(places: Places, tmp_path: Path, indices: range) -> None:
+    check(places, tmp_path / "cases", indices)

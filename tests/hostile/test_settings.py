@@ -3,15 +3,11 @@
 import os
 from pathlib import Path
 
-import pytest
 from conftest import Handmade
 from hostile_settings import request
-from watched import failures, watched
+from watched import failures, numbered, watched
 
 from latentforge.runtime.loader import load
-
-FEW = range(300)
-FULL = range(5000)
 
 
 def check(engines: Path, place: Path, indices: range) -> None:
@@ -31,11 +27,6 @@ def check(engines: Path, place: Path, indices: range) -> None:
     assert {path.name for path in place.iterdir()} <= {"fifo"}
 
 
-def test_hostile_settings(handmade: Handmade, tmp_path: Path) -> None:
-    check(handmade(), tmp_path / "cases", FEW)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_all_hostile_settings(handmade: Handmade, tmp_path: Path) -> None:
-    check(handmade(), tmp_path / "cases", FULL)
+@numbered(range(300), full=5000)
+def test_hostile_settings(handmade: Handmade, tmp_path: Path, indices: range) -> None:
+    check(handmade(), tmp_path / "cases", indices)

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import pytest
+
 from latentforge.runtime.errors import LatentforgeError
 
-__all__ = ["Outcome", "failures", "watched"]
+__all__ = ["Outcome", "failures", "numbered", "watched"]
 
 SECONDS = 20.0
 """Time limit of a case, in seconds of a processor: other programs may slow it down."""
@@ -64,6 +66,18 @@ def failures(outcomes: Sequence[Outcome], name: Callable[[int], str]) -> list[st
         for each in outcomes
         if each.failed
     ]
+
+
+def numbered(few: range, *, full: int) -> pytest.MarkDecorator:
+    """Return a mark of a test that has `indices`: a few of its cases, or, slowly, the first ones.
+
+    Args:
+        few: cases of the quick test.
+        full: number of cases of the slow one.
+    """
+    marks = [pytest.mark.slow, pytest.mark.timeout(3000)]
+    sets = [pytest.param(few, id="few"), pytest.param(range(full), id="full", marks=marks)]
+    return pytest.mark.parametrize("indices", sets)
 
 
 def watched(

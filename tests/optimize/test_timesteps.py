@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import SCHEDULE
 
 from latentforge.optimize.search.timesteps import (
     ALIGNED,
@@ -15,20 +16,9 @@ from latentforge.optimize.search.timesteps import (
 from latentforge.runtime import sampling
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
-from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.sampler import Array
 from latentforge.runtime.sampling.schedule import Schedule
 
-SCHEDULE = Schedule(
-    beta_kind="scaled_linear",
-    beta_start=0.00085,
-    beta_end=0.012,
-    spacing="leading",
-    offset=1,
-    zero_terminal_snr=False,
-    final_alpha_one=False,
-    options=SolverOptions(clip_sample=False),
-)
 SPREAD = 0.05
 
 
