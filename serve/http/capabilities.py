@@ -18,11 +18,12 @@ from latentforge.runtime.record import Record
 from latentforge.runtime.sampling import SAMPLERS, noise_plan
 from latentforge.runtime.settings import MAX_PROMPT
 from latentforge.runtime.version import __version__
-from latentforge.serve.http.context import Context, ServedModel
+from latentforge.serve.http.context import Context
 from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.fields import MAX_IMAGES
 from latentforge.serve.http.openai import makes_previews
+from latentforge.serve.service import ModelCard
 
 __all__ = ["CapabilityEndpoints"]
 
@@ -148,7 +149,7 @@ class CapabilityEndpoints:
         )
 
 
-def _capabilities(id: str, model: ServedModel) -> ModelCapabilities:
+def _capabilities(id: str, model: ModelCard) -> ModelCapabilities:
     manifest = model.manifest
     return ModelCapabilities(
         id=id,

@@ -8,16 +8,16 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
 from starlette.requests import Request
 
 from latentforge.runtime.errors import LatentforgeError
-from latentforge.runtime.manifest import MAX_SIDE, Manifest
+from latentforge.runtime.manifest import MAX_SIDE
 from latentforge.runtime.validation import check_count
 from latentforge.serve.errors import (
     BadRequestError,
@@ -27,7 +27,7 @@ from latentforge.serve.errors import (
 )
 from latentforge.serve.http.body import BodyLimits
 from latentforge.serve.http.fields import ImageFields
-from latentforge.serve.job import Job, JobEvent
+from latentforge.serve.job import Job
 from latentforge.serve.keys import ANYONE
 from latentforge.serve.metrics import Metrics
 from latentforge.serve.pictures import (
@@ -39,16 +39,15 @@ from latentforge.serve.pictures import (
     resized,
 )
 from latentforge.serve.request import ImageRequest
+from latentforge.serve.service import ModelCard, Service
 from latentforge.serve.share import ShareStore
 
 __all__ = [
     "NAMES",
     "Context",
     "HttpOptions",
-    "ImageService",
     "Output",
     "Pictures",
-    "ServedModel",
     "complete",
     "owner_of",
     "settings_of",
@@ -75,49 +74,6 @@ _KEY = re.compile(r"[!-~]{1,255}")
 OWNER, MODEL = "latentforge.owner", "latentforge.model"
 JOB, TEXT = "latentforge.job", "latentforge.prompt"
 """Entries of a request's scope."""
-
-
-class ServedModel(Protocol):
-    """Model as the endpoints see it."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """Manifest of its engines."""
-
-    @property
-    def ready(self) -> bool:
-        """True while one of its workers is loaded."""
-
-
-class ImageService(Protocol):
-    """Service as the endpoints see it."""
-
-    @property
-    def models(self) -> Mapping[str, ServedModel]:
-        """Models by name."""
-
-    @property
-    def draining(self) -> bool:
-        """True if no more requests are accepted."""
-
-    async def submit(
-        self,
-        request: ImageRequest,
-        *,
-        owner: str,
-        deadline: float | None,
-        idempotency: tuple[str, str] | None,
-    ) -> Job:
-        """Accept a request."""
-
-    def events(self, id: str) -> AsyncIterator[JobEvent]:
-        """Yield the events of a job from its start."""
-
-    def get(self, id: str) -> Job:
-        """Return a job."""
-
-    def cancel(self, id: str) -> bool:
-        """End a job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +133,13 @@ class Context:
         secret: signs the addresses of images, until the server ends.
     """
 
-    service: ImageService
+    service: Service
     metrics: Metrics
     options: HttpOptions = HttpOptions()
     shares: ShareStore | None = None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
-    def model(self, name: str | None) -> tuple[str, ServedModel]:
+    def model(self, name: str | None) -> tuple[str, ModelCard]:
         """Return a model with its name, or the first one.
 
         Raises:
@@ -289,7 +245,7 @@ def owner_of(request: Request) -> str:
 
 def complete(
     name: str,
-    model: ServedModel,
+    model: ModelCard,
     prompt: str,
     *,
     pictures: Pictures = Pictures(),

@@ -22,7 +22,6 @@ from latentforge.serve.http.context import (
     Context,
     Output,
     Pictures,
-    ServedModel,
     complete,
     settings_of,
 )
@@ -58,6 +57,7 @@ from latentforge.serve.pictures import (
     open_picture,
 )
 from latentforge.serve.request import ImageRequest
+from latentforge.serve.service import ModelCard
 
 __all__ = ["JobEndpoints", "decoded_pictures"]
 
@@ -224,7 +224,7 @@ def decoded_pictures(image: str | None, mask: str | None, limits: PictureLimits)
     )
 
 
-def _completed(name: str, model: ServedModel, body: JobBody, limits: PictureLimits) -> ImageRequest:
+def _completed(name: str, model: ModelCard, body: JobBody, limits: PictureLimits) -> ImageRequest:
     pictures = decoded_pictures(body.image, body.mask, limits)
     return complete(
         name,

@@ -28,7 +28,6 @@ from latentforge.serve.http.context import (
     Context,
     Output,
     Pictures,
-    ServedModel,
     complete,
     settings_of,
 )
@@ -56,6 +55,7 @@ from latentforge.serve.pictures import (
     transparent_mask,
 )
 from latentforge.serve.request import ImageRequest
+from latentforge.serve.service import ModelCard
 
 __all__ = [
     "REFUSALS",
@@ -306,7 +306,7 @@ def output_of(fields: OutputFields) -> Output:
     return Output(format=format, quality=quality)
 
 
-def require_previews(name: str, model: ServedModel, previews: int, param: str) -> None:
+def require_previews(name: str, model: ModelCard, previews: int, param: str) -> None:
     """Check that a model can make previews, if any are wanted.
 
     Raises:
@@ -319,9 +319,9 @@ def require_previews(name: str, model: ServedModel, previews: int, param: str) -
         )
 
 
-def makes_previews(model: ServedModel) -> bool:
+def makes_previews(model: ModelCard) -> bool:
     """Return True if the engines of a model have a linear map from latents to colours."""
-    return getattr(model.manifest, "preview", None) is not None
+    return model.manifest.preview is not None
 
 
 def size_of(request: ImageRequest) -> str:
@@ -365,7 +365,7 @@ def _edited(form: EditForm, limits: PictureLimits) -> Pictures:
 
 
 def _completed(
-    name: str, model: ServedModel, body: OpenAIFields, pictures: Any, previews: int
+    name: str, model: ModelCard, body: OpenAIFields, pictures: Any, previews: int
 ) -> ImageRequest:
     return complete(
         name,

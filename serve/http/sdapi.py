@@ -28,7 +28,6 @@ from latentforge.serve.http.context import (
     Context,
     Output,
     Pictures,
-    ServedModel,
     complete,
     owner_of,
 )
@@ -41,6 +40,7 @@ from latentforge.serve.http.sse import answered
 from latentforge.serve.job import Cancelled, Job
 from latentforge.serve.pictures import encode_preview
 from latentforge.serve.request import ImageRequest
+from latentforge.serve.service import ModelCard
 
 __all__ = ["WebUIEndpoints"]
 
@@ -364,7 +364,7 @@ class WebUIEndpoints:
         abandoned = (lambda: None) if kept else (lambda: self.context.service.cancel(job.id))
         return await answered(request, self._answer(body, job.id), abandoned)
 
-    def _completed(self, name: str, model: ServedModel, body: TextBody | ImageBody) -> ImageRequest:
+    def _completed(self, name: str, model: ModelCard, body: TextBody | ImageBody) -> ImageRequest:
         pictures, settings = Pictures(), _settings(body)
         if isinstance(body, ImageBody):
             limits = self.context.options.pictures

@@ -18,7 +18,6 @@ from latentforge.runtime.tensor import TensorSpec
 from latentforge.serve.http.app import create_app
 from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context
-from latentforge.serve.service import Service
 
 
 def complete_engines(folder: Path) -> Path:
@@ -82,7 +81,7 @@ def served(
     async def run() -> None:
         context = make_context()
         app = create_app(context, **options)
-        if isinstance(context.service, Service) and start:
+        if start:
             await context.service.start()
         config = uvicorn.Config(
             app, port=0, http=connection, lifespan="off", ws="none", log_config=None,
@@ -96,8 +95,7 @@ def served(
         running.append((server, Served(port, context, asyncio.get_running_loop())))
         started.set()
         await task
-        if isinstance(context.service, Service):
-            await context.service.close()
+        await context.service.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()

@@ -18,14 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
-from in_process import InProcessService, Model
 from PIL import Image
 from served import served
 
-from latentforge.runtime.manifest import Manifest
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.context import Context
-from latentforge.serve.metrics import Metrics
+from latentforge.serve.service import ModelSource, Service
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:
@@ -498,8 +496,8 @@ def test_server_with_a_key_asks_for_it(visit: Open, null_engines: Path) -> None:
         return "someone"
 
     def context() -> Context:
-        service = InProcessService({"null": Model(Manifest.read(null_engines))})
-        return Context(service=service, metrics=Metrics.create())
+        service = Service([ModelSource(name="null", directory=null_engines)])
+        return Context(service=service, metrics=service.metrics)
 
     with served(context, authenticate=owner) as locked:
         page = visit(locked.url)

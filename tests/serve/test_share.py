@@ -4,9 +4,10 @@ import asyncio
 import html
 import io
 import os
+import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,14 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from in_process import InProcessService, Model
 from PIL import Image
 from served import Served, served
 
 from latentforge.runtime.errors import SettingsError
-from latentforge.runtime.manifest import Manifest
 from latentforge.serve.errors import KeyRequiredError
 from latentforge.serve.http.app import create_app
 from latentforge.serve.http.context import Context
-from latentforge.serve.metrics import Metrics
+from latentforge.serve.service import ModelSource, Service
 from latentforge.serve.share import Caption, ShareFullError, ShareStore
 
 NOW = 1_800_000_000.0
@@ -135,21 +134,31 @@ def test_threads_share_a_store(store: ShareStore) -> None:
     assert len(files(store, ".png")) == 3
 
 
-def get(store: ShareStore, path: str) -> httpx.Response:
-    async def answer() -> httpx.Response:
-        context = Context(service=InProcessService({}), metrics=Metrics.create(), shares=store)
-        transport = httpx.ASGITransport(app=create_app(context))
+def context_of(engines: Path, store: ShareStore) -> Context:
+    service = Service([ModelSource(name="handmade", directory=engines)])
+    return Context(service=service, metrics=service.metrics, shares=store)
+
+
+Get = Callable[[str], httpx.Response]
+
+
+@pytest.fixture
+def get(null_engines: Path, store: ShareStore) -> Get:
+    """A function that reads an address of a server, which needs no worker for it."""
+
+    async def answer(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(context_of(null_engines, store)))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.get(path)
 
-    return asyncio.run(answer())
+    return lambda path: asyncio.run(answer(path))
 
 
-def test_page_of_an_image_escapes_its_texts(store: ShareStore) -> None:
+def test_page_of_an_image_escapes_its_texts(get: Get, store: ShareStore) -> None:
     hostile = "<script>alert(1)</script> \"'& ${id} \u202e"
     caption = msgspec.structs.replace(CAPTION, prompt=hostile, model='"><img src=x>')
     image = store.add(b"picture", caption, time.time())
-    answer = get(store, f"/s/{image.id}")
+    answer = get(f"/s/{image.id}")
     assert answer.status_code == 200
     assert "<script" not in answer.text and "<img src=x" not in answer.text
     assert answer.text.count(html.escape(hostile)) == 4
@@ -158,9 +167,9 @@ def test_page_of_an_image_escapes_its_texts(store: ShareStore) -> None:
     assert "default-src 'self'" in answer.headers["content-security-policy"]
 
 
-def test_file_of_an_image_is_a_picture_and_nothing_else(store: ShareStore) -> None:
+def test_file_of_an_image_is_a_picture_and_nothing_else(get: Get, store: ShareStore) -> None:
     image = store.add(b"<html>", CAPTION, time.time())
-    answer = get(store, f"/s/{image.id}.png")
+    answer = get(f"/s/{image.id}.png")
     assert answer.content == b"<html>"
     assert answer.headers["content-type"] == "image/png"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -168,22 +177,22 @@ def test_file_of_an_image_is_a_picture_and_nothing_else(store: ShareStore) -> No
 
 
 @pytest.mark.parametrize("name", ["0" * 32, "%2e%2e%2fsecret", "a.png", "A" * 32, ""])
-def test_links_that_lead_nowhere_say_so(store: ShareStore, name: str) -> None:
+def test_links_that_lead_nowhere_say_so(get: Get, store: ShareStore, name: str) -> None:
     store.directory.mkdir()
-    assert get(store, f"/s/{name}").status_code == 404
-    assert get(store, f"/s/{name}.png").status_code == 404
+    assert get(f"/s/{name}").status_code == 404
+    assert get(f"/s/{name}.png").status_code == 404
 
 
-def test_expired_image_is_gone(store: ShareStore) -> None:
+def test_expired_image_is_gone(get: Get, store: ShareStore) -> None:
     image = store.add(b"picture", CAPTION, time.time() - 101)
-    assert "leads to no image" in get(store, f"/s/{image.id}").text
-    assert get(store, f"/s/{image.id}.png").status_code == 404
+    assert "leads to no image" in get(f"/s/{image.id}").text
+    assert get(f"/s/{image.id}.png").status_code == 404
 
 
-def test_there_is_no_list(store: ShareStore) -> None:
+def test_there_is_no_list(get: Get, store: ShareStore) -> None:
     image = store.add(b"picture", CAPTION, time.time())
     for path in ("/s", "/s/", "/v1/shares", f"/s/{image.digest}", f"/s/{image.digest}.png"):
-        assert get(store, path).status_code in (404, 405)
+        assert get(path).status_code in (404, 405)
 
 
 def owner_of(key: str | None) -> str:
@@ -192,15 +201,27 @@ def owner_of(key: str | None) -> str:
     return key
 
 
-@pytest.fixture
-def server(null_engines: Path, store: ShareStore) -> Iterator[Served]:
-    service = {"handmade": Model(Manifest.read(null_engines))}
-
-    def context() -> Context:
-        return Context(service=InProcessService(service), metrics=Metrics.create(), shares=store)
-
-    with served(context, authenticate=owner_of) as found:
+@pytest.fixture(scope="module")
+def running(null_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("server") / "shares"
+    shares = ShareStore(directory=folder, lifetime=100.0, limit=5000)
+    with served(lambda: context_of(null_engines, shares), authenticate=owner_of) as found:
         yield found
+
+
+@pytest.fixture
+def server(running: Served) -> Iterator[Served]:
+    """A server without shared images."""
+    yield running
+    directory = shares_of(running).directory
+    if directory.is_file():
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def shares_of(server: Served) -> ShareStore:
+    assert server.context.shares is not None
+    return server.context.shares
 
 
 def finished(client: httpx.Client) -> str:
@@ -233,26 +254,27 @@ def test_finished_image_is_shared_with_whoever_has_the_link(server: Served) -> N
     ],
 )
 def test_nothing_but_a_clients_own_images_is_shared(
-    server: Served, store: ShareStore, key: str, change: dict[str, Any], status: int, param: str
+    server: Served, key: str, change: dict[str, Any], status: int, param: str
 ) -> None:
     with server.client(headers={"Authorization": "Bearer ann"}) as ann:
         body = {"job": finished(ann), **change}
         answer = ann.post("/v1/shares", json=body, headers={"Authorization": f"Bearer {key}"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
-    assert not store.directory.exists()
+    assert not shares_of(server).directory.exists()
 
 
-def test_full_folder_answers_when_to_come_back(server: Served, store: ShareStore) -> None:
-    store.add(bytes(4500), CAPTION, time.time())
+def test_full_folder_answers_when_to_come_back(server: Served) -> None:
+    shares_of(server).add(bytes(4500), CAPTION, time.time())
     with server.client(headers={"Authorization": "Bearer ann"}) as ann:
         answer = ann.post("/v1/shares", json={"job": finished(ann)})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shares_full")
     assert 90 < int(answer.headers["retry-after"]) <= 100
 
 
-def test_folder_that_cannot_be_written_is_no_secret(server: Served, store: ShareStore) -> None:
-    store.directory.write_text("a file")
+def test_folder_that_cannot_be_written_is_no_secret(server: Served) -> None:
+    directory = shares_of(server).directory
+    directory.write_text("a file")
     with server.client(headers={"Authorization": "Bearer ann"}) as ann:
         answer = ann.post("/v1/shares", json={"job": finished(ann)})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shares_full")
-    assert str(store.directory) not in answer.text
+    assert str(directory) not in answer.text
