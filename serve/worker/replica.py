@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from latentforge.runtime import errors
 from latentforge.runtime.annotations import check_fields
@@ -193,21 +194,25 @@ class _Process:
         Raises:
             ReplicaLostError: the system starts no further process.
         """
-        ours, its = socket.socketpair()
-        read, write = os.pipe()
-        loop = asyncio.get_running_loop()
         try:
-            _, worker = await loop.create_connection(_Worker, sock=ours)
+            return await cls._start()
+        except OSError as error:
+            raise ReplicaLostError(f"no process could be started: {error}") from error
+
+    @classmethod
+    async def _start(cls) -> _Process:
+        loop = asyncio.get_running_loop()
+        with ExitStack() as passed, ExitStack() as failed:
+            ours, its = socket.socketpair()
+            failed.enter_context(ours)
+            passed.enter_context(its)
+            read, write = os.pipe()
+            failed.callback(os.close, write)
+            passed.callback(os.close, read)
+            transport, worker = await loop.create_connection(_Worker, sock=ours)
+            failed.callback(transport.abort)
             process = await _started(its.fileno(), read)
-        except BaseException as error:
-            ours.close()
-            os.close(write)
-            if isinstance(error, OSError):
-                raise ReplicaLostError(f"no process could be started: {error}") from error
-            raise
-        finally:
-            its.close()
-            os.close(read)
+            failed.pop_all()
         return cls(process, worker, write, loop.create_future())
 
     async def drain_log(self, name: str) -> None:
@@ -420,12 +425,16 @@ class Replica:
             if self.state is not ReplicaState.CLOSED:
                 self._become(ReplicaState.LOST)
             self._process = None
-            status = await process.end()
-            await log
-            closed = "the server is shutting down" if self.state is ReplicaState.CLOSED else ""
-            fault = process.worker.fault or closed
-            self.last_error = fault or _reason(status, process.lines)
-            process.reason.set_result(self.last_error)
+            await _completed(self._bury(process, log))
+
+    async def _bury(self, process: _Process, log: asyncio.Task[None]) -> None:
+        """End a process, and note why it ended."""
+        status = await process.end()
+        await log
+        closed = "the server is shutting down" if self.state is ReplicaState.CLOSED else ""
+        fault = process.worker.fault or closed
+        self.last_error = fault or _reason(status, process.lines)
+        process.reason.set_result(self.last_error)
 
     async def _load(self, worker: _Worker) -> EnginesLoaded:
         """Wait until the engines are loaded."""
@@ -453,6 +462,19 @@ class Replica:
             if not worker.running:
                 worker.send(Ping())
             await asyncio.wait((worker.ended,), timeout=tick)
+
+
+async def _completed(work: Coroutine[Any, Any, None]) -> None:
+    """Do work to its end, also where this task is cancelled meanwhile: it is cancelled then."""
+    task, cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _reason(status: int, lines: deque[str]) -> str:

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +255,8 @@ def test_batches_are_measured_once(
 
 
 def test_closing_ends_a_batch_and_those_who_wait(handmade: Handmade) -> None:
-    directory = handmade()
-    endless = RunBatch(batch=1, settings=settings("a", steps=999))
+    directory = handmade(onnx=NETWORKS)
+    endless = RunBatch(batch=1, settings=settings("a", steps=999, height=2048, width=2048))
 
     async def scenario() -> None:
         async with started(directory) as replica:
@@ -265,6 +266,78 @@ def test_closing_ends_a_batch_and_those_who_wait(handmade: Handmade) -> None:
             await running
         with pytest.raises(ReplicaLostError, match="shutting down"):
             await replica.ready()
+
+    run(scenario())
+
+
+def open_descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def test_closing_waits_for_a_process_that_ends(handmade: Handmade) -> None:
+    """A loss and a close in the same moment leave no process, and nothing that is open."""
+
+    async def scenario() -> None:
+        before = open_descriptors()
+        async with started(handmade()) as replica:
+            process, pid = replica._process, replica.pid
+            assert process is not None and pid is not None
+            os.kill(pid, signal.SIGKILL)
+            while replica.state is not ReplicaState.LOST:
+                await asyncio.sleep(0)
+            assert not process.reason.done()
+        assert process.reason.done() and not is_alive(pid)
+        assert open_descriptors() == before
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.02, 0.2])
+def test_a_start_that_is_cancelled_leaves_nothing(handmade: Handmade, seconds: float) -> None:
+    async def scenario() -> None:
+        before = open_descriptors()
+        replica = Replica(handmade(), limits=QUICK)
+        starting = asyncio.create_task(replica.start())
+        await asyncio.sleep(seconds)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert replica.state is ReplicaState.CLOSED and replica.pid is None
+        assert open_descriptors() == before
+
+    run(scenario())
+
+
+@contextmanager
+def free_descriptors(count: int) -> Iterator[None]:
+    """Leave room for so many open files while the block runs."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (int(max(open_descriptors(), key=int)) + 9, limits[1])
+    )
+    held = []
+    with suppress(OSError):
+        while True:
+            held.append(os.dup(0))
+    try:
+        for _ in range(count):
+            os.close(held.pop())
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("free", [0, 2, 4])
+def test_a_process_that_the_system_refuses_is_an_error(handmade: Handmade, free: int) -> None:
+    """Without files for its socket, for its lifeline, or for what it prints."""
+
+    async def scenario() -> None:
+        before, replica = open_descriptors(), Replica(handmade(), limits=QUICK)
+        with free_descriptors(free), pytest.raises(ReplicaLostError, match="could be started"):
+            await replica.start()
+        assert replica.state is ReplicaState.CLOSED and open_descriptors() == before
 
     run(scenario())
 
