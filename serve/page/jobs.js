@@ -2,7 +2,7 @@
 
 import { ApiError, call, events, file } from "./api.js";
 import { decoded } from "./picture.js";
-import { drop, keep, randomName } from "./store.js";
+import { drop, exchange, keep, randomName } from "./store.js";
 
 const RETRIES = [500, 1000, 2000, 4000, 8000]; // milliseconds; the last one repeats
 const POLL = 1000; // milliseconds
@@ -59,7 +59,10 @@ export class Jobs extends EventTarget {
 
   /** Send a request, which has the same job as before if only the answer to it was lost. */
   async #send({ key, request, created }) {
-    const answer = await resent("v1/jobs", request, key).finally(() => drop(key));
+    const answer = await resent("v1/jobs", request, key).catch(async (error) => {
+      await drop(key);
+      throw error;
+    });
     const made = answer.seeds.map((seed, index) => ({
       key: `${answer.id}/${index}`, job: answer.id, index, count: answer.seeds.length,
       request, size: answer.size, seed,
@@ -67,7 +70,7 @@ export class Jobs extends EventTarget {
     }));
     this.entries = new Map([...made.map((entry) => [entry.key, entry]), ...this.entries]);
     this.#changed(null);
-    await Promise.all(made.map(keep));
+    await exchange(key, made).then((kept) => kept || this.dispatchEvent(new Event("unkept")));
     this.look(answer.id);
     this.#watch(answer.id);
     return made;

@@ -49,6 +49,18 @@ export async function keep(entry) {
   }
 }
 
+/** Keep entries in the place of another, in one go: a reload finds that one or these. */
+export async function exchange(key, entries) {
+  if (!database) return false;
+  const store = images("readwrite");
+  store.delete(key);
+  for (const entry of entries) store.put({ ...entry, session });
+  return new Promise((resolve) => {
+    store.transaction.oncomplete = () => resolve(true);
+    store.transaction.onabort = () => drop(key).then(() => resolve(false));
+  });
+}
+
 export async function drop(key) {
   if (database) await done(images("readwrite").delete(key)).catch(() => {});
 }
