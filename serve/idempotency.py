@@ -62,7 +62,7 @@ class IdempotencyStore:
             self._jobs.popitem(last=False)
 
     def forget(self, owner: str, key: str) -> None:
-        """Forget a key, whose job is no longer kept."""
+        """Forget a key, whose job failed or is no longer kept."""
         self._jobs.pop((owner, key), None)
 
     def _expire(self, now: float) -> None:

@@ -287,7 +287,7 @@ class Service:
             owner: name of the API key.
             deadline: seconds from now after which it fails.
             idempotency: key of the request with a digest of its body; the job of an earlier
-                request with the same is returned.
+                request with the same is returned, unless it failed.
 
         Raises:
             ServeError: it is not accepted.
@@ -356,15 +356,18 @@ class Service:
                 del self._readers[id]
 
     def _repeated(self, owner: str, idempotency: tuple[str, str]) -> Job | None:
-        """Return the job of an earlier request with the same key, if its result is kept."""
+        """Return the job of an earlier request with the same key, if it is worth repeating.
+
+        One that failed is not: its client sends the request again so that it is tried again.
+        """
         id = self._repeats.find(owner, *idempotency, self._now)
         if id is None:
             return None
-        try:
-            return self.get(id)
-        except ExpiredJobError:
-            self._repeats.forget(owner, idempotency[0])
-            return None
+        with suppress(ExpiredJobError):
+            if (job := self.get(id)).state is not JobState.FAILED:
+                return job
+        self._repeats.forget(owner, idempotency[0])
+        return None
 
     def _accepted(
         self, id: str, request: ImageRequest, owner: str, deadline: float | None, now: float

@@ -220,10 +220,16 @@ def test_a_poisoned_request_fails_alone(handmade: Handmade) -> None:
     async def scenario() -> None:
         async with running(directory) as service:
             prompts = ["a", "red", "a", "apple", "a"]
-            jobs = [await submit(service, prompt) for prompt in prompts]
+            keys = [(str(number), prompt) for number, prompt in enumerate(prompts)]
+            jobs = [await submit(service, key[1], idempotency=key) for key in keys]
             done = [await ended(service, job) for job in jobs]
             codes = [job.end.code if isinstance(job.end, Failed) else "" for job in done]
             assert codes == ["", "generation_failed", "", "out_of_memory", ""]
+            again = [await submit(service, key[1], idempotency=key) for key in keys]
+            kept = [new.id == old.id for new, old in zip(again, jobs, strict=True)]
+            assert kept == [not code for code in codes]  # what failed is tried once more
+            ends = [type((await ended(service, job)).end) for job in again]
+            assert ends == [Failed if code else Completed for code in codes]
             assert pids(service) and service.models["m"].replicas[0].losses == 0
 
     run(scenario())
