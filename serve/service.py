@@ -114,16 +114,23 @@ class ModelCard:
         source: engine directory.
         manifest: its manifest.
         replicas: processes that run it.
+        open: set when these take requests, which is after the measurement of batches.
     """
 
     source: ModelSource
     manifest: Manifest
     replicas: tuple[Replica, ...]
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def loaded(self) -> bool:
+        """True while one of its processes has its engines loaded."""
+        return any(replica.state in _READY for replica in self.replicas)
 
     @property
     def ready(self) -> bool:
-        """True while one of its processes has its engines loaded."""
-        return any(replica.state in _READY for replica in self.replicas)
+        """True while one of its processes takes requests."""
+        return self.open.is_set() and self.loaded
 
     @property
     def digest(self) -> str:
@@ -204,7 +211,7 @@ class Service:
     # life
 
     async def start(self) -> None:
-        """Start the processes of all models, and wait until each has run one step.
+        """Start the processes of all models, let each run one step, and measure batches.
 
         Requests are accepted meanwhile, and wait.
 
@@ -222,7 +229,10 @@ class Service:
             await asyncio.gather(*starting, return_exceptions=True)
             raise
         if self._options.measure_seconds > 0 and self._options.limits.max_batch > 1:
-            await asyncio.gather(*map(self._measure, self.models.values()))
+            for card in self.models.values():  # one by one: two would slow each other
+                await self._measure(card)
+        for card in self.models.values():
+            card.open.set()
         self._tasks = [asyncio.create_task(self._serve(slot)) for slot in self._slots]
 
     async def _measure(self, card: ModelCard) -> None:
@@ -524,7 +534,7 @@ class Service:
             metrics.watch(metrics.waiting, partial(scheduler.depth, name), model=name)
             metrics.watch(metrics.running, partial(scheduler.active, name), model=name)
             metrics.watch(metrics.permits, partial(scheduler.held, name), model=name)
-            loaded = partial(getattr, card, "ready")
+            loaded = partial(getattr, card, "loaded")
             metrics.watch(metrics.model_loaded, loaded, model=name, digest=card.digest)
 
 

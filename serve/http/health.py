@@ -27,7 +27,7 @@ class LiveAnswer(Record, frozen=True, kw_only=True):
 
 
 class ReadyAnswer(Record, frozen=True, kw_only=True):
-    """State of the models: ready once each has generated an image of one step."""
+    """State of the models: ready once each has run one step, and its batches are measured."""
 
     ready: bool
     draining: bool

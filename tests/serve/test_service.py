@@ -349,6 +349,26 @@ def test_engines_that_do_not_load_end_the_start(handmade: Handmade) -> None:
     run(scenario())
 
 
+def test_a_model_is_ready_once_its_batches_are_measured(handmade: Handmade) -> None:
+    """Requests are accepted before, and wait."""
+    source = ModelSource(name="m", directory=handmade(onnx=NETWORKS), options={"threads": 1})
+    options = ServiceOptions(worker=QUICK, measure_seconds=0.5)
+
+    async def scenario() -> None:
+        service = Service([source], options=options)
+        starting, model = asyncio.create_task(service.start()), service.models["m"]
+        while not model.loaded:
+            await asyncio.sleep(0.001)
+        early = await submit(service)
+        assert not model.ready and not starting.done()
+        await starting
+        assert model.ready and service.scheduler.gains.rates["m", 32, 48]
+        assert (await ended(service, early)).state is JobState.COMPLETED
+        await service.close()
+
+    run(scenario())
+
+
 def test_models_have_names_of_their_own(handmade: Handmade) -> None:
     source = ModelSource(name="m", directory=handmade())
     with pytest.raises(SettingsError, match="two models are named m"):
