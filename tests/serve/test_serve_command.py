@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from latentforge.__main__ import main
+from latentforge.runtime.manifest import Manifest
 from latentforge.serve.keys import KeyRing
 
 QUICK = ("--port", "0", "--measure-seconds", "0")
@@ -146,14 +149,30 @@ def test_the_demo_needs_a_cache(
 def test_the_demo_in_the_cache_is_served(
     null_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """If this code wrote it, whole, and from the checkpoint that is installed."""
     from latentforge import demo_engines
-    from latentforge.runtime.version import __version__
 
     monkeypatch.setenv("LATENTFORGE_CACHE", str(tmp_path))
-    place = tmp_path / "demo" / __version__ / "demo"
     built: list[Any] = []
     monkeypatch.setattr(demo_engines, "_build", built.append)
+    place = demo_engines.cached_demo_engines()
+    assert place.is_relative_to(tmp_path) and built == [place]
+    shutil.copytree(null_engines, place)
     assert demo_engines.cached_demo_engines() == place and built == [place]
-    place.parent.mkdir(parents=True)
-    place.symlink_to(null_engines)
-    assert demo_engines.cached_demo_engines() == place and built == [place]
+    manifest = Manifest.read(place)
+    for part in ("unet", "no-such-part"):
+        other = msgspec.structs.replace(manifest.source, sha256={part: "0" * 64})
+        msgspec.structs.replace(manifest, source=other).write(place)
+        assert demo_engines.cached_demo_engines() == place
+    assert built == [place] * 3
+
+
+def test_engines_of_other_code_have_another_place(tmp_path: Path) -> None:
+    from latentforge.demo_engines import _edition
+
+    source = tmp_path / "export" / "families" / "unet.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("a = 1")
+    first = _edition(tmp_path)
+    source.write_text("a = 2")
+    assert _edition(tmp_path) != first == first.strip("./")
