@@ -7,6 +7,7 @@ from latentforge.runtime.errors import LatentforgeError
 
 __all__ = [
     "BadRequestError",
+    "BusyError",
     "ConflictError",
     "DeadlineError",
     "DrainingError",
@@ -148,6 +149,12 @@ class DrainingError(ServeError):
     """Request to a server that shuts down."""
 
     status, kind, code = 503, "server_error", "draining"
+
+
+class BusyError(ServeError):
+    """Request that there is no room for beside those of others: memory, or a connection."""
+
+    status, kind, code = 503, "server_error", "busy"
 
 
 class DeadlineError(ServeError):

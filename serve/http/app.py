@@ -56,7 +56,8 @@ def create_app(
         exception_handlers=handlers(),
     )
     app.router.redirect_slashes = False
-    return RequestMiddleware(app, context.metrics, RequestLog(quiet=_POLLED), hosts)
+    log = RequestLog(quiet=_POLLED)
+    return RequestMiddleware(app, context.metrics, log, hosts, vital=_POLLED)
 
 
 def all_endpoints(context: Context) -> tuple[Endpoint, ...]:

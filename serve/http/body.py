@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from latentforge.serve.errors import BadRequestError, PayloadError, ServeError
+from latentforge.serve.errors import BadRequestError, BusyError, PayloadError, ServeError
 from latentforge.serve.http.form import parse_form
 from latentforge.serve.http.sse import ClientGoneError
 
@@ -37,12 +37,6 @@ class MediaTypeError(ServeError):
     """Request whose body is of another type."""
 
     status, kind, code = 415, "invalid_request_error", "unsupported_media_type"
-
-
-class BusyError(ServeError):
-    """Request whose body there is no memory for, beside those of others."""
-
-    status, kind, code = 503, "server_error", "busy"
 
 
 class BodyMemory:

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentforge.serve.errors import ForbiddenError, KeyRequiredError
+from latentforge.serve.errors import BusyError, ForbiddenError, KeyRequiredError
 from latentforge.serve.http.context import JOB, MODEL, OWNER, TEXT
 from latentforge.serve.http.endpoint import Handler
 from latentforge.serve.http.envelope import error_response
@@ -25,7 +25,10 @@ from latentforge.serve.logs import RequestLog
 from latentforge.serve.metrics import Metrics
 from latentforge.serve.tracing import describe_span, request_span, trace_id
 
-__all__ = ["Authenticate", "RequestMiddleware", "guarded"]
+__all__ = ["FULL", "Authenticate", "RequestMiddleware", "guarded"]
+
+FULL = "latentforge.full"
+"""Entry of a request's scope that is true where too many connections are open."""
 
 Authenticate = Callable[[str | None], str]
 """Function that returns the owner of a key, or raises KeyRequiredError."""
@@ -68,12 +71,14 @@ class RequestMiddleware:
         metrics: of the server.
         log: of requests.
         hosts: names of the server that requests may have; None for any.
+        vital: paths that are answered also where too many connections are open.
     """
 
     app: ASGIApp
     metrics: Metrics
     log: RequestLog = RequestLog()
     hosts: frozenset[str] | None = None
+    vital: frozenset[str] = frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request as an ASGI application."""
@@ -97,7 +102,12 @@ class RequestMiddleware:
             self._record(scope, headers, answer, time.perf_counter() - start)
 
     def _guarded(self, scope: Scope, headers: Headers) -> ASGIApp:
-        """Return the application, or the refusal of a request that another site's page makes."""
+        """Return the application, or the refusal of a request.
+
+        There are too many connections, or another site's page makes the request.
+        """
+        if scope.get(FULL) and scope["path"] not in self.vital:
+            return _crowded()
         if self.hosts is None:
             return self.app
         if _PORT.sub("", headers.get("host", "")).strip("[]") not in self.hosts:
@@ -124,6 +134,14 @@ class RequestMiddleware:
             "prompt": scope.get(TEXT),
         }
         self.log.write(fields, route=route, status=status)
+
+
+def _crowded() -> ASGIApp:
+    """Return the refusal of a request on one connection too many, which it ends."""
+    refusal = BusyError("too many connections are open: try again", retry_after=5.0)
+    answer = error_response(refusal)
+    answer.headers["connection"] = "close"
+    return answer
 
 
 @dataclass

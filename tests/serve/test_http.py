@@ -673,6 +673,23 @@ def test_a_thousand_idle_connections_do_not_stop_the_server(engines: Path) -> No
             connection.close()
 
 
+def test_one_connection_too_many_is_told_when_to_come_back(engines: Path) -> None:
+    """Health is answered all the same: a full server is not to be restarted."""
+    with served(lambda: context_of(engines), start=False, connections=3) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        with server.client() as client:
+            refused = client.get("/v1/models")
+            assert refused.status_code == 503 and error_of(refused)["code"] == "busy"
+            assert int(refused.headers["retry-after"]) > 0
+            assert refused.headers["connection"] == "close"
+            assert client.get("/livez").status_code == 200
+            counted = {"route": "none", "model": "", "status": "503"}
+            assert server.value("latentforge_requests_total", **counted) == 1
+            for connection in idle:
+                connection.close()
+            wait_for(lambda: client.get("/v1/models").status_code == 200)
+
+
 def open_files() -> int:
     """Return the number of files that this process may open, after asking for more."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
