@@ -49,7 +49,9 @@ def environment(requirements: Path, folder: Path = FOLDER) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
     install = ["-m", "pip", "install", "--disable-pip-version-check", "-r", requirements]
-    subprocess.run([python, *install], check=True)
+    # pip would take a library from its cache that was compiled with other settings.
+    anew = ["--no-cache-dir"] if "--config-settings" in required else []
+    subprocess.run([python, *install, *anew], check=True)
     record.write_text(required)
     return python
 

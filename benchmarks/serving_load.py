@@ -39,6 +39,7 @@ __all__ = ["main"]
 COST = StepCost()
 _STEPS = 10
 _GAPS = (0.0, 0.25)
+_ALL = ("overload-synthetic", "overhead", "fairness", "overload", "soak")
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,30 @@ class LoadRun:
     details: dict[str, Any] = field(default_factory=dict)
 
     def all(self, engines: Path) -> None:
-        """Make all measurements."""
-        with self._serving(synthetic_engines(engines, self.work, COST), *self._bounds) as load:
-            self._measure("overload-synthetic", self._overloaded(load))
-            rows = self.details["overload-synthetic"].get("rows_of_a_batch", 1)
-            known = COST.images_per_second(_STEPS, round(rows))
-            self.figures.append(
-                Figure(text="synthetic: capacity by its cost", value=known, unit=" images/s")
-            )
-        with self._serving(engines) as load:
-            self._measure("overhead", self._overhead(load, engines))
-            for gap in _GAPS:
-                rounds = self.options.rounds
-                self._measure(f"fairness-{gap:g}", fairness(load, rounds, gap))
-        with self._serving(engines, *self._bounds) as load:
-            self._measure("overload", self._overloaded(load))
-            self._measure("soak", self._soak(load))
+        """Make the measurements that are wanted."""
+        if self._wants("overload-synthetic"):
+            with self._serving(synthetic_engines(engines, self.work, COST), *self._bounds) as load:
+                self._measure("overload-synthetic", self._overloaded(load))
+            self._compare_with_cost()
+        if self._wants("overhead", "fairness"):
+            with self._serving(engines) as load:
+                self._measure("overhead", self._overhead(load, engines))
+                for gap in _GAPS:
+                    self._measure("fairness", fairness(load, self.options.rounds, gap), gap)
+        if self._wants("overload", "soak"):
+            with self._serving(engines, *self._bounds) as load:
+                self._measure("overload", self._overloaded(load))
+                self._measure("soak", self._soak(load))
+
+    def _wants(self, *names: str) -> bool:
+        return any(name in self.options.only for name in names)
+
+    def _compare_with_cost(self) -> None:
+        """Add the capacity that batches of the size that ran have by the cost of their steps."""
+        rows = self.details["overload-synthetic"].get("rows_of_a_batch", 1)
+        known = COST.images_per_second(_STEPS, round(rows))
+        text = "synthetic: capacity by the cost of its steps"
+        self.figures.append(Figure(text=text, value=known, unit=" images/s"))
 
     @property
     def _bounds(self) -> tuple[str, ...]:
@@ -89,17 +98,23 @@ class LoadRun:
             yield ServerLoad(server=server, client=client, fields=_fields(), name=name)
             client.close()
 
-    def _measure(self, name: str, work: Coroutine[Any, Any, LoadResult]) -> None:
+    def _measure(
+        self, kind: str, work: Coroutine[Any, Any, LoadResult], gap: float | None = None
+    ) -> None:
         """Make a measurement; one that fails leaves its reason, and the others are made."""
+        name = kind if gap is None else f"{kind}-{gap:g}"
+        if not self._wants(kind):
+            work.close()
+            return
         print(f"{name} …", end=" ", flush=True)
         start = time.perf_counter()
         try:
             measured = asyncio.run(work)
         except RuntimeError as error:
-            print(error, flush=True)
-            self.details[name] = {"failed": str(error)}
-            self.figures.append(Figure(text=f"{name}: {error}", value=1, limit=0))
-            return
+            measured = LoadResult(
+                figures=(Figure(text=f"{name}: {error}", value=1, limit=0),),
+                details={"failed": str(error)},
+            )
         self.figures.extend(measured.figures)
         self.details[name] = measured.details
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
@@ -157,10 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("engines", nargs="?", type=Path, help="default: the demo's, in the cache")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--only", nargs="+", choices=_ALL, default=_ALL, help="measurements")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each overload")
     parser.add_argument("--times", type=float, default=10.0, help="its rate, in capacities")
     parser.add_argument("--calm", type=float, default=8.0, help="seconds to find the capacity in")
-    parser.add_argument("--clients", type=int, default=8, help="in that time, and of many requests")
+    parser.add_argument(
+        "--clients", type=int, default=16, help="in that time, twice a batch, and of many requests"
+    )
     parser.add_argument("--queue-seconds", type=float, default=5.0, help="of the server")
     parser.add_argument("--pairs", type=int, default=40, help="to find the overhead from")
     parser.add_argument("--rounds", type=int, default=3, help="of small requests beside a huge one")

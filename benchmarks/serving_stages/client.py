@@ -190,7 +190,7 @@ class Outcomes:
         seconds: times of the answers by status.
         elapsed: time of the load, in seconds.
         in_time: images that came within it.
-        own_cpu: seconds of processor time that the clients took.
+        own_cpu: seconds of processor time that the clients took in it.
         lag: how late the clients were, in seconds, at each request.
     """
 
@@ -273,8 +273,7 @@ async def open_load(send: Send, rate: float, seconds: float) -> Outcomes:
         tasks.append(asyncio.create_task(one(len(tasks))))
         due += draw.expovariate(rate)
     await asyncio.sleep(max(0.0, start + seconds - time.perf_counter()))
-    found.elapsed = time.perf_counter() - start
+    found.elapsed, found.own_cpu = time.perf_counter() - start, time.process_time() - cpu
     found.in_time = len(found.times("200"))
     await asyncio.gather(*tasks)
-    found.own_cpu = time.process_time() - cpu
     return found

@@ -70,7 +70,7 @@ class ServerLoad:
 async def overhead(load: ServerLoad, pipe: Pipeline, pairs: int) -> LoadResult:
     """Compare images over HTTP with those of the engines in this process, pair by pair."""
     settings = {key: load.fields[key] for key in ("guidance_scale", "unaccelerated")}
-    steps = load.fields["num_inference_steps"]
+    steps, offset = load.fields["num_inference_steps"], load.server.log.stat().st_size
     http: list[float] = []
     direct: list[float] = []
 
@@ -90,10 +90,11 @@ async def overhead(load: ServerLoad, pipe: Pipeline, pairs: int) -> LoadResult:
         for run in order:
             await run(number)
             await asyncio.sleep(_PAUSE)
-    return _overhead(load.name, http[2:], direct[2:])  # the first ones allocate
+    logged = load.server.logged(offset)["200"]
+    return _overhead(load.name, http[2:], direct[2:], logged[2:])  # the first ones allocate
 
 
-def _overhead(name: str, http: list[float], direct: list[float]) -> LoadResult:
+def _overhead(name: str, http: list[float], direct: list[float], logged: list[float]) -> LoadResult:
     pipe = statistics.median(direct)
     added = median_interval([a - b for a, b in zip(http, direct, strict=True)])
     text = f"{name}: an image over HTTP less one of `pipe()`, median of {len(http)} pairs"
@@ -105,6 +106,7 @@ def _overhead(name: str, http: list[float], direct: list[float]) -> LoadResult:
         ),
         details={
             "http": quantiles(http),
+            "server_log": quantiles(logged),
             "pipe": quantiles(direct),
             "added_seconds": {"low": added.low, "median": added.value, "high": added.high},
             "level": added.level,
@@ -169,6 +171,7 @@ def _overload_figures(
         Figure(text=f"{name}: the same by the server's log", value=1000 * own, unit=" ms"),
         Figure(text=f"{name}: accepted, p99", value=accepted, unit=" s", limit=longest),
         Figure(text=f"{name}: statuses besides 200 and 503", value=others, limit=0),
+        Figure(text=f"{name}: cores that the clients took", value=over.own_cpu / over.elapsed),
     )
 
 

@@ -6,6 +6,7 @@ import base64
 import importlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -203,19 +204,24 @@ def _converted(peer: str, python: Path, place: PeerFolders) -> Path:
     target = place.models / ("openvino" if "openvino" in peer else peer)
     if not target.exists():
         partial = target.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that failed
         partial.mkdir(parents=True)
         arguments = ("--convert", str(place.checkpoint), str(partial))
-        _run(program_command(PEERS[peer].program[0], *arguments, python=str(python)))
+        command = program_command(PEERS[peer].program[0], *arguments, python=str(python))
+        _run(command, target.with_suffix(".log"))
         partial.rename(target)
     return _genai_view(target, place) if peer == "openvino-genai" else target
 
 
-def _run(command: Sequence[str]) -> None:
-    ended = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
+def _run(command: Sequence[str], log: Path) -> None:
+    """Run a conversion, whose messages are JSON; exporters' remarks go to the log."""
+    with log.open("w") as remarks:
+        ended = subprocess.run(
+            command, env=child_environment(), stdout=subprocess.PIPE, stderr=remarks, text=True
+        )
     if ended.returncode:
-        lines = [json.loads(line) for line in ended.stdout.splitlines()]
-        reasons = [next(iter(line.values())) for line in lines]
-        raise RuntimeError(" ".join(reasons) or f"exited with status {ended.returncode}")
+        reasons = [next(iter(json.loads(line).values())) for line in ended.stdout.splitlines()]
+        raise RuntimeError(" ".join(reasons) or f"exited with status {ended.returncode}: see {log}")
 
 
 def _genai_view(model: Path, place: PeerFolders) -> Path:
