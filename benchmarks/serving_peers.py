@@ -1,8 +1,8 @@
 """Compare latentforge's server with plain servers around other software, under the same load.
 
     python benchmarks/serving_peers.py --output DIR
-    python benchmarks/serving_peers.py --output DIR sd15 --checkpoint sd15 --steps 4 --size 256 \\
-        --one-at-a-time --seconds 600
+    python benchmarks/serving_peers.py --output DIR sd15-engines --checkpoint sd15 \\
+        --steps 2 --size 256 --rounds 2 --one-at-a-time
 
 Clients each send a request when their last is answered, first to one server for some seconds, then
 to the next, in rounds, on this machine's loopback interface; nothing else should run. Each server

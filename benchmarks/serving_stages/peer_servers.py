@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib
 import io
 import json
@@ -168,6 +169,14 @@ class PeerFolders:
     models: Path
     checkpoint: Path
 
+    @property
+    def model(self) -> Path:
+        """Folder of what this checkpoint, with these files, is converted to."""
+        files = sorted(path for path in self.checkpoint.resolve().rglob("*") if path.is_file())
+        parts = [f"{path} {path.stat().st_mtime_ns}" for path in files]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return self.models / f"{self.checkpoint.name}-{digest[:12]}"
+
 
 def prepared(name: str, place: PeerFolders) -> tuple[ServerKind, Callable[[int], Sequence[str]]]:
     """Install a peer and convert the model for it, once each.
@@ -201,7 +210,7 @@ def _sd_server(server: Path, model: Path) -> Callable[[int], Sequence[str]]:
 
 def _converted(peer: str, python: Path, place: PeerFolders) -> Path:
     """Return the directory of the converted model, as the peer's program makes it for bench."""
-    target = place.models / ("openvino" if "openvino" in peer else peer)
+    target = place.model / ("openvino" if "openvino" in peer else peer)
     if not target.exists():
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # of a conversion that failed

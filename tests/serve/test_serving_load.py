@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socketserver
 import sys
 import threading
@@ -15,7 +16,7 @@ import serving_peers
 from serving_stages.client import Answer, Client, closed_load, open_load
 from serving_stages.figures import Figure, as_json, as_table
 from serving_stages.load import ServerLoad, fairness, overhead, overload, soak
-from serving_stages.peer_servers import OURS
+from serving_stages.peer_servers import OURS, PeerFolders
 from serving_stages.server_process import latentforge_server
 from serving_stages.synthetic import StepCost, synthetic_engines
 
@@ -183,3 +184,14 @@ def test_servers_are_compared_in_rounds(
     rows = (tmp_path / "serving_peers.md").read_text().splitlines()
     assert rows[3].startswith("| latentforge serve (`latentforge-again`) |")
     assert rows[-1] == "broken: no such model"
+
+
+def test_converted_models_belong_to_a_checkpoint_as_it_is(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_bytes(b"1")
+    folders = PeerFolders(environments=tmp_path, models=tmp_path, checkpoint=checkpoint)
+    before = folders.model
+    assert folders.model == before
+    os.utime(checkpoint / "weights", (1, 1))
+    assert folders.model != before
