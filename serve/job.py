@@ -19,6 +19,7 @@ __all__ = [
     "Completed",
     "Failed",
     "ImageDone",
+    "IgnoredText",
     "Job",
     "JobEvent",
     "JobState",
@@ -85,6 +86,14 @@ class ImageDone:
 
 
 @dataclass(frozen=True)
+class IgnoredText:
+    """Ends of a job's prompts that the text encoders have no room for; empty where all is read."""
+
+    prompt: str
+    negative: str
+
+
+@dataclass(frozen=True)
 class Completed:
     """End of a job that has all its images."""
 
@@ -104,7 +113,9 @@ class Cancelled:
     reason: str
 
 
-JobEvent: TypeAlias = Queued | Started | Stepped | ImageDone | Completed | Failed | Cancelled
+JobEvent: TypeAlias = (
+    Queued | Started | Stepped | IgnoredText | ImageDone | Completed | Failed | Cancelled
+)
 
 _ENDS: Mapping[type, JobState] = {
     Completed: JobState.COMPLETED,
@@ -124,6 +135,7 @@ class Job:
         created, started, ended: seconds since the epoch.
         position: place in the queue when it last changed; 0 is the next.
         step: the last step event, with the latest preview of each image.
+        ignored: parts of its prompts that had no effect, known with its first image.
         images: the finished images by index.
         end: event that ended the job.
     """
@@ -136,6 +148,7 @@ class Job:
     ended: float | None = None
     position: int = 0
     step: Stepped | None = None
+    ignored: IgnoredText | None = None
     images: Mapping[int, Pixels] = field(default_factory=dict)
     end: Completed | Failed | Cancelled | None = None
 
@@ -169,6 +182,8 @@ class Job:
         if isinstance(event, Stepped):
             shown = self.step.previews if self.step is not None else {}
             return replace(self, step=replace(event, previews={**shown, **event.previews}))
+        if isinstance(event, IgnoredText):
+            return replace(self, ignored=event)
         if isinstance(event, ImageDone):
             return replace(self, images={**self.images, event.index: event.pixels})
         return replace(self, end=event, ended=now, step=None)
@@ -181,6 +196,8 @@ class Job:
             yield Started()
         if self.step is not None:
             yield self.step
+        if self.ignored is not None:
+            yield self.ignored
         for index, pixels in sorted(self.images.items()):
             yield ImageDone(index, pixels)
         if self.end is not None:

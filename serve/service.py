@@ -30,6 +30,7 @@ from latentforge.serve.job import (
     Cancelled,
     Completed,
     Failed,
+    IgnoredText,
     Job,
     JobEvent,
     JobState,
@@ -474,11 +475,20 @@ class Service:
             images = tuple(end.images.array)
             if len(images) != len(batch.rows):
                 raise BackendError(f"{len(images)} images came for {len(batch.rows)} prompts")
+            self._tell_ignored(batch, end)
             self._apply(self.scheduler.finished(batch.id, images, self._now))
         elif isinstance(end, BatchFailed):
             self._apply(self.scheduler.failed(batch.id, end.message, self._now, end.code))
         else:
             self.scheduler.stopped(batch.id, self._now)
+
+    def _tell_ignored(self, batch: Batch, end: BatchDone) -> None:
+        """Let jobs know which part of their prompts had no effect, once each."""
+        for row, ends in zip(batch.rows, end.ignored, strict=True):
+            with suppress(ExpiredJobError):  # it ended long ago, such as by a cancel
+                job = self._store.get(row.job, time.time())
+                if any(ends) and job.ignored is None and job.end is None:
+                    self._publish(row.job, IgnoredText(*ends))
 
     # changes
 

@@ -25,7 +25,7 @@ _MAX_EXPANDED = 65_536
 """Most characters of a prompt with all vectors of its textual inversions."""
 
 _SHOWN = 60
-"""Characters of the truncated part that the warning shows."""
+"""Characters of the truncated part that warnings show."""
 
 
 class Tokenizer:
@@ -66,11 +66,19 @@ class Tokenizer:
             texts = [self._added.expand(prompt) for prompt in prompts]
             encodings = self._tokenizer.encode_batch(texts)
         for prompt, encoding in zip(texts, encodings, strict=True):
-            if encoding.overflowing:
-                tail = prompt[_first_character(encoding.overflowing[0]) :].strip()
-                shown = tail if len(tail) <= _SHOWN else f"{tail[: _SHOWN - 3]}..."
-                _log.warning("prompt truncated to %d tokens; ignored: %r", self.max_length, shown)
+            if tail := _shown_tail(prompt, encoding):
+                _log.warning("prompt truncated to %d tokens; ignored: %r", self.max_length, tail)
         return np.array([encoding.ids for encoding in encodings], np.int64)
+
+    def ignored(self, prompt: str) -> str:
+        """Return the start of the part of a prompt that is cut off; empty if it all fits.
+
+        Raises:
+            SettingsError, ManifestError: as for encoding it.
+        """
+        with _blaming(self._path):
+            text = self._added.expand(prompt)
+            return _shown_tail(text, self._tokenizer.encode(text))
 
 
 @contextmanager
@@ -85,6 +93,14 @@ def _blaming(path: Path) -> Iterator[None]:
         raise ManifestError(
             f"{path} is not a valid tokenizer file: {reason}; export again"
         ) from error
+
+
+def _shown_tail(prompt: str, encoding: tokenizers.Encoding) -> str:
+    """Return the start of what a prompt has beyond its tokens; empty if there is nothing."""
+    if not encoding.overflowing:
+        return ""
+    tail = prompt[_first_character(encoding.overflowing[0]) :].strip()
+    return tail if len(tail) <= _SHOWN else f"{tail[: _SHOWN - 3]}..."
 
 
 def _first_character(encoding: tokenizers.Encoding) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "MAX_IMAGES",
     "EditForm",
     "GenerationBody",
+    "IgnoredPart",
     "ImageFields",
     "ImageListAnswer",
     "ImageAnswer",
@@ -151,6 +152,13 @@ class JobBody(OutputFields, frozen=True, kw_only=True):
     previews: Annotated[int, Meta(ge=0, le=100)] | None = None
 
 
+class IgnoredPart(Record, frozen=True, kw_only=True):
+    """Field that had no effect in part, and why."""
+
+    param: str
+    message: str
+
+
 class ImageAnswer(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Finished image: its file in base64, or the address of the file; and its seed."""
 
@@ -160,10 +168,15 @@ class ImageAnswer(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ImageListAnswer(Record, frozen=True, kw_only=True):
-    """Answer of POST /v1/images/generations and /v1/images/edits."""
+    """Answer of POST /v1/images/generations and /v1/images/edits.
+
+    Attributes:
+        warnings: fields that had no effect in part, such as the end of a long prompt.
+    """
 
     created: int
     data: tuple[ImageAnswer, ...]
+    warnings: tuple[IgnoredPart, ...] = ()
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
     size: str
@@ -215,6 +228,8 @@ class JobAnswer(Record, frozen=True, kw_only=True):
 
     Attributes:
         queue_position: 0 is the next; None once it runs.
+        warnings: fields that had no effect in part, such as the end of a long prompt; known with
+            the first image.
         created, started, ended: seconds since the epoch.
     """
 
@@ -227,6 +242,7 @@ class JobAnswer(Record, frozen=True, kw_only=True):
     images: tuple[JobImage, ...]
     seeds: tuple[int, ...]
     size: str
+    warnings: tuple[IgnoredPart, ...] = ()
     error: JobFailure | None
     created: float
     started: float | None

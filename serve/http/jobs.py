@@ -34,12 +34,19 @@ from latentforge.serve.http.fields import (
     JobImage,
     JobProgress,
 )
-from latentforge.serve.http.openai import REFUSALS, error_of, require_previews, size_of
+from latentforge.serve.http.openai import (
+    REFUSALS,
+    error_of,
+    require_previews,
+    size_of,
+    warnings_of,
+)
 from latentforge.serve.http.sse import EventStream, sse_event
 from latentforge.serve.job import (
     Cancelled,
     Completed,
     Failed,
+    IgnoredText,
     ImageDone,
     Job,
     JobEvent,
@@ -171,6 +178,8 @@ class JobEndpoints:
             return sse_event("started", {})
         if isinstance(event, Stepped):
             return sse_event("progress", await asyncio.to_thread(_progress, event))
+        if isinstance(event, IgnoredText):
+            return sse_event("warning", {"warnings": warnings_of(self.context.service.get(job.id))})
         if isinstance(event, ImageDone):
             return sse_event("image", self._image(request, job, event.index))
         name = {Completed: "completed", Failed: "failed", Cancelled: "cancelled"}[type(event)]
@@ -196,6 +205,7 @@ class JobEndpoints:
             images=tuple(self._image(request, job, index) for index in sorted(job.images)),
             seeds=settings.seeds,
             size=size_of(job.request),
+            warnings=warnings_of(job),
             error=_failure(job),
             created=job.created,
             started=job.started,

@@ -36,6 +36,7 @@ from latentforge.serve.http.envelope import Json, envelope
 from latentforge.serve.http.fields import (
     EditForm,
     GenerationBody,
+    IgnoredPart,
     ImageAnswer,
     ImageListAnswer,
     ModelAnswer,
@@ -44,7 +45,7 @@ from latentforge.serve.http.fields import (
     OutputFields,
 )
 from latentforge.serve.http.sse import EventStream, answered, sse_event
-from latentforge.serve.job import Cancelled, Failed, ImageDone, Job, Stepped
+from latentforge.serve.job import Cancelled, Failed, IgnoredText, ImageDone, Job, Stepped
 from latentforge.serve.pictures import (
     PictureLimits,
     Pixels,
@@ -66,6 +67,7 @@ __all__ = [
     "output_of",
     "require_previews",
     "size_of",
+    "warnings_of",
 ]
 
 REFUSALS = (400, 404, 408, 409, 410, 413, 415, 422, 429, 503, 504)
@@ -115,6 +117,7 @@ class _Run:
                 data=tuple(data),
                 output_format=self.output.format,
                 size=size_of(job.request),
+                warnings=warnings_of(job),
             )
         )
 
@@ -162,6 +165,7 @@ class _Run:
             b64_json=await self.context.base64(images, index, done.pixels, self.output),
             image_index=index,
             seed=images.settings.seeds[index],
+            warnings=warnings_of(self.context.service.get(self.job.id)),
             usage=None,
         )
 
@@ -327,6 +331,17 @@ def makes_previews(model: ModelCard) -> bool:
 def size_of(request: ImageRequest) -> str:
     """Return the size of a request's images as OpenAI writes it."""
     return f"{request.settings.width}x{request.settings.height}"
+
+
+def warnings_of(job: Job) -> tuple[IgnoredPart, ...]:
+    """Return the warnings about a job's prompts, of which a part had no effect."""
+    ignored = job.ignored or IgnoredText("", "")
+    ends = {"prompt": ignored.prompt, "negative_prompt": ignored.negative}
+    return tuple(
+        IgnoredPart(param=name, message=f"too long for the model, which did not read: {end!r}")
+        for name, end in ends.items()
+        if end
+    )
 
 
 def enlarged(pixels: Pixels, request: ImageRequest) -> Pixels:

@@ -35,7 +35,7 @@ from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.fields import MAX_IMAGES, MAX_SEED, Base64, Label, Steps, Text
 from latentforge.serve.http.jobs import decoded_pictures
-from latentforge.serve.http.openai import REFUSALS, finished, makes_previews
+from latentforge.serve.http.openai import REFUSALS, finished, makes_previews, warnings_of
 from latentforge.serve.http.sse import answered
 from latentforge.serve.job import Cancelled, Job
 from latentforge.serve.pictures import encode_preview
@@ -548,6 +548,7 @@ def image_information(job: Job) -> dict[str, Any]:
         "batch_size": settings.count,
         "index_of_first_image": 0,
         "infotexts": texts,
+        "warnings": [f"{part.param}: {part.message}" for part in warnings_of(job)],
         "styles": [],
     }
 

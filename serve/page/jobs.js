@@ -147,7 +147,8 @@ export class Jobs extends EventTarget {
     await this.state(job, await call(`v1/jobs/${job}`));
   }
 
-  async state(job, { status, queue_position: position, progress, images, error, started, ended }) {
+  async state(job, { status, queue_position: position, progress, images, warnings, error, started, ended }) {
+    this.warn(job, warnings);
     await Promise.all(images.map((image) => this.finish(job, image)));
     if (ENDED.has(status)) this.#end(job, status, error?.message, ended - started);
     else if (status === "queued") this.queue(job, position);
@@ -158,6 +159,11 @@ export class Jobs extends EventTarget {
     const entry = this.entries.get(`${job}/${index}`);
     if (!entry || entry.blob) return;
     this.#update(entry, { blob: await file(url), status: "completed" });
+  }
+
+  /** Note which fields had no effect in part. */
+  warn(job, warnings) {
+    if (warnings?.length) this.#set(job, { warnings });
   }
 
   queue(job, position) {
@@ -215,6 +221,7 @@ const APPLY = {
   queued: (jobs, job, data) => jobs.queue(job, data.position),
   started: (jobs, job) => jobs.begin(job),
   progress: (jobs, job, data) => jobs.progress(job, data),
+  warning: (jobs, job, data) => jobs.warn(job, data.warnings),
   image: (jobs, job, data) => jobs.finish(job, data),
   completed: (jobs, job, data) => jobs.state(job, data),
   failed: (jobs, job, data) => jobs.state(job, data),

@@ -56,6 +56,7 @@ export class Stage {
     $("caption").hidden = !entry;
     if (!entry) return;
     $("caption-prompt").textContent = entry.request.prompt;
+    $("caption-warning").textContent = warning(entry);
     $("caption-facts").textContent = facts(entry).join(" · ");
     const done = entry.status === "completed";
     for (const name of ["download", "share", "code"]) $(name).hidden = !done;
@@ -70,6 +71,12 @@ export class Stage {
 /** Move the focus on from a button that is gone, else the keyboard's place would be lost. */
 function refocus() {
   ["cancel", "download", "again"].map($).find((button) => button.checkVisibility())?.focus();
+}
+
+/** Return what the model did not read of the texts, in sentences. */
+function warning({ warnings = [] }) {
+  const names = { prompt: "prompt", negative_prompt: "negative prompt" };
+  return warnings.map(({ param, message }) => `The ${names[param] ?? param} is ${message}.`).join(" ");
 }
 
 function facts({ request, size, seed, seconds, count, index }) {

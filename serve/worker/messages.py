@@ -149,12 +149,15 @@ class BatchDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         batch: number of the batch.
         images: (images, height, width, 3).
+        ignored: of each image, the ends of its prompt and its negative prompt that are too long
+            for the text encoders; empty where all is read.
         seconds: of the whole run in the worker.
         stages: seconds of each call of an engine, by stage.
     """
 
     batch: int
     images: RawPixels
+    ignored: tuple[tuple[str, str], ...]
     seconds: float
     stages: Mapping[str, tuple[float, ...]]
 

@@ -24,6 +24,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from latentforge.runtime.compile.verify import trial
 from latentforge.runtime.errors import BackendError, LatentforgeError, SettingsError
 from latentforge.runtime.loader import load
 from latentforge.runtime.pipeline import DenoisingStep, Pipeline
+from latentforge.runtime.settings import Settings
 from latentforge.runtime.text import one_line
 from latentforge.serve.turns import Turns
 from latentforge.serve.worker.messages import (
@@ -208,7 +211,7 @@ class _Runs:
             if run.steps is None:
                 run.steps = _steps(self._pipeline, run.order)
             if (step := next(run.steps, None)) is None:
-                return _images(run)
+                return _images(self._pipeline, run)
             run.last = step
             return _progress(self._pipeline, run.order, step)
         except Exception as error:
@@ -241,7 +244,7 @@ def _steps(pipeline: Pipeline, order: RunBatch) -> Iterator[DenoisingStep]:
     )
 
 
-def _images(run: _BatchRun) -> BatchDone:
+def _images(pipeline: Pipeline, run: _BatchRun) -> BatchDone:
     """Decode the images after the last step."""
     assert run.last is not None  # there is no run without steps
     result = run.last.result()
@@ -249,9 +252,24 @@ def _images(run: _BatchRun) -> BatchDone:
     return BatchDone(
         batch=run.order.batch,
         images=RawPixels.of(pixels),
+        ignored=_ignored(pipeline, run.order.settings),
         seconds=time.perf_counter() - run.start,
         stages=result.timings.stages,
     )
+
+
+def _ignored(pipeline: Pipeline, settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Return the ends of each image's prompts that the text encoders have no room for."""
+    names = {encoder.tokenizer for encoder in pipeline.manifest.conditioning.encoders}
+    used = [pipeline.tokenizers[name] for name in names]
+
+    @cache
+    def end(text: str) -> str:
+        return next(filter(None, (tokenizer.ignored(text) for tokenizer in used)), "")
+
+    negatives = settings.negative_prompts if settings.uses_guidance else ()
+    texts = zip_longest(settings.prompts, negatives, fillvalue="")
+    return tuple((end(prompt), end(negative)) for prompt, negative in texts)
 
 
 def _progress(pipeline: Pipeline, order: RunBatch, step: DenoisingStep) -> StepDone:

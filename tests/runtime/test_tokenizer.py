@@ -122,6 +122,8 @@ def test_warns_of_truncation(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixt
     assert cut(tokenizer, caplog, "a red apple", "") == []
     messages = cut(tokenizer, caplog, "a " * 22 + "Blaue Äpfel\n<|x|>", "fox")
     assert messages == ["prompt truncated to 24 tokens; ignored: 'Blaue Äpfel\\n<|x|>'"]
+    assert tokenizer.ignored("a " * 22 + "Blaue Äpfel\n<|x|>") == "Blaue Äpfel\n<|x|>"
+    assert tokenizer.ignored("a " * 22) == tokenizer.ignored("") == ""
 
 
 def test_the_warning_is_short(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:

@@ -342,6 +342,34 @@ def test_streams_send_images_as_events(client: httpx.Client) -> None:
     assert [data["seed"] for _, data in events] == [3, 4]
 
 
+LONG_TEXT = {"prompt": "a " * 6 + "red apple", "negative_prompt": "red " * 6 + "owl"}
+"""Texts of eight words, of which the text encoder reads six."""
+
+
+def test_what_the_model_did_not_read_is_told(client: httpx.Client) -> None:
+    """In each API's answers and events, with the field's name, and once."""
+    answer = client.post(GENERATIONS, json={**LONG_TEXT, "n": 2}).json()
+    ends = {"prompt": "did not read: 'red apple'", "negative_prompt": "did not read: 'owl'"}
+    told = {part["param"]: part["message"].split(", which ")[1] for part in answer["warnings"]}
+    assert told == ends
+    ((_, event),) = events_of(client.post(GENERATIONS, json={**LONG_TEXT, "stream": True}))
+    assert event["warnings"] == answer["warnings"]
+    job = client.post("/v1/jobs", json={**LONG_TEXT, "n": 2}).json()
+    events = events_of(client.get(job["events_url"]))
+    (warning,) = [data for name, data in events if name == "warning"]
+    assert warning["warnings"] == answer["warnings"] == events[-1][1]["warnings"]
+    assert client.get(job["poll_url"]).json()["warnings"] == answer["warnings"]
+    web = client.post("/sdapi/v1/txt2img", json=LONG_TEXT).json()
+    assert [text.partition(": ")[0] for text in json.loads(web["info"])["warnings"]] == [*ends]
+
+
+def test_texts_that_fit_have_no_warning(client: httpx.Client) -> None:
+    fits = {"prompt": "a " * 6, "negative_prompt": "red"}
+    assert client.post(GENERATIONS, json=fits).json()["warnings"] == []
+    web = client.post("/sdapi/v1/txt2img", json=fits).json()
+    assert json.loads(web["info"])["warnings"] == []
+
+
 def test_models_are_listed(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert client.get(f"/v1/models/{model['id']}").json() == model

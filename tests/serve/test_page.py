@@ -256,6 +256,17 @@ def test_reload_before_the_answer_finds_the_job(page: Any) -> None:
     assert labels(page) == [PROMPT]
 
 
+def test_text_that_was_not_read_is_said(page: Any) -> None:
+    generate(page, "owl " * 80, steps=2)
+    expect(page.locator("#caption-warning")).to_contain_text("did not read: 'owl owl")
+    check_accessible(page)
+    page.reload()
+    expect(page.locator("#caption-warning")).to_contain_text("The prompt is too long")
+    generate(page, steps=2)
+    expect(page.locator("#caption-prompt")).to_have_text(PROMPT)
+    expect(page.locator("#caption-warning")).to_be_empty()
+
+
 def test_tabs_have_sessions_of_their_own(page: Any) -> None:
     other = page.context.new_page()
     other.goto(page.url)
