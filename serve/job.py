@@ -31,6 +31,8 @@ __all__ = [
 
 Pixels = NDArray[np.uint8]
 
+_RECORD = 4096  # bytes of a job without its texts and pictures, about
+
 
 class JobState(str, Enum):
     """State of a job."""
@@ -168,10 +170,13 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its pictures."""
+        """Bytes that it takes: its pictures, its texts, and some for the rest."""
         shown = self.step.previews if self.step is not None else {}
         pictures = (*self.images.values(), *shown.values())
-        return self.request.bytes + sum(picture.nbytes for picture in pictures)
+        texts = sum(
+            map(len, {*self.request.settings.prompts, *self.request.settings.negative_prompts})
+        )
+        return _RECORD + texts + self.request.bytes + sum(picture.nbytes for picture in pictures)
 
     def after(self, event: JobEvent, now: float) -> Job:
         """Return the job after an event, at ``now`` in seconds since the epoch."""
@@ -209,8 +214,11 @@ class JobStore:
 
     Args:
         seconds: time for which the result of a job is kept.
-        bytes: bytes of the pictures of ended jobs that are kept; the oldest give way.
+        bytes: bytes of ended jobs that are kept; the oldest give way.
         expired: ids of jobs no longer kept to remember.
+
+    Attributes:
+        forgotten: ended jobs that are no longer kept.
     """
 
     def __init__(
@@ -223,13 +231,14 @@ class JobStore:
         self._ended: OrderedDict[str, Job] = OrderedDict()
         self._expired: OrderedDict[str, None] = OrderedDict()
         self._held = 0
+        self.forgotten = 0
 
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the pictures of ended jobs."""
+        """Bytes of ended jobs."""
         return self._held
 
     def put(self, job: Job, now: float) -> None:
@@ -277,6 +286,7 @@ class JobStore:
     def _forget(self, job: Job) -> None:
         del self._ended[job.id]
         self._held -= job.bytes
+        self.forgotten += 1
         self._expired[job.id] = None
         if len(self._expired) > self._remembered:
             self._expired.popitem(last=False)

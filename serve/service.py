@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from latentforge.runtime.backends import return_memory
 from latentforge.runtime.errors import BackendError, LatentforgeError, SettingsError
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.manifest import Manifest
@@ -58,6 +59,8 @@ __all__ = ["ModelCard", "ModelSource", "Service", "ServiceOptions"]
 
 _log = escaping_logger("latentforge.serve")
 
+_TIDY_SECONDS = 5.0  # between two looks at what is kept too long
+
 _ENDS = (Completed, Failed, Cancelled)
 _READY = (ReplicaState.READY, ReplicaState.BUSY)
 
@@ -87,7 +90,7 @@ class ServiceOptions:
         limits: of the queue.
         worker: times after which a process counts as hung.
         result_seconds: time for which results are kept.
-        result_bytes: bytes of the pictures of results that are kept.
+        result_bytes: bytes of results that are kept.
         unavailable_seconds: time without any process after which a model's requests fail.
         measure_seconds: time that the measurement of batches may take per model at the start,
             where none is kept; 0 measures nothing.
@@ -234,7 +237,21 @@ class Service:
                 await self._measure(card)
         for card in self.models.values():
             card.open.set()
-        self._tasks = [asyncio.create_task(self._serve(slot)) for slot in self._slots]
+        work = [*map(self._serve, self._slots), self._tidy()]
+        self._tasks = [asyncio.create_task(part) for part in work]
+
+    async def _tidy(self) -> None:
+        """Forget results in time, also where no request comes, and let the system have their room.
+
+        The C library keeps freed memory for what comes next: after a load that is nothing.
+        """
+        returned = 0
+        while True:
+            await asyncio.sleep(min(_TIDY_SECONDS, max(0.1, self._options.result_seconds / 2)))
+            self._store.expire(time.time())
+            if self._store.forgotten != returned and not self.scheduler.jobs:
+                returned = self._store.forgotten
+                await asyncio.to_thread(return_memory)
 
     async def _measure(self, card: ModelCard) -> None:
         """Let the scheduler know how many images are worth a batch on this machine."""

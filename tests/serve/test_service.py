@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -365,6 +366,32 @@ def test_a_model_is_ready_once_its_batches_are_measured(handmade: Handmade) -> N
         assert model.ready and service.scheduler.gains.rates["m", 32, 48]
         assert (await ended(service, early)).state is JobState.COMPLETED
         await service.close()
+
+    run(scenario())
+
+
+def test_results_are_forgotten_without_a_request(handmade: Handmade) -> None:
+    """And the system has their memory again."""
+    options = ServiceOptions(worker=QUICK, result_seconds=1.0)
+
+    async def settled(service: Service, limit: float = float("inf")) -> int:
+        """Return the memory once nothing is kept, and no more than a limit is held."""
+        end = time.monotonic() + 20
+        while service._store.bytes or (held := memory()) > limit:
+            assert time.monotonic() < end, (service._store.bytes, memory(), limit)
+            await asyncio.sleep(0.05)
+        return held
+
+    async def scenario() -> None:
+        async with running(handmade(), options=options) as service:
+            size = {"count": 8, "steps": 1, "height": 1024, "width": 1024}
+            await ended(service, await submit(service, **size))
+            await settled(service)
+            await asyncio.sleep(1.0)  # until the memory is returned
+            first = memory()
+            await ended(service, await submit(service, **size))
+            assert service._store.bytes > 24_000_000 and memory() > first + 12_000_000
+            await settled(service, first + 4_000_000)
 
     run(scenario())
 
