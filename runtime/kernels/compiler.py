@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +20,11 @@ LIBRARY = FOLDER / "liblatentforge.so"
 """Path of the library once it is compiled; the suffix works on every POSIX system."""
 
 _FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
+_FAST = ("-O2", "-ftree-vectorize")  # -O3 is no faster, and the code larger by a fifth
+_SMALL = ("-Os",)  # for all but the kernels
 _INSTRUCTIONS = {
     "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
@@ -57,6 +60,11 @@ def build(target: Path = LIBRARY, *, sanitize: bool = False) -> str | None:
     command = compiler()
     if command is None:
         return "no C++ compiler is installed"
+    if not any(FOLDER.glob("*.cpp")):
+        return (
+            "a wheel with the compiled library has no sources: to compile them here, run "
+            "pip install --no-binary latentforge latentforge"
+        )
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
             linked = _compile(command, Path(folder), _SANITIZERS if sanitize else ())
@@ -78,11 +86,13 @@ def _compile(command: list[str], folder: Path, extra: tuple[str, ...]) -> Path:
         instructions = _INSTRUCTIONS[ends[0]] if ends else ()
         if instructions and not x86:
             continue
-        flags = [*_FLAGS, *extra, *instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
+        flags = [*_FLAGS, *(_FAST if source.name.startswith("kernels_") else _SMALL), *extra]
+        flags += [*instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
         objects.append(str(folder / f"{source.stem}.o"))
         _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
     linked = folder / LIBRARY.name
-    _run([*command, "-shared", "-pthread", *extra, *objects, "-o", str(linked)])
+    strip = () if extra or sys.platform != "linux" else ("-s",)
+    _run([*command, "-shared", "-pthread", *strip, *extra, *objects, "-o", str(linked)])
     return linked
 
 

@@ -530,3 +530,12 @@ def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     run = [sys.executable, "-m", "latentforge.runtime.kernels"]
     done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "latentforge: no C++ compiler is installed\n")
+
+
+def test_a_wheel_without_sources_says_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("latentforge.runtime.kernels.compiler.FOLDER", tmp_path)
+    monkeypatch.setenv("CXX", "c++")
+    assert "pip install --no-binary latentforge" in str(build(tmp_path / LIBRARY.name))
+    assert not list(tmp_path.iterdir())
