@@ -37,8 +37,8 @@ from latentforge.runtime.manifest import Manifest
 __all__ = ["main"]
 
 COST = StepCost()
-_STEPS = 10
-_GAPS = (0.0, 0.25)
+_STEPS = 10  # of engines of known cost
+_GAPS = (0.0, 0.15)
 _ALL = ("overload-synthetic", "overhead", "fairness", "overload", "soak")
 
 
@@ -61,8 +61,10 @@ class LoadRun:
     def all(self, engines: Path) -> None:
         """Make the measurements that are wanted."""
         if self._wants("overload-synthetic"):
-            with self._serving(synthetic_engines(engines, self.work, COST), *self._bounds) as load:
-                self._measure("overload-synthetic", self._overloaded(load))
+            made = synthetic_engines(engines, self.work, COST)
+            with self._serving(made, *self._bounds) as load:
+                fields = {"num_inference_steps": _STEPS, "guidance_scale": 1.0}
+                self._measure("overload-synthetic", self._overloaded(load.asking(**fields)))
             self._compare_with_cost()
         if self._wants("overhead", "fairness"):
             with self._serving(engines) as load:
@@ -95,7 +97,8 @@ class LoadRun:
         with latentforge_server(engines, log, *options) as server:
             client = Client.of(server.url)
             name = Manifest.read(engines).name
-            yield ServerLoad(server=server, client=client, fields=_fields(), name=name)
+            fields = {"unaccelerated": True}  # and the model's defaults
+            yield ServerLoad(server=server, client=client, fields=fields, name=name)
             client.close()
 
     def _measure(
@@ -135,16 +138,8 @@ class LoadRun:
         )
 
     def _soak(self, requests: ServerLoad) -> Coroutine[Any, Any, LoadResult]:
-        short = {**requests.fields, "num_inference_steps": self.options.soak_steps}
-        load = ServerLoad(
-            server=requests.server, client=requests.client, fields=short, name=requests.name
-        )
-        return soak(load, self.options.requests, self.options.clients)
-
-
-def _fields() -> dict[str, Any]:
-    """Return the fields of a request, which makes the same work for every model."""
-    return {"num_inference_steps": _STEPS, "guidance_scale": 1.0, "unaccelerated": True}
+        short = requests.asking(num_inference_steps=self.options.soak_steps)
+        return soak(short, self.options.requests, self.options.clients)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

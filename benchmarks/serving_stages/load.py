@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from latentforge.measure.statistics import median_interval
@@ -29,6 +29,7 @@ _SETTLE = 1.0  # seconds after a load
 _PAUSE = 0.02  # seconds between runs of a pair: threads of the last one go to sleep
 _SMALL, _SMALL_STEPS, _HUGE_STEPS, _HUGE_IMAGES = 20, 4, 200, 10
 _SAMPLES = 20  # of memory
+_SETTINGS = {"num_inference_steps": "steps"}  # of a pipeline, by the field of a request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,10 @@ class ServerLoad:
     fields: Mapping[str, Any]
     name: str
 
+    def asking(self, **fields: Any) -> ServerLoad:
+        """Return the same with further fields in each request."""
+        return replace(self, fields={**self.fields, **fields})
+
     async def image(self, number: int, **changes: Any) -> Answer:
         """Ask for an image."""
         body = {**self.fields, "prompt": f"{number} red apples", "seed": number, **changes}
@@ -69,8 +74,8 @@ class ServerLoad:
 
 async def overhead(load: ServerLoad, pipe: Pipeline, pairs: int) -> LoadResult:
     """Compare images over HTTP with those of the engines in this process, pair by pair."""
-    settings = {key: load.fields[key] for key in ("guidance_scale", "unaccelerated")}
-    steps, offset = load.fields["num_inference_steps"], load.server.log.stat().st_size
+    settings = {_SETTINGS.get(name, name): value for name, value in load.fields.items()}
+    offset = load.server.log.stat().st_size
     http: list[float] = []
     direct: list[float] = []
 
@@ -82,7 +87,7 @@ async def overhead(load: ServerLoad, pipe: Pipeline, pairs: int) -> LoadResult:
 
     async def in_process(number: int) -> None:
         start = time.perf_counter()
-        pipe(f"{number} red apples", seed=number, steps=steps, **settings)
+        pipe(f"{number} red apples", seed=number, **settings)
         direct.append(time.perf_counter() - start)
 
     for number in range(pairs + 2):

@@ -153,7 +153,7 @@ def _wait(server: ServerProcess, ready: str) -> None:
     while not server.answers(ready):
         if server.process.poll() is not None or time.monotonic() > end:
             lines = server.log.read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(" ".join(lines[-1:]) or "the server ended without a word")
+            raise RuntimeError(" ".join(lines[-2:]) or "the server ended without a word")
         time.sleep(0.1)
 
 
