@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from plain import ImageQuery
+from plain import PictureOrder
 
 __all__ = ["DiffusersPipeline"]
 
@@ -18,7 +18,7 @@ class DiffusersPipeline:
         pipe.set_progress_bar_config(disable=True)
         self._pipe = pipe
 
-    def __call__(self, order: ImageQuery) -> Image.Image:
+    def __call__(self, order: PictureOrder) -> Image.Image:
         """Return the image of an order."""
         image: Image.Image = self._pipe(
             order.prompt,

@@ -2,14 +2,14 @@
 
 import openvino_genai
 from PIL import Image
-from plain import ImageQuery, arguments, serve
+from plain import PictureOrder, arguments, serve
 
 options = arguments()
 config = {"INFERENCE_PRECISION_HINT": "f32"} if options.f32 else {}
 pipe = openvino_genai.Text2ImagePipeline(options.model, "CPU", **config)
 
 
-def generate(order: ImageQuery) -> Image.Image:
+def generate(order: PictureOrder) -> Image.Image:
     """Return the image of an order."""
     tensor = pipe.generate(
         order.prompt,

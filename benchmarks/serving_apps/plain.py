@@ -10,10 +10,10 @@ from fastapi import FastAPI, Response
 from PIL import Image
 from pydantic import BaseModel
 
-__all__ = ["ImageQuery", "arguments", "serve"]
+__all__ = ["PictureOrder", "arguments", "serve"]
 
 
-class ImageQuery(BaseModel):
+class PictureOrder(BaseModel):
     """Image that a client asks for."""
 
     prompt: str
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def serve(generate: Callable[[ImageQuery], Image.Image], port: int) -> None:
+def serve(generate: Callable[[PictureOrder], Image.Image], port: int) -> None:
     """Answer requests for images with PNG files, one after another."""
     app, lock = FastAPI(), threading.Lock()
 
@@ -42,7 +42,7 @@ def serve(generate: Callable[[ImageQuery], Image.Image], port: int) -> None:
         return {"status": "ok"}
 
     @app.post("/generate")
-    def answer(order: ImageQuery) -> Response:
+    def answer(order: PictureOrder) -> Response:
         with lock:
             image = generate(order)
         file = io.BytesIO()

@@ -2,7 +2,7 @@
 
 import stable_diffusion_cpp
 from PIL import Image
-from plain import ImageQuery, arguments, serve
+from plain import PictureOrder, arguments, serve
 
 options = arguments()
 model = stable_diffusion_cpp.StableDiffusion(
@@ -10,7 +10,7 @@ model = stable_diffusion_cpp.StableDiffusion(
 )
 
 
-def generate(order: ImageQuery) -> Image.Image:
+def generate(order: PictureOrder) -> Image.Image:
     """Return the image of an order."""
     image: Image.Image = model.generate_image(
         order.prompt,
