@@ -19,7 +19,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Answer", "Client", "Outcomes", "percentile"]
+__all__ = [
+    "Answer",
+    "Client",
+    "Outcomes",
+    "closed_load",
+    "open_load",
+    "percentile",
+    "quantiles",
+]
 
 _TIMESTAMPS = 35  # SO_TIMESTAMPNS of Linux, which the module socket does not name
 _HEAD_END = b"\r\n\r\n"
