@@ -86,8 +86,16 @@ def decode_base64(text: str, param: str) -> bytes:
     return data
 
 
-def open_picture(data: bytes, param: str, limits: PictureLimits) -> Image.Image:
+def open_picture(
+    data: bytes, param: str, limits: PictureLimits, *, deep: bool = False
+) -> Image.Image:
     """Return a picture, turned as its EXIF orientation says, of 8 bits per channel.
+
+    Args:
+        data: file of the picture.
+        param: its field, for messages.
+        limits: of its size.
+        deep: True to leave more bits as they are, for depth maps.
 
     Raises:
         BadRequestError: it is no PNG, JPEG or WebP picture, or is damaged.
@@ -98,7 +106,8 @@ def open_picture(data: bytes, param: str, limits: PictureLimits) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_READ) as opened:
                 _check_size(opened.size, param, limits)
-                return read_image(param, ImageOps.exif_transpose(opened))
+                turned = ImageOps.exif_transpose(opened)
+                return turned if deep else read_image(param, turned)
     except (PayloadError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PayloadError(error, param=param) from error
     except SettingsError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentforge.runtime.denoising.depth import DepthInput
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.request_completion import complete_request
 from latentforge.runtime.resolved_request import ResolvedRequest
@@ -19,6 +20,7 @@ from latentforge.runtime.settings import Settings
 __all__ = ["Batch", "BatchKey", "ImageRequest", "Row", "seeds_from"]
 
 Pixels = NDArray[np.uint8]
+Depth = NDArray[np.float32]
 
 _UNIT = 512 * 512
 _SEEDS = 1 << 64
@@ -58,6 +60,7 @@ class ImageRequest:
             requested alone with its seed.
         image: pixels (h, w, 3) to start from.
         mask: light where to paint, (h, w).
+        depth: depth of the image from -1 to 1, of the size of the latents (h, w).
         previews: previews that are wanted of each image while it runs.
     """
 
@@ -65,6 +68,7 @@ class ImageRequest:
     settings: Settings
     image: Pixels | None = None
     mask: Pixels | None = None
+    depth: Depth | None = None
     previews: int = 0
 
     @classmethod
@@ -77,6 +81,7 @@ class ImageRequest:
         count: int = 1,
         image: Pixels | None = None,
         mask: Pixels | None = None,
+        depth_map: DepthInput | None = None,
         previews: int = 0,
         **settings: Any,
     ) -> ImageRequest:
@@ -87,6 +92,7 @@ class ImageRequest:
             manifest: of the model.
             prompt: text of all images.
             count: number of images.
+            depth_map: of the image, as for Pipeline.__call__().
             settings: as for Pipeline.__call__(); ``seed`` is that of the first image, and None or
                 absent draws it.
 
@@ -99,8 +105,13 @@ class ImageRequest:
         complete = complete_request(
             manifest, (prompt,) * count, image=image, mask=mask, seed=seeds, **settings
         )
-        ResolvedRequest.of(complete, manifest, image=image, mask=mask)
-        return cls(model=model, settings=complete, image=image, mask=mask, previews=previews)
+        resolved = ResolvedRequest.of(
+            complete, manifest, image=image, mask=mask, depth_map=depth_map
+        )
+        depth = None if resolved.init.depth is None else resolved.init.depth[0, 0]
+        return cls(
+            model=model, settings=complete, image=image, mask=mask, depth=depth, previews=previews
+        )
 
     @cached_property
     def key(self) -> BatchKey:
@@ -122,7 +133,8 @@ class ImageRequest:
     @property
     def bytes(self) -> int:
         """Bytes of its pictures."""
-        return sum(part.nbytes for part in (self.image, self.mask) if part is not None)
+        parts = (self.image, self.mask, self.depth)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def rows(self, job: str) -> tuple[Row, ...]:
         """Return the images of this request, as a job, to run in batches."""
@@ -130,9 +142,12 @@ class ImageRequest:
         negatives = settings.negative_prompts or (None,) * settings.count
         texts = zip(settings.prompts, negatives, settings.seeds, strict=True)
         return tuple(
-            Row(job=job, index=index, prompt=prompt, negative=negative, seed=seed, image=self.image)
+            Row(
+                job=job, index=index, prompt=prompt, negative=negative, seed=seed,
+                image=self.image, depth=self.depth,
+            )
             for index, (prompt, negative, seed) in enumerate(texts)
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,6 +160,7 @@ class Row:
     negative: str | None
     seed: int
     image: Pixels | None = None
+    depth: Depth | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,6 +202,12 @@ class Batch:
         """Images to start from, one for each row, if the rows have any."""
         images = tuple(row.image for row in self.rows if row.image is not None)
         return images or None
+
+    @property
+    def depths(self) -> Depth | None:
+        """Depth of the rows' images (rows, h, w), if the model takes it."""
+        depths = [row.depth for row in self.rows if row.depth is not None]
+        return np.stack(depths) if depths else None
 
 
 def seeds_from(seed: Any, count: int) -> tuple[int, ...]:

@@ -46,7 +46,14 @@ from latentforge.serve.metrics import Metrics
 from latentforge.serve.request import Batch, ImageRequest
 from latentforge.serve.scheduler import BatchGains, JobChange, Limits, Scheduler
 from latentforge.serve.worker.batch_timing import measured_rates
-from latentforge.serve.worker.messages import BatchDone, BatchFailed, RawPixels, RunBatch, StepDone
+from latentforge.serve.worker.messages import (
+    BatchDone,
+    BatchFailed,
+    RawDepth,
+    RawPixels,
+    RunBatch,
+    StepDone,
+)
 from latentforge.serve.worker.replica import (
     BatchEnd,
     Replica,
@@ -594,5 +601,6 @@ def _order(batch: Batch) -> RunBatch:
         settings=batch.settings,
         images=tuple(RawPixels.of(image) for image in images),
         mask=None if batch.mask is None else RawPixels.of(batch.mask),
+        depth=None if batch.depths is None else RawDepth.of(batch.depths),
         previews=batch.previews,
     )

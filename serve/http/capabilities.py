@@ -60,6 +60,7 @@ class ModelCapabilities(Record, frozen=True, kw_only=True):
     Attributes:
         sizes: that the engines were built for; any multiples if empty.
         multiple: of which height and width are multiples.
+        depth_map: True if requests need a depth map, which jobs take.
         previews: True if previews can be had.
         accelerated: True if the engines have an acceleration plan, for the default sampler and
             steps; unaccelerated ignores it.
@@ -73,6 +74,7 @@ class ModelCapabilities(Record, frozen=True, kw_only=True):
     sizes: tuple[SizeRange, ...]
     multiple: int
     samplers: tuple[str, ...]
+    depth_map: bool
     previews: bool
     accelerated: bool
     license: str | None
@@ -160,6 +162,7 @@ def _capabilities(id: str, model: ModelCard) -> ModelCapabilities:
         sizes=_sizes(manifest),
         multiple=manifest.latent.downscale * manifest.latent.multiple,
         samplers=tuple(samplers_of(manifest)),
+        depth_map="depth" in manifest.conditioning.channels,
         previews=makes_previews(model),
         accelerated=manifest.acceleration is not None,
         license=manifest.source.license,
@@ -175,7 +178,9 @@ def tasks(manifest: Manifest) -> list[Task]:
         return ["editing"]
     found: list[Task] = [] if conditioning.requires_image else ["text_to_image"]
     if "vae_encoder" in manifest.components:
-        found += ["image_to_image", "inpainting"]
+        found.append("image_to_image")
+        if not (conditioning.requires_image or manifest.latent.masked_decoder):
+            found.append("inpainting")
     return found
 
 

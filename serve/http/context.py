@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
+from PIL import Image
 from starlette.requests import Request
 
 from latentforge.runtime.errors import LatentforgeError
@@ -61,11 +62,12 @@ NAMES: Mapping[str, str] = {
     "samplers": "sampler",
     "images_per_prompt": "n",
     "negative": "negative_prompt",
+    "depth map": "depth_map",
 }
 """Fields of requests by the name that messages of the runtime have for them, where they differ."""
 
 _NAMED = re.compile(
-    r"\b(height|width|pixels|samplers?|strength|image_guidance_scale|guidance_scale"
+    r"\b(depth[_ ]map|height|width|pixels|samplers?|strength|image_guidance_scale|guidance_scale"
     r"|guidance_rescale|noise_level|seed|steps|mask|image|negative|prompt|timesteps)\b"
 )
 
@@ -119,6 +121,7 @@ class Pictures:
 
     image: Pixels | None = None
     mask: Pixels | None = None
+    depth_map: Image.Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,10 @@ def complete(
     Raises:
         BadRequestError: the model cannot do it; it names the field.
     """
+    if pictures.depth_map is None and "depth" in model.manifest.conditioning.channels:
+        raise BadRequestError(
+            f"{name} needs a depth map: send image and depth_map to /v1/jobs", param="depth_map"
+        )
     try:
         request = ImageRequest.of(
             name,
@@ -276,6 +283,7 @@ def complete(
             count=count,
             image=pictures.image,
             mask=pictures.mask,
+            depth_map=pictures.depth_map,
             previews=previews,
             **settings,
         )

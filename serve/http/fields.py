@@ -144,11 +144,13 @@ class JobBody(OutputFields, frozen=True, kw_only=True):
     Attributes:
         image: picture to start from.
         mask: picture of the same size, light where to paint.
+        depth_map: depth of the image in any unit, light where it is near, for models that take it.
         previews: previews of each image while it runs.
     """
 
     image: Base64 | None = None
     mask: Base64 | None = None
+    depth_map: Base64 | None = None
     previews: Annotated[int, Meta(ge=0, le=100)] | None = None
 
 

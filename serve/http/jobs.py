@@ -216,26 +216,29 @@ class JobEndpoints:
         )
 
 
-def decoded_pictures(image: str | None, mask: str | None, limits: PictureLimits) -> Pictures:
+def decoded_pictures(
+    image: str | None, mask: str | None, limits: PictureLimits, depth_map: str | None = None
+) -> Pictures:
     """Return the pictures of base64 texts; a mask is light where to paint.
 
     Raises:
         BadRequestError, PayloadError: one is no picture, or too large.
     """
-    found = {"image": image, "mask": mask}
+    found = {"image": image, "mask": mask, "depth_map": depth_map}
     opened = {
-        name: open_picture(decode_base64(text, name), name, limits)
+        name: open_picture(decode_base64(text, name), name, limits, deep=name == "depth_map")
         for name, text in found.items()
         if text is not None
     }
     return Pictures(
         image=image_pixels(opened["image"]) if "image" in opened else None,
         mask=mask_levels(opened["mask"]) if "mask" in opened else None,
+        depth_map=opened.get("depth_map"),
     )
 
 
 def _completed(name: str, model: ModelCard, body: JobBody, limits: PictureLimits) -> ImageRequest:
-    pictures = decoded_pictures(body.image, body.mask, limits)
+    pictures = decoded_pictures(body.image, body.mask, limits, body.depth_map)
     return complete(
         name,
         model,

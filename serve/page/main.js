@@ -113,6 +113,10 @@ async function submit() {
     form.blame("image");
     return;
   }
+  if (form.model.depth_map) {
+    report("This model needs a depth map, which programs send to /v1/jobs and this page cannot.");
+    return;
+  }
   $("generate").disabled = true;
   try {
     const previews = form.model.previews ? { previews: PREVIEWS } : {};

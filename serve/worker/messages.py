@@ -33,6 +33,7 @@ __all__ = [
     "Order",
     "Ping",
     "Pong",
+    "RawDepth",
     "RawPixels",
     "RunBatch",
     "StepDone",
@@ -65,6 +66,28 @@ class RawPixels(msgspec.Struct, frozen=True, kw_only=True):
         return np.frombuffer(self.data, np.uint8).reshape(self.shape)
 
 
+class RawDepth(msgspec.Struct, frozen=True, kw_only=True):
+    """Depth maps (maps, h, w) of 32-bit floats."""
+
+    shape: tuple[int, int, int]
+    data: bytes
+
+    @classmethod
+    def of(cls, depths: NDArray[np.float32]) -> "RawDepth":
+        """Pack an array."""
+        maps, height, width = depths.shape
+        return cls(shape=(maps, height, width), data=depths.astype(np.float32).tobytes())
+
+    @property
+    def array(self) -> NDArray[np.float32]:
+        """The array, read-only.
+
+        Raises:
+            ValueError: the data does not have this shape.
+        """
+        return np.frombuffer(self.data, np.float32).reshape(self.shape)
+
+
 class LoadEngines(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Order to load an engine directory; the first that a worker gets.
 
@@ -85,6 +108,7 @@ class RunBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         settings: complete settings, one prompt and one seed for each image.
         images: initial images (h, w, 3), one for each prompt; none for text to image.
         mask: light where to paint, (h, w).
+        depth: of each image, of the size of the latents.
         previews: previews that are wanted, as far as there are steps and the engines have a map.
     """
 
@@ -92,6 +116,7 @@ class RunBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     settings: Settings
     images: tuple[RawPixels, ...] = ()
     mask: RawPixels | None = None
+    depth: RawDepth | None = None
     previews: int = 0
 
 

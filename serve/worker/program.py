@@ -241,6 +241,7 @@ def _steps(pipeline: Pipeline, order: RunBatch) -> Iterator[DenoisingStep]:
         order.settings,
         image=[image.array for image in order.images] or None,
         mask=None if order.mask is None else order.mask.array,
+        depth_map=None if order.depth is None else order.depth.array,
     )
 
 

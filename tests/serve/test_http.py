@@ -18,6 +18,7 @@ from PIL import Image
 from served import Served, complete_engines, served
 
 from latentforge.runtime.denoising.initial_latents import InitImage
+from latentforge.runtime.loader import load
 from latentforge.serve.errors import KeyRequiredError, job_error
 from latentforge.serve.http.app import all_endpoints
 from latentforge.serve.http.body import BodyLimits, BodyMemory
@@ -399,6 +400,34 @@ def test_a_job_is_accepted_and_followed(client: httpx.Client) -> None:
 def test_clients_do_not_repeat_what_was_cancelled() -> None:
     status = job_error("cancelled", "by another request").status
     assert 400 <= status < 500 and status not in (408, 409, 429)  # which OpenAI's client repeats
+
+
+def test_a_job_has_a_depth_map(tmp_path: Path, client: httpx.Client) -> None:
+    """Of 16 bits, where the model takes one; elsewhere it is refused."""
+    pytest.importorskip("onnxruntime")
+    from test_service import depth_engines
+
+    directory, file = depth_engines(tmp_path), io.BytesIO()
+    depth = Image.fromarray(np.arange(1000, 1000 + 32 * 48, dtype=np.uint16).reshape(32, 48))
+    depth.save(file, "PNG")
+    body = {"prompt": "a", "seed": 1, "image": text64(png()), "depth_map": text64(file.getvalue())}
+    refused = client.post("/v1/jobs", json=body)
+    assert refused.status_code == 400 and error_of(refused)["param"] == "depth_map"
+    with served(lambda: context_of(directory)) as server, server.client() as deep:
+        (model,) = deep.get("/v1/capabilities").json()["models"]
+        assert model["depth_map"] and model["tasks"] == ["image_to_image"]
+        for path in ("/v1/jobs", GENERATIONS, "/sdapi/v1/txt2img"):
+            missing = deep.post(path, json={"prompt": "a"})
+            assert missing.status_code == 400 and error_of(missing)["param"] == "depth_map"
+        flat = deep.post("/v1/jobs", json={**body, "depth_map": body["image"]})
+        assert flat.status_code == 400 and error_of(flat)["param"] == "depth_map"
+        job = deep.post("/v1/jobs", json=body).raise_for_status().json()
+        _, ended = events_of(deep.get(job["events_url"]))[-1]
+        made = deep.get(ended["images"][0]["url"]).content
+    with load(directory) as pipe:
+        image = Image.open(io.BytesIO(png()))
+        expected = pipe("a", seed=1, image=image, depth_map=depth).images[0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(made))), np.asarray(expected))
 
 
 def test_a_job_is_cancelled_once(client: httpx.Client) -> None:

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Handmade
+from conftest import Handmade, handmade_engines
+from test_image_conditioning import DEPTH, TEXT
 from test_loop import NETWORKS
 from test_tasks import ENCODER
 from test_worker import FAULTY, QUICK
 
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.loader import load
+from latentforge.runtime.manifest import Conditioning
+from latentforge.runtime.tensor import TensorSpec
 from latentforge.serve.errors import (
     DrainingError,
     ModelUnavailableError,
@@ -157,6 +160,48 @@ def test_images_are_those_of_the_pipeline(handmade: Handmade) -> None:
             assert value(service, "batch_size_sum", model="m") == images
             assert value(service, "batch_size_count", model="m") < images / 2
             assert value(service, "model_loaded", model="m", digest=service.models["m"].digest)
+
+    run(scenario())
+
+
+def depth_engines(folder: Path) -> Path:
+    """Write engines that take a depth map."""
+    sample = TensorSpec("float32", ("batch", 5, "latent_height", "latent_width"))
+    return handmade_engines(
+        folder,
+        onnx={**NETWORKS, "denoiser": DEPTH, "vae_encoder": ENCODER},
+        inputs={"sample": sample},
+        conditioning=Conditioning(encoders=TEXT, channels=("depth",)),
+    )
+
+
+def test_requests_of_a_batch_have_their_own_depth_maps(tmp_path: Path) -> None:
+    """And a model that takes depth maps is measured with them."""
+    directory, rng = depth_engines(tmp_path), np.random.default_rng(3)
+    requests = [
+        {
+            "image": rng.integers(0, 256, (32, 48, 3), np.uint8),
+            "depth_map": rng.uniform(0, 9, (1, 40, 50)),
+            "seed": seed,
+        }
+        for seed in range(6)
+    ]
+
+    async def scenario() -> None:
+        options = ServiceOptions(worker=QUICK, measure_seconds=0.2)
+        async with running(directory, options=options) as service:
+            assert 1 in service.scheduler.gains.rates["m", 32, 48]
+            service.scheduler.gains = FOURS
+            jobs = [await submit(service, **request) for request in requests]
+            done = [await ended(service, job) for job in jobs]
+            with load(directory, threads=1) as pipe:
+                expected = [np.asarray(pipe("a", **request).images[0]) for request in requests]
+            for job, image in zip(done, expected, strict=True):
+                assert np.array_equal(job.images[0], image)
+            assert value(service, "batch_size_count", model="m") < len(requests)
+            assert not np.array_equal(expected[0], expected[1])
+            with pytest.raises(SettingsError, match="needs a depth map"):
+                await submit(service, image=requests[0]["image"])
 
     run(scenario())
 
