@@ -3,9 +3,11 @@
 import gc
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, 100)
+    if "latentforge.export.onnx" in sys.modules:
+        _read_operators_once()
+
+
+def _read_operators_once() -> None:
+    """Let torch keep its table of ONNX operators, which it makes anew for each graph: a tenth."""
+    with suppress(ImportError, AttributeError):  # another version of torch
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture
