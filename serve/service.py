@@ -49,8 +49,7 @@ from latentforge.serve.worker.batch_timing import measured_rates
 from latentforge.serve.worker.messages import (
     BatchDone,
     BatchFailed,
-    RawDepth,
-    RawPixels,
+    RawArray,
     RunBatch,
     StepDone,
 )
@@ -499,14 +498,14 @@ class Service:
             images = tuple(end.images.array)
             if len(images) != len(batch.rows):
                 raise BackendError(f"{len(images)} images came for {len(batch.rows)} prompts")
-            self._tell_ignored(batch, end)
+            self._report_ignored(batch, end)
             self._apply(self.scheduler.finished(batch.id, images, self._now))
         elif isinstance(end, BatchFailed):
             self._apply(self.scheduler.failed(batch.id, end.message, self._now, end.code))
         else:
             self.scheduler.stopped(batch.id, self._now)
 
-    def _tell_ignored(self, batch: Batch, end: BatchDone) -> None:
+    def _report_ignored(self, batch: Batch, end: BatchDone) -> None:
         """Let jobs know which part of their prompts had no effect, once each."""
         for row, ends in zip(batch.rows, end.ignored, strict=True):
             with suppress(ExpiredJobError):  # it ended long ago, such as by a cancel
@@ -599,8 +598,8 @@ def _order(batch: Batch) -> RunBatch:
     return RunBatch(
         batch=batch.id,
         settings=batch.settings,
-        images=tuple(RawPixels.of(image) for image in images),
-        mask=None if batch.mask is None else RawPixels.of(batch.mask),
-        depth=None if batch.depths is None else RawDepth.of(batch.depths),
+        images=tuple(RawArray.of(image) for image in images),
+        mask=None if batch.mask is None else RawArray.of(batch.mask),
+        depth=None if batch.depths is None else RawArray.of(batch.depths),
         previews=batch.previews,
     )

@@ -28,7 +28,7 @@ from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.profiling import PROMPT
 from latentforge.runtime.request_completion import complete_request
 from latentforge.runtime.version import __version__
-from latentforge.serve.worker.messages import BatchDone, RawDepth, RawPixels, RunBatch
+from latentforge.serve.worker.messages import BatchDone, RawArray, RunBatch
 from latentforge.serve.worker.replica import Replica
 
 __all__ = ["measured_rates"]
@@ -133,18 +133,18 @@ def _order(manifest: Manifest, count: int) -> RunBatch:
         seed=range(count),
         unaccelerated=True,
     )
-    images = () if picture is None else (RawPixels.of(np.asarray(picture)),) * count
+    images = () if picture is None else (RawArray.of(np.asarray(picture)),) * count
     return RunBatch(batch=-count, settings=settings, images=images, depth=_depth(manifest, count))
 
 
-def _depth(manifest: Manifest, count: int) -> RawDepth | None:
+def _depth(manifest: Manifest, count: int) -> RawArray | None:
     """Return depth maps for a model that takes them."""
     if "depth" not in manifest.conditioning.channels:
         return None
     scale, defaults = manifest.latent.downscale, manifest.defaults
     height, width = defaults.height // scale, defaults.width // scale
     depth = depth_channel(example_depth_map(height, width), height=height, width=width)
-    return RawDepth.of(depth[0].repeat(count, axis=0))
+    return RawArray.of(depth[0].repeat(count, axis=0))
 
 
 def _file(manifest: Manifest, others: list[Any]) -> Path | None:

@@ -11,7 +11,7 @@ time. The worker answers:
 
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -33,8 +33,7 @@ __all__ = [
     "Order",
     "Ping",
     "Pong",
-    "RawDepth",
-    "RawPixels",
+    "RawArray",
     "RunBatch",
     "StepDone",
     "frame",
@@ -45,47 +44,27 @@ _LENGTH = struct.Struct(">I")
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-class RawPixels(msgspec.Struct, frozen=True, kw_only=True):
-    """Array of 8-bit pixels."""
+class RawArray(msgspec.Struct, frozen=True, kw_only=True):
+    """Array of pixels (8 bits), or of depths (32-bit floats)."""
 
+    kind: Literal["uint8", "float32"]
     shape: tuple[int, ...]
     data: bytes
 
     @classmethod
-    def of(cls, pixels: NDArray[np.uint8]) -> "RawPixels":
-        """Pack an array."""
-        return cls(shape=pixels.shape, data=pixels.tobytes())
+    def of(cls, array: NDArray[Any]) -> "RawArray":
+        """Pack an array of one of these kinds."""
+        kind: Literal["uint8", "float32"] = "uint8" if array.dtype == np.uint8 else "float32"
+        return cls(kind=kind, shape=array.shape, data=array.astype(kind, copy=False).tobytes())
 
     @property
-    def array(self) -> NDArray[np.uint8]:
+    def array(self) -> NDArray[Any]:
         """The array, read-only.
 
         Raises:
             ValueError: the data does not have this shape.
         """
-        return np.frombuffer(self.data, np.uint8).reshape(self.shape)
-
-
-class RawDepth(msgspec.Struct, frozen=True, kw_only=True):
-    """Depth maps (maps, h, w) of 32-bit floats."""
-
-    shape: tuple[int, int, int]
-    data: bytes
-
-    @classmethod
-    def of(cls, depths: NDArray[np.float32]) -> "RawDepth":
-        """Pack an array."""
-        maps, height, width = depths.shape
-        return cls(shape=(maps, height, width), data=depths.astype(np.float32).tobytes())
-
-    @property
-    def array(self) -> NDArray[np.float32]:
-        """The array, read-only.
-
-        Raises:
-            ValueError: the data does not have this shape.
-        """
-        return np.frombuffer(self.data, np.float32).reshape(self.shape)
+        return np.frombuffer(self.data, self.kind).reshape(self.shape)
 
 
 class LoadEngines(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -114,9 +93,9 @@ class RunBatch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     batch: int
     settings: Settings
-    images: tuple[RawPixels, ...] = ()
-    mask: RawPixels | None = None
-    depth: RawDepth | None = None
+    images: tuple[RawArray, ...] = ()
+    mask: RawArray | None = None
+    depth: RawArray | None = None
     previews: int = 0
 
 
@@ -165,7 +144,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     batch: int
     step: int
     count: int
-    previews: RawPixels | None = None
+    previews: RawArray | None = None
 
 
 class BatchDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -181,7 +160,7 @@ class BatchDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """
 
     batch: int
-    images: RawPixels
+    images: RawArray
     ignored: tuple[tuple[str, str], ...]
     seconds: float
     stages: Mapping[str, tuple[float, ...]]

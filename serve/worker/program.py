@@ -50,7 +50,7 @@ from latentforge.serve.worker.messages import (
     Order,
     Ping,
     Pong,
-    RawPixels,
+    RawArray,
     RunBatch,
     StepDone,
     frame,
@@ -252,7 +252,7 @@ def _images(pipeline: Pipeline, run: _BatchRun) -> BatchDone:
     pixels = np.stack([np.asarray(image) for image in result.images])
     return BatchDone(
         batch=run.order.batch,
-        images=RawPixels.of(pixels),
+        images=RawArray.of(pixels),
         ignored=_ignored(pipeline, run.order.settings),
         seconds=time.perf_counter() - run.start,
         stages=result.timings.stages,
@@ -282,7 +282,7 @@ def _progress(pipeline: Pipeline, order: RunBatch, step: DenoisingStep) -> StepD
         batch=order.batch,
         step=step.index + 1,
         count=step.count,
-        previews=None if previews is None else RawPixels.of(previews),
+        previews=None if previews is None else RawArray.of(previews),
     )
 
 

@@ -31,7 +31,7 @@ from latentforge.serve.worker.messages import (
     FrameReader,
     Order,
     Ping,
-    RawPixels,
+    RawArray,
     RunBatch,
     StepDone,
     frame,
@@ -151,8 +151,8 @@ def test_images_and_masks_reach_the_worker(handmade: Handmade) -> None:
             order = RunBatch(
                 batch=1,
                 settings=wanted,
-                images=tuple(map(RawPixels.of, images)),
-                mask=RawPixels.of(mask),
+                images=tuple(map(RawArray.of, images)),
+                mask=RawArray.of(mask),
             )
             end = await replica.run(order, lambda _: None)
             assert isinstance(end, BatchDone)
@@ -413,9 +413,7 @@ def test_a_worker_ends_with_its_server_in_the_middle_of_a_call() -> None:
 @pytest.mark.parametrize("piece", [1, 3, 1000])
 def test_frames_arrive_in_pieces(piece: int) -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    order = RunBatch(
-        batch=3, settings=settings("a", seed=2**64 - 1), images=(RawPixels.of(pixels),)
-    )
+    order = RunBatch(batch=3, settings=settings("a", seed=2**64 - 1), images=(RawArray.of(pixels),))
     stream, reader = bytes(frame(order) + frame(Ping()) * 2), FrameReader(Order)
     pieces = [stream[start : start + piece] for start in range(0, len(stream), piece)]
     found = [message for each in pieces for message in reader.feed(each)]
