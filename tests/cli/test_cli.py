@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,10 @@ def here(
     capsys: pytest.CaptureFixture[str], *arguments: str | Path
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in this process, which has imported torch, and not in one of its own."""
-    status = main([str(argument) for argument in arguments])
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as end:  # of options that do not parse
+        status = int(end.code or 0)
     output, errors = capsys.readouterr()
     return subprocess.CompletedProcess(arguments, status, output, errors)
 
@@ -90,6 +95,18 @@ def test_no_command_is_bad_usage(tmp_path: Path) -> None:
     assert latentforge(cwd=tmp_path).returncode == 2
 
 
+Here = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Here:
+    """A function that runs a command in this process, in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return partial(here, capsys)
+
+
 @pytest.fixture(scope="module")
 def made(tiny_engines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with two images for each of two prompts, from one run."""
@@ -143,17 +160,17 @@ def test_equal_commands_write_equal_bytes(made: Path, tiny_engines: Path, tmp_pa
     ids=lambda value: " ".join(value)[:30],
 )
 def test_run_refuses(
-    tiny_engines: Path, tmp_path: Path, request_: list[str], words: list[str]
+    inside: Here, tiny_engines: Path, tmp_path: Path, request_: list[str], words: list[str]
 ) -> None:
-    refused(latentforge("run", tiny_engines, *request_, "-o", "a.png", cwd=tmp_path), *words)
+    refused(inside("run", tiny_engines, *request_, "-o", "a.png"), *words)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("output", ["missing/a.png", "a.docx", "a", "/proc/a.png"])
 def test_run_refuses_an_output_before_it_works(
-    tiny_engines: Path, tmp_path: Path, output: str
+    inside: Here, tiny_engines: Path, tmp_path: Path, output: str
 ) -> None:
-    refused(latentforge("run", tiny_engines, "a", "-o", output, cwd=tmp_path), output)
+    refused(inside("run", tiny_engines, "a", "-o", output), output)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,9 +193,9 @@ def test_no_engine_directory(command: str, tmp_path: Path) -> None:
     refused(latentforge(command, "nowhere", *more, cwd=tmp_path), "nowhere", "manifest.json")
 
 
-def test_build_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_build_refuses_what_is_no_checkpoint(inside: Here, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(latentforge("build", "empty", "out", cwd=tmp_path), "empty", "model_index.json")
+    refused(inside("build", "empty", "out"), "empty", "model_index.json")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -206,15 +223,14 @@ def test_build_refuses_recipes_before_it_exports(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_optimize_and_gate(tiny_engines: Path, tmp_path: Path) -> None:
+def test_optimize_and_gate(inside: Here, tiny_engines: Path, tmp_path: Path) -> None:
     """A result with its figures, and a rejected one, with exit status 3."""
     options = ["--recipe", "fp16", "--steps", "2", "--repeats", "1", "--gate", "images=1"]
     result = latentforge("optimize", tiny_engines, "out", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "class A: same images" in result.stdout and "denoiser step" in result.stdout
-    assert "denoiser/hoist-prompt: " in latentforge("inspect", "out", cwd=tmp_path).stdout
-    strict = [*options, "--gate", "psnr=199"]
-    failed = latentforge("optimize", tiny_engines, "strict", *strict, cwd=tmp_path)
+    assert "denoiser/hoist-prompt: " in inside("inspect", "out").stdout
+    failed = inside("optimize", tiny_engines, "strict", *options, "--gate", "psnr=199")
     assert failed.returncode == 3 and "strict.rejected" in failed.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "strict.rejected"]
 
@@ -253,22 +269,22 @@ def test_bench_writes_json_alone_on_stdout(tiny_engines: Path, tmp_path: Path) -
     assert "http://" not in page and "https://" not in page and "eager" in page
 
 
-def test_bench_refuses_an_unknown_peer(tiny_engines: Path, tmp_path: Path) -> None:
-    result = latentforge("bench", tiny_engines, "--against", "egaer", cwd=tmp_path)
-    refused(result, "no peer 'egaer'", "eager")
+def test_bench_refuses_an_unknown_peer(inside: Here, tiny_engines: Path) -> None:
+    refused(inside("bench", tiny_engines, "--against", "egaer"), "no peer 'egaer'", "eager")
 
 
-def test_bench_refuses_a_missing_checkpoint(tiny_engines: Path, tmp_path: Path) -> None:
+def test_bench_refuses_a_missing_checkpoint(inside: Here, tiny_engines: Path) -> None:
     options = ["--against", "eager", "--checkpoint", "no-such-directory", "--repeats", "1"]
-    result = latentforge("bench", tiny_engines, *options, cwd=tmp_path)
-    refused(result, "no-such-directory")
+    refused(inside("bench", tiny_engines, *options), "no-such-directory")
 
 
-def test_missing_and_failing_peers_are_reported(tiny_engines: Path, tmp_path: Path) -> None:
+def test_missing_and_failing_peers_are_reported(
+    inside: Here, tiny_engines: Path, tmp_path: Path
+) -> None:
     """One is not installed here, and the interpreter of another does not exist."""
     options = ["--against", "sd-cpp,openvino-genai", "--python", "openvino-genai=/bin/false"]
     options += ["--steps", "1", "--repeats", "1"]
-    result = latentforge("bench", tiny_engines, *options, "--json", "b.json", cwd=tmp_path)
+    result = inside("bench", tiny_engines, *options, "--json", "b.json")
     assert result.returncode == 2 and "sd-cpp did not run" in result.stderr.splitlines()[-1]
     missing, failed, ours = json.loads((tmp_path / "b.json").read_text())["entries"]
     assert missing["status"] == "missing" and "pip install" in missing["message"]
@@ -279,8 +295,8 @@ def test_missing_and_failing_peers_are_reported(tiny_engines: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "options", [["--python", "eager"], ["--batches", "two"], ["--sizes", "0"], ["--repeats", "0"]]
 )
-def test_bench_refuses_bad_options(tiny_engines: Path, tmp_path: Path, options: list[str]) -> None:
-    result = latentforge("bench", tiny_engines, *options, cwd=tmp_path)
+def test_bench_refuses_bad_options(inside: Here, tiny_engines: Path, options: list[str]) -> None:
+    result = inside("bench", tiny_engines, *options)
     assert result.returncode == 2 and "Traceback" not in result.stderr
 
 

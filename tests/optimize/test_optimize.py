@@ -195,12 +195,12 @@ def test_auto_records_candidates_and_choice(small_engines: Path, tmp_path: Path)
     assert not list((tmp_path / "out").glob("candidate-*"))
 
 
-def test_the_most_sensitive_layers_stay_in_float(tiny_engines: Path, tmp_path: Path) -> None:
+def test_the_most_sensitive_layers_stay_in_float(small_engines: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "scan.toml"
     recipe.write_text(
         'summary = "s"\n[precision]\ndenoiser = "int8"\n[sensitivity]\nfloat_fraction = 0.1\n'
     )
-    manifest = optimize(tiny_engines, tmp_path / "out", quick(recipe=str(recipe)))
+    manifest = optimize(small_engines, tmp_path / "out", quick(recipe=str(recipe)))
     stage = manifest.history[-1]
     layers = stage.options["layers"]
     kept = [layer for layer in layers if layer["kept_float"]]
