@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from latentforge.measure.results import ConfidenceInterval, TimedRun
 
-__all__ = ["CONFIDENCE", "interval_level", "median_interval", "medians", "paired_speedups"]
+__all__ = [
+    "CONFIDENCE",
+    "interval_level",
+    "median_interval",
+    "medians",
+    "paired_speedups",
+    "spearman",
+]
 
 CONFIDENCE = 0.95
 """Confidence level that an interval reaches wherever there are enough values for it."""
@@ -66,6 +73,25 @@ def median_interval(values: Sequence[float]) -> ConfidenceInterval:
         return ConfidenceInterval(value=value)
     rank, level = _rank_and_level(count)
     return ConfidenceInterval(value=value, low=ordered[rank - 1], high=ordered[-rank], level=level)
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Spearman's rank correlation of paired values, from -1 to 1; equal ones share a rank.
+
+    NaN if there are fewer than two pairs, or all values of one side are equal.
+    """
+    ranks = [_ranks(values) for values in (first, second)]
+    if len(first) < 2 or any(len(set(r)) == 1 for r in ranks):
+        return math.nan
+    return statistics.correlation(*ranks)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Return the rank of each value, from 0; equal values have the mean of their places."""
+    ordered = sorted(values)
+    first = {value: place for place, value in reversed([*enumerate(ordered)])}
+    last = {value: place for place, value in enumerate(ordered)}
+    return [(first[value] + last[value]) / 2 for value in values]
 
 
 def interval_level(count: int) -> float:

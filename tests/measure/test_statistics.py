@@ -25,6 +25,7 @@ from latentforge.measure.statistics import (
     median_interval,
     medians,
     paired_speedups,
+    spearman,
 )
 
 
@@ -113,6 +114,16 @@ def test_medians_have_joules_if_every_run_has() -> None:
     assert medians(metered) == {"total": 2.0, "joules": 6.0}
     assert medians([*metered, TimedRun(seconds={"total": 9.0})]) == {"total": 3.0}
     assert medians([]) == {}
+
+
+def test_spearman_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(0)
+    first, second = random.integers(0, 9, 40), random.integers(0, 9, 40)
+    for pair in ((first, second), (first, first**2), (first, -first)):
+        expected = stats.spearmanr(*pair).statistic
+        assert spearman(*(values.tolist() for values in pair)) == pytest.approx(expected)
+    assert np.isnan(spearman([1.0], [2.0])) and np.isnan(spearman([1.0, 2.0], [3.0, 3.0]))
 
 
 def test_intervals_of_quality_metrics_carry_their_level() -> None:
