@@ -22,7 +22,7 @@ KERNELS = {f"runtime/kernels/{path.name}" for path in compiler.FOLDER.glob("*.[c
 TRAINING = {f"export/demo/{name}.py" for name in ("models", "optimizer", "train")}
 """Files of the repository that the wheel leaves out."""
 
-SOURCES = ("export", "measure", "optimize", "runtime", "serve", "src/latentforge")
+SOURCES = ("export", "measure", "optimize", "runtime", "serve", "train", "src/latentforge")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Training of smaller UNets: students that a search makes of a teacher, with torch."""

@@ -1,0 +1,1 @@
+"""Student of a UNet: the structure that was searched, with weights inherited from the teacher."""
