@@ -95,11 +95,10 @@ def check_size(checkpoint: Checkpoint, folder: str, kind: type[Any]) -> dict[str
     """
     config = read_config(checkpoint, folder, kind)
     path = checkpoint.path / folder
-    with _explained(path), torch.device("meta"), _bounded(checkpoint, folder):
-        if _is_transformer(kind):
-            kind(kind.config_class(**config))
-        else:
-            kind(**config)
+    excess = getattr(kind, "larger_while_built", 1)
+    with _explained(path), torch.device("meta"), _bounded(checkpoint, folder, excess) as check:
+        module = kind(kind.config_class(**config)) if _is_transformer(kind) else kind(**config)
+        check([parameter.numel() for parameter in module.parameters()])
     return config
 
 
@@ -121,24 +120,38 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _bounded(checkpoint: Checkpoint, folder: str) -> Iterator[None]:
-    """Stop building a module once it has far more weights, or larger ones, than the checkpoint."""
-    sizes = [math.prod(shape) for shape in checkpoint.shapes(folder).values()]
-    limits = [max(_SLACK * len(sizes), _SMALL[0]), max(_SLACK * sum(sizes), _SMALL[1])]
-    built = [0, 0]
+def _bounded(
+    checkpoint: Checkpoint, folder: str, excess: int
+) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Stop building a module once it has far more weights, or larger ones, than the checkpoint.
 
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        built[0] += 1
-        built[1] += 0 if parameter is None else parameter.numel()
-        if built[0] > limits[0] or built[1] > limits[1]:
+    Args:
+        checkpoint: the checkpoint.
+        folder: of the component.
+        excess: how many times more there may be while it is built.
+
+    Yields:
+        A function that refuses sizes of weights which are far more, or larger.
+    """
+    sizes = [math.prod(shape) for shape in checkpoint.shapes(folder).values()]
+    built = [0, 0]  # weights, and their elements
+
+    def check(count: int, elements: int, slack: int) -> None:
+        limits = max(slack * len(sizes), _SMALL[0]), max(slack * sum(sizes), _SMALL[1])
+        if count > limits[0] or elements > limits[1]:
             raise CheckpointError(
                 f"{checkpoint.name}: {folder}/config.json describes a module far larger than its "
                 f"weights, which are {len(sizes)} with {sum(sizes)} elements: fetch it again"
             )
 
-    hook = register_module_parameter_registration_hook(count)
+    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        built[0] += 1
+        built[1] += 0 if parameter is None else parameter.numel()
+        check(built[0], built[1], _SLACK * excess)
+
+    hook = register_module_parameter_registration_hook(add)
     try:
-        yield
+        yield lambda all_sizes: check(len(all_sizes), sum(all_sizes), _SLACK)
     finally:
         hook.remove()
 

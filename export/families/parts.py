@@ -23,6 +23,7 @@ from torch.nn import functional
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.configs import read_config, select_class
 from latentforge.export.families.types import ComponentPlan, FamilyDefaults, ImageSize
+from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
 from latentforge.export.modules import check_size, load_module
 from latentforge.runtime.errors import CheckpointError, ManifestError
 from latentforge.runtime.manifest import ImageChannels, Latent
@@ -36,6 +37,7 @@ __all__ = [
     "flag",
     "inpainting",
     "latent_space",
+    "load_unet",
     "overflows_fp16",
     "reading",
     "sample_size",
@@ -55,6 +57,7 @@ _LEVELS: Mapping[type[Any], tuple[str, str]] = {
 """Keys with an item for each level of the encoder and of the decoder, by class of autoencoder."""
 
 _VAES = tuple(_LEVELS)
+_UNETS = (UNet2DConditionModel, SearchedUNet2DConditionModel)
 _MAX_SIDE = 4096  # of latents: images of 32768 pixels
 
 
@@ -278,7 +281,7 @@ def unet(
         tokens: number of tokens of a prompt.
         images: channels of images that it takes after those of the latents.
         folder: folder of its weights.
-        module: loads the module, if it is not diffusers' UNet2DConditionModel.
+        module: loads the module, if load_unet() does not.
         added: widths of additional inputs (batch, width), by name.
 
     Raises:
@@ -309,7 +312,7 @@ def unet(
         name="denoiser",
         folder=folder,
         part="unet",
-        module=module or partial(load_module, folder=folder, kind=UNet2DConditionModel),
+        module=module or partial(load_unet, folder=folder),
         wrap=UNet,
         inputs={
             "sample": TensorSpec("float32", ("batch", channels, *size)),
@@ -320,6 +323,15 @@ def unet(
         outputs={"out_sample": TensorSpec("float32", ("batch", latent.channels, *size))},
         multiples=dict.fromkeys(size, latent.multiple),
     )
+
+
+def load_unet(checkpoint: Checkpoint, folder: str = "unet") -> nn.Module:
+    """Load diffusers' UNet of a checkpoint, or a student of it, by load_module().
+
+    Raises:
+        CheckpointError: it is of another class, or load_module() refuses it.
+    """
+    return load_module(checkpoint, folder, select_class(checkpoint, folder, _UNETS))
 
 
 def unet_multiple(config: Mapping[str, Any]) -> int:
@@ -533,10 +545,10 @@ def unet_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the checked configuration of the checkpoint's UNet, with one width of its context.
 
     Raises:
-        CheckpointError: it is malformed, of another class than UNet2DConditionModel, or its blocks
-            differ in the width of the context.
+        CheckpointError: it is malformed, of another class than UNet2DConditionModel and students
+            of it, or its blocks differ in the width of the context.
     """
-    kind = select_class(checkpoint, "unet", [UNet2DConditionModel])
+    kind = select_class(checkpoint, "unet", _UNETS)
     config = component_config(checkpoint, "unet", kind)
     width = config["cross_attention_dim"]
     first, *others = width if isinstance(width, list) and width else [width]

@@ -1,0 +1,90 @@
+"""Student checkpoints in diffusers' layout."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentforge.export.checkpoint import Checkpoint
+from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
+from latentforge.runtime.files import link_files, staged_directory
+
+__all__ = ["RECORD", "write_student"]
+
+RECORD = "search.json"
+"""File of a student's checkpoint that says where it comes from."""
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_COPIED = (".json", ".safetensors", ".txt")
+_COPIED_OF_ALL = ("latentforge.json", "LICENSE*", "README.md")
+
+
+def write_student(
+    teacher: Checkpoint,
+    student: SearchedUNet2DConditionModel,
+    target: Path,
+    record: Mapping[str, Any],
+) -> None:
+    """Write a student's checkpoint: the teacher's, with the student in unet/.
+
+    Weights have the precision that they have in the teacher. Files that do not differ are hard
+    links where the file system has them. model_index.json names a class of latentforge, so that
+    diffusers refuses the checkpoint by this name.
+
+    Args:
+        teacher: checkpoint of the teacher.
+        student: the student, by student_module().
+        target: directory to write, completely or not at all.
+        record: content of search.json.
+
+    Raises:
+        TargetError: the directory cannot be written, or exists.
+    """
+    name = type(student).__name__
+    structure = {"structure": student.config.structure}
+    config = {**teacher.config("unet"), "_class_name": name, **structure}
+    with staged_directory(target) as partial:
+        link_files(_unchanged(teacher), teacher.path, partial)
+        (partial / "unet").mkdir(exist_ok=True)
+        _write(partial / "model_index.json", {**teacher.index, "unet": ["latentforge", name]})
+        _write(partial / "unet" / "config.json", config)
+        _write(partial / RECORD, record)
+        weights = _stored(teacher, student.state_dict())
+        save_file(weights, partial / "unet" / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _unchanged(teacher: Checkpoint) -> list[str]:
+    """Return the files to copy, relative to the checkpoint; none of them is a pickle."""
+    components = [name for name, entry in teacher.index.items() if isinstance(entry, list)]
+    inside = [name for name in sorted(components) if Path(name).name == name and name != ".."]
+    folders = [teacher.path / name for name in inside if name != "unet"]
+    files = [path for pattern in _COPIED_OF_ALL for path in sorted(teacher.path.glob(pattern))]
+    files += [path for folder in folders for path in sorted(folder.glob("*"))]
+    return [
+        path.relative_to(teacher.path).as_posix()
+        for path in files
+        if path.is_file() and (path.suffix in _COPIED or path.parent == teacher.path)
+    ]
+
+
+def _stored(teacher: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in the precision of the teacher's weights of the same name."""
+    files, _ = teacher.weights("unet")
+    kinds: dict[str, torch.dtype | None] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            kinds |= {name: _KINDS.get(file.get_slice(name).get_dtype()) for name in file.keys()}
+    return {
+        name: weight.to(kinds.get(name) or weight.dtype).contiguous()
+        for name, weight in weights.items()
+    }
