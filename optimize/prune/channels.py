@@ -28,7 +28,7 @@ from latentforge.optimize.prune.records import Removed
 from latentforge.optimize.prune.slicing import Indices, replace, resize, size, take, take_outputs
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["Mlp", "mlps", "prune_channels"]
+__all__ = ["Mlp", "mlps", "narrow_channels", "prune_channels"]
 
 _CHANNELWISE = {
     "Add",
@@ -179,7 +179,7 @@ def prune_channels(
         remaining = _remaining(mlp.hidden, fraction, multiple)
         order = np.argsort(-scores, kind="stable")
         before = parameters(model.graph)
-        _narrow(model.graph, mlp, np.sort(order[:remaining]))
+        narrow_channels(model.graph, mlp, np.sort(order[:remaining]))
         common.RemoveUnusedNodesPass()(model)
         count, cost = before - parameters(model.graph), float(scores[order[remaining:]].sum())
         removed.append(Removed(kind="channels", name=mlp.name, score=cost, parameters=count))
@@ -196,8 +196,8 @@ def _norms(layer: GraphLayer) -> NDArray[np.float64]:
     return np.asarray(np.square(weight).sum(axis=1 - layer.in_axis))
 
 
-def _narrow(graph: ir.Graph, mlp: Mlp, indices: Indices) -> None:
-    """Keep a subset of an MLP's hidden channels."""
+def narrow_channels(graph: ir.Graph, mlp: Mlp, indices: Indices) -> None:
+    """Keep a subset of an MLP's hidden channels, in place."""
     gated = mlp.first.array.shape[mlp.first.out_axis] != mlp.hidden
     wide = np.concatenate([indices, mlp.hidden + indices]) if gated else indices
     kept = {mlp.hidden: indices, mlp.first.array.shape[mlp.first.out_axis]: wide}

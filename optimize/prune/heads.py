@@ -43,7 +43,7 @@ from latentforge.optimize.prune.slicing import (
 )
 from latentforge.runtime.tensor import Feeds
 
-__all__ = ["Attention", "attentions", "prune_heads"]
+__all__ = ["Attention", "attentions", "narrow_heads", "prune_heads"]
 
 _SWAP_TOKENS_AND_HEADS = (0, 2, 1, 3)
 
@@ -272,7 +272,7 @@ def prune_heads(
         remaining = _remaining(attention.heads, fraction)
         order = np.argsort(-scores, kind="stable")
         before = parameters(model.graph)
-        _narrow(model.graph, attention, np.sort(order[:remaining]))
+        narrow_heads(model.graph, attention, np.sort(order[:remaining]))
         common.RemoveUnusedNodesPass()(model)
         count, cost = before - parameters(model.graph), float(scores[order[remaining:]].sum())
         removed.append(Removed(kind="heads", name=attention.name, score=cost, parameters=count))
@@ -298,8 +298,11 @@ def _scores(attention: Attention, gram: NDArray[np.float64]) -> NDArray[np.float
     return np.asarray(((gram @ weight) * weight).sum(axis=(1, 2)))
 
 
-def _narrow(graph: ir.Graph, attention: Attention, heads: Indices) -> None:
-    """Keep a subset of an attention's heads."""
+def narrow_heads(graph: ir.Graph, attention: Attention, heads: Indices) -> None:
+    """Keep a subset of an attention's heads, in place.
+
+    Shapes of values between separate operators are cleared, for shape inference to set them again.
+    """
     for layer, bias in attention.inputs:
         indices = _channels(layer.array.shape[layer.out_axis], attention.heads, heads)
         take_outputs(graph, layer, indices)

@@ -1,0 +1,280 @@
+"""Measured latencies of structures, their table, and their prediction."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from latentforge.export.models.searched_structure import SearchedStructure, Site, list_sites
+from latentforge.measure.results import ConfidenceInterval
+from latentforge.optimize.graph import open_session
+from latentforge.optimize.graph_io import DENOISER, load_graph
+from latentforge.runtime.errors import ManifestError, ResultsError, SettingsError
+from latentforge.runtime.manifest import Manifest
+from latentforge.runtime.progress import Progress
+from latentforge.train.search.latency.measure import LatencyPlan, measure_plan, random_structures
+from latentforge.train.search.latency.model import fit_latency
+from latentforge.train.search.latency.records import Latency, StepSetting
+from latentforge.train.search.latency.table import LatencyTable
+from latentforge.train.search.surgery import restructure
+from latentforge.train.search.variants import WHOLE, Variants
+
+SETTING = StepSetting(
+    engines="0" * 64,
+    target="cpu",
+    recipe="fp32",
+    height=64,
+    width=64,
+    rows=2,
+    threads=2,
+    processor="a processor",
+    gpu="",
+    libraries={"onnxruntime": "1.0"},
+)
+
+
+def latency(ratio: float) -> Latency:
+    return Latency(seconds=ratio, whole=1.0, ratio=ConfidenceInterval(value=ratio))
+
+
+def config(checkpoint: Path) -> dict[str, object]:
+    return dict(json.loads((checkpoint / "unet" / "config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def sites(tiny_checkpoint: Path) -> tuple[Site, ...]:
+    return list_sites(config(tiny_checkpoint))
+
+
+def test_a_table_is_whole_after_each_measurement(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    first, second = random_structures(sites, 2, seed=0)
+    path = tmp_path / "latency.json"
+    LatencyTable(path, SETTING).add(first, latency(0.5))
+    table = LatencyTable(path, SETTING)
+    assert first in table and second not in table and table[first] == latency(0.5)
+    table.add(second, latency(0.25))
+    assert list(LatencyTable(path, SETTING)) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 1}, r"threads 2 \(here 1\)"),
+        ({"processor": "another"}, r"processor a processor \(here another\)"),
+        ({"engines": "1" * 64}, "engines 0"),
+        ({"libraries": {"onnxruntime": "1.1"}}, r"onnxruntime 1.0 \(here 1.1\)"),
+        ({"libraries": {}}, r"onnxruntime 1.0 \(here none\)"),
+        ({"gpu": "a GPU"}, r"gpu none \(here a GPU\)"),
+        ({"height": 128}, r"height 64 \(here 128\)"),
+    ],
+)
+def test_a_table_of_another_setting_is_refused(
+    tmp_path: Path, sites: tuple[Site, ...], changes: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "latency.json"
+    LatencyTable(path, SETTING).add(WHOLE, latency(1.0))
+    with pytest.raises(SettingsError, match=message):
+        LatencyTable(path, msgspec.structs.replace(SETTING, **changes))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, '{"format": 2}', "\x00"])
+def test_a_damaged_table_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "latency.json"
+    path.write_text(content)
+    with pytest.raises(ResultsError, match="delete it to measure again"):
+        LatencyTable(path, SETTING)
+
+
+@pytest.mark.parametrize("figure", ["0.0", "-1.0", "1e999"])
+def test_figures_that_no_clock_gives_are_refused(tmp_path: Path, figure: str) -> None:
+    path = tmp_path / "latency.json"
+    LatencyTable(path, SETTING).add(WHOLE, latency(0.125))
+    path.write_text(path.read_text().replace("0.125", figure))
+    with pytest.raises(ResultsError):
+        LatencyTable(path, SETTING)
+
+
+def test_random_structures_are_valid_different_and_cover_the_range(
+    sites: tuple[Site, ...],
+) -> None:
+    structures = random_structures(sites, 40, seed=0)
+    assert len(set(structures)) == 40
+    for structure in structures:
+        structure.check(sites)
+    counts = [len(structure.choices) for structure in structures]
+    assert min(counts) <= 2 and max(counts) >= 0.7 * len(sites)
+    assert structures == random_structures(sites, 40, seed=0) != random_structures(sites, 40, 1)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Stand-in for engines: latencies by a formula."""
+
+    sites: Sequence[Site]
+    signatures: dict[str, str]
+    ratio: Callable[[SearchedStructure], float]
+
+    def table(self, path: Path, plan: LatencyPlan) -> LatencyTable:
+        table = LatencyTable(path, SETTING)
+        for structure in plan.structures:
+            table.add(structure, latency(self.ratio(structure)))
+        return table
+
+    def plan(self) -> LatencyPlan:
+        return LatencyPlan.of(self, fitted=40, held_out=20)  # type: ignore[arg-type]
+
+
+def simulated(
+    sites: Sequence[Site], *, pairs: float = 0.0, noise: float = 0.0, module: float = 0.0
+) -> Simulated:
+    """Return latencies that add up, except for terms in the square, noise, and empty modules."""
+    source = random.Random(1)
+    saved = {(s.name, c): source.uniform(0.1, 1.0) for s in sites for c in s.choices[1:]}
+    total = sum(max(saved[s.name, c] for c in s.choices[1:]) for s in sites)
+    blocks = {s.name for s in sites if s.kind == "transformer_block"}
+    modules = {name.partition(".transformer_blocks.")[0] for name in blocks}
+
+    def ratio(structure: SearchedStructure) -> float:
+        share = 0.6 * sum(saved[item] for item in structure.choices.items()) / total
+        empty = sum(
+            all(structure.choice(b) == "drop" for b in blocks if b.startswith(f"{name}."))
+            for name in modules
+        )
+        other = random.Random(structure.key).gauss(0, noise)
+        return (1 - share + pairs * share**2 - module * empty) * (1 + other)
+
+    return Simulated(sites, {site.name: site.name for site in sites}, ratio)
+
+
+def test_latencies_that_add_up_are_predicted_exactly(
+    tmp_path: Path, sites: tuple[Site, ...]
+) -> None:
+    engines = simulated(sites)
+    plan = engines.plan()
+    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    assert model.mean_error < 1e-6 and model.spearman > 0.999 and model.errors.is_good
+    for structure in random_structures(sites, 10, seed=7):
+        assert model.seconds(structure) == pytest.approx(engines.ratio(structure))
+        parts = sum(model.saved(*item) for item in structure.choices.items())
+        assert model.seconds(structure) == pytest.approx(model.whole - parts)
+    assert model.seconds(WHOLE) == model.whole and model.saved(sites[0].name, "keep") == 0.0
+
+
+def test_what_does_not_add_up_is_predicted_by_pairs(
+    tmp_path: Path, sites: tuple[Site, ...]
+) -> None:
+    engines = simulated(sites, pairs=0.8)
+    plan = engines.plan()
+    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    assert model.pairs and model.mean_error < 0.02 and model.errors.is_good
+
+
+def test_noise_is_not_explained(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    engines = simulated(sites, noise=0.02)
+    plan = engines.plan()
+    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    truth = simulated(sites)
+    others = random_structures(sites, 50, seed=9)
+    errors = [abs(model.seconds(s) / model.whole / truth.ratio(s) - 1) for s in others]
+    assert np.mean(errors) < 0.03 and model.errors.is_good
+
+
+def test_a_bad_prediction_says_so(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    engines = simulated(sites, noise=0.4)
+    plan = engines.plan()
+    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    assert not model.errors.is_good and "trust measured latencies alone" in str(model.errors)
+
+
+def test_a_module_without_transformer_blocks_saves_its_projections(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    deep = list_sites(config(tiny("sdxl")))
+    engines = simulated(deep, module=0.05)
+    plan = engines.plan()
+    model = fit_latency(engines.table(tmp_path / "t", plan), plan, deep, engines.signatures)
+    assert model.errors.is_good and model.mean_error < 0.02
+    name = "mid_block.attentions.0.transformer_blocks.0"
+    alone, both = ({name: "drop"}, {name: "drop", name[:-1] + "1": "drop"})
+    seconds = [model.seconds(SearchedStructure.of(choices, deep)) for choices in (alone, both)]
+    assert sum(model.saved(*item) for item in both.items()) == pytest.approx(
+        model.whole - seconds[1], rel=0.05
+    )
+
+
+@pytest.fixture
+def variants(tiny_engines: Path, tmp_path: Path, sites: tuple[Site, ...]) -> Variants:
+    return Variants(tiny_engines, "cpu", "fp32", tmp_path, sites=sites)
+
+
+def test_deployed_engines_compute_what_the_graph_does(
+    variants: Variants, tiny_engines: Path, sites: tuple[Site, ...]
+) -> None:
+    [structure] = random_structures(sites, 1, seed=3)
+    random = np.random.default_rng(0)
+    sample = random.standard_normal((2, 4, 16, 16), np.float32)
+    context = random.standard_normal((2, 24, 32), np.float32)
+    feeds = {"sample": sample, "encoder_hidden_states": context}
+    model = load_graph(DENOISER, Manifest.read(tiny_engines).components[DENOISER], tiny_engines)
+    restructure(model, structure, sites)
+    timestep = np.array([400.0], np.float32)
+    expected = open_session(model).run(None, {**feeds, "timestep": timestep})[0]
+    with variants, variants.open(structure) as step:
+        denoiser = step.condition({"encoder_hidden_states": context}, [400.0])
+        got = denoiser.predict(sample, 400.0)
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def test_measuring_resumes_with_what_the_table_lacks(variants: Variants, tmp_path: Path) -> None:
+    names = [site.name for site in variants.sites]
+    structures = [SearchedStructure(choices={name: "half"}) for name in names[:2]]
+    plan = LatencyPlan(single=tuple(structures), fitted=(), held_out=())
+    table = LatencyTable(tmp_path / "latency.json", variants.setting)
+    table.add(structures[0], latency(0.9))
+    with variants, Progress(2) as progress:
+        measure_plan(variants, plan, table, repeats=3, progress=progress)
+    assert table[structures[0]] == latency(0.9)
+    assert 0 < table[structures[1]].ratio.value < 2
+    assert len(LatencyTable(tmp_path / "latency.json", variants.setting)) == 2
+    assert not list((tmp_path / "engines-of-variants").iterdir())
+
+
+def test_engines_of_a_killed_process_are_removed(
+    tiny_engines: Path, tmp_path: Path, sites: tuple[Site, ...]
+) -> None:
+    left = tmp_path / "engines-of-variants" / "0123" / "denoiser.onnx"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    Variants(tiny_engines, "cpu", "fp32", tmp_path, sites=sites)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "message"),
+    [
+        ("gpu", "fp32", "no target 'gpu'"),
+        ("cpu", "int8", "int8 needs calibration"),
+        ("cpu", "auto", "auto chooses among others"),
+        ("cpu", "none", "no recipe 'none'"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(
+    tiny_engines: Path,
+    tmp_path: Path,
+    sites: tuple[Site, ...],
+    target: str,
+    recipe: str,
+    message: str,
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Variants(tiny_engines, target, recipe, tmp_path, sites=sites)
+
+
+def test_engines_that_were_not_exported_are_refused(null_engines: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="that latentforge export wrote"):
+        Variants(null_engines, "cpu", "fp32", tmp_path, sites=())

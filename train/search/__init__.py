@@ -1,0 +1,1 @@
+"""Search for the structure of a student."""

@@ -1,0 +1,118 @@
+"""Structures whose latency is measured, and their measurement.
+
+A choice costs what the engine takes less without it, in place among all others: T(whole) minus
+T(with that choice alone). Sites whose layers have equal shapes share one measurement. Random
+structures correct for what does not add up, and others are held out to check the prediction.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
+from latentforge.runtime.errors import CheckpointError
+from latentforge.runtime.progress import Progress
+from latentforge.train.search.latency.table import LatencyTable
+from latentforge.train.search.variants import Variants
+
+__all__ = ["LatencyPlan", "measure_plan", "random_structures"]
+
+_ATTEMPTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyPlan:
+    """Structures to measure.
+
+    Attributes:
+        single: with one choice other than "keep", one for each class of equal sites and choice.
+        fitted: random ones that the model is fitted to.
+        held_out: random ones that it is judged by.
+    """
+
+    single: tuple[SearchedStructure, ...]
+    fitted: tuple[SearchedStructure, ...]
+    held_out: tuple[SearchedStructure, ...]
+
+    @classmethod
+    def of(
+        cls, variants: Variants, *, fitted: int = 40, held_out: int = 20, seed: int = 0
+    ) -> "LatencyPlan":
+        """Plan the measurement of a UNet with so many random structures."""
+        structures = random_structures(variants.sites, fitted + held_out, seed)
+        return cls(
+            single=tuple(_single_structures(variants)),
+            fitted=structures[:fitted],
+            held_out=structures[fitted:],
+        )
+
+    @property
+    def structures(self) -> tuple[SearchedStructure, ...]:
+        """All of them, the most useful ones first."""
+        return (*self.single, *self.held_out, *self.fitted)
+
+
+def measure_plan(
+    variants: Variants,
+    plan: LatencyPlan,
+    table: LatencyTable,
+    *,
+    repeats: int,
+    progress: Progress,
+) -> None:
+    """Measure the structures of a plan that the table does not have yet.
+
+    Args:
+        variants: the engines.
+        plan: the structures.
+        table: of the engines' setting; it keeps each latency as soon as it is measured.
+        repeats: turns of each structure and the whole UNet.
+        progress: counts a part for each measurement.
+    """
+    for structure in plan.structures:
+        if structure not in table:
+            with progress.part(f"latency {len(table) + 1} of {len(plan.structures)}"):
+                variants.measure([structure], repeats=repeats, report=table.add)
+
+
+def _single_structures(variants: Variants) -> list[SearchedStructure]:
+    """Return a structure for each class of sites and choice, without those check() refuses."""
+    found: dict[tuple[str, Choice], SearchedStructure] = {}
+    for site in variants.sites:
+        for choice in site.choices[1:]:
+            structure = SearchedStructure.of({site.name: choice}, variants.sites)
+            if _is_valid(structure, variants.sites):
+                found.setdefault((variants.signatures[site.name], choice), structure)
+    return list(found.values())
+
+
+def random_structures(
+    sites: Sequence[Site], count: int, seed: int
+) -> tuple[SearchedStructure, ...]:
+    """Return different random structures, from hardly smaller than the whole one to the smallest.
+
+    Raises:
+        CheckpointError: the UNet has fewer structures.
+    """
+    source, found = random.Random(seed), dict[SearchedStructure, None]()
+    for _ in range(_ATTEMPTS * count):
+        if len(found) == count:
+            return tuple(found)
+        share = source.uniform(0.05, 0.95)
+        choices = {
+            site.name: source.choice(site.choices[1:])
+            for site in sites
+            if source.random() < (share if site.kind != "stage" else share / 2)
+        }
+        structure = SearchedStructure.of(choices, sites)
+        if structure.choices and _is_valid(structure, sites):
+            found[structure] = None
+    raise CheckpointError(f"the unet has fewer than {count} structures: there is nothing to search")
+
+
+def _is_valid(structure: SearchedStructure, sites: Sequence[Site]) -> bool:
+    try:
+        structure.check(sites)
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,79 @@
+"""Records of measured latencies."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+
+from latentforge.export.models.searched_structure import Choice
+from latentforge.measure.results import ConfidenceInterval
+from latentforge.runtime.errors import ResultsError
+from latentforge.runtime.record import Record
+
+__all__ = ["Latency", "MeasuredStructure", "StepSetting"]
+
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Latency(Record, frozen=True, kw_only=True):
+    """Measured time of a step by a structure's engine, beside that of the whole UNet's.
+
+    Attributes:
+        seconds: median of the structure's engine.
+        whole: median of the whole UNet's engine in the same turns.
+        ratio: of both, structure / whole: the median of the turns' ratios, with its interval.
+    """
+
+    seconds: _Seconds
+    whole: _Seconds
+    ratio: ConfidenceInterval
+
+    def __post_init__(self) -> None:
+        if self.ratio.value <= 0:
+            raise ResultsError(f"a ratio of latencies has to be positive, not {self.ratio.value}")
+
+
+class MeasuredStructure(Record, frozen=True, kw_only=True):
+    """Structure, by its choices, and its latency."""
+
+    choices: Mapping[str, Choice]
+    latency: Latency
+
+
+class StepSetting(Record, frozen=True, kw_only=True):
+    """Engines, machine and size that a latency holds for.
+
+    Attributes:
+        engines: sha256 of the exported denoiser and its weights.
+        target: name in TARGETS.
+        recipe: name of a recipe, or path of its file.
+        height, width: of the image in pixels.
+        rows: of a run; guidance takes two.
+        threads: of the engine.
+        processor: model name of the processor.
+        gpu: names of the GPUs, if the target runs on one.
+        libraries: versions by name.
+    """
+
+    engines: str
+    target: str
+    recipe: str
+    height: int
+    width: int
+    rows: int
+    threads: int
+    processor: str
+    gpu: str
+    libraries: Mapping[str, str]
+
+    def difference(self, here: "StepSetting") -> str:
+        """Return the first property that differs here, in words; empty if none does."""
+        there, now = self._flat(), here._flat()
+        for name in (*there, *now):
+            if there.get(name) != now.get(name):
+                return f"{name} {there.get(name) or 'none'} (here {now.get(name) or 'none'})"
+        return ""
+
+    def _flat(self) -> dict[str, object]:
+        fields = msgspec.structs.asdict(self)
+        return {**{k: v for k, v in fields.items() if k != "libraries"}, **self.libraries}
