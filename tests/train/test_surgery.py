@@ -49,6 +49,8 @@ class Teacher:
             ).astype(spec.dtype)
             for name, spec in component.inputs.items()
         } | {"timestep": np.array([301.0], np.float32)}
+        self.importance = measured_importance(self.unet, self.torch)
+        self.whole = self.torch()
 
     def torch(self) -> NDArray[np.float32]:
         given = {name: torch.from_numpy(np.array(array)) for name, array in self.feeds.items()}
@@ -61,17 +63,15 @@ class Teacher:
 
     def differences(self, structure: SearchedStructure) -> tuple[float, float]:
         """Return the largest errors of the graph against torch, and of the whole UNet."""
-        importance = measured_importance(self.unet, self.torch)
-        whole = self.torch()
-        with applied(self.unet, structure, importance):
+        with applied(self.unet, structure, self.importance):
             expected = self.torch()
         model = self.graph.clone()
-        restructure(model, structure, self.sites, importance)
+        restructure(model, structure, self.sites, self.importance)
         output = open_session(model).run(None, dict(self.feeds))[0]
         scale = float(np.abs(expected).max())
         return (
             float(np.abs(output - expected).max()) / scale,
-            float(np.abs(whole - expected).max()) / scale,
+            float(np.abs(self.whole - expected).max()) / scale,
         )
 
 
@@ -101,28 +101,15 @@ FAMILIES = ("sd", "sdxl", "ssd-1b", "stage")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_choice_computes_what_torch_does(
-    family: str, teacher: Callable[[str], Teacher]
-) -> None:
-    own = teacher(family)
-    seen = set()
-    for site in own.sites:
-        for choice in site.choices[1:]:
-            place = signatures(own.graph.graph, own.sites)[site.name]
-            structure = SearchedStructure.of({site.name: choice}, own.sites)
-            if (place, choice) in seen:
-                continue
-            seen.add((place, choice))
-            error, change = own.differences(structure)
-            assert error < 1e-5 < change, (site.name, choice)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_random_structures_compute_what_torch_does(
     family: str, teacher: Callable[[str], Teacher]
 ) -> None:
     own = teacher(family)
-    for structure in random_structures(own.sites, 6, seed=0):
+    structures = random_structures(own.sites, 5, seed=1)
+    offered = {(site.kind, choice) for site in own.sites for choice in site.choices[1:]}
+    kinds = {site.name: site.kind for site in own.sites}
+    assert offered == {(kinds[n], c) for s in structures for n, c in s.choices.items()}
+    for structure in structures:
         error, change = own.differences(structure)
         assert error < 1e-5 < change, structure
 
@@ -153,7 +140,7 @@ def test_halves_without_importance_are_as_small(teacher: Callable[[str], Teacher
     halves = {site.name: "half" for site in own.sites if "half" in site.choices}
     structure = SearchedStructure.of(halves, own.sites)  # type: ignore[arg-type]
     sizes = []
-    for importance in (None, measured_importance(own.unet, own.torch)):
+    for importance in (None, own.importance):
         model = own.graph.clone()
         restructure(model, structure, own.sites, importance)
         shapes = [v.shape for n in model.graph for v in n.inputs if v and v.is_initializer()]

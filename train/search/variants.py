@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,6 +21,7 @@ import onnx_ir as ir
 
 from latentforge.export.models.searched_structure import Importance, SearchedStructure, Site
 from latentforge.measure.hardware import available_threads, gpus
+from latentforge.measure.results import ConfidenceInterval
 from latentforge.measure.statistics import median_interval
 from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph, weight_files
 from latentforge.optimize.recipe import Recipe, read_recipe
@@ -48,8 +50,9 @@ WHOLE = SearchedStructure(choices={})
 
 _FOLDER = "engines-of-variants"
 _TIMESTEP = 500.0
-_SHORT = 0.25  # seconds of a step below which a turn has further runs
-_RUNS = 3  # of a turn of short steps: the first brings the weights back into the caches
+_TURN = 0.1  # seconds that a turn runs short steps for
+_PRECISION = 0.02  # half the width of a ratio's interval at which no further turns are taken
+_PATIENCE = 3  # times as many turns as were asked for, at most
 _SEED = 0
 
 
@@ -192,7 +195,7 @@ class Variants:
 
         Args:
             structures: to time.
-            repeats: turns of each.
+            repeats: turns of each; up to three times as many while the ratio's interval is wide.
             report: called with each as soon as it is measured.
         """
         latencies = []
@@ -208,17 +211,17 @@ class Variants:
         whole, own = self._runner(self._whole_step()), self._runner(step)
         for run in (whole, own):
             _turn(run)
-        pairs = []
-        for turn in range(repeats):
-            if turn % 2:  # neither is always the first
-                seconds = _turn(own)
-                pairs.append((_turn(whole), seconds))
-            else:
-                pairs.append((_turn(whole), _turn(own)))
+        pairs: list[tuple[float, float]] = []
+        while len(pairs) < repeats or (
+            len(pairs) < _PATIENCE * repeats and _half_width(_ratio(pairs)) > _PRECISION
+        ):
+            first, second = (own, whole) if len(pairs) % 2 else (whole, own)
+            seconds = {run: _turn(run) for run in (first, second)}  # neither is always the first
+            pairs.append((seconds[whole], seconds[own]))
         return Latency(
             seconds=median(own for _, own in pairs),
             whole=median(whole for whole, _ in pairs),
-            ratio=median_interval([own / whole for whole, own in pairs]),
+            ratio=_ratio(pairs),
         )
 
     def _whole_step(self) -> DeployedStep:
@@ -270,7 +273,8 @@ class Variants:
         manifest = msgspec.structs.replace(self.manifest, components=parts, acceleration=None)
         del model, made
         free_graphs(())
-        return (self._compiled(manifest, folder) if self._target.needs_compile else manifest), folder
+        compiled = self._compiled(manifest, folder) if self._target.needs_compile else manifest
+        return compiled, folder
 
     def _compiled(self, manifest: Manifest, folder: Path) -> Manifest:
         """Compile graphs of a folder for the target."""
@@ -310,10 +314,29 @@ def _unreported(activity: str, done: int, total: int) -> None:
     """Show no progress of a build: the search shows its own."""
 
 
+def _ratio(pairs: Sequence[tuple[float, float]]) -> ConfidenceInterval:
+    """Return the ratio of the second of each pair to the first."""
+    return median_interval([second / first for first, second in pairs])
+
+
+def _half_width(interval: ConfidenceInterval) -> float:
+    """Return half the width of an interval, relative to its value."""
+    if interval.low is None or interval.high is None:
+        return inf
+    return (interval.high - interval.low) / 2 / interval.value
+
+
 def _turn(run: Callable[[], object]) -> float:
-    """Return the seconds of a run; of a short one the least of several behind one another."""
+    """Return the seconds of a run; of short ones the least, since other load only adds time.
+
+    The first of several short runs brings the weights back into the caches, and does not count.
+    """
     first = _seconds(run)
-    return first if first >= _SHORT else min(_seconds(run) for _ in range(_RUNS - 1))
+    left, runs = _TURN - first, []
+    while left > 0:
+        runs.append(_seconds(run))
+        left -= runs[-1]
+    return min(runs, default=first)
 
 
 def _seconds(run: Callable[[], object]) -> float:
