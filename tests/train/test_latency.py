@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ from latentforge.export.models.searched_structure import SearchedStructure, Site
 from latentforge.measure.results import ConfidenceInterval
 from latentforge.optimize.graph import open_session
 from latentforge.optimize.graph_io import DENOISER, load_graph
-from latentforge.runtime.errors import ManifestError, ResultsError, SettingsError
+from latentforge.runtime.errors import ManifestError, ResultsError, SettingsError, TargetError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
 from latentforge.train.search.latency.measure import LatencyPlan, measure_plan, random_structures
@@ -184,6 +185,22 @@ def test_noise_is_not_explained(tmp_path: Path, sites: tuple[Site, ...]) -> None
     assert np.mean(errors) < 0.03 and model.errors.is_good
 
 
+def test_single_measurements_alone_predict(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    engines = simulated(sites)
+    plan = LatencyPlan.of(engines, fitted=0, held_out=0)  # type: ignore[arg-type]
+    assert plan.structures == plan.single
+    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    assert not model.pairs and not model.errors.is_good
+    [structure] = random_structures(sites, 1, seed=5)
+    assert model.seconds(structure) == pytest.approx(engines.ratio(structure))
+
+
+def test_a_unet_of_few_structures_has_no_more(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    few = [site for site in sites if site.kind == "transformer_block"][:1]
+    structures = random_structures(few, 40, seed=0)
+    assert {s.choice(few[0].name) for s in structures} == set(few[0].choices) - {"keep", "drop"}
+
+
 def test_a_bad_prediction_says_so(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     engines = simulated(sites, noise=0.4)
     plan = engines.plan()
@@ -273,6 +290,27 @@ def test_what_cannot_be_timed_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         Variants(tiny_engines, target, recipe, tmp_path, sites=sites)
+
+
+def test_a_table_of_another_recipe_file_is_refused(
+    tiny_engines: Path, tmp_path: Path, sites: tuple[Site, ...]
+) -> None:
+    recipe = tmp_path / "own.toml"
+    settings = []
+    for line in ("", 'skip = ["fuse-gelu"]'):
+        recipe.write_text(f'summary = "own"\n{line}\n')
+        work = tmp_path / f"work{len(settings)}"
+        work.mkdir()
+        settings.append(Variants(tiny_engines, "cpu", str(recipe), work, sites=sites).setting)
+    LatencyTable(tmp_path / "t", settings[0]).add(WHOLE, latency(1.0))
+    with pytest.raises(SettingsError, match=r"recipe .*own\.toml"):
+        LatencyTable(tmp_path / "t", settings[1])
+
+
+def test_a_full_disk_is_named(variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with variants, pytest.raises(TargetError, match="choose another disk"), variants.open(WHOLE):
+        pass
 
 
 def test_engines_that_were_not_exported_are_refused(null_engines: Path, tmp_path: Path) -> None:

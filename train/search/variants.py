@@ -9,7 +9,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -25,11 +25,14 @@ from latentforge.measure.results import ConfidenceInterval
 from latentforge.measure.statistics import median_interval
 from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph, weight_files
 from latentforge.optimize.recipe import Recipe, read_recipe
+from latentforge.optimize.recipes import names
 from latentforge.optimize.stage.component import Rewriter, save_part
 from latentforge.optimize.targets import TARGETS, Target
 from latentforge.runtime import backends
+from latentforge.runtime.cleanups import at_forced_end
 from latentforge.runtime.compile.plan import CompileRequest, check_sizes, plan_compilation
 from latentforge.runtime.denoising.step_engines import ConditionedDenoiser, StepEngines
+from latentforge.runtime.disk import check_space, naming_full_disk
 from latentforge.runtime.engine import Engine
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.files import copy_files, scratch_folder
@@ -177,7 +180,7 @@ class Variants:
             BackendError: the target's library refuses them.
             DeviceError: the target needs a device that this machine lacks.
         """
-        with scratch_folder(self._work, structure.key) as folder:
+        with self._folder(structure.key) as folder:
             step = self._load(*self._build(structure, folder))
             try:
                 yield step
@@ -227,7 +230,7 @@ class Variants:
     def _whole_step(self) -> DeployedStep:
         """Return the whole UNet's engines, which stay loaded."""
         if self._whole is None:
-            with scratch_folder(self._work, "whole") as folder:  # loaded, or mapped: not needed
+            with self._folder("whole") as folder:  # its files are loaded, or mapped
                 self._whole = self._load(*self._build(WHOLE, folder))
         return self._whole
 
@@ -257,24 +260,39 @@ class Variants:
         rows = Range(1, self.setting.rows, self.setting.rows)
         return Sizes(height=(height,), width=(width,), batch=(rows,))
 
+    @contextmanager
+    def _folder(self, name: str) -> Iterator[Path]:
+        """Make a folder for the engines of one structure, and delete it after the block."""
+        with scratch_folder(self._work, name) as folder, at_forced_end(partial(_remove, folder)):
+            yield folder
+
     def _build(self, structure: SearchedStructure, folder: Path) -> tuple[Manifest, Path]:
         """Write the engines of a structure into a folder, and return their manifest and folder."""
         component = self.manifest.components[DENOISER]
+        check_space(folder, int(component.size * (1 + self._compiled_space)))
         model = self._model.clone()
         restructure(model, structure, self.sites, self._importance)
         rewriter = Rewriter(recipe=self._recipe, target=self._target, feeds={})
         made = rewriter.rewrite(DENOISER, model, component)
         component = msgspec.structs.replace(component, precision=made.precision)
-        parts = {
-            name: save_part(name, part, component, folder)
-            for name, part in made.parts.items()
-            if part is not None
-        }
-        manifest = msgspec.structs.replace(self.manifest, components=parts, acceleration=None)
-        del model, made
-        free_graphs(())
-        compiled = self._compiled(manifest, folder) if self._target.needs_compile else manifest
-        return compiled, folder
+        with naming_full_disk(folder):
+            parts = {
+                name: save_part(name, part, component, folder)
+                for name, part in made.parts.items()
+                if part is not None
+            }
+            manifest = msgspec.structs.replace(self.manifest, components=parts, acceleration=None)
+            del model, made
+            free_graphs(())
+            if self._target.needs_compile:
+                manifest = self._compiled(manifest, folder)
+        return manifest, folder
+
+    @property
+    def _compiled_space(self) -> float:
+        """Bytes of compiled engines for each byte of their graphs."""
+        target = self._target
+        return backends.BACKENDS[target.backend].space if target.needs_compile else 0.0
 
     def _compiled(self, manifest: Manifest, folder: Path) -> Manifest:
         """Compile graphs of a folder for the target."""
@@ -303,10 +321,15 @@ class Variants:
         return DeployedStep(engines)
 
 
-def _emptied(folder: Path) -> Path:
-    """Return a folder without what an earlier process was killed over."""
+def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+
+
+def _emptied(folder: Path) -> Path:
+    """Return a folder without the engines that a killed process has left."""
+    _remove(folder)
+    with naming_full_disk(folder):
+        folder.mkdir()
     return folder
 
 
@@ -355,7 +378,7 @@ def _setting(
     return StepSetting(
         engines=hashlib.sha256(content.encode()).hexdigest(),
         target=target,
-        recipe=recipe,
+        recipe=_recipe_text(recipe),
         height=size[0],
         width=size[1],
         rows=2 if manifest.defaults.guidance_scale > 1 else 1,
@@ -367,6 +390,13 @@ def _setting(
             backends.BACKENDS[backend].library: backends.version(backend),
         },
     )
+
+
+def _recipe_text(name: str) -> str:
+    """Return the name of a recipe; that of a file with the hash of its content."""
+    if name in names():
+        return name
+    return f"{name} {hashlib.sha256(msgspec.json.encode(read_recipe(name))).hexdigest()[:16]}"
 
 
 def _target(name: str) -> Target:

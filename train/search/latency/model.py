@@ -14,6 +14,7 @@ Regression shrinks towards the single measurements, not to zero, and weighs rela
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from statistics import mean, median
 
 import numpy as np
@@ -37,7 +38,7 @@ MIN_SPEARMAN = 0.95
 _PENALTIES = tuple(10.0**power for power in range(-4, 3))
 _MAX_PAIRS = 4
 _LEAST = 0.01  # of the whole latency: what a prediction may not fall below
-_GAIN = 0.98  # of the error without a pair, that a pair has to reach
+_GAIN = 0.95  # of the error without a pair, that a pair has to reach
 
 _WHOLE = "*"
 """Block that stands for all blocks in a pair."""
@@ -45,7 +46,7 @@ _WHOLE = "*"
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionErrors:
-    """Quality of a prediction on held-out structures.
+    """Quality of a prediction on held-out structures; NaN without any.
 
     Attributes:
         mean_error: mean of |predicted - measured| / measured.
@@ -62,7 +63,7 @@ class PredictionErrors:
         """Return the errors of (predicted, measured) pairs."""
         pairs = tuple(points)
         return cls(
-            mean_error=mean(abs(predicted / measured - 1) for predicted, measured in pairs),
+            mean_error=mean(abs(a / b - 1) for a, b in pairs) if pairs else nan,
             spearman=spearman([a for a, _ in pairs], [b for _, b in pairs]),
             points=pairs,
         )
@@ -223,7 +224,7 @@ class _Fit:
     def model(self) -> LatencyModel:
         """Add pairs until none helps any more."""
         model, error = self._fitted(())
-        while len(model.pairs) < _MAX_PAIRS:
+        while self._plan.fitted and len(model.pairs) < _MAX_PAIRS:
             candidates = [
                 self._fitted((*model.pairs, pair))
                 for pair in self._possible_pairs()
@@ -257,6 +258,7 @@ class _Fit:
         """Return the model with these pairs, and its error on structures left out one by one."""
         prior = np.array([self._prior.get(name, 0.0) for name in self._names] + [0.0] * len(pairs))
         rows = np.array([self._row(structure, pairs) for structure in self._plan.fitted])
+        rows = rows.reshape(-1, len(prior))
         weights = 1 / (1 - self._saved) ** 2  # of squared errors, to be relative
         scales = np.abs(prior) + np.abs(prior).mean()
         scales[len(self._names) :] = 1.0
@@ -312,4 +314,5 @@ def _ridge(rows: Array, target: Array, weights: Array, penalties: Array) -> tupl
     solution = inverse @ (weighted.T @ target)
     leverages = np.einsum("nd,de,ne->n", rows, inverse, weighted)
     residuals = (target - rows @ solution) / np.maximum(1 - leverages, 1e-6)
-    return solution, float(np.sqrt(np.mean(weights * residuals**2)))
+    error = np.sqrt(np.mean(weights * residuals**2)) if len(rows) else 0.0
+    return solution, float(error)

@@ -46,7 +46,7 @@ class StepSetting(Record, frozen=True, kw_only=True):
     Attributes:
         engines: sha256 of the exported denoiser and its weights.
         target: name in TARGETS.
-        recipe: name of a recipe, or path of its file.
+        recipe: name of a recipe, or path of its file with a hash.
         height, width: of the image in pixels.
         rows: of a run; guidance takes two.
         threads: of the engine.
