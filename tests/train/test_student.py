@@ -346,6 +346,8 @@ def test_a_written_student_loads_as_what_it_was(
     assert type(loaded) is SearchedUNet2DConditionModel
     assert torch.equal(predict(loaded), predict(student))
     assert json.loads((target / RECORD).read_text()) == {"request": "speedup 2"}
+    weights = target / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_mode == (target / RECORD).stat().st_mode
 
 
 def test_diffusers_refuses_a_student_instead_of_drawing_noise(

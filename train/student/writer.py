@@ -55,8 +55,9 @@ def write_student(
         _write(partial / "model_index.json", {**teacher.index, "unet": ["latentforge", name]})
         _write(partial / "unet" / "config.json", config)
         _write(partial / RECORD, record)
-        weights = _stored(teacher, student.state_dict())
-        save_file(weights, partial / "unet" / _WEIGHTS, metadata={"format": "pt"})
+        weights = partial / "unet" / _WEIGHTS
+        save_file(_stored(teacher, student.state_dict()), weights, metadata={"format": "pt"})
+        weights.chmod((partial / RECORD).stat().st_mode)  # safetensors lets the owner alone read it
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
