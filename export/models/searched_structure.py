@@ -8,9 +8,12 @@ stands there. Blocks can be removed where the shapes of the tensors stay, as in 
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from latentforge.runtime.errors import CheckpointError
 
@@ -18,6 +21,7 @@ __all__ = [
     "Choice",
     "Importance",
     "Kept",
+    "Repair",
     "SearchedStructure",
     "Site",
     "half",
@@ -80,6 +84,19 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repair:
+    """Weights that make up, on the average, for what a choice leaves out.
+
+    Attributes:
+        replaced: new weights, in the shapes that they have with the choice, by path in the UNet.
+        added: what to add to biases, by path; one of a layer that is left out has no effect.
+    """
+
+    replaced: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    added: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kept:
     """Parts of a halved site that are kept, by index in the whole UNet, each in rising order.
 
@@ -88,16 +105,18 @@ class Kept:
         self_heads: heads of a transformer block's attn1.
         cross_heads: heads of its attn2.
         channels: channels of its feed-forward, after the gate.
+        repairs: changes of weights that go with the choices at the site.
     """
 
     groups: tuple[int, ...] = ()
     self_heads: tuple[int, ...] = ()
     cross_heads: tuple[int, ...] = ()
     channels: tuple[int, ...] = ()
+    repairs: Mapping[Choice, Repair] = field(default_factory=dict, compare=False, repr=False)
 
 
 Importance = Mapping[str, Kept]
-"""Most important parts by name of the site; for every site that offers "half"."""
+"""Most important parts, and repairs, by name of the site; for every site that offers "half"."""
 
 
 def half(parts: int) -> int:

@@ -22,6 +22,7 @@ from latentforge.export.models.searched_structure import (
     Choice,
     Importance,
     Kept,
+    Repair,
     SearchedStructure,
     half,
     half_channels,
@@ -94,7 +95,7 @@ def reduce_unet(
     Args:
         unet: the whole UNet.
         structure: a structure that SearchedStructure.check() accepts.
-        importance: parts to keep of the sites that are halved.
+        importance: parts to keep of the sites that are halved, and repairs.
     """
     for name, choice in structure.choices.items():
         module: Any = unet.get_submodule(name)
@@ -104,6 +105,22 @@ def reduce_unet(
             _reduce_block(unet, name, choice, importance)
         else:
             _drop_stage(unet)
+    for name, choice in structure.choices.items():
+        if name in importance and choice in importance[name].repairs:
+            _repair(unet, importance[name].repairs[choice])
+
+
+def _repair(unet: UNet2DConditionModel, repair: Repair) -> None:
+    for path, values in (*repair.replaced.items(), *repair.added.items()):
+        module, _, name = path.rpartition(".")
+        try:
+            layer: Any = unet.get_submodule(module)
+        except AttributeError:  # another choice leaves it out
+            continue
+        old = getattr(layer, name)
+        value = torch.from_numpy(values).to(old)
+        new = value if path in repair.replaced else old.detach() + value
+        setattr(layer, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
 class _DroppedResnet(nn.Module):

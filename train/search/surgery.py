@@ -24,6 +24,7 @@ from latentforge.export.models.searched_structure import (
     Choice,
     Importance,
     Kept,
+    Repair,
     SearchedStructure,
     Site,
     half,
@@ -61,8 +62,8 @@ def restructure(
         model: as export wrote it; no pass has changed it.
         structure: of these sites.
         sites: of the UNet.
-        importance: what halves keep. Without it they keep the first parts, for which the graph is
-            as fast, but not as good.
+        importance: what halves keep, and repairs. Without it they keep the first parts, for which
+            the graph is as fast, but not as good.
 
     Raises:
         ManifestError: the graph's nodes are not named after diffusers' modules.
@@ -83,6 +84,9 @@ def restructure(
             graph.drop_part(site.name, part)
     for name in _empty_attentions(structure, sites):
         graph.drop_attention(name)
+    for name, choice in structure.choices.items():
+        if importance is not None and name in importance and choice in importance[name].repairs:
+            graph.repair(importance[name].repairs[choice])
     common.RemoveUnusedNodesPass()(model)
     if halved:
         common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
@@ -163,6 +167,26 @@ class _UNetGraph:
     def drop_attention(self, name: str) -> None:
         """Bypass an attention module, with its norm and projections."""
         self._bypass(self._entering(f"{name}.norm"), self._last(name))
+
+    def repair(self, repair: Repair) -> None:
+        """Change weights to make up for what a choice leaves out."""
+        for path, values in repair.replaced.items():
+            node = self._layer(path.rpartition(".")[0]).node
+            replace(self._graph, node, 1, values)
+        for path, values in repair.added.items():
+            node, index = self._bias(path.rpartition(".")[0])
+            old = constant(node.inputs[index])
+            assert old is not None
+            replace(self._graph, node, index, old.astype(np.float32) + values)
+
+    def _bias(self, name: str) -> tuple[ir.Node, int]:
+        """Return the node that adds a layer's bias, and the input that holds it."""
+        for node in self._own(name):
+            if node.op_type == "Conv" and len(node.inputs) > 2:
+                return node, 2
+            if node.op_type == "Add":
+                return node, int(constant(node.inputs[1]) is not None)
+        raise _foreign(name)
 
     def halve_resnet(self, name: str, kept: Kept) -> None:
         """Halve the channels between a resnet's convolutions, by groups of its second norm."""

@@ -26,12 +26,12 @@ def student_module(
 ) -> SearchedUNet2DConditionModel:
     """Return a student that shares its weights with the teacher, which does not change.
 
-    Only the weights of halved sites are copies.
+    Only the weights of halved sites, and repaired biases, are copies.
 
     Args:
         unet: the teacher.
         structure: structure of the student.
-        importance: parts to keep of the sites that are halved.
+        importance: parts to keep of the sites that are halved, and repairs of what is left.
 
     Raises:
         CheckpointError: the structure is not one of this UNet's.
@@ -58,7 +58,7 @@ def applied(
     Args:
         unet: the teacher, which may be part of another module.
         structure: structure of the student.
-        importance: parts to keep of the sites that are halved.
+        importance: parts to keep of the sites that are halved, and repairs of what is left.
 
     Raises:
         CheckpointError: the structure is not one of this UNet's.
@@ -76,6 +76,7 @@ def applied(
 def _sharing(module: Module) -> Module:
     """Return a copy of a tree of modules, with the same weights and hooks."""
     result = copy.copy(module)
+    result._parameters = dict(module._parameters)
     result._modules = {
         name: None if child is None else _sharing(child) for name, child in module._modules.items()
     }
