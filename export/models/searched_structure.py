@@ -306,8 +306,10 @@ def list_sites(config: Mapping[str, Any]) -> tuple[Site, ...]:
         config: checked configuration of a UNet2DConditionModel, with all of its keys.
 
     Raises:
-        CheckpointError: it has blocks of kinds that cannot be left out or halved.
+        CheckpointError: it has blocks of kinds that cannot be left out or halved, or is a student.
     """
+    if config.get("structure") is not None:
+        raise CheckpointError("a UNet with a structure is a student already: search its teacher's")
     _check_space(config)
     blocks = _blocks(config)
     sites = [site for block in blocks for site in block.sites(config["norm_num_groups"])]

@@ -61,7 +61,7 @@ class SearchedUNet2DConditionModel(UNet2DConditionModel):
     @_with_structure
     def __init__(self, *, structure: dict[str, Any] | None = None, **config: Any) -> None:
         super().__init__(**config)
-        sites = list_sites(self.config)
+        sites = list_sites({**self.config, "structure": None})
         chosen = SearchedStructure.from_config(structure, sites)
         reduce_unet(self, chosen, first_parts(self, chosen))
 

@@ -389,6 +389,13 @@ def test_a_written_student_loads_as_what_it_was(
     assert weights.stat().st_mode == (target / RECORD).stat().st_mode
 
 
+def test_a_student_is_nobodys_teacher(
+    written: tuple[Path, SearchedUNet2DConditionModel],
+) -> None:
+    with pytest.raises(CheckpointError, match="is a student already"):
+        student_module(written[1], SearchedStructure(choices={}), {})
+
+
 def test_diffusers_refuses_a_student_instead_of_drawing_noise(
     written: tuple[Path, SearchedUNet2DConditionModel],
 ) -> None:
