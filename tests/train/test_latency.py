@@ -52,6 +52,27 @@ def sites(tiny_checkpoint: Path) -> tuple[Site, ...]:
     return list_sites(config(tiny_checkpoint))
 
 
+def test_a_latency_is_the_median_of_turns_that_agree() -> None:
+    turns = [(1.0, 0.5), (1.01, 0.51), (1.0, 0.5), (0.99, 0.5), (1.02, 0.5)]
+    measured = Latency.of(turns)
+    assert (measured.whole, measured.seconds, measured.ratio.value) == (1.0, 0.5, 0.5)
+    assert measured.is_precise
+
+
+def test_where_other_load_disturbs_the_least_seconds_count() -> None:
+    turns = [(1.0, 0.9), (2.5, 0.5), (1.8, 0.8), (1.1, 1.4), (3.0, 0.6), (1.2, 2.0)]
+    measured = Latency.of(turns)
+    assert (measured.whole, measured.seconds, measured.ratio.value) == (1.0, 0.5, 0.5)
+    assert not measured.is_precise
+    low, high = measured.ratio.low, measured.ratio.high
+    assert low is not None and high is not None and low <= 0.5 <= high
+
+
+def test_a_single_turn_has_no_interval() -> None:
+    measured = Latency.of([(1.0, 0.5)])
+    assert measured.ratio == ConfidenceInterval(value=0.5) and not measured.is_precise
+
+
 def test_a_table_is_whole_after_each_measurement(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     first, second = random_structures(sites, 2, seed=0)
     path = tmp_path / "latency.json"

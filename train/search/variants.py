@@ -10,9 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from math import inf
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import msgspec
@@ -21,8 +19,6 @@ import onnx_ir as ir
 
 from latentforge.export.models.searched_structure import Importance, SearchedStructure, Site
 from latentforge.measure.hardware import available_threads, gpus
-from latentforge.measure.results import ConfidenceInterval
-from latentforge.measure.statistics import median_interval
 from latentforge.optimize.graph_io import DENOISER, free_graphs, load_graph, weight_files
 from latentforge.optimize.recipe import Recipe, read_recipe
 from latentforge.optimize.recipes import names
@@ -54,7 +50,6 @@ WHOLE = SearchedStructure(choices={})
 _FOLDER = "engines-of-variants"
 _TIMESTEP = 500.0
 _TURN = 0.1  # seconds that a turn runs short steps for
-_PRECISION = 0.02  # half the width of a ratio's interval at which no further turns are taken
 _PATIENCE = 3  # times as many turns as were asked for, at most
 _SEED = 0
 
@@ -214,18 +209,14 @@ class Variants:
         whole, own = self._runner(self._whole_step()), self._runner(step)
         for run in (whole, own):
             _turn(run)
-        pairs: list[tuple[float, float]] = []
-        while len(pairs) < repeats or (
-            len(pairs) < _PATIENCE * repeats and _half_width(_ratio(pairs)) > _PRECISION
+        turns: list[tuple[float, float]] = []
+        while len(turns) < repeats or (
+            len(turns) < _PATIENCE * repeats and not Latency.of(turns).is_precise
         ):
-            first, second = (own, whole) if len(pairs) % 2 else (whole, own)
+            first, second = (own, whole) if len(turns) % 2 else (whole, own)
             seconds = {run: _turn(run) for run in (first, second)}  # neither is always the first
-            pairs.append((seconds[whole], seconds[own]))
-        return Latency(
-            seconds=median(own for _, own in pairs),
-            whole=median(whole for whole, _ in pairs),
-            ratio=_ratio(pairs),
-        )
+            turns.append((seconds[whole], seconds[own]))
+        return Latency.of(turns)
 
     def _whole_step(self) -> DeployedStep:
         """Return the whole UNet's engines, which stay loaded."""
@@ -335,18 +326,6 @@ def _emptied(folder: Path) -> Path:
 
 def _unreported(activity: str, done: int, total: int) -> None:
     """Show no progress of a build: the search shows its own."""
-
-
-def _ratio(pairs: Sequence[tuple[float, float]]) -> ConfidenceInterval:
-    """Return the ratio of the second of each pair to the first."""
-    return median_interval([second / first for first, second in pairs])
-
-
-def _half_width(interval: ConfidenceInterval) -> float:
-    """Return half the width of an interval, relative to its value."""
-    if interval.low is None or interval.high is None:
-        return inf
-    return (interval.high - interval.low) / 2 / interval.value
 
 
 def _turn(run: Callable[[], object]) -> float:

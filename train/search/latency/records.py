@@ -1,16 +1,22 @@
 """Records of measured latencies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import inf
+from statistics import median
 from typing import Annotated
 
 import msgspec
 
 from latentforge.export.models.searched_structure import Choice
 from latentforge.measure.results import ConfidenceInterval
+from latentforge.measure.statistics import median_interval
 from latentforge.runtime.errors import ResultsError
 from latentforge.runtime.record import Record
 
-__all__ = ["Latency", "MeasuredStructure", "StepSetting"]
+__all__ = ["PRECISION", "Latency", "MeasuredStructure", "StepSetting"]
+
+PRECISION = 0.02
+"""Half the width of a ratio's interval, relative to it, at which it is precise."""
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -19,9 +25,9 @@ class Latency(Record, frozen=True, kw_only=True):
     """Measured time of a step by a structure's engine, beside that of the whole UNet's.
 
     Attributes:
-        seconds: median of the structure's engine.
-        whole: median of the whole UNet's engine in the same turns.
-        ratio: of both, structure / whole: the median of the turns' ratios, with its interval.
+        seconds: of the structure's engine.
+        whole: of the whole UNet's engine in the same turns.
+        ratio: of both, structure / whole, with the interval of the median of the turns' ratios.
     """
 
     seconds: _Seconds
@@ -31,6 +37,43 @@ class Latency(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.ratio.value <= 0:
             raise ResultsError(f"a ratio of latencies has to be positive, not {self.ratio.value}")
+
+    @classmethod
+    def of(cls, turns: Sequence[tuple[float, float]]) -> "Latency":
+        """Return the latency of turns, each the seconds of the whole UNet's engine and its own.
+
+        Its figures are medians. Where the ratios of turns differ much, other load disturbs them:
+        it only adds time, so the least seconds count there.
+        """
+        ratio = median_interval([own / whole for whole, own in turns])
+        precise = _half_width(ratio) <= PRECISION
+        whole, seconds = ((median if precise else min)(side) for side in zip(*turns, strict=True))
+        if not precise:
+            ratio = _including(ratio, seconds / whole)
+        return cls(seconds=seconds, whole=whole, ratio=ratio)
+
+    @property
+    def is_precise(self) -> bool:
+        """True if the ratio's interval is so narrow that further turns would hardly help."""
+        return _half_width(self.ratio) <= PRECISION
+
+
+def _half_width(interval: ConfidenceInterval) -> float:
+    """Return half the width of an interval, relative to its value."""
+    if interval.low is None or interval.high is None:
+        return inf
+    return (interval.high - interval.low) / 2 / interval.value
+
+
+def _including(interval: ConfidenceInterval, value: float) -> ConfidenceInterval:
+    """Return an interval with another value, widened to include it."""
+    low, high = interval.low, interval.high
+    return ConfidenceInterval(
+        value=value,
+        low=None if low is None else min(low, value),
+        high=None if high is None else max(high, value),
+        level=interval.level,
+    )
 
 
 class MeasuredStructure(Record, frozen=True, kw_only=True):
