@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,9 @@ from latentforge.runtime.errors import ResultsError
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["render"]
+__all__ = ["FRAME", "environment", "render"]
 
-_FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "floor": HEIGHT - BOTTOM}
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "floor": HEIGHT - BOTTOM}
 _SETTINGS = {
     "sampler": "sampler",
     "steps": "steps",
@@ -81,8 +81,8 @@ def render(*results: Results) -> str:
         raise ResultsError("nothing to draw: name one or more --json files of bench or eval")
     metrics = [metric for one in results for metric in one.metrics]
     sections = [_section(one, metrics) for one in results]
-    page = _environment().get_template("page.j2")
-    return page.render(sections=sections, frame=_FRAME, stages=STAGES)
+    page = environment().get_template("page.j2")
+    return page.render(sections=sections, frame=FRAME, stages=STAGES)
 
 
 def _section(results: Results, metrics: Sequence[Metric]) -> ReportSection:
@@ -123,7 +123,12 @@ def _request(results: Results) -> dict[str, str]:
 
 
 @cache
-def _environment() -> "Environment":
+def environment(package: str = __package__) -> "Environment":
+    """Return the environment of a package's templates, which may include those of the report.
+
+    Raises:
+        ResultsError: Jinja2 is not installed.
+    """
     try:
         from jinja2 import Environment, FunctionLoader, StrictUndefined
     except ImportError as error:
@@ -131,7 +136,7 @@ def _environment() -> "Environment":
             "an HTML report needs Jinja2: pip install 'latentforge[report]'"
         ) from error
     environment = Environment(
-        loader=FunctionLoader(_template),
+        loader=FunctionLoader(partial(_template, package)),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -144,5 +149,6 @@ def _environment() -> "Environment":
     return environment
 
 
-def _template(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text("utf-8")
+def _template(package: str, name: str) -> str:
+    files = (resources.files(place).joinpath(name) for place in (package, __package__))
+    return next(file for file in files if file.is_file()).read_text("utf-8")

@@ -21,7 +21,7 @@ from latentforge.measure.report.charts import (
 from latentforge.measure.report.scales import Scale, padded_range, ticks
 from latentforge.measure.results import BenchResult, Metric, Results
 
-__all__ = ["pareto", "scatters"]
+__all__ = ["label_boxes", "pareto", "scatters", "stairs"]
 
 _CAP = 80.0  # dB, beyond which no difference is visible
 _RIGHT = WIDTH - 12
@@ -105,11 +105,11 @@ def _chart(quality: _Quality, timed: Sequence[BenchResult]) -> Chart:
         x_ticks=tick_row(x, ticks(0, longest)),
         y_ticks=tick_row(y, ticks(low, high)),
         dots=tuple(_dots(quality, shown, points, set(best))),
-        front=tuple(_stairs([points[index] for index in best])),
+        front=tuple(stairs([points[index] for index in best])),
     )
 
 
-def _stairs(corners: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+def stairs(corners: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
     """Yield the Pareto front as steps: each point's quality holds up to the next point's time."""
     for corner, following in zip(corners, [*corners[1:], None], strict=True):
         yield corner
@@ -122,7 +122,7 @@ def _dots(
     points: Sequence[tuple[float, float]],
     front: set[int],
 ) -> Iterator[Dot]:
-    labels = _label_boxes([entry.name for entry in entries], points)
+    labels = label_boxes([entry.name for entry in entries], points)
     for index, (entry, (x, y)) in enumerate(zip(entries, points, strict=True)):
         value = formatting.number(quality.values[entry.name], quality.unit)
         yield Dot(
@@ -139,7 +139,7 @@ def _dots(
         )
 
 
-def _label_boxes(names: Sequence[str], points: Sequence[tuple[float, float]]) -> list[Box]:
+def label_boxes(names: Sequence[str], points: Sequence[tuple[float, float]]) -> list[Box]:
     """Place a label near each point, without overlap with points and labels if possible."""
     occupied = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     labels = []

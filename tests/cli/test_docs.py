@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_README_LINES = 200
 
-NEEDS_A_HUB_OR_MINUTES = ("build", "export", "demo", "serve")
+NEEDS_A_HUB_OR_MINUTES = ("build", "search", "export", "demo", "serve")
 """Commands that the suite runs elsewhere, that download a checkpoint, or run until a signal."""
 
 LISTED = re.compile(
-    r"`((?:runtime|measure|optimize|export|src|tests|benchmarks|docs|demo)/[^`\s]+)`"
+    r"`((?:runtime|measure|optimize|export|train|src|tests|benchmarks|docs|demo)/[^`\s]+)`"
 )
 
 

@@ -14,10 +14,13 @@ from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
 from latentforge.runtime.files import link_files, staged_directory
 
-__all__ = ["RECORD", "write_student"]
+__all__ = ["PAGE", "RECORD", "write_student"]
 
 RECORD = "search.json"
 """File of a student's checkpoint that says where it comes from."""
+
+PAGE = "search.html"
+"""Page that is drawn from it."""
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -30,6 +33,7 @@ def write_student(
     student: SearchedUNet2DConditionModel,
     target: Path,
     record: Mapping[str, Any],
+    page: str = "",
 ) -> None:
     """Write a student's checkpoint: the teacher's, with the student in unet/.
 
@@ -42,6 +46,7 @@ def write_student(
         student: the student, by student_module().
         target: directory to write, completely or not at all.
         record: content of search.json.
+        page: content of search.html, if there is one.
 
     Raises:
         TargetError: the directory cannot be written, or exists.
@@ -55,6 +60,8 @@ def write_student(
         _write(partial / "model_index.json", {**teacher.index, "unet": ["latentforge", name]})
         _write(partial / "unet" / "config.json", config)
         _write(partial / RECORD, record)
+        if page:
+            (partial / PAGE).write_text(page, encoding="utf-8")
         weights = partial / "unet" / _WEIGHTS
         save_file(_stored(teacher, student.state_dict()), weights, metadata={"format": "pt"})
         weights.chmod((partial / RECORD).stat().st_mode)  # safetensors lets the owner alone read it

@@ -7,6 +7,7 @@ __all__ = ["COMMANDS"]
 
 COMMANDS = (
     "build",
+    "search",
     "export",
     "optimize",
     "compile",

@@ -1,0 +1,302 @@
+"""Search stage: from a checkpoint to a student, whose structure is the best within a limit.
+
+1. The teacher is exported, and states of its own trajectories are recorded (states.py).
+2. Latency is measured on the deployed engine, and a model of it is fitted (latency/).
+3. The error that each choice makes alone is measured (student_errors.py), and how well these add
+   up.
+4. A knapsack gives the whole Pareto front of sums (knapsack.py); an evolution by true errors
+   repairs what does not add up (evolution.py).
+5. The best are timed; the student is the one of the least error whose measured latency is within
+   the limit. It is compared with other structures (comparison.py), and a page shows all (page.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from latentforge.export.checkpoint import DEMO
+from latentforge.export.models.searched_structure import SearchedStructure
+from latentforge.measure.hardware import describe_machine
+from latentforge.measure.prompts import read_prompts
+from latentforge.measure.statistics import spearman
+from latentforge.optimize.graph_io import DENOISER
+from latentforge.optimize.recipe import read_recipe
+from latentforge.runtime.annotations import checked_arguments
+from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.files import check_target
+from latentforge.runtime.progress import Progress
+from latentforge.runtime.text import duration_text
+from latentforge.train.search.clock import Clock
+from latentforge.train.search.latency.measure import LatencyPlan, measure_plan, random_structures
+from latentforge.train.search.latency.model import LatencyModel, fit_latency
+from latentforge.train.search.latency.table import LatencyTable
+from latentforge.train.search.page import render_search
+from latentforge.train.search.problem import (
+    Cost,
+    Problem,
+    latency_cost,
+    smallest_cost,
+    weight_cost,
+)
+from latentforge.train.search.request import StructureRequest
+from latentforge.train.search.search_record import ModelCheck, SearchRecord
+from latentforge.train.search.states import States
+from latentforge.train.search.student_errors import (
+    ChoiceScores,
+    ErrorFile,
+    StudentErrors,
+    measure_scores,
+    run_state,
+    single_choices,
+)
+from latentforge.train.search.student_selection import Selection
+from latentforge.train.search.teacher import Teacher
+from latentforge.train.search.variants import Variants
+from latentforge.train.search.work import SearchWork, work_folder
+from latentforge.train.student.inherit import student_module
+from latentforge.train.student.writer import write_student
+
+__all__ = ["search"]
+
+_PARTS = 8  # of the progress, and one more where latency is measured
+
+_PROMPTS = 4
+_MIN_STATES = 4
+_TURNS = 5  # pairs of steps that a structure is timed with
+_HELD_OUT, _MIN_FITTED, _MAX_FITTED = 20, 10, 40  # random structures of the latency model
+_CHECKED = 20  # random structures that sums of scores are checked on
+_EVOLVED = 120  # errors that an evolution measures, about
+
+_MIN_SPEARMAN = 0.9
+"""Rank correlation of sums of scores, below which greedy removal with true errors takes part."""
+
+
+_BYTES = {"fp32": 4.0, "fp16": 2.0, "int4-weights": 0.5}
+"""Bytes of a parameter by precision; all others take one."""
+
+
+@checked_arguments
+def search(checkpoint: str, target: Path, request: StructureRequest) -> SearchRecord:
+    """Search a student of a checkpoint, and write it.
+
+    Args:
+        checkpoint: a diffusers directory, a hub id, or ``demo``.
+        target: the checkpoint to write; it appears complete or not at all.
+        request: goal and means.
+
+    Returns:
+        The record that the student has as search.json, beside its page search.html.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or has no space to search.
+        SettingsError: the goal is met already, or nothing reaches it; or a table of latencies in
+            the work folder is of another machine.
+        BackendError: the target's engines do not run here.
+        GateError: the exported teacher differs from torch, or no student is as fast as predicted.
+        TargetError: the student or the work folder cannot be written.
+    """
+    request.check_target()
+    check_target(target)
+    teacher = Teacher.open(checkpoint)
+    with (
+        work_folder(target, request) as folder,
+        Progress(_PARTS + request.is_timed, quiet=request.quiet) as progress,
+    ):
+        work = SearchWork(folder, teacher.checkpoint, request)
+        return _StudentSearch(teacher, request, work, progress).run(target)
+
+
+class _StudentSearch:
+    """One search; run() does all of it."""
+
+    def __init__(
+        self, teacher: Teacher, request: StructureRequest, work: SearchWork, progress: Progress
+    ) -> None:
+        self._teacher, self._request, self._work = teacher, request, work
+        self._progress, self._activity = progress, ""
+        self._clock = Clock(request.budget)
+        self._random = np.random.default_rng(request.seed)
+
+    def run(self, target: Path) -> SearchRecord:
+        """Search, write the student, and return the record."""
+        request = self._request
+        if request.budget is not None:
+            self._progress.expect(request.budget)
+        with self._part("export of the teacher"):
+            engines = self._work.engines()
+        states = self._recorded_states(engines)
+        with Variants(
+            engines, request.target, request.recipe, self._work.folder, sites=self._teacher.sites
+        ) as variants:
+            model = self._latency_model(variants) if request.is_timed else None
+            variants.close()  # the teacher in torch needs the memory
+            errors = self._student_errors(states)
+            cost = latency_cost(model) if model is not None else self._weight_cost(errors)
+            limit = self._limit(cost)  # refuses goals out of reach, before what takes long
+            scores = self._scores(errors)
+            sums = self._check_sums(errors, scores)
+            problem = Problem(sites=self._teacher.sites, cost=cost, limit=limit, score=scores.error)
+            selection = Selection(problem, errors, variants, self._progress, self._clock)
+            greedy = not sums.spearman >= _MIN_SPEARMAN
+            with self._part("choice of the student"):
+                selection.choose(self._random, timed=request.is_timed, greedy=greedy)
+            with self._part("comparison with other structures"):
+                selection.compare(self._random)
+        with self._part("the student"):
+            record = self._record(errors.states, model, sums, selection, variants)
+            self._write(target, errors, record)
+        return record
+
+    # measuring
+
+    def _recorded_states(self, engines: Path) -> States:
+        """Return states of the teacher: all that there is time for."""
+        prompts = self._request.prompts or _default_prompts(self._teacher.checkpoint.name)
+        with self._part("runs of the teacher"):
+            return self._work.states(
+                engines, prompts, self._request.settings, self._show, self._clock.during(0.2)
+            )
+
+    def _latency_model(self, variants: Variants) -> LatencyModel:
+        """Measure latencies as many as there is time for, and fit a model to them."""
+        sites = self._teacher.sites
+        table = LatencyTable(self._work.latencies(), variants.setting)
+        with self._part("latency of choices"):
+            seconds = 0.0
+            for first in LatencyPlan.of(variants, fitted=1, held_out=1).single[:2]:
+                start = self._clock.elapsed  # of the second, as the first loads the whole engine
+                if first not in table:
+                    variants.measure([first], repeats=_TURNS, report=table.add)
+                seconds = self._clock.elapsed - start
+            fitted = self._work.decided("fitted", lambda: self._affordable_fits(variants, seconds))
+            plan = LatencyPlan.of(variants, fitted=fitted, held_out=_HELD_OUT)
+            inner = self._progress.inner(len(plan.structures) - len(table))
+            measure_plan(variants, plan, table, repeats=_TURNS, progress=inner)
+        model = fit_latency(table, plan, sites, variants.signatures)
+        self._progress.note(f"  latency: {model.errors}")
+        return model
+
+    def _affordable_fits(self, variants: Variants, seconds: float) -> int:
+        fixed = len(LatencyPlan.of(variants, fitted=1, held_out=1).single) + _HELD_OUT
+        low, high = fixed + _MIN_FITTED, fixed + _MAX_FITTED
+        return self._clock.affordable(0.4, seconds, low, high) - fixed
+
+    def _student_errors(self, states: States) -> StudentErrors:
+        """Load the teacher in torch, and decide on how many states students are compared."""
+        teacher = self._teacher
+        planned = len(single_choices(teacher.sites)) + _CHECKED + _EVOLVED
+
+        def decide() -> int:
+            start = self._clock.elapsed
+            run_state(teacher.network, teacher.plan, states.states[0])
+            seconds = self._clock.elapsed - start
+            return self._clock.affordable(0.5, planned * seconds, _MIN_STATES, len(states.states))
+
+        with self._part("importance of channels and heads"):
+            states = states.fewer(self._work.decided("states", decide))
+            importance = teacher.importance(states)
+        self._progress.note(f"  students are compared with the teacher on {states}")
+        file = ErrorFile(self._work.errors(states))
+        return StudentErrors(teacher.plan, teacher.network, importance, states, file)
+
+    def _scores(self, errors: StudentErrors) -> ChoiceScores:
+        with self._part("errors of choices"):
+            return measure_scores(errors, self._teacher.sites, self._show)
+
+    def _check_sums(self, errors: StudentErrors, scores: ChoiceScores) -> ModelCheck:
+        """Return sums of scores beside true errors, on random structures."""
+        structures = random_structures(self._teacher.sites, _CHECKED, self._request.seed + 1)
+        points = []
+        with self._part("errors of random structures"):
+            for structure in structures:
+                points.append((scores.total(structure), errors(structure)))
+                self._show(len(points), len(structures))
+        correlation = spearman(*zip(*points, strict=True))
+        note = f"rank correlation {correlation:.3f} on {len(points)} random structures"
+        if not correlation >= _MIN_SPEARMAN:
+            note += f": below {_MIN_SPEARMAN}, so greedy removal with true errors took part"
+        self._progress.note(f"  sums of errors: {note}")
+        return ModelCheck.of(points, note)
+
+    # goals
+
+    def _limit(self, cost: Cost) -> float:
+        """Return the largest cost by the goal, if a structure is predicted to be within it."""
+        goal, limit = self._request.goal, self._request.limit(cost.whole)
+        smallest = smallest_cost(self._teacher.sites, cost)
+        if smallest > limit:
+            raise SettingsError(
+                f"nothing reaches {goal} {getattr(self._request, goal):g}: the smallest "
+                f"structure has {smallest:.4g} of {cost.whole:.4g}, "
+                f"{cost.whole / smallest:.2f} times less"
+            )
+        return limit
+
+    def _weight_cost(self, errors: StudentErrors) -> Cost:
+        """Return the cost in parameters, or in bytes of the deployed engine."""
+        if self._request.goal == "parameters":
+            return weight_cost(errors.parameters)
+        precision = read_recipe(self._request.recipe).precision_of(DENOISER)
+        return weight_cost(errors.parameters, _BYTES.get(precision, 1.0))
+
+    # results
+
+    def _record(
+        self,
+        states: States,
+        model: LatencyModel | None,
+        sums: ModelCheck,
+        selection: Selection,
+        variants: Variants,
+    ) -> SearchRecord:
+        request, checkpoint = self._request, self._teacher.checkpoint
+        latency = None
+        if model is not None:
+            latency = ModelCheck.of(model.points, str(model.errors))
+        setting = msgspec.to_builtins(variants.setting)
+        libraries = setting.pop("libraries")
+        goal = {request.goal: f"{getattr(request, request.goal):g}"}
+        budget = {} if request.budget is None else {"budget": duration_text(request.budget)}
+        return SearchRecord(
+            checkpoint=checkpoint.name,
+            sha256=checkpoint.sha256("unet"),
+            request={**goal, **budget, "seed": str(request.seed)},
+            setting={**setting, **libraries},
+            machine=describe_machine(),
+            states=str(states),
+            points=selection.points,
+            latency=latency,
+            errors=sums,
+            words=selection.chosen.words(self._teacher.sites),
+            seconds=self._clock.elapsed,
+        )
+
+    def _write(self, target: Path, errors: StudentErrors, record: SearchRecord) -> None:
+        """Write the student with its record and page."""
+        teacher, chosen = self._teacher, SearchedStructure(choices=record.chosen.choices)
+        student = student_module(teacher.network.model, chosen, errors.importance)
+        content = msgspec.to_builtins(record)
+        write_student(teacher.checkpoint, student, target, content, render_search(record))
+
+    @contextmanager
+    def _part(self, activity: str) -> Iterator[None]:
+        self._activity = activity
+        with self._progress.part(activity):
+            yield
+
+    def _show(self, done: int, total: int) -> None:
+        self._progress.within(self._activity, done, total)
+
+
+def _default_prompts(checkpoint: str) -> tuple[str, ...]:
+    """Return typical prompts of a checkpoint: of the demo its own."""
+    if checkpoint != DEMO:
+        return tuple(read_prompts()[:_PROMPTS])
+    from latentforge.export.demo import prompts
+
+    return tuple(prompts(_PROMPTS, seed=0))
