@@ -172,7 +172,7 @@ class Selection:
             within = [p for p in self.front if problem.fits(p.structure)]
             best = min(within, key=lambda point: point.error, default=None)
             if best is not None and best.structure not in (self.chosen, WHOLE):
-                yield Baseline(name=f"searched {ratio:g}x", structure=best.structure)
+                yield Baseline(name=f"predicted {ratio:g}x", structure=best.structure)
 
     def _baselines(self, random: Generator) -> Iterator[Baseline]:
         """Yield published structures, and uniform and random pruning to the limit."""
