@@ -97,6 +97,10 @@ class Progress:
             elif self._lines and self._description and now - self._printed >= _LINE_SECONDS:
                 self._print_inside(now)
 
+    def count_within(self, done: int, total: int) -> None:
+        """Show the progress within the current part, under its own description."""
+        self.within(self._description, done, total)
+
     def step(self, step: DenoisingStep) -> None:
         """Show a denoising step of the current part: see Pipeline.run()."""
         self.within("step", step.index + 1, step.count)

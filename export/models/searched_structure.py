@@ -190,6 +190,14 @@ class SearchedStructure:
                 "one transformer block at least"
             )
 
+    def is_valid(self, sites: Sequence[Site]) -> bool:
+        """Return True if check() accepts the structure."""
+        try:
+            self.check(sites)
+        except CheckpointError:
+            return False
+        return True
+
     @classmethod
     def from_config(cls, config: object, sites: Sequence[Site]) -> "SearchedStructure":
         """Read and check the ``structure`` of a student's config.json.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,7 +167,7 @@ class _PlanSearch:
         self, engines: SearchEngines, request: SearchRequest, gate: PlanGate, progress: Progress
     ) -> None:
         self._engines, self._request, self._gate = engines, request, gate
-        self._progress, self._activity = progress, ""
+        self._progress = progress
         images = gate.images.images
         requests = single_image_requests(engines.manifest.defaults, request.prompts, 3 * images)
         metrics = _metrics(request, requests[0])
@@ -186,7 +185,7 @@ class _PlanSearch:
     def run(self) -> SearchOutcome:
         """Generate the reference, estimate the time of all plans, and find the fastest good one."""
         self._generate("reference images", self._selection)
-        with self._part("seconds of a step"):
+        with self._progress.part("seconds of a step"):
             results = self._selection.reference
             costs, variants = measure_costs(self._engines, results, self._progress.note)
         best = self._find(self._worthwhile(costs, variants), costs)
@@ -236,9 +235,9 @@ class _PlanSearch:
         """Return the figures of a plan on a set of images, and the thresholds that they miss."""
         if purpose:
             self._generate(f"{purpose}: reference images", images)
-        with self._part(f"{purpose}: {candidate}" if purpose else str(candidate)):
+        with self._progress.part(f"{purpose}: {candidate}" if purpose else str(candidate)):
             plan, pipeline = self._plan(candidate), self._engines.pipeline(candidate.variant)
-            figures = images.figures(pipeline, plan, self._show)
+            figures = images.figures(pipeline, plan, self._progress.count_within)
         return {**rounded(figures), "failures": list(self._gate.failures(figures))}
 
     def _plan(self, candidate: PlanCandidate) -> AccelerationPlan:
@@ -252,7 +251,7 @@ class _PlanSearch:
     def _time(self, candidate: PlanCandidate) -> ConfidenceInterval:
         """Return the paired speedup of a plan over the unaccelerated engines."""
         plan, folder = self._plan(candidate), self._engines.folder(candidate.variant)
-        with self._part(f"interleaved timing: {candidate}"):
+        with self._progress.part(f"interleaved timing: {candidate}"):
             self._engines.close()
             return _speedup(
                 self._engines.directory, folder, plan, self._confirmation.requests[0], self._request
@@ -283,17 +282,10 @@ class _PlanSearch:
     def _generate(self, activity: str, images: ImageSet) -> None:
         if images.reference:
             return
-        with self._part(activity):
-            images.generate_reference(self._engines.pipeline(UNACCELERATED), self._show)
-
-    @contextmanager
-    def _part(self, activity: str) -> Iterator[None]:
-        self._activity = activity
         with self._progress.part(activity):
-            yield
-
-    def _show(self, done: int, total: int) -> None:
-        self._progress.within(self._activity, done, total)
+            images.generate_reference(
+                self._engines.pipeline(UNACCELERATED), self._progress.count_within
+            )
 
 
 def _metrics(request: SearchRequest, settings: Settings) -> MetricInputs:

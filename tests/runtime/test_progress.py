@@ -33,6 +33,12 @@ def test_steps_have_their_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].startswith("[1/1] reference: step 1/30001, ") and "m left, still" in lines[0]
 
 
+def test_counting_within_a_part_has_its_description(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(1, quiet=False) as progress, progress.part("errors"):
+        progress.count_within(1, 3)
+    assert capsys.readouterr().err.startswith("[1/1] errors: errors 1/3, ")
+
+
 def test_parts_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1, quiet=False) as progress, progress.part("timing"):
         with (inner := progress.inner(2)).part("input: load"):

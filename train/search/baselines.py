@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from numpy.random import Generator
 
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
-from latentforge.runtime.errors import CheckpointError
 from latentforge.train.search.problem import Problem
 
 __all__ = ["Baseline", "published_structures", "random_structure", "uniform_structure"]
@@ -50,7 +49,7 @@ def published_structures(sites: Sequence[Site]) -> Iterator[Baseline]:
     seen = {SearchedStructure(choices={})}
     for name, choices in named.items():
         structure = SearchedStructure.of(choices, sites)
-        if structure not in seen and _is_valid(structure, sites):
+        if structure not in seen and structure.is_valid(sites):
             seen.add(structure)
             yield Baseline(name=name, structure=structure)
 
@@ -125,11 +124,3 @@ def _decidiffusion(sites: Sequence[Site], version: str) -> dict[str, Choice]:
         return _index(site) >= counts[min(level, len(counts) - 1)]
 
     return _dropped(sites, exceeds)
-
-
-def _is_valid(structure: SearchedStructure, sites: Sequence[Site]) -> bool:
-    try:
-        structure.check(sites)
-    except CheckpointError:
-        return False
-    return True

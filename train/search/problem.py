@@ -11,7 +11,6 @@ import numpy as np
 from numpy.random import Generator
 
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
-from latentforge.runtime.errors import CheckpointError
 from latentforge.train.search.knapsack import SiteValue, pareto_front
 from latentforge.train.search.latency.model import LatencyModel
 from latentforge.train.search.variants import WHOLE
@@ -100,14 +99,7 @@ class Problem:
 
     def fits(self, structure: SearchedStructure) -> bool:
         """Return True if a structure is within the limit and keeps cross-attention."""
-        return self._is_valid(structure) and self.cost.total(structure) <= self.limit
-
-    def _is_valid(self, structure: SearchedStructure) -> bool:
-        try:
-            structure.check(self.sites)
-        except CheckpointError:
-            return False
-        return True
+        return structure.is_valid(self.sites) and self.cost.total(structure) <= self.limit
 
     def repaired(
         self, choices: Mapping[str, Choice], random: Generator
@@ -137,7 +129,7 @@ class Problem:
         savings = [change for change in self._changes(structure) if change.saved > 0]
         savings.sort(key=lambda change: max(change.error, 0.0) / change.saved)
         valid = ((self._changed(structure, c), c.saved) for c in savings)
-        yield from islice(((s, saved) for s, saved in valid if self._is_valid(s)), count)
+        yield from islice(((s, saved) for s, saved in valid if s.is_valid(self.sites)), count)
 
     def _cheapest(self, structure: SearchedStructure, random: Generator) -> _Change | None:
         """Return the change that saves most for its score."""

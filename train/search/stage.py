@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -118,7 +116,7 @@ class _StudentSearch:
         self, teacher: Teacher, request: StructureRequest, work: SearchWork, progress: Progress
     ) -> None:
         self._teacher, self._request, self._work = teacher, request, work
-        self._progress, self._activity = progress, ""
+        self._progress = progress
         self._clock = Clock(request.budget)
         self._random = np.random.default_rng(request.seed)
 
@@ -127,7 +125,7 @@ class _StudentSearch:
         request = self._request
         if request.budget is not None:
             self._progress.expect(request.budget)
-        with self._part("export of the teacher"):
+        with self._progress.part("export of the teacher"):
             engines = self._work.engines()
         states = self._recorded_states(engines)
         with Variants(
@@ -143,11 +141,11 @@ class _StudentSearch:
             problem = Problem(sites=self._teacher.sites, cost=cost, limit=limit, score=scores.error)
             selection = Selection(problem, errors, variants, self._progress, self._clock)
             greedy = not sums.spearman >= _MIN_SPEARMAN
-            with self._part("choice of the student"):
+            with self._progress.part("choice of the student"):
                 selection.choose(self._random, timed=request.is_timed, greedy=greedy)
-            with self._part("comparison with other structures"):
+            with self._progress.part("comparison with other structures"):
                 selection.compare(self._random)
-        with self._part("the student"):
+        with self._progress.part("the student"):
             record = self._record(errors.states, model, sums, selection, variants)
             self._write(target, errors, record)
         return record
@@ -157,16 +155,20 @@ class _StudentSearch:
     def _recorded_states(self, engines: Path) -> States:
         """Return states of the teacher: all that there is time for."""
         prompts = self._request.prompts or _default_prompts(self._teacher.checkpoint.name)
-        with self._part("runs of the teacher"):
+        with self._progress.part("runs of the teacher"):
             return self._work.states(
-                engines, prompts, self._request.settings, self._show, self._clock.during(0.2)
+                engines,
+                prompts,
+                self._request.settings,
+                self._progress.count_within,
+                self._clock.during(0.2),
             )
 
     def _latency_model(self, variants: Variants) -> LatencyModel:
         """Measure latencies as many as there is time for, and fit a model to them."""
         sites = self._teacher.sites
         table = LatencyTable(self._work.latencies(), variants.setting)
-        with self._part("latency of choices"):
+        with self._progress.part("latency of choices"):
             seconds = 0.0
             for first in LatencyPlan.of(variants, fitted=1, held_out=1).single[:2]:
                 start = self._clock.elapsed  # of the second, as the first loads the whole engine
@@ -197,7 +199,7 @@ class _StudentSearch:
             seconds = self._clock.elapsed - start
             return self._clock.affordable(0.5, planned * seconds, _MIN_STATES, len(states.states))
 
-        with self._part("importance of channels and heads"):
+        with self._progress.part("importance of channels and heads"):
             states = states.fewer(self._work.decided("states", decide))
             importance = teacher.importance(states)
         self._progress.note(f"  students are compared with the teacher on {states}")
@@ -205,17 +207,17 @@ class _StudentSearch:
         return StudentErrors(teacher.plan, teacher.network, importance, states, file)
 
     def _scores(self, errors: StudentErrors) -> ChoiceScores:
-        with self._part("errors of choices"):
-            return measure_scores(errors, self._teacher.sites, self._show)
+        with self._progress.part("errors of choices"):
+            return measure_scores(errors, self._teacher.sites, self._progress.count_within)
 
     def _check_sums(self, errors: StudentErrors, scores: ChoiceScores) -> ModelCheck:
         """Return sums of scores beside true errors, on random structures."""
         structures = random_structures(self._teacher.sites, _CHECKED, self._request.seed + 1)
         points = []
-        with self._part("errors of random structures"):
+        with self._progress.part("errors of random structures"):
             for structure in structures:
                 points.append((scores.total(structure), errors(structure)))
-                self._show(len(points), len(structures))
+                self._progress.count_within(len(points), len(structures))
         correlation = spearman(*zip(*points, strict=True))
         note = f"rank correlation {correlation:.3f} on {len(points)} random structures"
         if not correlation >= _MIN_SPEARMAN:
@@ -282,15 +284,6 @@ class _StudentSearch:
         student = student_module(teacher.network.model, chosen, errors.importance)
         content = msgspec.to_builtins(record)
         write_student(teacher.checkpoint, student, target, content, render_search(record))
-
-    @contextmanager
-    def _part(self, activity: str) -> Iterator[None]:
-        self._activity = activity
-        with self._progress.part(activity):
-            yield
-
-    def _show(self, done: int, total: int) -> None:
-        self._progress.within(self._activity, done, total)
 
 
 def _default_prompts(checkpoint: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
-from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.progress import Progress
 from latentforge.train.search.latency.table import LatencyTable
 from latentforge.train.search.variants import Variants
@@ -81,7 +80,7 @@ def _single_structures(variants: Variants) -> list[SearchedStructure]:
     for site in variants.sites:
         for choice in site.choices[1:]:
             structure = SearchedStructure.of({site.name: choice}, variants.sites)
-            if _is_valid(structure, variants.sites):
+            if structure.is_valid(variants.sites):
                 found.setdefault((variants.signatures[site.name], choice), structure)
     return list(found.values())
 
@@ -104,14 +103,6 @@ def random_structures(
             if source.random() < (share if site.kind != "stage" else share / 2)
         }
         structure = SearchedStructure.of(choices, sites)
-        if structure.choices and _is_valid(structure, sites):
+        if structure.choices and structure.is_valid(sites):
             found[structure] = None
     return tuple(found)
-
-
-def _is_valid(structure: SearchedStructure, sites: Sequence[Site]) -> bool:
-    try:
-        structure.check(sites)
-    except CheckpointError:
-        return False
-    return True
