@@ -292,13 +292,31 @@ def test_closing_waits_for_a_process_that_ends(handmade: Handmade) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("seconds", [0, 0.001, 0.02, 0.2])
-def test_a_start_that_is_cancelled_leaves_nothing(handmade: Handmade, seconds: float) -> None:
+def in_turn(turn: int) -> Callable[[Replica], Coroutine[Any, Any, None]]:
+    """Return a moment: so many turns of the event loop after the start began."""
+
+    async def moment(replica: Replica) -> None:
+        for _ in range(turn):
+            await asyncio.sleep(0)
+
+    return moment
+
+
+async def with_a_process(replica: Replica) -> None:
+    while replica.pid is None:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("moment", [*map(in_turn, range(1, 12)), with_a_process])
+def test_a_start_that_is_cancelled_leaves_nothing(
+    handmade: Handmade, moment: Callable[[Replica], Coroutine[Any, Any, None]]
+) -> None:
     async def scenario() -> None:
         before = open_descriptors()
         replica = Replica(handmade(), limits=QUICK)
         starting = asyncio.create_task(replica.start())
-        await asyncio.sleep(seconds)
+        await moment(replica)
+        assert replica.state is ReplicaState.STARTING
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await asyncio.sleep(0)
