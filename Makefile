@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs slow hostile optimum clean
+.PHONY: demo test check docs rehearsal slow hostile optimum clean
 
 demo: $(VENV)/ready  ## build the demo checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
@@ -20,6 +20,9 @@ check: $(VENV)/ready
 
 docs: $(VENV)/ready  ## build the documentation as a site, in site/
 	$(BIN)/mkdocs build --strict --quiet
+
+rehearsal: $(VENV)/ready  ## the script for GPUs, on the CPU with tiny sizes: five minutes
+	$(BIN)/python benchmarks/gpu.py --dry-run --output gpu-rehearsal
 
 slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 	$(BIN)/python -m pytest -m slow
@@ -36,4 +39,4 @@ $(VENV)/ready: pyproject.toml demo/pyproject.toml constraints.txt hatch_build.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-optimum .venv-peers demo-output dist site
+	rm -rf $(VENV) .venv-optimum .venv-peers demo-output gpu-rehearsal dist site
