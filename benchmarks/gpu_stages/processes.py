@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from background import start_process
+
 __all__ = ["StageProcess", "peak_memory"]
 
 _MARK = "LATENTFORGE_GPU_RUN"
@@ -31,16 +33,7 @@ class StageProcess:
     ) -> "StageProcess":
         """Start a command whose output is added to a log."""
         mark = uuid.uuid4().hex
-        env = {**os.environ, **environment, "PYTHONUNBUFFERED": "1", _MARK: mark}
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=env,
-                start_new_session=True,
-            )
+        process = start_process(command, log, {**environment, _MARK: mark})
         return cls(process, mark)
 
     @property

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from background import start_process
+
 __all__ = ["ServerProcess", "free_port", "latentforge_server", "running"]
 
 _SAMPLE = re.compile(r"^latentforge_(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
@@ -122,15 +124,8 @@ def running(
     Raises:
         RuntimeError: it ended, or was not ready in time; the message has the end of its log.
     """
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, **(environment or {}), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+    log.unlink(missing_ok=True)
+    process = start_process(command, log, environment)
     server = ServerProcess(process=process, port=port, log=log)
     try:
         _wait(server, ready)

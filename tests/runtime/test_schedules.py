@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from conftest import SCHEDULE
 
 from latentforge.runtime.errors import ManifestError, SettingsError
 from latentforge.runtime.sampling import SAMPLERS
@@ -18,6 +19,7 @@ from latentforge.runtime.sampling.euler import plan_euler
 from latentforge.runtime.sampling.heun import plan_heun
 from latentforge.runtime.sampling.lcm import plan_lcm
 from latentforge.runtime.sampling.levels import NoiseLevel, NoisePlan
+from latentforge.runtime.sampling.options import SolverOptions
 from latentforge.runtime.sampling.pndm import plan_pndm
 from latentforge.runtime.sampling.sampler import Planner
 from latentforge.runtime.sampling.schedule import BetaKind, Schedule, Spacing
@@ -28,15 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 plan_squeezed_10, plan_squeezed_11 = (SAMPLERS[f"squeezed_{n}"].plan for n in (10, 11))
 
 BETA_KINDS: list[BetaKind] = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-BASE = Schedule(
-    beta_kind="scaled_linear",
-    beta_start=0.00085,
-    beta_end=0.012,
-    spacing="leading",
-    offset=1,
-    zero_terminal_snr=False,
-    final_alpha_one=False,
-)
+BASE = msgspec.structs.replace(SCHEDULE, options=SolverOptions())
 
 
 def but(**changes: Any) -> Schedule:

@@ -281,6 +281,19 @@ def add_dry_run(parser: Any) -> None:
 
 def add_request(parser: Any) -> None:
     """Add the settings of an image: request_of()."""
+    add_denoising(parser)
+    parser.add_argument(
+        "--rescale",
+        type=float,
+        metavar="PHI",
+        help="guidance rescale, 0 to 1: reduces the overexposure of a high guidance scale",
+    )
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="height of the images")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="width of the images")
+
+
+def add_denoising(parser: Any) -> None:
+    """Add the settings of a denoising loop, some of those of request_of()."""
     parser.add_argument("--steps", type=int, metavar="N", help="number of denoising steps")
     parser.add_argument(
         "--guidance",
@@ -288,15 +301,7 @@ def add_request(parser: Any) -> None:
         metavar="SCALE",
         help="scale of classifier-free guidance: how closely to follow the prompt; 1 is off",
     )
-    parser.add_argument(
-        "--rescale",
-        type=float,
-        metavar="PHI",
-        help="guidance rescale, 0 to 1: reduces the overexposure of a high guidance scale",
-    )
     parser.add_argument("--sampler", metavar="NAME", help="listed by run --help")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help="height of the images")
-    parser.add_argument("--width", type=int, metavar="PIXELS", help="width of the images")
 
 
 _SETTINGS: Mapping[str, str] = {

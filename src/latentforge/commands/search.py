@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument("student", type=Path, metavar="STUDENT", help="the checkpoint to write")
     _add_goals(parser)
     _add_means(parser)
+    _add_runs(parser)
 
 
 def _add_goals(parser: Any) -> None:
@@ -70,15 +71,6 @@ def _add_means(parser: Any) -> None:
         help="recipe of the deployed engines, one without calibration (default: fp32)",
     )
     parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts of the runs on which student and checkpoint are compared, one per line",
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps of these runs")
-    parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance of these runs")
-    parser.add_argument("--sampler", metavar="NAME", help="listed by run --help")
-    parser.add_argument(
         "--size",
         type=int,
         metavar="PIXELS",
@@ -102,6 +94,14 @@ def _add_means(parser: Any) -> None:
     parser.add_argument(
         "--seed", dest="random_seed", type=int, default=0, metavar="N", help="of all random choices"
     )
+
+
+def _add_runs(parser: Any) -> None:
+    group = parser.add_argument_group(
+        "runs", arguments.wrapped("Denoising runs on which student and checkpoint are compared.")
+    )
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="their prompts, one per line")
+    arguments.add_denoising(group)
 
 
 def _search(options: argparse.Namespace) -> None:
