@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,9 @@ except ImportError:  # Windows: the leftovers of a killed process stay until a u
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "ENGINES",
     "MANIFEST_FILE",
+    "DirectoryKind",
     "check_file_target",
     "check_target",
     "copy_files",
@@ -41,6 +44,26 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 """File that makes a directory an engine directory."""
+
+
+@dataclass(frozen=True)
+class DirectoryKind:
+    """Kind of directory that a command may be allowed to replace.
+
+    Attributes:
+        file: that makes a directory one of this kind, so that no other is replaced.
+        noun: with its article, for messages.
+    """
+
+    file: str
+    noun: str
+
+    def includes(self, directory: Path) -> bool:
+        """Return True if a directory is of this kind."""
+        return (directory / self.file).is_file()
+
+
+ENGINES = DirectoryKind(MANIFEST_FILE, "an engine directory")
 
 _HASH_BLOCK = 1 << 20
 _LONGEST_SUFFIX = ".12345678.partial."  # of the siblings of a file
@@ -94,8 +117,8 @@ def _check_regular(mode: int, path: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Check that a directory can be created at target, where overwrite allows an engine directory.
+def check_target(target: Path, *, overwrite: bool = False, kind: DirectoryKind = ENGINES) -> None:
+    """Check that a directory can be created at target, where overwrite allows one of its kind.
 
     Stages call this before they start, so that a typo does not cost the work.
 
@@ -103,8 +126,8 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         TargetError: something else is there, or its parent is not writable.
     """
     try:
-        restore(target)
-        _check_old(target, overwrite)
+        restore(target, kind)
+        _check_old(target, overwrite, kind)
         parent = next(parent for parent in target.absolute().parents if parent.exists())
     except (OSError, ValueError) as error:
         raise TargetError(f"cannot write {target}: {_reason(error)}") from error
@@ -132,7 +155,7 @@ def link_files(files: Iterable[str], source: Path, target: Path) -> None:
             shutil.copyfile(source / file, target / file)
 
 
-def _check_old(target: Path, overwrite: bool) -> None:
+def _check_old(target: Path, overwrite: bool, kind: DirectoryKind) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise TargetError(f"{target} exists and is not a directory: choose another name")
     if target.exists() and any(target.iterdir()):
@@ -140,8 +163,8 @@ def _check_old(target: Path, overwrite: bool) -> None:
             raise TargetError(
                 f"{target} exists: choose another name, or pass --overwrite to replace it"
             )
-        if not (target / MANIFEST_FILE).is_file():
-            raise TargetError(f"{target} is not an engine directory, so it is not overwritten")
+        if not kind.includes(target):
+            raise TargetError(f"{target} is not {kind.noun}, so it is not overwritten")
 
 
 @contextmanager
@@ -156,26 +179,28 @@ def scratch_folder(directory: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_directory(
+    target: Path, *, overwrite: bool = False, kind: DirectoryKind = ENGINES
+) -> Iterator[Path]:
     """Yield a temporary sibling of target that is renamed to target when the block succeeds.
 
-    Missing parents are created, and overwrite replaces an existing engine directory. If the block
-    ends early, also by Ctrl-C, the sibling is removed. The next stage that writes the same target
-    removes the sibling of a killed process. After a GateError the sibling is kept as
-    target.rejected, for inspection. The old engines stand until the new ones are on the disk and
-    under their name.
+    Missing parents are created, and overwrite replaces an existing directory of the kind. If the
+    block ends early, also by Ctrl-C, the sibling is removed. The next stage that writes the same
+    target removes the sibling of a killed process. After a GateError the sibling is kept as
+    target.rejected, for inspection. The old directory stands until the new one is on the disk and
+    under its name.
 
     Raises:
         TargetError: the directory cannot be written.
         GateError: raised by the block; its message gains the place of the rejected directory.
     """
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, kind=kind)
     target = target.absolute()
     try:
-        with _partial_directory(target) as partial:
+        with _partial_directory(target, kind) as partial:
             try:
                 yield partial
-                _publish(partial, target, overwrite)
+                _publish(partial, target, overwrite, kind)
             except GateError as error:
                 raise GateError(f"{error}; {_reject(partial, target)}") from error
     except OSError as error:
@@ -184,7 +209,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 @contextmanager
-def _partial_directory(target: Path) -> Iterator[Path]:
+def _partial_directory(target: Path, kind: DirectoryKind) -> Iterator[Path]:
     """Make a locked sibling of target, and delete afterwards what has that name."""
     partial = _sibling(target)
     created = [parent for parent in target.parents if not parent.exists()]
@@ -193,7 +218,7 @@ def _partial_directory(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
-            restore(_rejected(target))
+            restore(_rejected(target), kind)
             partial.mkdir()
             lock = _lock(partial)
             with naming_full_disk(target, partial):
@@ -302,14 +327,14 @@ def _remove_leftovers(target: Path) -> None:
                 os.close(lock)
 
 
-def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Rename partial to target, in place of an engine directory that may be there."""
+def _publish(partial: Path, target: Path, overwrite: bool, kind: DirectoryKind) -> None:
+    """Rename partial to target, in place of a directory of the kind that may be there."""
     try:
         partial.rename(target)  # also replaces an empty directory
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        check_target(target, overwrite=overwrite)  # it may have been created meanwhile
+        check_target(target, overwrite=overwrite, kind=kind)  # it may have been created meanwhile
         _swap(partial, target)
 
 
@@ -373,22 +398,22 @@ def _set_aside(partial: Path, target: Path) -> None:
 
 
 def _settle(old: Path, target: Path) -> None:
-    """Give old engines their name back, or delete them if the new ones have it."""
+    """Give an old directory its name back, or delete it if the new one has it."""
     if old.exists() and not target.exists():
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(target: Path) -> None:
-    """Give the engines their name back that a killed process set aside while it replaced them.
+def restore(target: Path, kind: DirectoryKind = ENGINES) -> None:
+    """Give a directory its name back that a killed process set aside while it replaced it.
 
-    If there are engines at target, then its work was done, and the old ones are deleted.
+    If there is one of the kind at target, then its work was done, and the old one is deleted.
     """
     for old in target.absolute().parent.glob(f".{glob.escape(target.name)}.previous-*"):
         with suppress(OSError):  # locked by a running process, or not writable
             lock = _lock(old)
             try:
-                if (target / MANIFEST_FILE).is_file():
+                if kind.includes(target):
                     shutil.rmtree(old, ignore_errors=True)
                 else:
                     old.rename(target)  # also in place of an empty directory

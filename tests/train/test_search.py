@@ -93,6 +93,38 @@ def test_an_existing_student_is_not_replaced(tiny_checkpoint: Path, tmp_path: Pa
         stage.search(str(tiny_checkpoint), tmp_path, request(parameters=1))
 
 
+def test_a_student_alone_is_overwritten(
+    tiny_checkpoint: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal = int(GOAL * parameters(tiny_checkpoint))
+    wanted = request(parameters=goal, work=work, overwrite=True)
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(TargetError, match="is not a student of latentforge search, so it is not"):
+        stage.search(str(tiny_checkpoint), tmp_path, wanted)
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "search.json").write_text("old")
+
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(stage, "render_search", interrupted)
+        stage.search(str(tiny_checkpoint), student, wanted)
+    assert (student / "search.json").read_text() == "old"
+    record = stage.search(str(tiny_checkpoint), student, wanted)
+    assert record.chosen.parameters <= goal
+    assert "old" != (student / "search.json").read_text() and (student / "unet").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "student"]
+
+
+def test_a_work_folder_inside_the_student_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    wanted = request(parameters=1, work=tmp_path / "student" / "work")
+    with pytest.raises(TargetError, match="is inside the student"):
+        stage.search(str(tiny_checkpoint), tmp_path / "student", wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

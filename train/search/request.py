@@ -47,6 +47,7 @@ class StructureRequest:
         work: folder that keeps engines, states, scores and the table of latencies, for further
             searches of the same checkpoint; None: a sibling of the student, deleted at the end.
         seed: of all random choices.
+        overwrite: replace a student that is there.
         quiet: show no progress.
 
     Raises:
@@ -65,6 +66,7 @@ class StructureRequest:
     budget: float | None = 1200.0
     work: Path | None = None
     seed: int = 0
+    overwrite: bool = False
     quiet: bool = True
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ from latentforge.train.search.teacher import Teacher
 from latentforge.train.search.variants import Variants
 from latentforge.train.search.work import SearchWork, work_folder
 from latentforge.train.student.inherit import student_module
-from latentforge.train.student.writer import write_student
+from latentforge.train.student.writer import STUDENT, write_student
 
 __all__ = ["search"]
 
@@ -99,7 +99,7 @@ def search(checkpoint: str, target: Path, request: StructureRequest) -> SearchRe
         TargetError: the student or the work folder cannot be written.
     """
     request.check_target()
-    check_target(target)
+    check_target(target, overwrite=request.overwrite, kind=STUDENT)
     teacher = Teacher.open(checkpoint)
     with (
         work_folder(target, request) as folder,
@@ -283,7 +283,14 @@ class _StudentSearch:
         teacher, chosen = self._teacher, SearchedStructure(choices=record.chosen.choices)
         student = student_module(teacher.network.model, chosen, errors.importance)
         content = msgspec.to_builtins(record)
-        write_student(teacher.checkpoint, student, target, content, render_search(record))
+        write_student(
+            teacher.checkpoint,
+            student,
+            target,
+            content,
+            render_search(record),
+            overwrite=self._request.overwrite,
+        )
 
 
 def _default_prompts(checkpoint: str) -> tuple[str, ...]:

@@ -42,9 +42,11 @@ def work_folder(target: Path, request: StructureRequest) -> Iterator[Path]:
     It stays after an error or an interrupt, for the next try.
 
     Raises:
-        TargetError: it cannot be made or written.
+        TargetError: it cannot be made or written, or is inside the student.
     """
     folder = request.work or target.with_name(f".{target.name}.search")
+    if target.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise TargetError(f"{folder} is inside the student {target}: name another work folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

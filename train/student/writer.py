@@ -12,15 +12,17 @@ from torch import Tensor
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
-from latentforge.runtime.files import link_files, staged_directory
+from latentforge.runtime.files import DirectoryKind, link_files, staged_directory
 
-__all__ = ["PAGE", "RECORD", "write_student"]
+__all__ = ["PAGE", "RECORD", "STUDENT", "write_student"]
 
 RECORD = "search.json"
 """File of a student's checkpoint that says where it comes from."""
 
 PAGE = "search.html"
 """Page that is drawn from it."""
+
+STUDENT = DirectoryKind(RECORD, "a student of latentforge search")
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -34,6 +36,8 @@ def write_student(
     target: Path,
     record: Mapping[str, Any],
     page: str = "",
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a student's checkpoint: the teacher's, with the student in unet/.
 
@@ -47,14 +51,15 @@ def write_student(
         target: directory to write, completely or not at all.
         record: content of search.json.
         page: content of search.html, if there is one.
+        overwrite: replace a student that is there.
 
     Raises:
-        TargetError: the directory cannot be written, or exists.
+        TargetError: the directory cannot be written; it exists, or is no student.
     """
     name = type(student).__name__
     structure = {"structure": student.config.structure}
     config = {**teacher.config("unet"), "_class_name": name, **structure}
-    with staged_directory(target) as partial:
+    with staged_directory(target, overwrite=overwrite, kind=STUDENT) as partial:
         link_files(_unchanged(teacher), teacher.path, partial)
         (partial / "unet").mkdir(exist_ok=True)
         _write(partial / "model_index.json", {**teacher.index, "unet": ["latentforge", name]})

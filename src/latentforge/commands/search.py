@@ -36,6 +36,9 @@ def add(commands: Any) -> None:
         help="a diffusers directory, a hub id such as org/model (or org/model@revision), or demo",
     )
     parser.add_argument("student", type=Path, metavar="STUDENT", help="the checkpoint to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing student of a search"
+    )
     _add_goals(parser)
     _add_means(parser)
     _add_runs(parser)
@@ -129,6 +132,7 @@ def _request(options: argparse.Namespace) -> StructureRequest:
         budget=arguments.parse_duration(options.budget),
         work=options.work,
         seed=options.random_seed,
+        overwrite=options.overwrite,
         quiet=False,
     )
 
