@@ -16,9 +16,10 @@ from latentforge.runtime.version import __version__
 def test_a_record_has_the_version_and_the_duration() -> None:
     start = time.perf_counter() - 1.26
     record = Stage.ended("tune", start, {"rows": 2}, tools={"numpy": "2"}, passes={"fuse": 3})
+    elapsed = time.perf_counter() - start
     assert (record.name, record.options, record.passes) == ("tune", {"rows": 2}, {"fuse": 3})
     assert list(record.tools.items()) == [("latentforge", __version__), ("numpy", "2")]
-    assert record.seconds == 1.3
+    assert 1.3 <= record.seconds <= round(elapsed, 1)
     assert record.measured == {}
 
 

@@ -267,14 +267,24 @@ def test_interrupting_ends_the_build(
     build(tmp_path, part, whole)
     (tmp_path / "m.engine").unlink()
 
+    def handle(*arguments: Any) -> None:
+        handled.set()
+        signal.default_int_handler(*arguments)
+
     def act() -> None:
         if len(watch.reports) == 5:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            time.sleep(0.5)  # the build is longer than this one
+            assert handled.wait(60)
+            time.sleep(0.5)  # until the main thread, which is awake, has left its wait
 
+    handled = threading.Event()
     watch = Watch(act)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, part, watch)
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, part, watch)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "m.engine").exists()
     assert len(watch.reports) < len(whole.reports) / 2
     assert capfd.readouterr() == ("", "")

@@ -46,10 +46,10 @@ def load(content: Content, folder: Path) -> Tokenizer:
 
 
 def refused(content: Content, folder: Path, reason: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # not what others of this machine take
     with pytest.raises(ManifestError, match=reason) as caught:
         load(content, folder)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert "export again" in str(caught.value) and "\n" not in str(caught.value)
 
 
