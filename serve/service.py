@@ -48,13 +48,13 @@ from latentforge.serve.scheduler import BatchGains, JobChange, Limits, Scheduler
 from latentforge.serve.worker.batch_timing import measured_rates
 from latentforge.serve.worker.messages import (
     BatchDone,
+    BatchEnd,
     BatchFailed,
     RawArray,
     RunBatch,
     StepDone,
 )
 from latentforge.serve.worker.replica import (
-    BatchEnd,
     Replica,
     ReplicaLostError,
     ReplicaState,
@@ -487,7 +487,7 @@ class Service:
                 self._publish(id, Queued(position))
 
     def _stepped(self, batch: Batch, step: StepDone) -> None:
-        pictures = () if step.previews is None else tuple(step.previews.array)
+        pictures = () if step.previews is None else step.previews.parts
         changes = self.scheduler.stepped(batch.id, step.step, step.count, self._now, pictures)
         live = sum(len(c.event.images) for c in changes if isinstance(c.event, Stepped))
         self._meter.step(batch, step.step, live, self._now)
@@ -495,7 +495,7 @@ class Service:
 
     def _ended(self, batch: Batch, end: BatchEnd) -> None:
         if isinstance(end, BatchDone):
-            images = tuple(end.images.array)
+            images = end.images.parts
             if len(images) != len(batch.rows):
                 raise BackendError(f"{len(images)} images came for {len(batch.rows)} prompts")
             self._report_ignored(batch, end)

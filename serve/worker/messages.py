@@ -23,6 +23,7 @@ from latentforge.runtime.settings import Settings
 __all__ = [
     "Answer",
     "BatchDone",
+    "BatchEnd",
     "BatchFailed",
     "BatchStopped",
     "CancelBatch",
@@ -65,6 +66,15 @@ class RawArray(msgspec.Struct, frozen=True, kw_only=True):
             ValueError: the data does not have this shape.
         """
         return np.frombuffer(self.data, self.kind).reshape(self.shape)
+
+    @property
+    def parts(self) -> tuple[NDArray[Any], ...]:
+        """The arrays along the first axis, each in memory of its own: a view would keep them all.
+
+        Raises:
+            ValueError: the data does not have this shape.
+        """
+        return tuple(part.copy() for part in self.array)
 
 
 class LoadEngines(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -191,9 +201,10 @@ class BatchFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 Order: TypeAlias = LoadEngines | RunBatch | CancelBatch | Ping
 """Message to a worker."""
 
-Answer: TypeAlias = (
-    EnginesLoaded | LoadFailed | Pong | StepDone | BatchDone | BatchStopped | BatchFailed
-)
+BatchEnd: TypeAlias = BatchDone | BatchStopped | BatchFailed
+"""Last answer about a batch."""
+
+Answer: TypeAlias = EnginesLoaded | LoadFailed | Pong | StepDone | BatchEnd
 """Message from a worker."""
 
 

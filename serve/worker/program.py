@@ -37,24 +37,7 @@ from latentforge.runtime.pipeline import DenoisingStep, Pipeline
 from latentforge.runtime.settings import Settings
 from latentforge.runtime.text import one_line
 from latentforge.serve.turns import Turns
-from latentforge.serve.worker.messages import (
-    Answer,
-    BatchDone,
-    BatchFailed,
-    BatchStopped,
-    CancelBatch,
-    EnginesLoaded,
-    FrameReader,
-    LoadEngines,
-    LoadFailed,
-    Order,
-    Ping,
-    Pong,
-    RawArray,
-    RunBatch,
-    StepDone,
-    frame,
-)
+from latentforge.serve.worker import messages
 
 __all__ = ["is_preview_due", "main"]
 
@@ -68,19 +51,19 @@ class _Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._reader = FrameReader(Order)
-        self._orders: deque[Order] = deque()
+        self._reader = messages.FrameReader(messages.Order)
+        self._orders: deque[messages.Order] = deque()
 
-    def send(self, answer: Answer) -> None:
-        self._connection.sendall(frame(answer))
+    def send(self, answer: messages.Answer) -> None:
+        self._connection.sendall(messages.frame(answer))
 
-    def receive(self) -> Order:
+    def receive(self) -> messages.Order:
         """Return the next order; EOFError once the server is gone."""
         while not self._orders:
             self._read()
         return self._orders.popleft()
 
-    def arrived(self) -> Iterator[Order]:
+    def arrived(self) -> Iterator[messages.Order]:
         """Yield the orders that have arrived, without waiting for one."""
         while select.select([self._connection], [], [], 0)[0]:
             self._read()
@@ -120,21 +103,21 @@ def _end_with(lifeline: int) -> None:
 def _load(channel: _Channel) -> Pipeline | None:
     """Load the engines that the first order names, and run one step; None if that fails."""
     start, order = time.perf_counter(), channel.receive()
-    if not isinstance(order, LoadEngines):
+    if not isinstance(order, messages.LoadEngines):
         raise BackendError(f"a worker process got {type(order).__name__} before its engines")
     try:
         pipeline = _warm(order)
     except (LatentforgeError, MemoryError, OSError) as error:
         known = isinstance(error, LatentforgeError)
         kind = type(error).__name__ if known else "BackendError"
-        channel.send(LoadFailed(error=kind, message=_message(error)))
+        channel.send(messages.LoadFailed(error=kind, message=_message(error)))
         return None
     seconds = time.perf_counter() - start
-    channel.send(EnginesLoaded(seconds=seconds, versions=pipeline.versions()))
+    channel.send(messages.EnginesLoaded(seconds=seconds, versions=pipeline.versions()))
     return pipeline
 
 
-def _warm(order: LoadEngines) -> Pipeline:
+def _warm(order: messages.LoadEngines) -> Pipeline:
     """Load the engines, and those of the acceleration plan, and run one step."""
     pipeline = load(order.directory, example_images=True, **order.options)  # type: ignore[arg-type]
     trial(pipeline, steps=1)
@@ -157,7 +140,7 @@ class _BatchRun:
         last: the last of these so far.
     """
 
-    order: RunBatch
+    order: messages.RunBatch
     start: float
     reported: float = 0.0
     steps: Iterator[DenoisingStep] | None = None
@@ -181,24 +164,27 @@ class _Runs:
             if self._runs:
                 self._step(self._runs[self._turns.next()])
 
-    def _obey(self, order: Order) -> None:
-        if isinstance(order, Ping):
-            self._channel.send(Pong())
-        if isinstance(order, RunBatch):
+    def _obey(self, order: messages.Order) -> None:
+        if isinstance(order, messages.Ping):
+            self._channel.send(messages.Pong())
+        if isinstance(order, messages.RunBatch):
             self._runs[order.batch] = _BatchRun(order, time.perf_counter())
             self._turns.add(order.batch)
-        if isinstance(order, CancelBatch) and (run := self._runs.get(order.batch)) is not None:
+        if (
+            isinstance(order, messages.CancelBatch)
+            and (run := self._runs.get(order.batch)) is not None
+        ):
             steps = 0 if run.last is None else run.last.index + 1
-            self._end(BatchStopped(batch=order.batch, steps=steps))
+            self._end(messages.BatchStopped(batch=order.batch, steps=steps))
 
     def _step(self, run: _BatchRun) -> None:
         """Do one step of a batch, or decode its images, and answer."""
         start, batch = time.perf_counter(), run.order.batch
         answer = self._answer(run)
         self._turns.ran(batch, time.perf_counter() - start)
-        self._report(run, answer) if isinstance(answer, StepDone) else self._end(answer)
+        self._report(run, answer) if isinstance(answer, messages.StepDone) else self._end(answer)
 
-    def _report(self, run: _BatchRun, step: StepDone) -> None:
+    def _report(self, run: _BatchRun, step: messages.StepDone) -> None:
         """Report a step, unless another was a moment ago: messages may cost more than steps."""
         now = time.perf_counter()
         shown = step.previews is not None or step.step == step.count
@@ -206,7 +192,9 @@ class _Runs:
             run.reported = now
             self._channel.send(step)
 
-    def _answer(self, run: _BatchRun) -> StepDone | BatchDone | BatchFailed:
+    def _answer(
+        self, run: _BatchRun
+    ) -> messages.StepDone | messages.BatchDone | messages.BatchFailed:
         try:
             if run.steps is None:
                 run.steps = _steps(self._pipeline, run.order)
@@ -217,13 +205,13 @@ class _Runs:
         except Exception as error:
             return _failure(run.order, error)
 
-    def _end(self, answer: BatchDone | BatchFailed | BatchStopped) -> None:
+    def _end(self, answer: messages.BatchEnd) -> None:
         del self._runs[answer.batch]
         self._turns.remove(answer.batch)
         self._channel.send(answer)
 
 
-def _failure(order: RunBatch, error: Exception) -> BatchFailed:
+def _failure(order: messages.RunBatch, error: Exception) -> messages.BatchFailed:
     """Return the answer about a batch that an error ended."""
     if not isinstance(error, LatentforgeError | MemoryError):
         traceback.print_exc()  # a fault of the program, which the server's log shows
@@ -231,12 +219,12 @@ def _failure(order: RunBatch, error: Exception) -> BatchFailed:
     message = _message(error)
     exhausted = NO_MEMORY in message
     code = "invalid_value" if isinstance(error, SettingsError) else "generation_failed"
-    return BatchFailed(
+    return messages.BatchFailed(
         batch=order.batch, code="out_of_memory" if exhausted else code, message=message
     )
 
 
-def _steps(pipeline: Pipeline, order: RunBatch) -> Iterator[DenoisingStep]:
+def _steps(pipeline: Pipeline, order: messages.RunBatch) -> Iterator[DenoisingStep]:
     return pipeline.steps(
         order.settings,
         image=[image.array for image in order.images] or None,
@@ -245,14 +233,14 @@ def _steps(pipeline: Pipeline, order: RunBatch) -> Iterator[DenoisingStep]:
     )
 
 
-def _images(pipeline: Pipeline, run: _BatchRun) -> BatchDone:
+def _images(pipeline: Pipeline, run: _BatchRun) -> messages.BatchDone:
     """Decode the images after the last step."""
     assert run.last is not None  # there is no run without steps
     result = run.last.result()
     pixels = np.stack([np.asarray(image) for image in result.images])
-    return BatchDone(
+    return messages.BatchDone(
         batch=run.order.batch,
-        images=RawArray.of(pixels),
+        images=messages.RawArray.of(pixels),
         ignored=_ignored(pipeline, run.order.settings),
         seconds=time.perf_counter() - run.start,
         stages=result.timings.stages,
@@ -273,16 +261,18 @@ def _ignored(pipeline: Pipeline, settings: Settings) -> tuple[tuple[str, str], .
     return tuple((end(prompt), end(negative)) for prompt, negative in texts)
 
 
-def _progress(pipeline: Pipeline, order: RunBatch, step: DenoisingStep) -> StepDone:
+def _progress(
+    pipeline: Pipeline, order: messages.RunBatch, step: DenoisingStep
+) -> messages.StepDone:
     previews = None
     mapped = pipeline.manifest.preview is not None
     if mapped and is_preview_due(step.index, step.count, order.previews):
         previews = np.stack([np.asarray(image) for image in step.quick_preview()])
-    return StepDone(
+    return messages.StepDone(
         batch=order.batch,
         step=step.index + 1,
         count=step.count,
-        previews=None if previews is None else RawArray.of(previews),
+        previews=None if previews is None else messages.RawArray.of(previews),
     )
 
 

@@ -21,27 +21,9 @@ from latentforge.runtime.isolation import child_environment, program_command
 from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.text import one_line
 from latentforge.runtime.validation import check_number
-from latentforge.serve.worker.messages import (
-    Answer,
-    BatchDone,
-    BatchFailed,
-    BatchStopped,
-    CancelBatch,
-    EnginesLoaded,
-    FrameReader,
-    LoadEngines,
-    LoadFailed,
-    Order,
-    Ping,
-    RunBatch,
-    StepDone,
-    frame,
-)
+from latentforge.serve.worker import messages
 
-__all__ = ["BatchEnd", "Replica", "ReplicaLostError", "ReplicaState", "WorkerLimits"]
-
-BatchEnd = BatchDone | BatchStopped | BatchFailed
-"""Last answer about a batch."""
+__all__ = ["Replica", "ReplicaLostError", "ReplicaState", "WorkerLimits"]
 
 _log = escaping_logger("latentforge.serve")
 
@@ -103,8 +85,8 @@ class WorkerLimits:
 class _RunningBatch:
     """Batch that runs: the caller's function for steps, and its end."""
 
-    report: Callable[[StepDone], None]
-    end: asyncio.Future[BatchEnd]
+    report: Callable[[messages.StepDone], None]
+    end: asyncio.Future[messages.BatchEnd]
 
 
 class _Worker(asyncio.Protocol):
@@ -120,13 +102,13 @@ class _Worker(asyncio.Protocol):
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.loaded: asyncio.Future[EnginesLoaded] = loop.create_future()
+        self.loaded: asyncio.Future[messages.EnginesLoaded] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.last_answer = loop.time()
         self.running: dict[int, _RunningBatch] = {}
         self.fault = ""
         self._loop = loop
-        self._reader = FrameReader(Answer)
+        self._reader = messages.FrameReader(messages.Answer)
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -145,27 +127,27 @@ class _Worker(asyncio.Protocol):
         if not self.ended.done():
             self.ended.set_result(None)
 
-    def send(self, order: Order) -> None:
+    def send(self, order: messages.Order) -> None:
         if self._transport is not None:
-            self._transport.write(frame(order))
+            self._transport.write(messages.frame(order))
 
     def disconnect(self, fault: str = "") -> None:
         self.fault = self.fault or fault
         if self._transport is not None:
             self._transport.abort()
 
-    def _take(self, answer: Answer) -> None:
-        if isinstance(answer, EnginesLoaded) and not self.loaded.done():
+    def _take(self, answer: messages.Answer) -> None:
+        if isinstance(answer, messages.EnginesLoaded) and not self.loaded.done():
             self.loaded.set_result(answer)
-        if isinstance(answer, LoadFailed) and not self.loaded.done():
+        if isinstance(answer, messages.LoadFailed) and not self.loaded.done():
             kind = getattr(errors, answer.error, BackendError)
             self.loaded.set_exception(kind(answer.message))
         running = self.running.get(getattr(answer, "batch", -1))
         if running is None:
             return
-        if isinstance(answer, StepDone):
+        if isinstance(answer, messages.StepDone):
             running.report(answer)
-        if isinstance(answer, BatchEnd) and not running.end.done():
+        if isinstance(answer, messages.BatchEnd) and not running.end.done():
             running.end.set_result(answer)
 
 
@@ -279,11 +261,13 @@ class Replica:
         self.state = ReplicaState.STARTING
         self.losses = 0
         self.last_error = ""
-        self.loaded: EnginesLoaded | None = None
+        self.loaded: messages.EnginesLoaded | None = None
         self._name = name
         self._limits = limits
         self._on_loss = on_loss
-        self._order = LoadEngines(directory=str(directory.absolute()), options=dict(options or {}))
+        self._order = messages.LoadEngines(
+            directory=str(directory.absolute()), options=dict(options or {})
+        )
         self._ready = asyncio.Event()
         self._process: _Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -320,7 +304,9 @@ class Replica:
         if self.state is ReplicaState.CLOSED:
             raise ReplicaLostError("the server is shutting down")
 
-    async def run(self, order: RunBatch, report: Callable[[StepDone], None]) -> BatchEnd:
+    async def run(
+        self, order: messages.RunBatch, report: Callable[[messages.StepDone], None]
+    ) -> messages.BatchEnd:
         """Run a batch and return its end, calling ``report`` after each step.
 
         A task that is cancelled in here ends the process: nothing else tells it at once.
@@ -354,7 +340,7 @@ class Replica:
     def cancel(self, batch: int) -> None:
         """Stop a batch after the step that runs; run() returns BatchStopped, or its end."""
         if self._process is not None and self.state is ReplicaState.BUSY:
-            self._process.worker.send(CancelBatch(batch=batch))
+            self._process.worker.send(messages.CancelBatch(batch=batch))
 
     @property
     def silence(self) -> float:
@@ -436,7 +422,7 @@ class Replica:
         self.last_error = fault or _reason(status, process.lines)
         process.reason.set_result(self.last_error)
 
-    async def _load(self, worker: _Worker) -> EnginesLoaded:
+    async def _load(self, worker: _Worker) -> messages.EnginesLoaded:
         """Wait until the engines are loaded."""
         await asyncio.wait(
             (worker.loaded, worker.ended),
@@ -460,7 +446,7 @@ class Replica:
                 worker.disconnect(f"the process did not answer for {limits.step:g} s: killed")
                 return
             if not worker.running:
-                worker.send(Ping())
+                worker.send(messages.Ping())
             await asyncio.wait((worker.ended,), timeout=tick)
 
 

@@ -149,6 +149,7 @@ def test_images_are_those_of_the_pipeline(handmade: Handmade) -> None:
                         alone["seed"] = request["seed"] + index
                         image = np.asarray(pipe(**alone).images[0])
                         assert np.array_equal(job.images[index], image), request
+                    assert job.images[index].base is None  # it keeps no other image alive
             kinds = [type(event) for event in events]
             assert kinds[0] is Queued and kinds[-1] is Completed
             assert Started in kinds and Stepped in kinds and ImageDone in kinds

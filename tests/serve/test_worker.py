@@ -437,6 +437,8 @@ def test_frames_arrive_in_pieces(piece: int) -> None:
     found = [message for each in pieces for message in reader.feed(each)]
     assert found == [order, Ping(), Ping()]
     assert np.array_equal(found[0].images[0].array, pixels)
+    parts = found[0].images[0].parts
+    assert np.array_equal(parts, pixels) and all(part.base is None for part in parts)
 
 
 @pytest.mark.parametrize("stream", [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"\0\0\0\2\x81\0"])
