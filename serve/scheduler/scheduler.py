@@ -296,6 +296,8 @@ class Scheduler:
         allowed = partial(self._allowed, beside[0] if beside else None)
         taken = self._queue(model).take(self._batch_size, allowed, now)
         if not taken:
+            if not beside:
+                self.throughput.end(replica)
             return None
         batch = self._batch(taken)
         self._batches[batch.id] = _Running(batch, replica, taken[0][0].alone)
@@ -402,6 +404,7 @@ class Scheduler:
     def replica_lost(self, replica: int, now: float) -> Changes:
         """Note that the process of a replica is gone; what ran there runs once more, each alone."""
         self._replicas.pop(replica, None)
+        self.throughput.end(replica)
         lost = [running for running in self._batches.values() if running.replica == replica]
         for running in lost:
             self._release(running)
@@ -451,8 +454,8 @@ class Scheduler:
         return Flow(job, entry.owner, entry.request, entry.arrived, deque(rows), alone)
 
     def _rate(self, model: str) -> float | None:
-        """Return the cost per second of all replicas of a model; None before a measurement."""
-        rate = self.throughput.rates.get(model)
+        """Return the sure cost per second of all replicas; None before a measurement."""
+        rate = self.throughput.sure(model)
         replicas = sum(name == model for name in self._replicas.values())
         return None if rate is None else rate * max(1, replicas)
 
@@ -499,9 +502,10 @@ class Scheduler:
         running.part = part
 
     def _release(self, running: _Running) -> None:
-        """Let a replica go."""
+        """Let a replica go. The time until its next batch counts, if one waits."""
         del self._batches[running.batch.id]
-        if all(other.replica != running.replica for other in self._batches.values()):
+        others = any(other.replica == running.replica for other in self._batches.values())
+        if not others and not len(self._queue(running.batch.model)):
             self.throughput.end(running.replica)
 
     def _live(self, running: _Running) -> list[Row]:

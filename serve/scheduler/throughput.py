@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 __all__ = ["Throughput"]
 
 _RECENT = 0.2  # weight of the last measurement
+_SPREAD = 0.25  # and of its distance from the average
+_DEVIATIONS = 2.0  # below the average: few batches are slower
+_RESERVE = 0.05  # at least, since a server with many times its load takes time from its workers
 
 
 @dataclass(eq=False)
@@ -23,10 +26,15 @@ class Throughput:
     """Work per second of one replica of each model, as an average that forgets.
 
     A replica does one step at a time, so the time between two of its reports is that of a step,
-    whichever of its batches that belongs to.
+    whichever of its batches that belongs to, and of what the server did before it.
+
+    Attributes:
+        rates: averages by model.
+        deviations: mean distance of the measurements from the average, by model.
     """
 
     rates: dict[str, float] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
     _busy: dict[int, _Busy] = field(default_factory=dict)
 
     def begin(self, replica: int, now: float) -> None:
@@ -50,9 +58,21 @@ class Throughput:
 
     def observe(self, model: str, rate: float) -> None:
         """Take a measurement into the average."""
-        before = self.rates.get(model, rate)
+        before, spread = self.rates.get(model, rate), self.deviations.get(model, 0.0)
         self.rates[model] = before + _RECENT * (rate - before)
+        self.deviations[model] = spread + _SPREAD * (abs(rate - before) - spread)
+
+    def sure(self, model: str) -> float | None:
+        """Return the rate that a model hardly falls below; None before a measurement.
+
+        It is the average less its deviations, as TCP bounds the time of an answer (Jacobson 1988):
+        what is promised by an average alone is broken half the time.
+        """
+        if (rate := self.rates.get(model)) is None:
+            return None
+        reserve = max(_RESERVE * rate, _DEVIATIONS * self.deviations[model])
+        return max(rate - reserve, rate / 2)
 
     def end(self, replica: int) -> None:
-        """Note that a replica has nothing to run, or is gone."""
+        """Note that a replica finds nothing to run, or is gone."""
         self._busy.pop(replica, None)

@@ -1,5 +1,7 @@
 """Scheduler: what runs next, with whom, and what is refused."""
 
+import random
+
 import numpy as np
 import pytest
 from simulation import PIXEL, image_request
@@ -9,6 +11,7 @@ from latentforge.serve.errors import QueueFullError, QuotaError
 from latentforge.serve.job import Cancelled, Completed, Failed, ImageDone, Stepped
 from latentforge.serve.request import Batch, ImageRequest
 from latentforge.serve.scheduler import BatchGains, Limits, OwnerLimits, Scheduler
+from latentforge.serve.scheduler.throughput import Throughput
 from latentforge.serve.turns import Turns
 
 GAINS = BatchGains().measured("m", 512, 512, {1: 1.0, 2: 1.9, 4: 3.5, 8: 3.6})
@@ -175,14 +178,15 @@ def test_a_full_queue_refuses_with_the_time_to_wait() -> None:
     queue = scheduler(Limits(queue_seconds=10))
     submit(queue, "first", image_request(1))  # nothing is measured: accepted
     finish(queue, queue.next_batch("m", 0, 0.0), 2.0)  # 5 units a second
-    for index in range(6):
+    for index in range(5):
         submit(queue, f"job{index}", image_request(1), now=2.0)
-    assert queue.expected_wait("m") == pytest.approx(12.0)
-    with pytest.raises(QueueFullError, match="start in about 12 seconds.*in 3 seconds") as full:
+    wait = 10 / 0.95  # a twentieth of the speed is held back
+    assert queue.expected_wait("m") == pytest.approx(wait)
+    with pytest.raises(QueueFullError, match="start in about 11 seconds.*in 3 seconds") as full:
         submit(queue, "late", image_request(1), now=2.0)
-    assert full.value.retry_after == pytest.approx(3.0)
+    assert full.value.retry_after == pytest.approx(wait / 4)
     submit(queue, "other", image_request(1), owner="other", now=2.0)  # has a share of its own
-    assert queue.jobs == 7
+    assert queue.jobs == 6
 
 
 def test_more_replicas_wait_less() -> None:
@@ -190,13 +194,13 @@ def test_more_replicas_wait_less() -> None:
     queue.throughput.observe("m", 5.0)
     for index in range(4):
         submit(queue, f"job{index}", image_request(1))
-    assert queue.expected_wait("m") == pytest.approx(8.0)
+    assert queue.expected_wait("m") == pytest.approx(8 / 0.95)
     queue.next_batch("other", 7, 0.0)
     queue.next_batch("m", 0, 0.0)
     queue.next_batch("m", 1, 0.0)
-    assert queue.expected_wait("m") == pytest.approx(4.0)
+    assert queue.expected_wait("m") == pytest.approx(4 / 0.95)
     queue.replica_lost(1, 0.0)
-    assert queue.expected_wait("m") == pytest.approx(8.0)
+    assert queue.expected_wait("m") == pytest.approx(8 / 0.95)
 
 
 def test_a_request_that_cannot_meet_its_deadline_is_refused() -> None:
@@ -205,9 +209,9 @@ def test_a_request_that_cannot_meet_its_deadline_is_refused() -> None:
     for index in range(3):
         submit(queue, f"job{index}", image_request(1))
     with pytest.raises(QueueFullError, match="done at its deadline"):
-        queue.submit("late", image_request(1), owner="me", deadline=7.9, now=0.0)
-    queue.submit("in time", image_request(1), owner="me", deadline=8.1, now=0.0)
-    assert queue.wake_at(1.0) == 8.1
+        queue.submit("late", image_request(1), owner="me", deadline=8.3, now=0.0)
+    queue.submit("in time", image_request(1), owner="me", deadline=8.5, now=0.0)
+    assert queue.wake_at(1.0) == 8.5
 
 
 def test_the_number_of_jobs_is_limited() -> None:
@@ -310,6 +314,35 @@ def test_the_throughput_is_measured_while_two_batches_take_turns() -> None:
     later = queue.next_batch("m", 0, now + 100)
     finish(queue, later, now + 102)
     assert queue.throughput.rates["m"] == pytest.approx(5.0)
+
+
+def test_the_time_between_two_batches_counts_while_images_wait() -> None:
+    queue, now = Scheduler(), 0.0
+    for index in range(3):
+        submit(queue, f"job{index}", image_request(1))
+    for _ in range(3):  # 2 seconds of work, and half a second until the next begins
+        batch = queue.next_batch("m", 0, now)
+        finish(queue, batch, now + 2.0)
+        now += 2.5
+    assert queue.throughput.rates["m"] == pytest.approx(5 + 0.36 * (4 - 5))
+
+
+def test_no_more_is_promised_than_a_varying_speed_allows() -> None:
+    throughput = Throughput()
+    assert throughput.sure("m") is None
+    for _ in range(20):
+        throughput.observe("m", 10.0)
+    assert throughput.sure("m") == pytest.approx(9.5)
+    for _ in range(3):  # the load comes: a fifth is lost
+        throughput.observe("m", 8.0)
+    assert (throughput.sure("m") or 0) < 8.0 < throughput.rates["m"]
+    for _ in range(20):
+        throughput.observe("m", 8.0)
+    assert throughput.sure("m") == pytest.approx(0.95 * 8.0, rel=0.01)
+    draw = random.Random(0)
+    for _ in range(50):
+        throughput.observe("m", draw.uniform(6.0, 10.0))
+    assert (throughput.sure("m") or 0) == pytest.approx(6.0, rel=0.1)
 
 
 def test_images_that_are_lost_twice_fail() -> None:
