@@ -29,6 +29,7 @@ _MAX_ROWS = 1 << 30
 _MAX_THREADS = 4096
 _MAX_CACHED = 100_000
 _MAX_ITEMS = 100_000
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 _MAX_PATH, _MAX_NAME = 4096, 255  # bytes, of Linux
 _SHOWN = 100  # characters of a value in a message
 
@@ -38,6 +39,8 @@ def plain(value: Any) -> Any:
 
     What has more items than any request needs is returned as it is.
     """
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, np.ndarray) and value.size <= _MAX_ITEMS:
         return plain(value[()]) if value.ndim == 0 else tuple(map(plain, value))
     if isinstance(value, list | tuple | range) and len(value) <= _MAX_ITEMS:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
+import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from latentforge.serve.share import ShareStore
 __all__ = ["Address", "ServeOptions", "launch", "model_sources"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SWITCH_SECONDS = 0.001  # between threads of Python
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -172,7 +177,28 @@ async def _serve(
     app = create_app(context, authenticate=keys, hosts=_hosts(options))
     shown = f"[{host}]" if ":" in host else host
     announce(f"http://{shown}:{port}", service)
-    return await run(app, service, bound, options.server, ready)
+    with _prompt_answers():
+        return await run(app, service, bound, options.server, ready)
+
+
+@contextmanager
+def _prompt_answers() -> Iterator[None]:
+    """Let the event loop wait for nothing else in this process for long.
+
+    It waits for the interpreter's lock a switch interval for each thread that wants it too, and
+    for the garbage collector, which otherwise looks through all that was imported.
+    """
+    threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "latentforge")
+    asyncio.get_running_loop().set_default_executor(threads)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(interval)
 
 
 def _hosts(options: ServeOptions) -> frozenset[str] | None:

@@ -13,6 +13,8 @@ from latentforge.runtime.text import one_line, printable
 
 __all__ = ["JsonLines", "LogFormat", "RequestLog", "TextLines", "log_to"]
 
+_ENCODER = json.JSONEncoder(default=str)
+
 LogFormat = Literal["json", "text"]
 
 FIELDS = "latentforge_fields"
@@ -33,7 +35,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(values, default=str)
+        return _ENCODER.encode(values)
 
 
 class TextLines(logging.Formatter):

@@ -45,9 +45,7 @@ class BatchKey:
     @cached_property
     def row_cost(self) -> float:
         """Work of one image: steps of 512 x 512 pixels without guidance."""
-        settings = self.settings
-        pixels = settings.height * settings.width / _UNIT
-        return _steps(settings) * pixels * settings.guidance_rows
+        return _row_cost(self.settings)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,7 +126,7 @@ class ImageRequest:
     @property
     def cost(self) -> float:
         """Work of all images: steps of 512 x 512 pixels without guidance."""
-        return self.key.row_cost * self.count
+        return _row_cost(self.settings) * self.count
 
     @property
     def bytes(self) -> int:
@@ -218,6 +216,12 @@ def seeds_from(seed: Any, count: int) -> tuple[int, ...]:
     if type(seed) is not int:
         return (seed,) * count
     return tuple(s - _SEEDS if (s := seed + i) >= _SEEDS > seed else s for i in range(count))
+
+
+def _row_cost(settings: Settings) -> float:
+    """Return the work of one image: steps of 512 x 512 pixels without guidance."""
+    pixels = settings.height * settings.width / _UNIT
+    return _steps(settings) * pixels * settings.guidance_rows
 
 
 def _steps(settings: Settings) -> float:

@@ -7,6 +7,7 @@ counterpart, and one row in the table below.
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from types import MappingProxyType
 
@@ -105,6 +106,14 @@ def noise_plan(
         SettingsError: there is no such sampler, it cannot take these steps or timesteps, or one of
             them is not in the schedule.
     """
+    return _known_plan(name, schedule, steps, tuple(timesteps))
+
+
+@lru_cache(maxsize=16, typed=True)
+def _known_plan(
+    name: str, schedule: Schedule | EDMSchedule, steps: int, timesteps: tuple[float, ...]
+) -> NoisePlan:
+    """Return a plan, of which the last ones are kept: a server needs the same for each request."""
     sampler = get(name)
     if not isinstance(schedule, sampler.schedule):
         raise SettingsError(_other_kind(sampler, schedule))

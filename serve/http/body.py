@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -164,8 +165,56 @@ def _check_media_type(request: Request, expected: str) -> None:
         raise MediaTypeError(f"the body must be {expected}, not {given or 'without a type'}")
 
 
+class _Timer:
+    """Timer that cancels the task that it was made in, if nothing stops or extends it in time.
+
+    Args:
+        seconds: until it does so at the latest.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._end = self._due = self._loop.time() + seconds
+        self._handle: asyncio.TimerHandle | None = None
+        self._fired = False
+
+    def extend(self, seconds: float) -> None:
+        """Cancel the task in this many seconds, or at the end if that is earlier."""
+        self._due = min(self._loop.time() + seconds, self._end)
+        if self._handle is None or self._handle.when() > self._due:
+            self._arm()
+
+    def stop(self) -> None:
+        """Cancel nothing."""
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def ended(self) -> bool:
+        """Return True, once, if this timer has cancelled the task and nothing else has."""
+        if not self._fired or self._task is None:
+            return False
+        self._fired = False
+        return sys.version_info < (3, 11) or self._task.uncancel() == 0
+
+    def _arm(self) -> None:
+        self.stop()
+        self._handle = self._loop.call_at(self._due, self._fire)
+
+    def _fire(self) -> None:
+        if self._loop.time() < self._due:  # it was extended
+            self._arm()
+        elif self._task is not None:
+            self._fired = True
+            self._task.cancel()
+
+
 class _Stream:
-    """Pieces of a body, within bounds. In a ``with`` block they count as held in memory."""
+    """Pieces of a body, within bounds. In a ``with`` block they count as held in memory.
+
+    One timer bounds the time, and cancels the block: a task for each piece, as ``wait_for()`` makes
+    it, would cost more than all else that is done with a small body.
+    """
 
     def __init__(self, request: Request, limits: BodyLimits) -> None:
         self._pieces = request.stream()
@@ -173,13 +222,16 @@ class _Stream:
         self._waits = "expect" in request.headers  # a client that sends once it is asked to
         self._limits = limits
         self._taken = 0
-        self._end = asyncio.get_running_loop().time() + limits.seconds
+        self._timer = _Timer(limits.seconds)
 
     def __enter__(self) -> _Stream:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.stop()
         self._limits.memory.held -= self._taken
+        if kind is asyncio.CancelledError and self._timer.ended():
+            raise SlowBodyError("the body did not arrive in time: send it faster, or a smaller one")
 
     def __aiter__(self) -> _Stream:
         return self
@@ -187,16 +239,14 @@ class _Stream:
     async def __anext__(self) -> bytes:
         if self._expected > self._limits.bytes:
             await self._refuse()
-        left = self._end - asyncio.get_running_loop().time()
-        seconds = min(self._limits.chunk_seconds, max(0.0, left))
+        self._timer.extend(self._limits.chunk_seconds)
         try:
-            chunk = await asyncio.wait_for(anext(self._pieces), seconds)
-        except asyncio.TimeoutError as error:
-            raise SlowBodyError(
-                "the body did not arrive in time: send it faster, or a smaller one"
-            ) from error
+            chunk = await anext(self._pieces)
         except ClientDisconnect as error:
             raise ClientGoneError from error
+        except StopAsyncIteration:
+            self._timer.stop()
+            raise
         self._limits.memory.take(len(chunk))
         self._taken += len(chunk)
         if self._taken > self._limits.bytes:
@@ -208,6 +258,7 @@ class _Stream:
 
         A little of the rest is read before: a client that still sends would not see the answer.
         """
+        self._timer.stop()
         if not self._waits:
             with suppress(asyncio.TimeoutError, ClientDisconnect):
                 await asyncio.wait_for(self._discard(), _LINGER_SECONDS)

@@ -5,21 +5,63 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import suppress
+from typing import Any, cast
 
 import msgspec
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from latentforge.serve.errors import BadRequestError
 from latentforge.serve.http.envelope import envelope
 
 __all__ = ["BoundedConnection", "find_lost_peers"]
 
+_LARGE = 1 << 16  # bytes that are sent at once
+_HEAD_BYTES = 1 << 16  # of headers that are not complete
+
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 """Options by which the kernel finds out that the other machine is gone."""
 
 
-class BoundedConnection(H11Protocol):
+class _Joined:
+    """Transport that sends what is written in one turn of the event loop in one piece.
+
+    Uvicorn writes the head of an answer and its body one after the other. Each would be a packet,
+    and wake the client: for a short answer that is a large part of the work.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if data and not self._pieces:
+            self._loop.call_soon(self._flush)
+        if data:
+            self._pieces.append(data)
+            self._size += len(data)
+        if self._size > _LARGE:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces:
+            self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+
+class BoundedConnection(HttpToolsProtocol):
     """Connection that is closed if a request's headers, or the reading of an answer, take long.
+
+    Requests are parsed by llhttp, in a quarter of the time that a parser in Python takes: a server
+    with ten times its load does little else.
 
     Attributes:
         head_seconds: time from the first byte of a request, or from the connection, to the end of
@@ -30,18 +72,38 @@ class BoundedConnection(H11Protocol):
     head_seconds = 10.0
     read_seconds = 60.0
     _head: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head_bytes = 0
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin: the headers must come in time."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Joined(transport, self.loop)))
         find_lost_peers(transport.get_extra_info("socket"))
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
         """Handle a part of a request."""
         super().data_received(data)
+        self._bound_head(len(data))
         self._expect_head()
+
+    def on_message_begin(self) -> None:
+        """Begin the headers of a request."""
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """End the headers of a request.
+
+        Raises:
+            ValueError: it does not name one host (RFC 9112, section 3.2), which is answered by 400.
+        """
+        self._in_head = False
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (not hosts and self.parser.get_http_version() != "1.0"):
+            raise ValueError("a request names one host")
+        super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -71,6 +133,13 @@ class BoundedConnection(H11Protocol):
         ]
         self.transport.write(b"\r\n".join([*head, b"", body]))
         self.transport.close()
+
+    def _bound_head(self, size: int) -> None:
+        """Refuse headers that are too large, once another piece of them has come."""
+        if self._in_head and not self.transport.is_closing():
+            self._head_bytes += size
+            if self._head_bytes > _HEAD_BYTES:
+                self.send_400_response("the headers are too large: send fewer")
 
     def _expect_head(self) -> None:
         """Bound the time until a request is being answered."""

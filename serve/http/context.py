@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
@@ -50,6 +50,7 @@ __all__ = [
     "Output",
     "Pictures",
     "complete",
+    "completed",
     "owner_of",
     "settings_of",
 ]
@@ -190,7 +191,6 @@ class Context:
                 "Idempotency-Key must be 1 to 255 visible characters of ASCII",
                 param="Idempotency-Key",
             )
-        print_of = hashlib.sha256(request.scope["path"].encode() + msgspec.json.encode(fields))
         request.scope[MODEL] = images.model
         if self.options.log_prompts:
             request.scope[TEXT] = images.settings.prompts[0]
@@ -198,7 +198,7 @@ class Context:
             images,
             owner=owner_of(request),
             deadline=longest if seconds is None else min(seconds, longest),
-            idempotency=None if key is None else (key, print_of.hexdigest()),
+            idempotency=None if key is None else (key, _digest(request, fields)),
         )
         request.scope[JOB] = job.id
         return job
@@ -238,6 +238,12 @@ class Context:
     async def base64(self, images: ImageRequest, index: int, pixels: Pixels, output: Output) -> str:
         """Return a finished image of a request as a file in base64."""
         return base64.b64encode(await self.file(images, index, pixels, output)).decode()
+
+
+def _digest(request: Request, fields: msgspec.Struct) -> str:
+    """Return the digest of a request's path and body."""
+    content = request.scope["path"].encode() + msgspec.json.encode(fields)
+    return hashlib.sha256(content).hexdigest()
 
 
 def owner_of(request: Request) -> str:
@@ -308,6 +314,17 @@ def _fitted(request: ImageRequest, shrink: int) -> ImageRequest:
         return replace(request, image=resized(request.image, height, width))
     image, mask = (resized(p, height, width) for p in (request.image, request.mask))
     return replace(request, image=image, mask=mask)
+
+
+async def completed(work: Callable[[], ImageRequest], *, pictures: bool) -> ImageRequest:
+    """Return the request that complete() makes in some work.
+
+    Args:
+        work: the work.
+        pictures: True if it decodes pictures, which takes a thread. All else takes less time than
+            the way to a thread and back, for which a loaded server has to wait several times.
+    """
+    return await asyncio.to_thread(work) if pictures else work()
 
 
 def settings_of(fields: ImageFields) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hmac
 import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -23,6 +24,7 @@ from latentforge.serve.http.context import (
     Output,
     Pictures,
     complete,
+    completed,
     settings_of,
 )
 from latentforge.serve.http.endpoint import Endpoint
@@ -125,7 +127,9 @@ class JobEndpoints:
         name, model = self.context.model(body.model)
         require_previews(name, model, body.previews or 0, "previews")
         limits = self.context.options.pictures
-        images = await asyncio.to_thread(_completed, name, model, body, limits)
+        work = partial(_completed, name, model, body, limits)
+        pictures = any((body.image, body.mask, body.depth_map))
+        images = await completed(work, pictures=pictures)
         job = await self.context.submit(request, images, body, body.timeout)
         answer = self._answer(request, job)
         return Json(answer, 202, {"location": answer.poll_url})

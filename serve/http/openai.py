@@ -29,6 +29,7 @@ from latentforge.serve.http.context import (
     Output,
     Pictures,
     complete,
+    completed,
     settings_of,
 )
 from latentforge.serve.http.endpoint import Endpoint
@@ -251,7 +252,8 @@ class OpenAIEndpoints:
         name, model = self.context.model(body.model)
         previews = body.partial_images or 0
         require_previews(name, model, previews, "partial_images")
-        images = await asyncio.to_thread(_completed, name, model, body, pictures, previews)
+        work = partial(_completed, name, model, body, pictures, previews)
+        images = await completed(work, pictures=isinstance(body, EditForm))
         job = await self.context.submit(request, images, body, body.timeout)
         run = _Run(context=self.context, request=request, job=job, fields=body, event=event)
         if body.stream:

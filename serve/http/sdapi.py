@@ -6,13 +6,13 @@ features that would change the image and do not exist here are refused by name.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -29,6 +29,7 @@ from latentforge.serve.http.context import (
     Output,
     Pictures,
     complete,
+    completed,
     owner_of,
 )
 from latentforge.serve.http.endpoint import Endpoint
@@ -356,7 +357,8 @@ class WebUIEndpoints:
     async def _images(self, request: Request, body: TextBody | ImageBody) -> ASGIApp:
         overrides = body.override_settings or Overrides()
         name, model = self.context.model(overrides.sd_model_checkpoint)
-        images = await asyncio.to_thread(self._completed, name, model, body)
+        work = partial(self._completed, name, model, body)
+        images = await completed(work, pictures=isinstance(body, ImageBody))
         job = await self.context.submit(request, images, body, None)
         if body.force_task_id is not None:
             self._remember(owner_of(request), body.force_task_id, job.id)

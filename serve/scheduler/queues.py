@@ -32,6 +32,7 @@ class Flow:
         alone: True for images that do not share a batch, since one of them failed there.
         finish: virtual time at which all are done, if all jobs of the owner run at once.
         since: seconds, when it had a turn, or arrived.
+        row_cost: work of one image.
     """
 
     job: str
@@ -42,9 +43,10 @@ class Flow:
     alone: bool = False
     finish: float = 0.0
     since: float = field(init=False)
+    row_cost: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.since = self.arrived
+        self.since, self.row_cost = self.arrived, self.key.row_cost
 
     @property
     def key(self) -> BatchKey:
@@ -54,7 +56,7 @@ class Flow:
     @property
     def cost(self) -> float:
         """Work of all its images."""
-        return self.key.row_cost * len(self.rows)
+        return self.row_cost * len(self.rows)
 
 
 @dataclass(eq=False)
@@ -193,7 +195,7 @@ class FairQueue:
         return sorted(same, key=lambda flow: (self._shares[flow.owner].tag, flow.finish))
 
     def _pop(self, flow: Flow) -> Row:
-        row, cost = flow.rows.popleft(), flow.key.row_cost
+        row, cost = flow.rows.popleft(), flow.row_cost
         share = self._shares[flow.owner]
         self._time = max(self._time, share.tag)
         share.images -= 1

@@ -21,7 +21,9 @@ from latentforge.runtime.text import one_line, printable
 
 __all__ = ["parser", "run"]
 
-_OF_SERVE = ("multipart", "prometheus_client", "python_multipart", "starlette", "uvicorn")
+_OF_SERVE = (
+    "httptools", "multipart", "prometheus_client", "python_multipart", "starlette", "uvicorn"
+)  # fmt: skip
 """Packages of the extra ``serve``."""
 
 EPILOG = """\

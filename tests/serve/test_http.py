@@ -503,7 +503,7 @@ def test_requests_have_ids(client: httpx.Client) -> None:
     assert (
         client.get("/livez", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
     )
-    made = client.get("/livez", headers={"x-request-id": "a b\x7f"}).headers["x-request-id"]
+    made = client.get("/livez", headers={"x-request-id": b"a b\xe9"}).headers["x-request-id"]
     assert made and " " not in made
 
 
@@ -687,11 +687,38 @@ def test_the_kernel_looks_for_lost_clients() -> None:
 
 
 def test_what_is_not_http_is_refused(server: Served) -> None:
-    for sent in (b"\0\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n"):
+    start = b"POST /v1/jobs HTTP/1.1\r\nhost: a\r\n"
+    for sent in (
+        b"\0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nhost: a\r\n\r\n",
+        b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\n",
+        start + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        start + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        start + b"transfer-encoding: chunked, x\r\n\r\n{}",
+        start + b"x : y\r\n\r\n",
+        start + b"x: " + b"y" * 100_000,
+        start + b"x: y\r\n" * 20_000,
+    ):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(sent)
             answer = connection.recv(1000)
-        assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in answer
+        assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in answer, sent
+
+
+def test_answers_come_in_one_piece_and_connections_are_kept(server: Served) -> None:
+    """A packet each for its head and its body would wake the client twice."""
+    short = json.dumps({"prompt": "a", "steps": 1}).encode()
+    asked = request_bytes(short, "/nothing")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for _ in range(3):
+            connection.sendall(asked)
+            answer = connection.recv(10_000)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 404 ") and json.loads(body)["error"]
+        connection.sendall(asked * 2)  # pipelined: answered in order
+        wait_for(lambda: connection.recv(20_000, socket.MSG_PEEK).count(b"HTTP/1.1 404 ") == 2)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10.0) -> Any:

@@ -57,6 +57,8 @@ def test_sigterm_lets_accepted_requests_end(null_engines: Path) -> None:
         answer = pool.submit(client.post, "/v1/images/generations", json={**LONG, "n": 3})
         wait_for_job(client)
         process.send_signal(signal.SIGTERM)
+        while client.get("/readyz").status_code == 200:  # until the signal has arrived
+            pass
         refused = client.post("/v1/images/generations", json={"prompt": "a"})
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         assert len(answer.result().raise_for_status().json()["data"]) == 3
