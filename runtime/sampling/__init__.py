@@ -106,11 +106,11 @@ def noise_plan(
         SettingsError: there is no such sampler, it cannot take these steps or timesteps, or one of
             them is not in the schedule.
     """
-    return _known_plan(name, schedule, steps, tuple(timesteps))
+    return _kept_plan(name, schedule, steps, tuple(timesteps))
 
 
 @lru_cache(maxsize=16, typed=True)
-def _known_plan(
+def _kept_plan(
     name: str, schedule: Schedule | EDMSchedule, steps: int, timesteps: tuple[float, ...]
 ) -> NoisePlan:
     """Return a plan, of which the last ones are kept: a server needs the same for each request."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 __all__ = ["Throughput"]
 
-_RECENT = 0.2  # weight of the last measurement
-_SPREAD = 0.25  # and of its distance from the average
-_DEVIATIONS = 2.0  # below the average: few batches are slower
+_RECENT = 0.2  # weight of the last measurement, once there are five
+_SPREAD = 0.25  # weight of its distance below the average
+_SHORTFALLS = 4.0  # below the average: few batches are slower
 _RESERVE = 0.05  # at least, since a server with many times its load takes time from its workers
+_MOST = 0.3  # at most
 
 
 @dataclass(eq=False)
@@ -30,11 +31,13 @@ class Throughput:
 
     Attributes:
         rates: averages by model.
-        deviations: mean distance of the measurements from the average, by model.
+        shortfalls: mean distance of the measurements below the average, by model.
+        counts: number of the measurements, by model.
     """
 
     rates: dict[str, float] = field(default_factory=dict)
-    deviations: dict[str, float] = field(default_factory=dict)
+    shortfalls: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     _busy: dict[int, _Busy] = field(default_factory=dict)
 
     def begin(self, replica: int, now: float) -> None:
@@ -58,20 +61,22 @@ class Throughput:
 
     def observe(self, model: str, rate: float) -> None:
         """Take a measurement into the average."""
-        before, spread = self.rates.get(model, rate), self.deviations.get(model, 0.0)
-        self.rates[model] = before + _RECENT * (rate - before)
-        self.deviations[model] = spread + _SPREAD * (abs(rate - before) - spread)
+        before, short = self.rates.get(model, rate), self.shortfalls.get(model, 0.0)
+        count = self.counts[model] = self.counts.get(model, 0) + 1
+        self.rates[model] = before + max(_RECENT, 1 / count) * (rate - before)
+        self.shortfalls[model] = short + _SPREAD * (max(0.0, before - rate) - short)
 
     def sure(self, model: str) -> float | None:
         """Return the rate that a model hardly falls below; None before a measurement.
 
-        It is the average less its deviations, as TCP bounds the time of an answer (Jacobson 1988):
-        what is promised by an average alone is broken half the time.
+        It is the average less what batches fall short of it, as TCP bounds the time of an answer
+        (Jacobson 1988): what is promised by an average alone is broken half the time. Batches that
+        are faster, such as all after the first, make nothing less sure.
         """
         if (rate := self.rates.get(model)) is None:
             return None
-        reserve = max(_RESERVE * rate, _DEVIATIONS * self.deviations[model])
-        return max(rate - reserve, rate / 2)
+        reserve = max(_RESERVE * rate, _SHORTFALLS * self.shortfalls[model])
+        return rate - min(reserve, _MOST * rate)
 
     def end(self, replica: int) -> None:
         """Note that a replica finds nothing to run, or is gone."""
