@@ -18,6 +18,7 @@ const BY_PARAM = {
   prompt: "prompt", negative_prompt: "negative", model: "model", size: "size", width: "size",
   height: "size", n: "n", num_inference_steps: "steps", steps: "steps", guidance_scale: "guidance",
   sampler: "sampler", seed: "seed", strength: "strength", image: "choose", mask: "mask-open",
+  depth_map: "depth-choose",
 };
 
 export class Form {

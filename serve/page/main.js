@@ -1,6 +1,7 @@
 // Entry of the page: joins the form, the jobs, the selected image and the gallery.
 
 import { call, hasKey } from "./api.js";
+import { DepthMap } from "./depth.js";
 import { announce, askClear, askKey, showCode, showLink } from "./dialogs.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
@@ -21,6 +22,7 @@ const gallery = new Gallery(select);
 let sharing = false;
 const form = new Form(() => { showSource(); source.refit(); });
 const source = new Source(() => form.size(), report);
+const depth = new DepthMap(() => form.size(), report);
 let current = null; // key of the selected entry
 
 start();
@@ -113,14 +115,15 @@ async function submit() {
     form.blame("image");
     return;
   }
-  if (form.model.depth_map) {
-    report("This model needs a depth map, which programs send to /v1/jobs and this page cannot.");
+  if (depth.missing) {
+    report("This model needs a depth map of the image.");
+    form.blame("depth_map");
     return;
   }
   $("generate").disabled = true;
   try {
     const previews = form.model.previews ? { previews: PREVIEWS } : {};
-    await generate({ ...request, ...(await source.fields()), ...previews });
+    await generate({ ...request, ...(await source.fields()), ...(await depth.fields()), ...previews });
   } catch (error) {
     await reportError(error);
   } finally {
@@ -175,7 +178,9 @@ function showStage() {
 
 function showSource() {
   const model = form.model;
-  if (model) source.allow(model.tasks);
+  if (!model) return;
+  source.allow(model.tasks);
+  depth.allow(model);
 }
 
 function showChange(entry) {

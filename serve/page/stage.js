@@ -60,6 +60,7 @@ export class Stage {
     $("caption-facts").textContent = facts(entry).join(" · ");
     const done = entry.status === "completed";
     for (const name of ["download", "share", "code"]) $(name).hidden = !done;
+    $("code").hidden ||= Boolean(entry.request.depth_map); // OpenAI's API has none
     $("start-from").hidden = !done || !model?.tasks.some((task) => task !== "text_to_image");
     $("again").hidden = ["queued", "running"].includes(entry.status) || done;
     if (!done) return;

@@ -1,5 +1,6 @@
 """The page in a real browser, against the server with the demo's engines."""
 
+import base64
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 from served import served
@@ -436,6 +438,42 @@ def test_image_to_start_from_with_a_painted_mask(
     monkeypatch.chdir(tmp_path)
     run_program(page)
     assert settings_in(Path("image.png").read_bytes()) == settings_in(made)
+
+
+def test_model_with_a_depth_map(visit: Open, tmp_path: Path) -> None:
+    """A map of the request's shape is sent as it is, with 16 bits; another as the image is cut."""
+    pytest.importorskip("onnxruntime")
+    from test_service import depth_engines
+
+    directory = depth_engines(tmp_path)
+    levels = np.arange(1000, 1000 + 32 * 48, dtype=np.uint16).reshape(32, 48)
+    Image.fromarray(levels).save(tmp_path / "depth.png")
+    Image.fromarray(np.tile(levels, 2)).save(tmp_path / "wide-depth.png")
+
+    def context() -> Context:
+        service = Service([ModelSource(name="deep", directory=directory)])
+        return Context(service=service, metrics=service.metrics)
+
+    with served(context) as server:
+        page = visit(server.url)
+        expect(page.locator("#depth")).to_be_visible()
+        page.set_input_files("#file", blue(tmp_path / "wide.png", (96, 32)))
+        generate(page, seed=1)
+        expect(page.locator("#problem")).to_contain_text("depth map")
+        for name in ("depth.png", "wide-depth.png"):
+            page.set_input_files("#depth-file", tmp_path / name)
+            expect(page.locator("#depth-image")).to_be_visible()
+            check_accessible(page)
+            with page.expect_request("**/v1/jobs") as sent:
+                generate(page, seed=1)
+            map = Image.open(BytesIO(base64.b64decode(sent.value.post_data_json["depth_map"])))
+            assert map.size == (48, 32)
+            assert name != "depth.png" or np.array_equal(np.asarray(map), levels)
+            expect(page.locator("#download")).to_be_visible()
+            expect(page.locator("#code")).to_be_hidden()
+            page.click("#depth-remove")
+            expect(page.locator("#depth-choose")).to_be_focused()
+        page.close()
 
 
 def test_mask_is_painted_by_keyboard(page: Any, tmp_path: Path) -> None:
