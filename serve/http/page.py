@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-__all__ = ["SECURITY_HEADERS", "page_routes", "page_template"]
+__all__ = ["SECURITY_HEADERS", "page_routes", "page_template", "page_text"]
 
 _FOLDER = Path(__file__).resolve().parents[1] / "page"
 
@@ -55,8 +55,13 @@ class PageFile:
 
     @classmethod
     def read(cls, path: Path) -> "PageFile":
-        content = path.read_bytes()
+        """Return a file of the folder."""
         kind = _TYPES.get(path.suffix) or mimetypes.types_map[path.suffix]
+        return cls.of(path.read_bytes(), kind)
+
+    @classmethod
+    def of(cls, content: bytes, kind: str) -> "PageFile":
+        """Return a file of this content and type."""
         etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         caching = {"Cache-Control": "no-cache", "Content-Type": kind, "ETag": etag}
         return cls(content, {**SECURITY_HEADERS, **caching})
@@ -74,7 +79,21 @@ def page_routes() -> list[Route]:
     files = {path.name: path for path in sorted(_FOLDER.iterdir()) if path.suffix in _TYPES}
     loaded = [name for name in files if not name.endswith(".html")]
     routes = [Route(f"/page/{name}", PageFile.read(files[name]).respond) for name in loaded]
-    return [Route("/", PageFile.read(files["index.html"]).respond), *routes]
+    index = page_text("index.html", root="").encode()
+    return [Route("/", PageFile.of(index, _TYPES[".html"]).respond), *routes]
+
+
+def page_text(name: str, *, root: str, **values: str) -> str:
+    """Return a whole page of the page's folder, with the head and the mark that all have.
+
+    Args:
+        name: of the file.
+        root: leads from the page to the root of the server.
+        values: of the page, escaped.
+    """
+    common = page_template("head.html").substitute(root=root)
+    mark = page_template("mark.html").substitute().strip()
+    return page_template(name).substitute(common=common, mark=mark, **values)
 
 
 def page_template(name: str) -> Template:

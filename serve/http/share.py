@@ -23,7 +23,7 @@ from latentforge.serve.http.body import read_json
 from latentforge.serve.http.context import Context, Output
 from latentforge.serve.http.endpoint import Endpoint
 from latentforge.serve.http.envelope import Json
-from latentforge.serve.http.page import SECURITY_HEADERS, page_template
+from latentforge.serve.http.page import SECURITY_HEADERS, page_template, page_text
 from latentforge.serve.job import Job
 from latentforge.serve.share import Caption, SharedImage, ShareFullError, ShareStore
 
@@ -161,5 +161,5 @@ def _date(seconds: float) -> str:
 def _document(name: str, status: int, values: dict[str, str]) -> Response:
     """Return a page in the frame of all that show shared images: <main>, and what is before it."""
     head, start, rest = page_template(name).substitute(values).partition("<main")
-    content = page_template("frame.html").substitute(head=head, main=start + rest)
+    content = page_text("frame.html", root="../", head=head, main=start + rest)
     return Response(content, status, _HEADERS, "text/html")
