@@ -96,6 +96,14 @@ def test_loads_send_as_fast_as_they_should() -> None:
     assert len(opened.lag) == len(opened.times("200")) and opened.own_cpu > 0
 
 
+def test_clients_that_are_refused_wait_a_moment() -> None:
+    async def refuse(number: int) -> Answer:
+        return Answer(status="503" if number % 2 else "200", seconds=0.001)
+
+    found = asyncio.run(closed_load(refuse, 1, 0.3))
+    assert 1 <= len(found.times("503")) <= 2 <= len(found.times("200"))
+
+
 # Figures
 
 
