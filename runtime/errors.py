@@ -3,6 +3,8 @@
 A message is one line: what is wrong, what was expected, and what to do next.
 """
 
+from pathlib import Path
+
 from latentforge.runtime.text import one_line, printable
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "SettingsError",
     "ShapeError",
     "TargetError",
+    "WorkInterrupt",
 ]
 
 
@@ -74,3 +77,16 @@ class TargetError(LatentforgeError):
 
 class GateError(LatentforgeError):
     """Result that does not pass the quality gate."""
+
+
+class WorkInterrupt(KeyboardInterrupt):
+    """Interrupt of a command that goes on from a folder of work, which stays.
+
+    Attributes:
+        folder: the folder.
+    """
+
+    def __init__(self, folder: Path, interrupt: KeyboardInterrupt) -> None:
+        """Take the place of another interrupt, which says how the command was interrupted."""
+        super().__init__(*interrupt.args)
+        self.folder = folder

@@ -1,11 +1,13 @@
 """Arrays to images and back, image files, and metrics between two images."""
 
+import io
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ __all__ = [
     "MAX_PSNR",
     "SAME_IMAGE_PSNR",
     "check_image_path",
+    "decode_image",
     "from_array",
     "open_image",
     "psnr",
@@ -153,15 +156,36 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         SettingsError: the file is missing, damaged, or implausibly large.
     """
+    with _blaming(path), open_regular(path) as file:
+        return _decoded(file)
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """Read an image from the bytes of its file, as open_image() does.
+
+    Raises:
+        SettingsError: they are damaged, or implausibly large; by the name.
+    """
+    with _blaming(name):
+        return _decoded(io.BytesIO(content))
+
+
+@contextmanager
+def _blaming(name: object) -> Iterator[None]:
+    """Turn errors of a decoder into those of the named file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(path) as file, Image.open(file) as image:
-                return ImageOps.exif_transpose(image)
+            yield
     except Exception as error:  # decoders of damaged files have no common class
         reason = printable(one_line(getattr(error, "strerror", None) or error))
-        name = printable(one_line(path))
+        name = printable(one_line(name))
         raise SettingsError(f"cannot read {name} as an image: {reason}") from error
+
+
+def _decoded(file: BinaryIO) -> Image.Image:
+    with Image.open(file) as image:
+        return ImageOps.exif_transpose(image)
 
 
 def psnr(a: NDArray[Any], b: NDArray[Any], *, peak: float | None = None) -> float:

@@ -1,4 +1,4 @@
-"""Training and scoring of the demo checkpoint, and access to the package that holds it.
+"""Images and scores of the demo checkpoint, and access to the package that holds it.
 
 The weights are a distribution of their own, ``latentforge-demo`` (``demo/`` in the repository).
 

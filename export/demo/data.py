@@ -63,11 +63,6 @@ def captions(name: str, color: str) -> list[str]:
 
 
 def caption(name: str, color: str, chance: float) -> str:
-    """Pick a caption by a random number ``chance`` in [0, 1).
-
-    A tenth of the captions are empty: classifier-free guidance needs an unconditional model.
-    """
-    if chance < 0.1:
-        return ""
+    """Pick a caption by a random number ``chance`` in [0, 1)."""
     forms = captions(name, color)
-    return forms[int((chance - 0.1) / 0.9 * len(forms))]
+    return forms[int(chance * len(forms))]

@@ -177,10 +177,15 @@ class _ReducedBlock(BasicTransformerBlock):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> Tensor:
-        """Return the hidden states (batch, tokens, channels); arguments are diffusers'."""
+        """Return the hidden states (batch, tokens, channels); arguments are diffusers'.
+
+        Checkpointing of activations passes them by position.
+        """
         hidden, options = hidden_states, cross_attention_kwargs or {}
         if self.attn1 is not None:
             context = encoder_hidden_states if self.only_cross_attention else None

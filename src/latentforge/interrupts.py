@@ -54,16 +54,22 @@ def report(interrupt: KeyboardInterrupt) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not change the message
     if _reported.acquire(blocking=False):
         print(
-            _message(signal.SIGTERM if interrupt.args else signal.SIGINT),
+            _message(signal.SIGTERM if interrupt.args else signal.SIGINT, _left(interrupt)),
             file=sys.stderr,
             flush=True,
         )
     return STATUS
 
 
-def _message(number: int) -> str:
+def _message(number: int, left: str = "nothing was left behind") -> str:
     cause = " by SIGTERM" if number == signal.SIGTERM else ""
-    return f"latentforge: interrupted{cause}; nothing was left behind"
+    return f"latentforge: interrupted{cause}; {left}"
+
+
+def _left(interrupt: KeyboardInterrupt) -> str:
+    """Return which files an interrupted command leaves."""
+    folder = getattr(interrupt, "folder", None)  # of a WorkInterrupt, imported late
+    return f"the same command goes on from {folder}" if folder else "nothing was left behind"
 
 
 def _raise_interrupt(number: int, _: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from latentforge.__main__ import main
 
 COMMANDS = ("build", "export", "optimize", "run", "bench", "report", "compare", "inspect", "verify")
-COMMANDS += ("demo", "eval", "search", "serve")
+COMMANDS += ("demo", "distill", "eval", "search", "serve")
 
 
 def latentforge(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAX_README_LINES = 200
 
-NEEDS_A_HUB_OR_MINUTES = ("build", "search", "export", "demo", "serve")
+NEEDS_A_HUB_OR_MINUTES = ("build", "search", "distill", "export", "demo", "serve")
 """Commands that the suite runs elsewhere, that download a checkpoint, or run until a signal."""
 
 LIGHT = ("run", "inspect")

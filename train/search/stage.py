@@ -55,9 +55,10 @@ from latentforge.train.search.student_errors import (
 from latentforge.train.search.student_selection import Selection
 from latentforge.train.search.teacher import Teacher
 from latentforge.train.search.variants import Variants
-from latentforge.train.search.work import SearchWork, work_folder
+from latentforge.train.search.work import SearchWork
 from latentforge.train.student.inherit import student_module
 from latentforge.train.student.writer import STUDENT, write_student
+from latentforge.train.teacher_work import work_folder
 
 __all__ = ["search"]
 
@@ -102,7 +103,7 @@ def search(checkpoint: str, target: Path, request: StructureRequest) -> SearchRe
     check_target(target, overwrite=request.overwrite, kind=STUDENT)
     teacher = Teacher.open(checkpoint)
     with (
-        work_folder(target, request) as folder,
+        work_folder(target, request.work, "search") as folder,
         Progress(_PARTS + request.is_timed, quiet=request.quiet) as progress,
     ):
         work = SearchWork(folder, teacher.checkpoint, request)

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentforge.export.checkpoint import Checkpoint
 from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
 from latentforge.runtime.files import DirectoryKind, link_files, staged_directory
 
-__all__ = ["PAGE", "RECORD", "STUDENT", "write_student"]
+__all__ = [
+    "PAGE",
+    "RECORD",
+    "STUDENT",
+    "unchanged_files",
+    "write_json",
+    "write_student",
+    "write_weights",
+]
 
 RECORD = "search.json"
 """File of a student's checkpoint that says where it comes from."""
@@ -60,23 +68,22 @@ def write_student(
     structure = {"structure": student.config.structure}
     config = {**teacher.config("unet"), "_class_name": name, **structure}
     with staged_directory(target, overwrite=overwrite, kind=STUDENT) as partial:
-        link_files(_unchanged(teacher), teacher.path, partial)
-        (partial / "unet").mkdir(exist_ok=True)
-        _write(partial / "model_index.json", {**teacher.index, "unet": ["latentforge", name]})
-        _write(partial / "unet" / "config.json", config)
-        _write(partial / RECORD, record)
+        link_files(unchanged_files(teacher), teacher.path, partial)
+        write_json(partial / "model_index.json", {**teacher.index, "unet": ["latentforge", name]})
+        write_json(partial / "unet" / "config.json", config)
+        write_json(partial / RECORD, record)
         if page:
             (partial / PAGE).write_text(page, encoding="utf-8")
-        weights = partial / "unet" / _WEIGHTS
-        save_file(_stored(teacher, student.state_dict()), weights, metadata={"format": "pt"})
-        weights.chmod((partial / RECORD).stat().st_mode)  # safetensors lets the owner alone read it
+        write_weights(student, teacher, partial / "unet")
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of a checkpoint, and the folder that it is in if there is none yet."""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _unchanged(teacher: Checkpoint) -> list[str]:
+def unchanged_files(teacher: Checkpoint) -> list[str]:
     """Return the files to copy, relative to the checkpoint; none of them is a pickle."""
     components = [name for name, entry in teacher.index.items() if isinstance(entry, list)]
     inside = [name for name in sorted(components) if Path(name).name == name and name != ".."]
@@ -90,7 +97,16 @@ def _unchanged(teacher: Checkpoint) -> list[str]:
     ]
 
 
-def _stored(teacher: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def write_weights(unet: nn.Module, origin: Checkpoint, folder: Path) -> None:
+    """Write the weights of a UNet in the precision that they have in the checkpoint it is from."""
+    path = folder / _WEIGHTS
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(_stored_weights(origin, unet.state_dict()), path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors lets the owner alone read it
+
+
+def _stored_weights(teacher: Checkpoint, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights in the precision of the teacher's weights of the same name."""
     files, _ = teacher.weights("unet")
     kinds: dict[str, torch.dtype | None] = {}

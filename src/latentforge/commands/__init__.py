@@ -8,6 +8,7 @@ __all__ = ["COMMANDS"]
 COMMANDS = (
     "build",
     "search",
+    "distill",
     "export",
     "optimize",
     "compile",

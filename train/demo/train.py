@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,15 +20,23 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from latentforge.export.demo import COLORS, GUIDANCE, NAMES, models
+from latentforge.export.demo import COLORS, GUIDANCE, NAMES
 from latentforge.export.demo.data import caption, captions, pictures
-from latentforge.export.demo.optimizer import Muon, groups
+from latentforge.train.demo import architecture
+from latentforge.train.demo.optimizer import Muon, groups
+from latentforge.train.distill.batch import Comparison
+from latentforge.train.distill.clean_latents import (
+    CleanLatents,
+    NoisySource,
+    Positions,
+    ShuffledEpochs,
+)
+from latentforge.train.distill.task import task_loss
 
 __all__ = ["STAGES", "TrainingRun", "TrainSettings", "main", "train"]
 
@@ -174,8 +182,8 @@ class Trainer:
         # (names, colors, 3, SIZE, SIZE), 8-bit.
         self.pictures = torch.from_numpy(pictures(settings.package)).permute(0, 1, 4, 2, 3)
         texts = [text for name in NAMES for color in _COLORS for text in captions(name, color)]
-        self.vocabulary = models.tokenizer(settings.state / "tokenizer", texts)
-        self.vae = models.autoencoder()
+        self.vocabulary = architecture.tokenizer(settings.state / "tokenizer", texts)
+        self.vae = architecture.autoencoder()
         if settings.start is not None:
             weights = AutoencoderKL.from_pretrained(
                 settings.start, subfolder="vae", use_safetensors=True
@@ -260,32 +268,29 @@ class Trainer:
         """Train UNet and text encoder on v-prediction; return False if interrupted."""
         self.generated.unlink(missing_ok=True)
         run = self._run("denoiser", self._denoiser(), self.settings.rate)
-        latents, signal_shares = self.latents, models.scheduler().alphas_cumprod
-        order = _ShuffledIndices(len(NAMES) * len(_COLORS))
+        source = CaptionedLatents(self.latents, self.vocabulary)
+        source.restore({"position": run.step * self.settings.batch})
+        # A tenth of the captions are empty: classifier-free guidance needs that.
+        noisy = NoisySource(source, architecture.training_noise(), free=0.1, times=source.times)
 
         def objective(progress: float) -> Tensor:
-            chosen = order.take(self.settings.batch)
-            names, colors = chosen // len(_COLORS), chosen % len(_COLORS)
-            tokens = torch.stack([self._tokens(n, c) for n, c in zip(names, colors, strict=True)])
-            times = _times(len(names), progress)
-            share = signal_shares[times].reshape(-1, 1, 1, 1)
-            clean = latents[names, colors]
-            noise = torch.randn_like(clean)
-            noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
-            target = share.sqrt() * noise - (1 - share).sqrt() * clean
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-            return F.mse_loss(run.model(noisy, times, tokens), target)
+            source.progress = progress
+            generator = torch.Generator().manual_seed(run.step)
+            batch = noisy.draw(self.settings.batch, generator)
+            feeds = dict(batch.feeds)
+            feeds["sample"] = feeds["sample"].contiguous(memory_format=torch.channels_last)
+            output = run.model(**feeds)
+            # Errors of v have the same weight at all timesteps.
+            alike = torch.ones(len(output))
+            known = output.detach()
+            return task_loss(Comparison(batch=batch, student=output, teacher=known, weight=alike))
 
         return train(run, objective, minutes, self.settings.cooldown, "denoiser")
 
-    def _denoiser(self) -> models.Denoiser:
-        denoiser = models.Denoiser(self.vocabulary)
+    def _denoiser(self) -> architecture.Denoiser:
+        denoiser = architecture.Denoiser(self.vocabulary)
         denoiser.unet.to(memory_format=torch.channels_last)
         return denoiser.train()
-
-    def _tokens(self, name: Tensor, color: Tensor) -> Tensor:
-        text = caption(NAMES[int(name)], _COLORS[int(color)], torch.rand(()).item())
-        return _encode(self.vocabulary, text)
 
     def load(self) -> None:
         """Load the averaged weights of the autoencoder, and encode the images."""
@@ -307,7 +312,7 @@ class Trainer:
         denoiser, file = self._denoiser(), self.settings.state / "denoiser.pt"
         if file.exists():
             denoiser.load_state_dict(torch.load(file, weights_only=True)["average"])
-        models.export(
+        architecture.export(
             self.settings.state / "checkpoint",
             self.vae,
             denoiser,
@@ -315,27 +320,58 @@ class Trainer:
         )
 
 
-class _ShuffledIndices:
-    """Indices below ``size`` in random order, in epochs without repetition."""
+class CaptionedLatents:
+    """Latents of all images in shuffled epochs, with the tokens of random captions.
 
-    def __init__(self, size: int) -> None:
-        self.size, self.rest = size, torch.empty(0, dtype=torch.long)
+    Attributes:
+        progress: elapsed share of the training.
+    """
 
-    def take(self, count: int) -> Tensor:
-        while len(self.rest) < count:
-            self.rest = torch.cat([self.rest, torch.randperm(self.size)])
-        indices, self.rest = self.rest[:count], self.rest[count:]
-        return indices
+    def __init__(self, latents: Tensor, vocabulary: CLIPTokenizer) -> None:
+        """Start at the first position of ``latents`` (names, colors, 4, 16, 16)."""
+        self.progress = 0.0
+        self._latents, self._vocabulary, self._positions = latents, vocabulary, Positions()
+        self._order = ShuffledEpochs(count=latents.shape[0] * latents.shape[1])
+
+    def draw(self, rows: int, generator: torch.Generator) -> CleanLatents:
+        """Return the next latents."""
+        chosen = self._order.take(self._positions.take(rows), rows)
+        chances = torch.rand(rows, generator=generator).tolist()
+        texts = [_caption(*row) for row in zip(chosen.tolist(), chances, strict=True)]
+        tokens = torch.stack([_encode(self._vocabulary, text) for text in texts])
+        return CleanLatents(
+            latents=self._latents.flatten(0, 1)[chosen],
+            condition={"tokens": tokens},
+            free={"tokens": _encode(self._vocabulary, "").expand(rows, -1)},
+        )
+
+    def times(self, steps: int, rows: int, generator: torch.Generator) -> Tensor:
+        """Return timesteps for the present progress: see _times()."""
+        return _times(rows, self.progress, generator)
+
+    def state(self) -> dict[str, Any]:
+        """Return the position."""
+        return self._positions.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to a position."""
+        self._positions.restore(state)
 
 
-def _generate(denoiser: models.Denoiser, tokens: Tensor) -> Tensor:
+def _caption(image: int, chance: float) -> str:
+    """Pick a caption of an image by a random number in [0, 1)."""
+    name, color = divmod(image, len(_COLORS))
+    return caption(NAMES[name], _COLORS[color], chance)
+
+
+def _generate(denoiser: architecture.Denoiser, tokens: Tensor) -> Tensor:
     """Generate latents (batch, 4, 16, 16) in 8 steps with classifier-free guidance.
 
     Args:
         denoiser: UNet and text encoder.
         tokens: token ids of the texts, followed by as many of the empty text.
     """
-    scheduler = models.scheduler()
+    scheduler = architecture.scheduler()
     scheduler.set_timesteps(8)
     latents = torch.randn(len(tokens) // 2, 4, 16, 16)
     for time_ in scheduler.timesteps:
@@ -345,7 +381,7 @@ def _generate(denoiser: models.Denoiser, tokens: Tensor) -> Tensor:
     return latents
 
 
-def _times(count: int, progress: float) -> Tensor:
+def _times(count: int, progress: float, generator: torch.Generator) -> Tensor:
     """Draw stratified timesteps in [0, 1000), with extra weight on the noisier half.
 
     At high noise levels the prediction depends on the text alone, and outlines are learned there,
@@ -354,8 +390,10 @@ def _times(count: int, progress: float) -> Tensor:
     Args:
         count: number of timesteps.
         progress: elapsed share of the training.
+        generator: of the random numbers.
     """
-    spread = (torch.randperm(count) + torch.rand(count)) / count
+    parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    spread = parts / count
     share = 0.5 - 0.4 * progress
     moved = 500 + 500 * spread / share
     even = 1000 * (spread - share) / (1 - share)
@@ -374,7 +412,11 @@ def _difference(decoded: Tensor, real: Tensor) -> Tensor:
 @cache
 def _encode(vocabulary: CLIPTokenizer, text: str) -> Tensor:
     encoded: Any = vocabulary(
-        text, padding="max_length", max_length=models.TOKENS, truncation=True, return_tensors="pt"
+        text,
+        padding="max_length",
+        max_length=architecture.TOKENS,
+        truncation=True,
+        return_tensors="pt",
     )
     tokens: Tensor = encoded.input_ids[0]
     return tokens
@@ -403,7 +445,7 @@ def _work(settings: TrainSettings) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m latentforge.export.demo.train", description=__doc__.split("\n\n")[0],
+        prog="python -m latentforge.train.demo.train", description=__doc__.split("\n\n")[0],
         epilog="To get the images: npm pack emoji-datasource-google@16.0.0, and unpack it; PACKAGE "
         "is the folder 'package'. Ctrl-C stops without losing anything.",
     )  # fmt: skip

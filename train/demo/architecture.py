@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentforge.export.demo.data import SIZE
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from latentforge.train.distill.training_noise import TrainingNoise
 
 __all__ = ["TOKENS", "Denoiser", "autoencoder", "export", "scheduler", "tokenizer"]
+__all__ += ["training_noise"]
 
 TOKENS = 24
 """Length of a prompt in tokens, with start and end."""
@@ -56,6 +58,12 @@ def scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         clip_sample=False,
     )
+
+
+def training_noise() -> TrainingNoise:
+    """Return the noise that the denoiser is trained with."""
+    own = scheduler()
+    return TrainingNoise.of({**own.config, "_class_name": type(own).__name__})
 
 
 def _text_encoder(vocabulary: CLIPTokenizer) -> CLIPTextModel:
@@ -97,10 +105,10 @@ class Denoiser(nn.Module):
         self.text_encoder = _text_encoder(vocabulary)
         self.unet = _unet()
 
-    def forward(self, noisy: Tensor, times: Tensor, tokens: Tensor) -> Tensor:
-        """Predict v (batch, 4, 16, 16) at ``times`` (batch,) for ``tokens`` (batch, TOKENS)."""
+    def forward(self, sample: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        """Predict v (batch, 4, 16, 16) at a timestep (batch,) for ``tokens`` (batch, TOKENS)."""
         states = self.text_encoder(tokens)[0]
-        prediction: Tensor = self.unet(noisy, times, states).sample
+        prediction: Tensor = self.unet(sample, timestep, states).sample
         return prediction
 
 

@@ -1,0 +1,1 @@
+"""Training of the demo checkpoint, as a user of the code that trains students."""

@@ -1,0 +1,1 @@
+"""Distillation: a student of a UNet learns its teacher's predictions again."""
