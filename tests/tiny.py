@@ -128,9 +128,11 @@ SSD_1B = replace(
 )
 
 
-def _with_channels(architecture: Architecture, pipeline: str, channels: int) -> Architecture:
+def _with_channels(
+    architecture: Architecture, pipeline: str, channels: int, *, depth: int = 1
+) -> Architecture:
     assert isinstance(architecture.unet, Mapping)
-    flat = {**_FLAT, "attention_head_dim": 4, "transformer_layers_per_block": 1}
+    flat = {**_FLAT, "attention_head_dim": 4, "transformer_layers_per_block": depth}
     unet = {**architecture.unet, **flat, "in_channels": channels}
     return replace(architecture, pipeline=pipeline, unet=unet)
 
@@ -208,7 +210,7 @@ TINY: Mapping[str, Architecture] = {
     "sdxl-refiner": REFINER,
     "sdxl-turbo": replace(SDXL, scheduler=("EulerAncestralDiscreteScheduler", _TRAILING)),
     "ssd-1b": SSD_1B,
-    "sdxl-inpainting": _with_channels(SDXL, "StableDiffusionXLInpaintPipeline", 9),
+    "sdxl-inpainting": _with_channels(SDXL, "StableDiffusionXLInpaintPipeline", 9, depth=2),
     "pix2pix": _with_channels(SD, "StableDiffusionInstructPix2PixPipeline", 8),
     "sdxl-pix2pix": _with_channels(SDXL, "StableDiffusionXLInstructPix2PixPipeline", 8),
     "sd-depth": _with_channels(SD_2, "StableDiffusionDepth2ImgPipeline", 5),

@@ -26,7 +26,8 @@ from latentforge.train.search.surgery import restructure, signatures
 from latentforge.train.student.importance import measured_importance
 from latentforge.train.student.inherit import applied
 
-STAGE = {  # its innermost level can be dropped; heads do not fill the width
+STAGE = {  # its innermost level can be dropped; heads do not fill the width; no attention inside
+    "mid_block_type": "UNetMidBlock2D",
     "block_out_channels": (32, 64, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -97,7 +98,7 @@ def teacher(
     return made
 
 
-FAMILIES = ("sd", "sdxl", "ssd-1b", "stage")
+FAMILIES = ("sd", "sdxl-inpainting", "stage")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +106,7 @@ def test_random_structures_compute_what_torch_does(
     family: str, teacher: Callable[[str], Teacher]
 ) -> None:
     own = teacher(family)
-    structures = random_structures(own.sites, 5, seed=1)
+    structures = random_structures(own.sites, 5, seed=4)
     offered = {(site.kind, choice) for site in own.sites for choice in site.choices[1:]}
     kinds = {site.name: site.kind for site in own.sites}
     assert offered == {(kinds[n], c) for s in structures for n, c in s.choices.items()}
@@ -115,7 +116,7 @@ def test_random_structures_compute_what_torch_does(
 
 
 def test_an_empty_attention_module_leaves_the_graph(teacher: Callable[[str], Teacher]) -> None:
-    own = teacher("sdxl")
+    own = teacher("sdxl-inpainting")
     blocks = [s.name for s in own.sites if s.name.startswith("mid_block.attentions.0.")]
     assert len(blocks) == 2
     for names, is_left in ((blocks[:1], True), (blocks, False)):
