@@ -28,6 +28,7 @@ from latentforge.export.models.searched_structure import (
     list_sites,
 )
 from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
+from latentforge.export.onnx import Dimensions
 from latentforge.export.stage import ExportRequest, export
 from latentforge.runtime.errors import CheckpointError, SettingsError, TargetError
 from latentforge.train.student.importance import measured_importance
@@ -426,7 +427,8 @@ def test_a_student_exports_with_its_teachers_names(
     written: tuple[Path, SearchedUNet2DConditionModel], tmp_path: Path
 ) -> None:
     """Export compares the graphs with the module, and an image with one by diffusers' pipeline."""
-    manifest = export(str(written[0]), tmp_path / "engines", ExportRequest())
+    sizes = Dimensions(batch=1, height=32, width=32)  # the fastest to export
+    manifest = export(str(written[0]), tmp_path / "engines", ExportRequest(dimensions=sizes))
     assert manifest.components["denoiser"].file
     graph = (tmp_path / "engines" / manifest.components["denoiser"].file).read_bytes()
     assert b"up_blocks.1.attentions.1.transformer_blocks.0.attn2" in graph
