@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latentforge.runtime.disk import naming_full_disk
 from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import staged_directory
 
@@ -56,7 +57,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
     if target.exists():
         return
     content = {"update": state.update, "owner": state.owner, "content": state.content}
-    with staged_directory(target) as partial:
+    with staged_directory(target) as partial, naming_full_disk(target, partial):
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
         save_file(tensors, partial / _TENSORS)
         (partial / _CONTENT).write_text(json.dumps(content), encoding="utf-8")

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latentforge.export.families.parts import UNet
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import SettingsError, TargetError
 from latentforge.train.distill.batch import Objective, TrainingBatch
 from latentforge.train.distill.log import LossLog
 from latentforge.train.distill.losses import chosen_weights, relative_scales
@@ -224,7 +224,8 @@ class StudentTrainer:
                 self._sample(number, sample)
         except (KeyboardInterrupt, SettingsError):  # or a picture is damaged
             if self._whole:
-                self.save()
+                with suppress(TargetError):  # the state before it is left to go on from
+                    self.save()
             raise
         finally:
             self.progress.seconds = time.monotonic() - self._started

@@ -15,7 +15,7 @@ from tiny import TINY
 from latentforge.export.families.parts import UNet
 from latentforge.export.models.searched_structure import Importance, Kept, SearchedStructure
 from latentforge.runtime.denoising.guidance import Guidance
-from latentforge.runtime.errors import SettingsError
+from latentforge.runtime.errors import SettingsError, TargetError
 from latentforge.train.distill.batch import TrainingBatch
 from latentforge.train.distill.imitation import Imitation
 from latentforge.train.distill.losses import TERMS
@@ -149,6 +149,19 @@ def test_killed_training_repeats_what_was_after_its_last_state(tmp_path: Path) -
     killed._advance(killed._share())  # and then SIGKILL: nothing is saved
     run(trainer(tmp_path / "parts"))
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_an_interrupt_stays_one_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = trainer(tmp_path)
+
+    def full(*_: object) -> None:
+        raise TargetError("the disk is full")
+
+    monkeypatch.setattr("latentforge.train.distill.trainer.save_state", full)
+    with pytest.raises(KeyboardInterrupt):
+        run(training, stop=1)
 
 
 class Damaged(TrajectorySource):
