@@ -53,14 +53,17 @@ class DirectoryKind:
     Attributes:
         file: that makes a directory one of this kind, so that no other is replaced.
         noun: with its article, for messages.
+        without: file that makes it one of another kind; empty if there is none.
     """
 
     file: str
     noun: str
+    without: str = ""
 
     def includes(self, directory: Path) -> bool:
         """Return True if a directory is of this kind."""
-        return (directory / self.file).is_file()
+        is_other = bool(self.without) and (directory / self.without).exists()
+        return (directory / self.file).is_file() and not is_other
 
 
 ENGINES = DirectoryKind(MANIFEST_FILE, "an engine directory")

@@ -32,11 +32,12 @@ from latentforge.train.distill.pair import Pair
 from latentforge.train.distill.records import DistillRecord
 from latentforge.train.distill.request import DistillRequest
 from latentforge.train.distill.samples import draw_samples
-from latentforge.train.distill.trained_writer import TRAINED, write_trained
+from latentforge.train.distill.trained_writer import write_trained
 from latentforge.train.distill.trainer import StudentTrainer, TrainingSetup, make_accelerator
 from latentforge.train.distill.training_noise import TrainingNoise
 from latentforge.train.distill.training_work import TrainingWork
 from latentforge.train.search.states import States
+from latentforge.train.student.writer import TRAINED
 from latentforge.train.teacher_work import work_folder
 
 __all__ = ["distill"]

@@ -10,22 +10,19 @@ import msgspec
 from torch import nn
 
 from latentforge.export.checkpoint import Checkpoint
-from latentforge.runtime.files import DirectoryKind, link_files, staged_directory
+from latentforge.runtime.files import link_files, staged_directory
 from latentforge.train.distill.records import DistillRecord
 from latentforge.train.student.writer import (
+    DISTILL_RECORD,
     PAGE,
     RECORD,
+    TRAINED,
     unchanged_files,
     write_json,
     write_weights,
 )
 
-__all__ = ["DISTILL_RECORD", "TRAINED", "write_trained"]
-
-DISTILL_RECORD = "distill.json"
-"""File of a trained student that says how it was trained."""
-
-TRAINED = DirectoryKind(DISTILL_RECORD, "a student of latentforge distill")
+__all__ = ["write_trained"]
 
 
 def write_trained(

@@ -15,9 +15,11 @@ from latentforge.export.models.searched_unet import SearchedUNet2DConditionModel
 from latentforge.runtime.files import DirectoryKind, link_files, staged_directory
 
 __all__ = [
+    "DISTILL_RECORD",
     "PAGE",
     "RECORD",
     "STUDENT",
+    "TRAINED",
     "unchanged_files",
     "write_json",
     "write_student",
@@ -30,7 +32,11 @@ RECORD = "search.json"
 PAGE = "search.html"
 """Page that is drawn from it."""
 
-STUDENT = DirectoryKind(RECORD, "a student of latentforge search")
+DISTILL_RECORD = "distill.json"
+"""File of a trained student that says how it was trained."""
+
+STUDENT = DirectoryKind(RECORD, "an untrained student of latentforge search", DISTILL_RECORD)
+TRAINED = DirectoryKind(DISTILL_RECORD, "a student of latentforge distill")
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}

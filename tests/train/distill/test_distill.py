@@ -19,6 +19,7 @@ from latentforge.export.families import family_of
 from latentforge.export.families.parts import load_unet
 from latentforge.export.models.searched_structure import SearchedStructure
 from latentforge.runtime.errors import CheckpointError, SettingsError, TargetError
+from latentforge.runtime.files import check_target
 from latentforge.train.distill.batch import SampleSettings
 from latentforge.train.distill.pair import Pair
 from latentforge.train.distill.request import DistillRequest
@@ -26,7 +27,7 @@ from latentforge.train.distill.samples import draw_samples
 from latentforge.train.distill.stage import distill
 from latentforge.train.distill.training_work import TrainingWork
 from latentforge.train.student.inherit import student_module
-from latentforge.train.student.writer import write_student
+from latentforge.train.student.writer import RECORD, STUDENT, TRAINED, write_student
 
 STRUCTURE = SearchedStructure(choices={"mid_block.resnets.1": "drop"})
 SETTINGS = {"steps": 2, "sampler": "ddim"}
@@ -87,6 +88,10 @@ def test_a_student_is_trained_and_written(
         distill(str(tiny_checkpoint), str(student), tmp_path / "out", wanted)
     with pytest.raises(TargetError, match="not a student of latentforge distill"):
         distill(str(tiny_checkpoint), str(student), student, replace(wanted, overwrite=True))
+    (tmp_path / "out" / RECORD).touch()  # of the search that its student came from
+    with pytest.raises(TargetError, match="not an untrained student of latentforge search"):
+        check_target(tmp_path / "out", overwrite=True, kind=STUDENT)
+    check_target(tmp_path / "out", overwrite=True, kind=TRAINED)
 
 
 @pytest.fixture
