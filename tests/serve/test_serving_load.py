@@ -93,7 +93,8 @@ def test_loads_send_as_fast_as_they_should() -> None:
     assert 4 <= len(closed.times("200")) <= 40 and closed.elapsed >= 0.4
     assert 25 <= len(opened.times("200")) <= 80 and opened.in_time <= len(opened.times("200"))
     assert closed.summary()["answers"]["200"]["p50"] > 0.045
-    assert len(opened.lag) == len(opened.times("200")) and opened.own_cpu > 0
+    answers = sum(map(len, opened.seconds.values()))  # one may meet a connection being closed
+    assert len(opened.lag) == answers and opened.own_cpu > 0
 
 
 def test_clients_that_are_refused_wait_a_moment() -> None:
