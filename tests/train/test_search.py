@@ -99,7 +99,7 @@ def test_a_student_alone_is_overwritten(
     goal = int(GOAL * parameters(tiny_checkpoint))
     wanted = request(parameters=goal, work=work, overwrite=True)
     (tmp_path / "mine").write_text("")
-    with pytest.raises(TargetError, match="is not a student of latentforge search, so it is not"):
+    with pytest.raises(TargetError, match="is not an untrained student of latentforge search"):
         stage.search(str(tiny_checkpoint), tmp_path, wanted)
     student = tmp_path / "student"
     student.mkdir()
