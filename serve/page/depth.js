@@ -38,6 +38,7 @@ export class DepthMap {
 
   async take(file) {
     if (!file) return;
+    this.report("");
     try {
       await sizeOf(file);
     } catch {
@@ -45,7 +46,6 @@ export class DepthMap {
       return;
     }
     this.#set(file);
-    this.report("");
     document.dispatchEvent(new CustomEvent("announce", { detail: "The depth map is set." }));
   }
 

@@ -50,6 +50,7 @@ export class Source {
 
   async take(blob) {
     if (!blob || !this.#usable) return;
+    this.report(""); // not later: a request that is sent meanwhile has errors of its own
     try {
       await this.#fit(blob);
     } catch {
@@ -58,7 +59,6 @@ export class Source {
     }
     this.#original = blob;
     this.#setMask(null);
-    this.report("");
     $("source").open = true;
     $("chosen").hidden = false;
     $("choose").hidden = true;

@@ -458,6 +458,7 @@ def test_model_with_a_depth_map(visit: Open, tmp_path: Path) -> None:
         page = visit(server.url)
         expect(page.locator("#depth")).to_be_visible()
         page.set_input_files("#file", blue(tmp_path / "wide.png", (96, 32)))
+        expect(page.locator("#source-image")).to_be_visible()
         generate(page, seed=1)
         expect(page.locator("#problem")).to_contain_text("depth map")
         for name in ("depth.png", "wide-depth.png"):
