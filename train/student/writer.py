@@ -65,10 +65,10 @@ def write_student(
         target: directory to write, completely or not at all.
         record: content of search.json.
         page: content of search.html, if there is one.
-        overwrite: replace a student that is there.
+        overwrite: replace an untrained student that is there.
 
     Raises:
-        TargetError: the directory cannot be written; it exists, or is no student.
+        TargetError: the directory cannot be written; it exists, or is no untrained student.
     """
     name = type(student).__name__
     structure = {"structure": student.config.structure}

@@ -74,9 +74,7 @@ def _add_states(parser: Any) -> None:
         metavar="N",
         help="number of runs, each of a prompt and a seed (default: 256)",
     )
-    group.add_argument("--steps", type=int, metavar="N", help="denoising steps of these runs")
-    group.add_argument("--guidance", type=float, metavar="SCALE", help="guidance of these runs")
-    group.add_argument("--sampler", metavar="NAME", help="listed by run --help")
+    arguments.add_denoising(group)
     group.add_argument(
         "--size", type=int, metavar="PIXELS", help="side of the images (default: the model's own)"
     )
