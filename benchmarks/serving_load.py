@@ -4,7 +4,7 @@
     python benchmarks/serving_load.py --output DIR ENGINES --seconds 5 --requests 200  # rehearsal
 
 It starts the server itself, with engines of known cost and with the demo's, on this machine's
-loopback interface, and writes serving.json and the table serving.md, in eight minutes at most. Run
+loopback interface, and writes serving.json and the table serving.md, in nine minutes at most. Run
 it where nothing else runs: it takes a little of the cores that the server has, says how much, and
 stamps answers by the kernel's clock, so that its own delays do not count.
 """
@@ -170,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=_ALL, default=_ALL, help="measurements")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each overload")
     parser.add_argument("--times", type=float, default=10.0, help="its rate, in capacities")
-    parser.add_argument("--calm", type=float, default=8.0, help="seconds to find the capacity in")
+    parser.add_argument(
+        "--calm", type=float, default=15.0, help="seconds to find the capacity in, twice"
+    )
     parser.add_argument(
         "--clients", type=int, default=16, help="in that time, twice a batch, and of many requests"
     )

@@ -87,8 +87,15 @@ m (int64[batch, 8] input_ids) => (float[batch, 8, 2] last_hidden_state)
 TEXT_TO_IMAGE = ("text_encoder", "denoiser", "vae_decoder")
 
 
-FIRST = ("test_build.py", "test_docs.py", "test_families.py", "test_search.py", "test_cli.py")
-"""The first two make the engines that others share; then come the longest."""
+FIRST = (
+    *("test_build.py", "test_docs.py", "test_families.py", "test_search.py", "test_cli.py"),
+    *("test_optimize.py", "test_page.py", "test_engines.py", "test_export.py", "test_trainer.py"),
+    *("test_scheduler_files.py", "test_cached_step.py", "test_compiler.py", "test_packaging.py"),
+    *("test_surgery.py", "test_optimum.py", "test_distill.py", "test_partition.py"),
+    *("test_student.py", "test_against_diffusers.py", "test_processes.py"),
+)
+"""The first two make the engines that others share; then come the longest, so that the processes
+end together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

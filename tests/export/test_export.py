@@ -3,11 +3,10 @@
 import gc
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
 from diffusers import UNet2DConditionModel
+from logged import logged
 from onnxscript import optimizer
 
 from latentforge.export import parity
@@ -204,10 +204,21 @@ SIZES = [(1, 8, 8), (3, 16, 16), (2, 6, 20), (5, 34, 10)]
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_other_sizes_match_torch(name: str, tiny_engines: Path, tiny_checkpoint: Path) -> None:
-    part = Manifest.read(tiny_engines, hashes=False).components[name]
-    engine = Engine.load(name, part, tiny_engines, {"threads": 1})
-    plan = plans(tiny_checkpoint)[name]
-    module = plan.load(open_checkpoint(str(tiny_checkpoint)))
+    check_other_sizes(name, tiny_engines, tiny_checkpoint)
+
+
+def test_other_sizes_of_a_flexible_unet_match_torch(
+    tiny: Callable[[str], Path], tiny_denoiser: Callable[[str], Path]
+) -> None:
+    family = "decidiffusion-2"
+    check_other_sizes("denoiser", tiny_denoiser(family), tiny(family))
+
+
+def check_other_sizes(name: str, engines: Path, checkpoint: Path) -> None:
+    part = Manifest.read(engines, hashes=False).components[name]
+    engine = Engine.load(name, part, engines, {"threads": 1})
+    plan = plans(checkpoint)[name]
+    module = plan.load(open_checkpoint(str(checkpoint)))
     for batch, height, width in SIZES:
         sizes = {
             "batch": batch,
@@ -500,14 +511,14 @@ def test_the_quick_rule_of_slices_finds_the_same(joined: bool) -> None:
 TEXT_ENCODER = ExportRequest(components=("text_encoder",), dimensions=Dimensions(batch=1))
 
 
-def forked(checkpoint: Path, target: Path) -> BaseProcess:
-    """Start an export of one component, forked from a process whose imports are done."""
+def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Start a process that is forked from one whose imports are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["latentforge.export.stage"])
     ready = context.Process(target=time.sleep, args=(0,))
     ready.start()
     ready.join()
-    process = context.Process(target=export, args=(str(checkpoint), target, TEXT_ENCODER))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -516,7 +527,7 @@ def forked(checkpoint: Path, target: Path) -> BaseProcess:
 def duration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """Seconds of such an export without interruption."""
     target = tmp_path_factory.mktemp("whole") / "new"
-    process = forked(tiny_checkpoint, target)
+    process = forked(export, str(tiny_checkpoint), target, TEXT_ENCODER)
     start = time.monotonic()
     process.join(timeout=200)
     assert process.exitcode == 0
@@ -525,33 +536,11 @@ def duration(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def kill_after(seconds: float, checkpoint: Path, target: Path) -> None:
-    process = forked(checkpoint, target)
+    process = forked(export, str(checkpoint), target, TEXT_ENCODER)
     process.join(timeout=seconds)
     process.kill()
     process.join(timeout=100)
     assert process.exitcode is not None
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from latentforge.export.stage import ExportRequest, export
-print("ready", flush=True)
-request = ExportRequest(components=("text_encoder",), quiet=False)
-export(sys.argv[1], Path(sys.argv[2]), request)
-"""
-
-
-def begin(checkpoint: Path, target: Path) -> subprocess.Popen[str]:
-    """Start a process that exports one component, and wait until its imports are done."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(checkpoint), str(target)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
 
 
 def check_killed_anywhere(
@@ -586,18 +575,22 @@ def test_twenty_kills(tiny_checkpoint: Path, tmp_path: Path, duration: float) ->
 
 @pytest.mark.parametrize("part", ["recording", "exporting"])
 def test_ctrl_c_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, part: str) -> None:
-    target = tmp_path / "deep" / "new"
-    process = begin(tiny_checkpoint, target)
-    assert process.stderr is not None
-    if part == "exporting":
-        assert "recording a run in torch" in process.stderr.readline()
-    else:
-        while not list(tmp_path.glob("deep/.new.partial-*/tokenizer/*")):
-            assert process.poll() is None
-            time.sleep(0.01)
+    parent, log = tmp_path / "deep", tmp_path / "said"
+    request = replace(TEXT_ENCODER, dimensions=Dimensions(), quiet=False)
+    process = forked(logged, log, export, str(tiny_checkpoint), parent / "new", request)
+
+    def begun() -> bool:
+        if part == "exporting":
+            return log.exists() and "recording a run in torch" in log.read_text()
+        return bool(list(parent.glob(".new.partial-*/tokenizer/*")))
+
+    while not begun():
+        assert process.exitcode is None
+        time.sleep(0.01)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == -signal.SIGINT
-    assert said.rstrip().endswith("KeyboardInterrupt")
-    assert names(tmp_path) == []
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=100)
+    assert process.exitcode == 1
+    assert log.read_text().rstrip().endswith("KeyboardInterrupt")
+    assert names(tmp_path) == ["said"]

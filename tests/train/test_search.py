@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,35 @@ def parameters(checkpoint: Path) -> int:
     return sum(weight.numel() for weight in network.model.parameters())
 
 
-def test_a_search_goes_on_after_an_interrupt(
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_search_goes_on_after_interrupts(
     tiny_checkpoint: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goal = int(GOAL * parameters(tiny_checkpoint))
     wanted, student = request(parameters=goal, work=work), tmp_path / "student"
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(stage.Selection, "choose", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+    def interrupt(place: object, name: str) -> None:
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(place, name, interrupted)
             stage.search(str(tiny_checkpoint), student, wanted)
+
+    interrupt(stage.Selection, "choose")
     assert list(tmp_path.iterdir()) == []
     (errors,) = work.glob("errors-*.jsonl")
     measured = errors.read_text()
+
+    student.mkdir()
+    (student / "search.json").write_text("old")  # an untrained student stands there
+    wanted = replace(wanted, overwrite=True)
+    interrupt(stage, "render_search")
+    assert (student / "search.json").read_text() == "old"
     record = stage.search(str(tiny_checkpoint), student, wanted)
     assert errors.read_text().startswith(measured) and measured
     check_student(record, student, goal)
+    assert list(tmp_path.iterdir()) == [student]
 
 
 def check_student(record: SearchRecord, student: Path, goal: int) -> None:
@@ -93,29 +104,12 @@ def test_an_existing_student_is_not_replaced(tiny_checkpoint: Path, tmp_path: Pa
         stage.search(str(tiny_checkpoint), tmp_path, request(parameters=1))
 
 
-def test_a_student_alone_is_overwritten(
-    tiny_checkpoint: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    goal = int(GOAL * parameters(tiny_checkpoint))
-    wanted = request(parameters=goal, work=work, overwrite=True)
+def test_a_student_alone_is_overwritten(tiny_checkpoint: Path, work: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
+    wanted = request(parameters=1, work=work, overwrite=True)
     with pytest.raises(TargetError, match="is not an untrained student of latentforge search"):
         stage.search(str(tiny_checkpoint), tmp_path, wanted)
-    student = tmp_path / "student"
-    student.mkdir()
-    (student / "search.json").write_text("old")
-
-    def interrupted(*_: object) -> str:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(stage, "render_search", interrupted)
-        stage.search(str(tiny_checkpoint), student, wanted)
-    assert (student / "search.json").read_text() == "old"
-    record = stage.search(str(tiny_checkpoint), student, wanted)
-    assert record.chosen.parameters <= goal
-    assert "old" != (student / "search.json").read_text() and (student / "unet").is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "student"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_work_folder_inside_the_student_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
