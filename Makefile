@@ -28,7 +28,7 @@ slow: $(VENV)/ready  ## full-size models: minutes and gigabytes each
 	$(BIN)/python -m pytest -m slow
 
 hostile: $(VENV)/ready  ## damaged and hostile inputs by the thousand, and kills: see docs/reliability.md
-	$(BIN)/python -m pytest -m slow tests/hostile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load -m slow tests/hostile
 
 optimum: $(VENV)/ready  ## beside optimum-onnx, in a second environment that this makes: minutes
 	$(BIN)/python -m pytest -m optimum
