@@ -9,7 +9,7 @@ __all__ = ["Throughput"]
 _RECENT = 0.2  # weight of the last measurement, once there are five
 _SPREAD = 0.25  # weight of its distance below the average
 _SHORTFALLS = 4.0  # below the average: few batches are slower
-_RESERVE = 0.05  # at least, since a server with many times its load takes time from its workers
+_RESERVE = 0.1  # at least, since a server with many times its load takes time from its workers
 _MOST = 0.3  # at most
 
 
