@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -94,7 +95,8 @@ class LoadRun:
     @contextmanager
     def _serving(self, engines: Path, *options: str) -> Iterator[ServerLoad]:
         log = self.work / f"{engines.name}-{len(self.details)}.log"
-        with latentforge_server(engines, log, *options) as server:
+        given = shlex.split(self.options.serve)
+        with latentforge_server(engines, log, *options, *given) as server:
             client = Client.of(server.url)
             name = Manifest.read(engines).name
             fields = {"unaccelerated": True}  # and the model's defaults
@@ -177,6 +179,9 @@ def _parser() -> argparse.ArgumentParser:
         "--clients", type=int, default=16, help="in that time, twice a batch, and of many requests"
     )
     parser.add_argument("--queue-seconds", type=float, default=5.0, help="of the server")
+    parser.add_argument(
+        "--serve", default="", metavar="OPTIONS", help='of the server, such as "--replicas 2"'
+    )
     parser.add_argument("--pairs", type=int, default=40, help="to find the overhead from")
     parser.add_argument("--rounds", type=int, default=3, help="of small requests beside a huge one")
     parser.add_argument("--requests", type=int, default=5000, help="one after another")
