@@ -37,6 +37,7 @@ from latentforge.runtime.tensor import TensorSpec
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 os.environ["LATENTFORGE_CACHE"] = "off"  # nor write to the user's cache
 os.environ["LATENTFORGE_THREADS"] = "1"  # a core for each of the processes that share the tests
+os.environ["SYMPY_CACHE_SIZE"] = "100000"  # a tenth of an export's time, with free dimensions
 
 Copy = Callable[[Path], Path]
 Handmade = Callable[..., Path]
@@ -105,11 +106,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let Python search the oldest objects rarely: with what was imported, each takes 0.3 s."""
+    """Let Python search for garbage rarely, oldest objects above all: what was imported is much."""
     gc.collect()
     gc.freeze()
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, 100)
+    gc.set_threshold(50_000, 10, 100)
     if "latentforge.export.onnx" in sys.modules:
         _read_operators_once()
 
