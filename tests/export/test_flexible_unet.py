@@ -474,6 +474,31 @@ def test_requests_it_cannot_fulfil() -> None:
         model(sample, step, prompt, added_cond_kwargs={})
 
 
+def test_export_with_free_dimensions() -> None:
+    name = "other"
+    model = deepcopy(network(name)).float()
+    sample, step, prompt = inputs(name)
+    unit = structure(name).multiple
+    batch = torch.export.Dim("batch")
+    sides = {i: unit * torch.export.Dim(n) for i, n in ((2, "height"), (3, "width"))}
+    program = torch.export.export(
+        model,
+        (sample.float(), step, prompt.float()),
+        kwargs={"return_dict": False},
+        dynamic_shapes={
+            "sample": {0: batch, **sides},
+            "timestep": None,
+            "encoder_hidden_states": {0: batch},
+            "return_dict": None,
+        },
+    ).module()
+    for rows, height, width in ((1, 24, 16), (3, 12, 32)):
+        sample, step, prompt = inputs(name, rows, height, width)
+        arguments = sample.float(), step + 5, prompt.float()
+        expected = model(*arguments, return_dict=False)[0]
+        assert error(program(*arguments, return_dict=False)[0], expected) < 1e-6
+
+
 def test_diffusers_pipeline_takes_it(tiny_checkpoint: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
