@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from msgspec import structs
+
 from latentforge.optimize.passes import CUDA_ONLY, NATIVE, PASSES
-from latentforge.optimize.quantize.options import QuantFormat
+from latentforge.optimize.quantize.options import Int8Settings, QuantFormat
 from latentforge.runtime.kernels import library
 
 __all__ = ["TARGETS", "Target"]
@@ -25,6 +27,7 @@ class Target:
         passes: names in PASSES, in the order in which they run.
         post_partition_passes: names of passes that run on each part after the graph has been
             partitioned, unless layers of it were quantized.
+        wide_int8: True if sums of 8-bit products never saturate, on any device of the backend.
         half: True if the backend computes in half precision.
         form: how quantized layers are written for the backend.
         backend: name of the backend. Most of them compile the graphs first.
@@ -35,6 +38,11 @@ class Target:
     form: QuantFormat
     backend: str
     post_partition_passes: tuple[str, ...] = ()
+    wide_int8: bool = False
+
+    def int8_settings(self, settings: Int8Settings) -> Int8Settings:
+        """Return a recipe's settings with 8-bit weights where the backend sums them safely."""
+        return structs.replace(settings, reduce_range=False) if self.wide_int8 else settings
 
     @property
     def portable_passes(self) -> tuple[str, ...]:
@@ -87,8 +95,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             form="onnxruntime",
             backend="onnxruntime-cuda",
         ),
-        "tensorrt": Target(passes=_STANDARD, half=True, form="qdq", backend="tensorrt"),
-        "tensorrt-rtx": Target(passes=_STANDARD, half=True, form="qdq", backend="tensorrt-rtx"),
+        "tensorrt": Target(
+            passes=_STANDARD, half=True, form="qdq", wide_int8=True, backend="tensorrt"
+        ),
+        "tensorrt-rtx": Target(
+            passes=_STANDARD, half=True, form="qdq", wide_int8=True, backend="tensorrt-rtx"
+        ),
         "openvino": Target(passes=_STANDARD, half=False, form="qdq", backend="openvino"),
     }
 )

@@ -59,7 +59,7 @@ def quantize(
         SettingsError: the graph is quantized already, or feeds is empty.
     """
     planned, counts = plan_layers(model, feeds, settings, form)
-    writer = Int8Writer(model.graph, limit=settings.weight_limit(form), form=form)
+    writer = Int8Writer(model.graph, limit=settings.weight_limit, form=form)
     for layer in planned:
         writer.write(layer)
     for independent in _sample_independent(model.graph, settings):

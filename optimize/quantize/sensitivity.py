@@ -102,7 +102,7 @@ def measure_sensitivity(
     for part in planned:
         saved[part.name] += _bytes_saved(part)
     names = list(saved)
-    writer = Int8Writer(copy.graph, limit=settings.weight_limit(form), form=form)
+    writer = Int8Writer(copy.graph, limit=settings.weight_limit, form=form)
     _add_switches(copy.graph, planned, names, writer)
     errors = _errors(_SwitchedSession(open_session(copy), len(names)), names, denoise, report)
     seconds = _seconds_saved(model, feeds, settings, form, names)

@@ -136,6 +136,7 @@ def _measure_layers(
         rewriter = Rewriter(recipe=recipe, target=origin.target, feeds={})
         rewriter.fuse(model, "int8", half=False)
         feeds, form = _feeds(recipe, origin)[DENOISER], origin.target.form
+        settings = origin.target.int8_settings(recipe.int8)
         slot = _SessionSlot()
         with load(
             origin.directory, hashes=False, wrap_session=slot.wrap, example_images=True
@@ -144,7 +145,7 @@ def _measure_layers(
                 pipeline, slot, origin.calibration.results[0], recipe.sensitivity.steps
             )
             layers = measure_sensitivity(
-                model, feeds, recipe.int8, latents, form=form, report=progress.within
+                model, feeds, settings, latents, form=form, report=progress.within
             )
     return tuple(layers), select_sensitive(layers, recipe.sensitivity)
 

@@ -114,7 +114,8 @@ class Rewriter:
             return Counter()
         check_float(model)
         if precision == "int8":
-            counts = quantize(model, self.feeds[name], self.recipe.int8, self.target.form)
+            settings = self.target.int8_settings(self.recipe.int8)
+            counts = quantize(model, self.feeds[name], settings, self.target.form)
             return Counter({f"int8-{kind}": count for kind, count in counts.items()})
         bits: Literal[4, 8] = 4 if precision == "int4-weights" else 8
         count = quantize_weights(model, self.recipe.weight_only, self.target.form, bits=bits)
