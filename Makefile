@@ -33,9 +33,9 @@ hostile: $(VENV)/ready  ## damaged and hostile inputs by the thousand, and kills
 optimum: $(VENV)/ready  ## beside optimum-onnx, in a second environment that this makes: minutes
 	$(BIN)/python -m pytest -m optimum
 
-$(VENV)/ready: pyproject.toml demo/pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
+$(VENV)/ready: pyproject.toml demo/pyproject.toml distributions/torch/pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/kernels/*.cpp runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./demo --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' --editable ./distributions/torch --editable ./demo
 	touch $@
 
 clean:

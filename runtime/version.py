@@ -1,4 +1,4 @@
-"""Version of the package; the one place where it is written."""
+"""Version of the package, which pyproject.toml and that of distributions/torch repeat."""
 
 __all__ = ["__version__"]
 
