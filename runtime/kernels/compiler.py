@@ -24,7 +24,7 @@ _FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 _FAST = ("-O3",)  # at -O2 the code is smaller by a fifth, and attention on AVX2 slower
-_SMALL = ("-Os",)  # for all but the kernels
+_SMALL = ("-Os",)  # for all but the kernels, and for portable ones that newer processors pass over
 _INSTRUCTIONS = {
     "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
@@ -86,7 +86,8 @@ def _compile(command: list[str], folder: Path, extra: tuple[str, ...]) -> Path:
         instructions = _INSTRUCTIONS[ends[0]] if ends else ()
         if instructions and not x86:
             continue
-        flags = [*_FLAGS, *(_FAST if source.name.startswith("kernels_") else _SMALL), *extra]
+        fast = source.name.startswith("kernels_") and (instructions or not x86)
+        flags = [*_FLAGS, *(_FAST if fast else _SMALL), *extra]
         flags += [*instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
         objects.append(str(folder / f"{source.stem}.o"))
         _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
