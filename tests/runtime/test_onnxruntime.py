@@ -402,6 +402,8 @@ def test_options_reach_the_library(graph: Path) -> None:
     assert settings.enable_cpu_mem_arena is False
     assert settings.get_session_config_entry("session.disable_prepacking") == "1"
     assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    settings = cpu._load_settings(component(), {"yield_cores": True})
+    assert settings.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_an_optimized_engine_keeps_its_prepacking() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import msgspec
@@ -49,8 +50,8 @@ WHOLE = SearchedStructure(choices={})
 
 _FOLDER = "engines-of-variants"
 _TIMESTEP = 500.0
-_TURN = 0.1  # seconds that a turn runs short steps for
-_PATIENCE = 3  # times as many turns as were asked for, at most
+_WINDOW = 0.05  # seconds that an engine runs for in a turn
+_PATIENCE = 4.0  # seconds for turns beyond those that were asked for
 _SEED = 0
 
 
@@ -193,7 +194,7 @@ class Variants:
 
         Args:
             structures: to time.
-            repeats: turns of each; up to three times as many while the ratio's interval is wide.
+            repeats: turns of each, or more of short steps while the ratio's interval is wide.
             report: called with each as soon as it is measured.
         """
         latencies = []
@@ -208,13 +209,11 @@ class Variants:
     def _paired(self, step: DeployedStep, repeats: int) -> Latency:
         whole, own = self._runner(self._whole_step()), self._runner(step)
         for run in (whole, own):
-            _turn(run)
-        turns: list[tuple[float, float]] = []
-        while len(turns) < repeats or (
-            len(turns) < _PATIENCE * repeats and not Latency.of(turns).is_precise
-        ):
+            _window(run)
+        end, turns = perf_counter() + _PATIENCE, list[tuple[float, float]]()
+        while len(turns) < repeats or (perf_counter() < end and not Latency.of(turns).is_precise):
             first, second = (own, whole) if len(turns) % 2 else (whole, own)
-            seconds = {run: _turn(run) for run in (first, second)}  # neither is always the first
+            seconds = {run: _window(run) for run in (first, second)}  # neither is always the first
             turns.append((seconds[whole], seconds[own]))
         return Latency.of(turns)
 
@@ -307,7 +306,8 @@ class Variants:
         """Load engines as the runtime does, with the setting's threads."""
         engines: dict[str, Engine] = {}
         for name, component in manifest.components.items():
-            options, spin = {"threads": self.setting.threads}, name == DENOISER
+            options = {"threads": self.setting.threads, "yield_cores": True}
+            spin = name == DENOISER
             engines[name] = Engine.load(name, component, folder, options, spin=spin)
         return DeployedStep(engines)
 
@@ -328,17 +328,15 @@ def _unreported(activity: str, done: int, total: int) -> None:
     """Show no progress of a build: the search shows its own."""
 
 
-def _turn(run: Callable[[], object]) -> float:
-    """Return the seconds of a run; of short ones the least, since other load only adds time.
+def _window(run: Callable[[], object]) -> float:
+    """Return the median seconds of the runs within a window of a fixed time.
 
-    The first of several short runs brings the weights back into the caches, and does not count.
+    The first of several brings the weights back into the caches, and does not count.
     """
-    first = _seconds(run)
-    left, runs = _TURN - first, []
-    while left > 0:
+    end, first, runs = perf_counter() + _WINDOW, _seconds(run), list[float]()
+    while perf_counter() < end:
         runs.append(_seconds(run))
-        left -= runs[-1]
-    return min(runs, default=first)
+    return median(runs or [first])
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -15,7 +15,7 @@ from latentforge.runtime.record import Record
 
 __all__ = ["PRECISION", "Latency", "MeasuredStructure", "StepSetting"]
 
-PRECISION = 0.02
+PRECISION = 0.01
 """Half the width of a ratio's interval, relative to it, at which it is precise."""
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -42,14 +42,12 @@ class Latency(Record, frozen=True, kw_only=True):
     def of(cls, turns: Sequence[tuple[float, float]]) -> "Latency":
         """Return the latency of turns, each the seconds of the whole UNet's engine and its own.
 
-        Its figures are medians. Where the ratios of turns differ much, other load disturbs them:
-        it only adds time, so the least seconds count there.
+        All figures are medians. The two sides of a turn are neighbours in time, so that other load
+        and the clock's changes meet both; a turn in which they meet one alone is an outlier. The
+        least seconds of each side would need a moment without other load for both of them.
         """
         ratio = median_interval([own / whole for whole, own in turns])
-        precise = _half_width(ratio) <= PRECISION
-        whole, seconds = ((median if precise else min)(side) for side in zip(*turns, strict=True))
-        if not precise:
-            ratio = _including(ratio, seconds / whole)
+        whole, seconds = (median(side) for side in zip(*turns, strict=True))
         return cls(seconds=seconds, whole=whole, ratio=ratio)
 
     @property
@@ -63,17 +61,6 @@ def _half_width(interval: ConfidenceInterval) -> float:
     if interval.low is None or interval.high is None:
         return inf
     return (interval.high - interval.low) / 2 / interval.value
-
-
-def _including(interval: ConfidenceInterval, value: float) -> ConfidenceInterval:
-    """Return an interval with another value, widened to include it."""
-    low, high = interval.low, interval.high
-    return ConfidenceInterval(
-        value=value,
-        low=None if low is None else min(low, value),
-        high=None if high is None else max(high, value),
-        level=interval.level,
-    )
 
 
 class MeasuredStructure(Record, frozen=True, kw_only=True):
