@@ -26,6 +26,9 @@ _OF_SERVE = (
 )  # fmt: skip
 """Packages of the extra ``serve``."""
 
+_EXTRAS = {**dict.fromkeys(_OF_SERVE, "serve"), "scipy": "train", "tensorboard": "train"}
+"""Extra that brings a package, where it is not ``export``."""
+
 EPILOG = """\
 first steps:
   latentforge demo                                    try everything on the demo checkpoint
@@ -94,7 +97,7 @@ def _explained(error: BaseException) -> str:
         place = f" at {error.filename}" if error.filename else ""
         return f"the disk is full{place}: make room, or name another place"
     if isinstance(error, ImportError):
-        extra = "serve" if str(error.name).partition(".")[0] in _OF_SERVE else "export"
+        extra = _EXTRAS.get(str(error.name).partition(".")[0], "export")
         return f"{error}: pip install 'latentforge[{extra}]' brings it, or [eval] what eval needs"
     return printable(one_line(error, limit=None))
 

@@ -1,6 +1,7 @@
 """Measured latencies of structures, their table, and their prediction."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from latentforge.export.models.searched_structure import SearchedStructure, Site, list_sites
+from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site, list_sites
 from latentforge.measure.results import ConfidenceInterval
 from latentforge.optimize.graph import open_session
 from latentforge.optimize.graph_io import DENOISER, load_graph
@@ -19,7 +20,7 @@ from latentforge.runtime.errors import ManifestError, ResultsError, SettingsErro
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
 from latentforge.train.search.latency.measure import LatencyPlan, measure_plan, random_structures
-from latentforge.train.search.latency.model import fit_latency
+from latentforge.train.search.latency.model import LatencyModel, fit_latency
 from latentforge.train.search.latency.records import Latency, StepSetting
 from latentforge.train.search.latency.table import LatencyTable
 from latentforge.train.search.surgery import restructure
@@ -151,67 +152,103 @@ class Simulated:
         return LatencyPlan.of(self, fitted=40, held_out=20)  # type: ignore[arg-type]
 
 
+PARTS: dict[Choice, tuple[str, ...]] = {
+    "no_self_attention": ("cross", "ff"),
+    "no_feed_forward": ("self", "cross"),
+    "cross_attention": ("cross",),
+    "drop": (),
+}
+
+
 def simulated(
-    sites: Sequence[Site], *, pairs: float = 0.0, noise: float = 0.0, module: float = 0.0
+    sites: Sequence[Site], *, crowding: float = 0.0, noise: float = 0.0, module: float = 0.1
 ) -> Simulated:
-    """Return latencies that add up, except for terms in the square, noise, and empty modules."""
+    """Return latencies of what is left, which takes less time the less it is."""
     source = random.Random(1)
-    saved = {(s.name, c): source.uniform(0.1, 1.0) for s in sites for c in s.choices[1:]}
-    total = sum(max(saved[s.name, c] for c in s.choices[1:]) for s in sites)
-    blocks = {s.name for s in sites if s.kind == "transformer_block"}
+    costs = {(s.name, part): source.random() for s in sites for part in (*HALVES, *ATTENTION)}
+    blocks = [s.name for s in sites if s.kind == "transformer_block"]
     modules = {name.partition(".transformer_blocks.")[0] for name in blocks}
 
-    def ratio(structure: SearchedStructure) -> float:
-        share = 0.6 * sum(saved[item] for item in structure.choices.items()) / total
-        empty = sum(
-            all(structure.choice(b) == "drop" for b in blocks if b.startswith(f"{name}."))
-            for name in modules
+    def load(structure: SearchedStructure) -> float:
+        gone = structure.removed(sites)
+        left = 2.0 + sum(
+            costs[site.name, part]
+            for site in sites
+            if site.name not in gone
+            for part in parts_left(site, structure.choice(site.name))
         )
+        kept = {name.partition(".transformer_blocks.")[0] for name in blocks if name not in gone}
+        return left + module * len(modules & kept)
+
+    whole = load(WHOLE)
+
+    def ratio(structure: SearchedStructure) -> float:
+        share = load(structure) / whole
         other = random.Random(structure.key).gauss(0, noise)
-        return (1 - share + pairs * share**2 - module * empty) * (1 + other)
+        return share * (1 - crowding * (1 - share)) * math.exp(other)
 
     return Simulated(sites, {site.name: site.name for site in sites}, ratio)
+
+
+HALVES, ATTENTION = ("half", "rest"), ("self", "cross", "ff")
+
+
+def parts_left(site: Site, choice: Choice) -> Sequence[str]:
+    """Return the names of simulated costs that a choice leaves."""
+    if choice == "keep":
+        return ATTENTION if site.kind == "transformer_block" else HALVES
+    return ("half",) if choice == "half" else PARTS[choice]
+
+
+def fitted(engines: Simulated, path: Path, plan: LatencyPlan | None = None) -> LatencyModel:
+    plan = plan or engines.plan()
+    return fit_latency(engines.table(path / "t", plan), plan, engines.sites, engines.signatures)
 
 
 def test_latencies_that_add_up_are_predicted_exactly(
     tmp_path: Path, sites: tuple[Site, ...]
 ) -> None:
     engines = simulated(sites)
-    plan = engines.plan()
-    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    model = fitted(engines, tmp_path)
     assert model.mean_error < 1e-6 and model.spearman > 0.999 and model.errors.is_good
     for structure in random_structures(sites, 10, seed=7):
         assert model.seconds(structure) == pytest.approx(engines.ratio(structure))
+    assert model.seconds(WHOLE) == pytest.approx(model.whole)
+    assert model.saved(sites[0].name, "keep") == pytest.approx(0.0, abs=1e-9)
+
+
+def test_savings_add_up_where_nothing_crowds(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    model = fitted(simulated(sites), tmp_path)
+    for structure in random_structures(sites, 10, seed=7):
         parts = sum(model.saved(*item) for item in structure.choices.items())
         assert model.seconds(structure) == pytest.approx(model.whole - parts)
-    assert model.seconds(WHOLE) == model.whole and model.saved(sites[0].name, "keep") == 0.0
 
 
-def test_what_does_not_add_up_is_predicted_by_pairs(
+def test_parts_that_are_faster_with_less_beside_them_are_predicted(
     tmp_path: Path, sites: tuple[Site, ...]
 ) -> None:
-    engines = simulated(sites, pairs=0.8)
-    plan = engines.plan()
-    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
-    assert model.pairs and model.mean_error < 0.02 and model.errors.is_good
+    engines = simulated(sites, crowding=0.3)
+    model = fitted(engines, tmp_path)
+    assert model.crowding == pytest.approx(0.3) and model.mean_error < 1e-6
+    order = sorted(random_structures(sites, 10, seed=7), key=engines.ratio)
+    assert order == sorted(order, key=model.seconds)
 
 
 def test_noise_is_not_explained(tmp_path: Path, sites: tuple[Site, ...]) -> None:
-    engines = simulated(sites, noise=0.02)
-    plan = engines.plan()
-    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
-    truth = simulated(sites)
+    model = fitted(simulated(sites, crowding=0.3, noise=0.02), tmp_path)
+    truth = simulated(sites, crowding=0.3)
     others = random_structures(sites, 50, seed=9)
     errors = [abs(model.seconds(s) / model.whole / truth.ratio(s) - 1) for s in others]
     assert np.mean(errors) < 0.03 and model.errors.is_good
+    assert min(model.costs.values()) >= 0.0
 
 
 def test_single_measurements_alone_predict(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     engines = simulated(sites)
     plan = LatencyPlan.of(engines, fitted=0, held_out=0)  # type: ignore[arg-type]
     assert plan.structures == plan.single
-    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
-    assert not model.pairs and not model.errors.is_good
+    model = fitted(engines, tmp_path, plan)
+    assert not model.crowding and not model.errors.is_good
     [structure] = random_structures(sites, 1, seed=5)
     assert model.seconds(structure) == pytest.approx(engines.ratio(structure))
 
@@ -223,9 +260,7 @@ def test_a_unet_of_few_structures_has_no_more(tmp_path: Path, sites: tuple[Site,
 
 
 def test_a_bad_prediction_says_so(tmp_path: Path, sites: tuple[Site, ...]) -> None:
-    engines = simulated(sites, noise=0.4)
-    plan = engines.plan()
-    model = fit_latency(engines.table(tmp_path / "t", plan), plan, sites, engines.signatures)
+    model = fitted(simulated(sites, noise=0.4), tmp_path)
     assert not model.errors.is_good and "trust measured latencies alone" in str(model.errors)
 
 
@@ -233,16 +268,12 @@ def test_a_module_without_transformer_blocks_saves_its_projections(
     tmp_path: Path, tiny: Callable[[str], Path]
 ) -> None:
     deep = list_sites(config(tiny("sdxl")))
-    engines = simulated(deep, module=0.05)
-    plan = engines.plan()
-    model = fit_latency(engines.table(tmp_path / "t", plan), plan, deep, engines.signatures)
+    model = fitted(simulated(deep, module=0.5), tmp_path)
     assert model.errors.is_good and model.mean_error < 0.02
     name = "mid_block.attentions.0.transformer_blocks.0"
-    alone, both = ({name: "drop"}, {name: "drop", name[:-1] + "1": "drop"})
-    seconds = [model.seconds(SearchedStructure.of(choices, deep)) for choices in (alone, both)]
-    assert sum(model.saved(*item) for item in both.items()) == pytest.approx(
-        model.whole - seconds[1], rel=0.05
-    )
+    both = {name: "drop", name[:-1] + "1": "drop"}
+    seconds = model.seconds(SearchedStructure.of(both, deep))
+    assert sum(model.saved(*item) for item in both.items()) == pytest.approx(model.whole - seconds)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 1. The teacher is exported, and states of its own trajectories are recorded (states.py).
 2. Latency is measured on the deployed engine, and a model of it is fitted (latency/).
 3. The error that each choice makes alone is measured (student_errors.py), and how well these add
-   up.
+   up. Structures of the front by both join the fit of the latency.
 4. A knapsack gives the whole Pareto front of sums (knapsack.py); an evolution by true errors
    repairs what does not add up (evolution.py).
 5. The best are timed; the student is the one of the least error whose measured latency is within
@@ -30,8 +30,9 @@ from latentforge.runtime.files import check_target
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.text import duration_text
 from latentforge.train.search.clock import Clock
-from latentforge.train.search.latency.measure import LatencyPlan, measure_plan, random_structures
-from latentforge.train.search.latency.model import LatencyModel, fit_latency
+from latentforge.train.search.knapsack import pareto_front
+from latentforge.train.search.latency.measure import LatencyPlan, random_structures
+from latentforge.train.search.latency.study import LatencyStudy
 from latentforge.train.search.latency.table import LatencyTable
 from latentforge.train.search.page import render_search
 from latentforge.train.search.problem import (
@@ -62,12 +63,14 @@ from latentforge.train.teacher_work import work_folder
 
 __all__ = ["search"]
 
-_PARTS = 8  # of the progress, and one more where latency is measured
+_PARTS = 8  # of the progress, and two more where latency is measured
 
 _PROMPTS = 4
 _MIN_STATES = 4
 _TURNS = 5  # pairs of steps that a structure is timed with
 _HELD_OUT, _MIN_FITTED, _MAX_FITTED = 20, 10, 40  # random structures of the latency model
+_FRONT = (0.7, 0.85, 0.95, 1.0, 1.05, 1.2, 1.5)  # of the limit: structures that join the fit
+_REFITS = 2
 _CHECKED = 20  # random structures that sums of scores are checked on
 _EVOLVED = 120  # errors that an evolution measures, about
 
@@ -104,7 +107,7 @@ def search(checkpoint: str, target: Path, request: StructureRequest) -> SearchRe
     teacher = Teacher.open(checkpoint)
     with (
         work_folder(target, request.work, "search") as folder,
-        Progress(_PARTS + request.is_timed, quiet=request.quiet) as progress,
+        Progress(_PARTS + 2 * request.is_timed, quiet=request.quiet) as progress,
     ):
         work = SearchWork(folder, teacher.checkpoint, request)
         return _StudentSearch(teacher, request, work, progress).run(target)
@@ -132,13 +135,16 @@ class _StudentSearch:
         with Variants(
             engines, request.target, request.recipe, self._work.folder, sites=self._teacher.sites
         ) as variants:
-            model = self._latency_model(variants) if request.is_timed else None
+            study = self._latency_study(variants) if request.is_timed else None
             variants.close()  # the teacher in torch needs the memory
             errors = self._student_errors(states)
-            cost = latency_cost(model) if model is not None else self._weight_cost(errors)
+            cost = latency_cost(study.model) if study is not None else self._weight_cost(errors)
             limit = self._limit(cost)  # refuses goals out of reach, before what takes long
             scores = self._scores(errors)
             sums = self._check_sums(errors, scores)
+            if study is not None:
+                cost = self._refined_cost(study, scores)
+                limit = self._limit(cost)
             problem = Problem(sites=self._teacher.sites, cost=cost, limit=limit, score=scores.error)
             selection = Selection(problem, errors, variants, self._progress, self._clock)
             greedy = not sums.spearman >= _MIN_SPEARMAN
@@ -147,7 +153,7 @@ class _StudentSearch:
             with self._progress.part("comparison with other structures"):
                 selection.compare(self._random)
         with self._progress.part("the student"):
-            record = self._record(errors.states, model, sums, selection, variants)
+            record = self._record(errors.states, study, sums, selection, variants)
             self._write(target, errors, record)
         return record
 
@@ -165,9 +171,8 @@ class _StudentSearch:
                 self._clock.during(0.2),
             )
 
-    def _latency_model(self, variants: Variants) -> LatencyModel:
+    def _latency_study(self, variants: Variants) -> LatencyStudy:
         """Measure latencies as many as there is time for, and fit a model to them."""
-        sites = self._teacher.sites
         table = LatencyTable(self._work.latencies(), variants.setting)
         with self._progress.part("latency of choices"):
             seconds = 0.0
@@ -178,11 +183,30 @@ class _StudentSearch:
                 seconds = self._clock.elapsed - start
             fitted = self._work.decided("fitted", lambda: self._affordable_fits(variants, seconds))
             plan = LatencyPlan.of(variants, fitted=fitted, held_out=_HELD_OUT)
-            inner = self._progress.inner(len(plan.structures) - len(table))
-            measure_plan(variants, plan, table, repeats=_TURNS, progress=inner)
-        model = fit_latency(table, plan, sites, variants.signatures)
-        self._progress.note(f"  latency: {model.errors}")
-        return model
+            study = LatencyStudy(variants, table, repeats=_TURNS)
+            study.measure(plan, self._progress.inner(study.missing(plan)))
+        self._progress.note(f"  latency: {study.model.errors}")
+        return study
+
+    def _refined_cost(self, study: LatencyStudy, scores: ChoiceScores) -> Cost:
+        """Return the cost by a model that is also fitted to structures of its own front.
+
+        They are where it has to hold, and random structures are unlike them.
+        """
+        sites = self._teacher.sites
+        with self._progress.part("latency of the front"):
+            for _ in range(_REFITS):
+                cost = latency_cost(study.model)
+                front = pareto_front(sites, cost.saved, scores.error)
+                targets = [self._request.limit(cost.whole) * ratio for ratio in _FRONT]
+                nearest = [
+                    min(front, key=lambda p: abs(cost.total(p.structure) - seconds)).structure
+                    for seconds in targets
+                ]
+                plan = study.with_fitted(nearest)
+                study.measure(plan, self._progress.inner(study.missing(plan)))
+        self._progress.note(f"  latency, with the front: {study.model.errors}")
+        return latency_cost(study.model)
 
     def _affordable_fits(self, variants: Variants, seconds: float) -> int:
         fixed = len(LatencyPlan.of(variants, fitted=1, held_out=1).single) + _HELD_OUT
@@ -252,15 +276,15 @@ class _StudentSearch:
     def _record(
         self,
         states: States,
-        model: LatencyModel | None,
+        study: LatencyStudy | None,
         sums: ModelCheck,
         selection: Selection,
         variants: Variants,
     ) -> SearchRecord:
         request, checkpoint = self._request, self._teacher.checkpoint
         latency = None
-        if model is not None:
-            latency = ModelCheck.of(model.points, str(model.errors))
+        if study is not None:
+            latency = ModelCheck.of(study.model.points, str(study.model.errors))
         setting = msgspec.to_builtins(variants.setting)
         libraries = setting.pop("libraries")
         goal = {request.goal: f"{getattr(request, request.goal):g}"}

@@ -4,4 +4,5 @@
 * table.py: measured latencies in a file, which is refused elsewhere.
 * measure.py: the structures to measure, and their measurement.
 * model.py: prediction for all other structures, checked on those that were held out.
+* study.py: the plan, its table and its model, which structures of the model's own front join.
 """

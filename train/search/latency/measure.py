@@ -6,8 +6,8 @@ structures correct for what does not add up, and others are held out to check th
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
 from latentforge.runtime.progress import Progress
@@ -45,6 +45,12 @@ class LatencyPlan:
             held_out=structures[:held_out],
         )
 
+    def with_fitted(self, structures: Iterable[SearchedStructure]) -> "LatencyPlan":
+        """Return the plan with further structures to fit to, unless it has them already."""
+        known = dict.fromkeys(self.structures)
+        new = [s for s in dict.fromkeys(structures) if s.choices and s not in known]
+        return replace(self, fitted=(*self.fitted, *new))
+
     @property
     def structures(self) -> tuple[SearchedStructure, ...]:
         """All of them, the most useful ones first."""
@@ -70,7 +76,7 @@ def measure_plan(
     """
     for structure in plan.structures:
         if structure not in table:
-            with progress.part(f"latency {len(table) + 1} of {len(plan.structures)}"):
+            with progress.part(f"latency {len(table) + 1}"):
                 variants.measure([structure], repeats=repeats, report=table.add)
 
 
@@ -96,9 +102,11 @@ def random_structures(
     for _ in range(_ATTEMPTS * count):
         if len(found) == count:
             break
-        share = source.uniform(0.05, 0.95)
+        share, dropped = source.uniform(0.05, 0.95), source.random()
         choices = {
-            site.name: source.choice(site.choices[1:])
+            site.name: site.choices[-1]
+            if source.random() < dropped
+            else source.choice(site.choices[1:])
             for site in sites
             if source.random() < (share if site.kind != "stage" else share / 2)
         }

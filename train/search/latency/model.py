@@ -1,26 +1,31 @@
 """Prediction of a structure's latency from measured ones.
 
-The time that a structure saves is a sum over its choices, each measured alone in place, corrected
-by ridge regression on random structures:
+The time of a step is not the whole UNet's less what is left out, as parts take less time in a small
+UNet: more of its weights and activations stay in the caches. So what is *left* is added up, and one
+figure says how much faster it gets with less beside it:
 
-    saved(structure) = sum of saved(site, choice)
-                     + sum over pairs of blocks c(a, b) saved(a) saved(b)
+    load(structure)    = fixed + sum of the costs of the parts that are left,   load(whole) = 1
+    seconds(structure) = seconds(whole) * load * (1 - crowding * (1 - load))
 
-where saved(a) is the sum of single measurements in block a. Pairs are added one by one, as long as
-they help with structures that are left out of the regression in turn; held-out ones only judge.
-Regression shrinks towards the single measurements, not to zero, and weighs relative errors.
+Costs are the non-negative least squares of relative errors over all measured structures (Lawson &
+Hanson, Solving Least Squares Problems, 1974, chapter 23); the crowding is the one that predicts
+structures best which are left out of the fit in turn. Held-out ones only judge. As seconds rise
+with the load, a structure that is best for a load is best for its seconds.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import nan
 from statistics import mean, median
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
-from latentforge.export.models.searched_structure import SearchedStructure, Site
+from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
 from latentforge.measure.statistics import spearman
 from latentforge.train.search.latency.measure import LatencyPlan
 from latentforge.train.search.latency.table import LatencyTable
@@ -28,6 +33,7 @@ from latentforge.train.search.latency.table import LatencyTable
 __all__ = ["MAX_ERROR", "MIN_SPEARMAN", "LatencyModel", "PredictionErrors", "fit_latency"]
 
 Array = NDArray[np.float64]
+Load = TypeVar("Load", float, Array)
 
 MAX_ERROR = 0.05
 """Mean relative error that a prediction of held-out structures may have."""
@@ -35,13 +41,24 @@ MAX_ERROR = 0.05
 MIN_SPEARMAN = 0.95
 """Rank correlation that a prediction of held-out structures has to reach."""
 
-_PENALTIES = tuple(10.0**power for power in range(-4, 3))
-_MAX_PAIRS = 4
+_CROWDINGS = tuple(step / 20 for step in range(17))
+_FOLDS = 5
 _LEAST = 0.01  # of the whole latency: what a prediction may not fall below
-_GAIN = 0.95  # of the error without a pair, that a pair has to reach
+_EXACT = 10.0  # weight of the whole UNet, whose ratio is 1 by definition
 
-_WHOLE = "*"
-"""Block that stands for all blocks in a pair."""
+_FIXED = "fixed"
+_WHOLE = SearchedStructure(choices={})
+_RESNET: Mapping[Choice, tuple[str, ...]] = {"keep": ("half", "other half"), "half": ("half",)}
+_TRANSFORMER: Mapping[Choice, tuple[str, ...]] = {
+    "keep": ("attn1", "attn2", "ff"),
+    "half": ("halves",),
+    "no_self_attention": ("attn2", "ff"),
+    "no_feed_forward": ("attn1", "attn2"),
+    "cross_attention": ("attn2",),
+}
+_STAGE: Mapping[Choice, tuple[str, ...]] = {"keep": ("resamplers",)}
+_PARTS = {"resnet": _RESNET, "transformer_block": _TRANSFORMER, "stage": _STAGE}
+"""Parts that a choice leaves, by kind of the site; "drop" leaves none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,39 +100,36 @@ class PredictionErrors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Terms:
-    """Terms of the sum that structures of one UNet have."""
+class _UNetParts:
+    """Parts of a UNet that take time; sites of equal layers share theirs."""
 
     sites: Sequence[Site]
     signatures: Mapping[str, str]
 
-    def of(self, structure: SearchedStructure) -> dict[str, Counter[str]]:
-        """Return the number of each term by block."""
-        terms: dict[str, Counter[str]] = {}
+    def left(self, structure: SearchedStructure) -> Counter[str]:
+        """Return the number of each part that a structure leaves."""
+        gone, left = structure.removed(self.sites), Counter({_FIXED: 1})
         for site in self.sites:
-            if (choice := structure.choice(site.name)) != "keep":
-                name = self.name(site, choice)
-                terms.setdefault(site.block, Counter())[name] += 1
-        for module, own in self.modules().items():
-            if len(own) > 1 and all(structure.choice(s.name) == "drop" for s in own):
-                terms[own[0].block][self.module_name(module, own)] += 1
-        return terms
+            if site.name not in gone:
+                parts = _PARTS[site.kind].get(structure.choice(site.name), ())
+                left.update(f"{self.signatures[site.name]} {part}" for part in parts)
+        for own in self.modules.values():
+            if not all(site.name in gone for site in own):  # a norm and projections
+                left[self.module_part(own)] += 1
+        return left
 
-    def name(self, site: Site, choice: str) -> str:
-        """Return the term of a choice, which sites of equal layers share."""
-        return f"{self.signatures[site.name]} {choice}"
+    def module_part(self, own: Sequence[Site]) -> str:
+        """Return the norm and projections of an attention module with these blocks."""
+        return f"{self.signatures[own[0].name]} module of {len(own)}"
 
+    @cached_property
     def modules(self) -> dict[str, list[Site]]:
-        """Return the transformer blocks of each attention module."""
+        """Transformer blocks of each attention module."""
         modules: dict[str, list[Site]] = {}
         for site in self.sites:
             if site.kind == "transformer_block":
-                modules.setdefault(site.name.partition(".transformer_blocks.")[0], []).append(site)
+                modules.setdefault(_module(site.name), []).append(site)
         return modules
-
-    def module_name(self, module: str, own: Sequence[Site]) -> str:
-        """Return the term of an attention module that is empty: its norm and projections."""
-        return f"{self.signatures[own[0].name]} module of {len(own)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,41 +138,35 @@ class LatencyModel:
 
     Attributes:
         whole: seconds of the whole UNet's step: all predictions are relative to it.
-        saved_shares: share of it that a term saves.
-        single_shares: the same as it was measured alone.
-        pairs: coefficient by pair of blocks.
+        costs: of parts, in shares of the whole load.
+        crowding: share of the time that a part saves when hardly anything is beside it.
         errors: on held-out structures.
     """
 
     whole: float
-    saved_shares: Mapping[str, float]
-    single_shares: Mapping[str, float]
-    pairs: Mapping[tuple[str, str], float]
+    costs: Mapping[str, float]
+    crowding: float
     errors: PredictionErrors
-    terms: _Terms
+    parts: _UNetParts
 
     def seconds(self, structure: SearchedStructure) -> float:
         """Return the predicted seconds of a step."""
-        terms = self.terms.of(structure)
-        single = _shares(terms, self.single_shares)
-        share = sum(_shares(terms, self.saved_shares).values()) + sum(
-            coefficient * _product(single, pair) for pair, coefficient in self.pairs.items()
-        )
-        return self.whole * max(1 - share, _LEAST)
+        return self.whole * max(_crowded(self._load(structure), self.crowding), _LEAST)
 
-    def saved(self, site: str, choice: str) -> float:
-        """Return the seconds that a choice saves, as far as they add up with others'.
+    def saved(self, site: str, choice: Choice) -> float:
+        """Return the load that a choice saves, in seconds of the whole UNet: these add up.
 
         Where the last transformer block takes its module with it, each of them has a share of that.
         """
-        own = next(each for each in self.terms.sites if each.name == site)
-        share = 0.0 if choice == "keep" else self.saved_shares.get(self.terms.name(own, choice), 0)
-        if choice == "drop" and own.kind == "transformer_block":
-            module = site.partition(".transformer_blocks.")[0]
-            blocks = self.terms.modules()[module]
-            name = self.terms.module_name(module, blocks)
-            share += self.saved_shares.get(name, 0.0) / len(blocks)
+        share = 1 - self._load(SearchedStructure.of({site: choice}, self.parts.sites))
+        own = self.parts.modules.get(_module(site), ())
+        if choice == "drop" and len(own) > 1:
+            share += self.costs.get(self.parts.module_part(own), 0.0) / len(own)
         return self.whole * share
+
+    def _load(self, structure: SearchedStructure) -> float:
+        left = self.parts.left(structure)
+        return sum(self.costs.get(name, 0.0) * count for name, count in left.items())
 
     @property
     def mean_error(self) -> float:
@@ -176,21 +184,22 @@ class LatencyModel:
         return self.errors.points
 
 
-def _shares(
-    terms: Mapping[str, Mapping[str, int]], shares: Mapping[str, float]
-) -> dict[str, float]:
-    """Return the share that each block saves, without pairs."""
-    return {
-        block: sum(shares.get(name, 0.0) * count for name, count in own.items())
-        for block, own in terms.items()
-    }
+def _module(site: str) -> str:
+    """Return the attention module that a transformer block is in."""
+    return site.partition(".transformer_blocks.")[0]
 
 
-def _product(blocks: Mapping[str, float], pair: tuple[str, str]) -> float:
-    """Return the product of the shares that two blocks save."""
-    total = sum(blocks.values())
-    first, second = (total if name == _WHOLE else blocks.get(name, 0.0) for name in pair)
-    return first * second
+def _crowded(load: Load, crowding: float) -> Load:
+    """Return the share of the whole UNet's time that a load takes."""
+    return load * (1 - crowding * (1 - load))
+
+
+def _load_of(shares: Array, crowding: float) -> Array:
+    """Return the loads that take these shares of the time: the inverse of _crowded()."""
+    if not crowding:
+        return shares
+    free = 1 - crowding
+    return np.asarray((np.sqrt(free**2 + 4 * crowding * shares) - free) / (2 * crowding))
 
 
 def fit_latency(
@@ -207,112 +216,71 @@ def fit_latency(
         sites: of the UNet.
         signatures: texts by name of the site, equal for sites of equal layers.
     """
-    return _Fit(table, plan, _Terms(sites=sites, signatures=signatures)).model()
+    parts = _UNetParts(sites=sites, signatures=signatures)
+    ratios = {structure: table[structure].ratio.value for structure in plan.structures}
+    whole = median(table[structure].whole for structure in plan.structures)
+    fit = _Fit.of({s: ratios[s] for s in (*plan.single, *plan.fitted)}, parts)
+    crowding = fit.best_crowding(len(plan.single))
+    model = LatencyModel(
+        whole=whole,
+        costs=fit.costs(crowding),
+        crowding=crowding,
+        errors=PredictionErrors.of(()),
+        parts=parts,
+    )
+    points = [(model.seconds(s), whole * ratios[s]) for s in plan.held_out]
+    return replace(model, errors=PredictionErrors.of(points))
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """Ridge regression of the share that random structures save."""
+    """Least squares of the relative errors of measured structures.
 
-    def __init__(self, table: LatencyTable, plan: LatencyPlan, terms: _Terms) -> None:
-        self._table, self._plan, self._terms = table, plan, terms
-        self._prior = self._single_shares()
-        names = {name for s in plan.fitted for own in terms.of(s).values() for name in own}
-        self._names = sorted(names | self._prior.keys())
-        self._saved = np.array([1 - table[s].ratio.value for s in plan.fitted])
-        self._whole = median(latency.whole for latency in (table[s] for s in plan.structures))
-
-    def model(self) -> LatencyModel:
-        """Add pairs until none helps any more."""
-        model, error = self._fitted(())
-        while self._plan.fitted and len(model.pairs) < _MAX_PAIRS:
-            candidates = [
-                self._fitted((*model.pairs, pair))
-                for pair in self._possible_pairs()
-                if pair not in model.pairs
-            ]
-            better, least = min(candidates, key=lambda candidate: candidate[1])
-            if least > _GAIN * error:
-                break
-            model, error = better, least
-        return model
-
-    def _single_shares(self) -> dict[str, float]:
-        """Return the share that each term saves alone."""
-        shares = {}
-        for structure in self._plan.single:
-            [terms] = self._terms.of(structure).values()
-            shares[next(iter(terms))] = 1 - self._table[structure].ratio.value
-        return shares
-
-    def _possible_pairs(self) -> list[tuple[str, str]]:
-        """Return pairs of blocks that are neighbours in the forward pass, or by skips."""
-        blocks = list(dict.fromkeys(site.block for site in self._terms.sites))
-        down = [block for block in blocks if block.startswith("down")]
-        up = [block for block in blocks if block.startswith("up")]
-        neighbours = zip(blocks, blocks[1:], strict=False)
-        by_skips = zip(down, reversed(up), strict=False)
-        own = ((block, block) for block in (*blocks, _WHOLE))
-        return list(dict.fromkeys([*own, *neighbours, *by_skips]))
-
-    def _fitted(self, pairs: Sequence[tuple[str, str]]) -> tuple[LatencyModel, float]:
-        """Return the model with these pairs, and its error on structures left out one by one."""
-        prior = np.array([self._prior.get(name, 0.0) for name in self._names] + [0.0] * len(pairs))
-        rows = np.array([self._row(structure, pairs) for structure in self._plan.fitted])
-        rows = rows.reshape(-1, len(prior))
-        weights = 1 / (1 - self._saved) ** 2  # of squared errors, to be relative
-        scales = np.abs(prior) + np.abs(prior).mean()
-        scales[len(self._names) :] = 1.0
-        options = [
-            _ridge(rows, self._saved - rows @ prior, weights, penalty / scales**2)
-            for penalty in _PENALTIES
-        ]
-        change, error = min(options, key=lambda option: option[1])
-        solution = prior + change
-        model = LatencyModel(
-            whole=self._whole,
-            saved_shares=dict(zip(self._names, solution.tolist(), strict=False)),
-            single_shares=self._prior,
-            pairs=dict(zip(pairs, solution[len(self._names) :].tolist(), strict=True)),
-            errors=PredictionErrors(mean_error=0.0, spearman=0.0, points=()),
-            terms=self._terms,
-        )
-        return replace(model, errors=self._errors(model)), error
-
-    def _row(self, structure: SearchedStructure, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return the count of each term, and the product of each pair by the single shares."""
-        blocks = self._terms.of(structure)
-        counts = sum(blocks.values(), Counter[str]())
-        shares = _shares(blocks, self._prior)
-        return [
-            *(counts[name] for name in self._names),
-            *(_product(shares, pair) for pair in pairs),
-        ]
-
-    def _errors(self, model: LatencyModel) -> PredictionErrors:
-        """Return the errors on held-out structures, relative to the same whole latency."""
-        return PredictionErrors.of(
-            (model.seconds(s), self._whole * self._table[s].ratio.value)
-            for s in self._plan.held_out
-        )
-
-
-def _ridge(rows: Array, target: Array, weights: Array, penalties: Array) -> tuple[Array, float]:
-    """Solve a ridge regression.
-
-    Args:
-        rows: (n, d) of structures.
-        target: (n,) to explain.
-        weights: (n,) of squared errors.
-        penalties: (d,) of squared coefficients.
-
-    Returns:
-        (d,) coefficients, and the root mean square of the weighted errors of each structure when
-        it is left out, by the leverages (Hastie et al., Elements of Statistical Learning, 7.10).
+    Attributes:
+        names: of the parts.
+        counts: (n, parts) of each that a structure leaves; the whole UNet is the first.
+        shares: (n,) of the whole UNet's time.
     """
-    weighted = rows * weights[:, None]
-    inverse = np.linalg.inv(weighted.T @ rows + np.diag(penalties))
-    solution = inverse @ (weighted.T @ target)
-    leverages = np.einsum("nd,de,ne->n", rows, inverse, weighted)
-    residuals = (target - rows @ solution) / np.maximum(1 - leverages, 1e-6)
-    error = np.sqrt(np.mean(weights * residuals**2)) if len(rows) else 0.0
-    return solution, float(error)
+
+    names: Sequence[str]
+    counts: Array
+    shares: Array
+
+    @classmethod
+    def of(cls, ratios: Mapping[SearchedStructure, float], parts: _UNetParts) -> "_Fit":
+        """Return the least squares of measured ratios to the whole UNet's time."""
+        left = [parts.left(structure) for structure in (_WHOLE, *ratios)]
+        names = sorted(left[0].keys() | {name for each in left for name in each})
+        counts = np.array([[float(each[name]) for name in names] for each in left])
+        return cls(names=names, counts=counts, shares=np.array([1.0, *ratios.values()]))
+
+    def costs(self, crowding: float) -> dict[str, float]:
+        """Return the cost of each part."""
+        solution = self._solution(crowding, np.ones(len(self.shares), bool))
+        return dict(zip(self.names, solution.tolist(), strict=True))
+
+    def best_crowding(self, singles: int) -> float:
+        """Return the crowding that predicts best what is left out, behind so many first ones."""
+        index = np.arange(len(self.shares)) - 1 - singles
+        if len(self.shares) - 1 - singles < _FOLDS:
+            return 0.0
+
+        def error(crowding: float) -> float:
+            total = 0.0
+            for fold in range(_FOLDS):
+                out = (index >= 0) & (index % _FOLDS == fold)
+                loads = self.counts[out] @ self._solution(crowding, ~out)
+                total += float(np.sum(np.square(_crowded(loads, crowding) / self.shares[out] - 1)))
+            return total
+
+        return min(_CROWDINGS, key=error)
+
+    def _solution(self, crowding: float, chosen: NDArray[np.bool_]) -> Array:
+        """Return the costs of the parts, (parts,), from the chosen structures."""
+        loads = _load_of(self.shares, crowding)
+        slopes = 1 - crowding * (1 - 2 * loads)  # of the time by the load
+        weights = slopes / self.shares
+        weights[0] *= _EXACT
+        rows, target = self.counts * weights[:, None], loads * weights
+        solution, _ = nnls(rows[chosen], target[chosen])
+        return np.asarray(solution)
