@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from PIL import Image
 
 from latentforge.measure import formatting
+from latentforge.measure.pictures import data_url
 from latentforge.measure.report.charts import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Chart, Dot, tick_row
 from latentforge.measure.report.page import FRAME, environment
 from latentforge.measure.report.scales import Scale, Tick, ticks
 from latentforge.measure.report.scatter import label_boxes, pareto, stairs
+from latentforge.measure.results import ConfidenceInterval
+from latentforge.runtime.image import to_array
 from latentforge.train.search.search_record import ModelCheck, SearchPoint, SearchRecord
 
 __all__ = ["render_search"]
 
 _RIGHT = WIDTH - 12
 _ROLES = {"teacher": "reference", "chosen": "engines", "searched": "engines", "baseline": "peer"}
+_SHOWN = 6  # images of a structure
 _SHORTEST = 1e-3  # of errors relative to the largest, as a logarithm has no zero
 
 
-def render_search(record: SearchRecord) -> str:
+def render_search(record: SearchRecord, images: Mapping[str, Sequence[Image.Image]]) -> str:
     """Return one self-contained HTML page of a search.
+
+    Args:
+        record: of the search.
+        images: by name of the structure, of equal prompts and seeds.
 
     Raises:
         ResultsError: Jinja2 is not installed.
@@ -36,6 +46,8 @@ def render_search(record: SearchRecord) -> str:
         fronts=[_front_chart(record)],
         checks=[(_check_chart(title, c, unit, log), c.note) for title, c, unit, log in checks],
         rows=list(_rows(record)),
+        matches=list(_matches(record)),
+        strips=[(name, _urls(own)) for name, own in images.items()],
     )
 
 
@@ -138,21 +150,48 @@ def _powers(scale: Scale) -> tuple[Tick, ...]:
     return tick_row(scale, [v for v in inside if f"{v:e}"[0] == "1"] if len(inside) > 8 else inside)
 
 
+def _urls(images: Sequence[Image.Image]) -> list[str]:
+    """Return the first images as data URLs."""
+    return [data_url(array) for array in to_array(list(images[:_SHOWN]))]
+
+
+def _matches(record: SearchRecord) -> Iterator[list[str]]:
+    """Yield the cells of each comparison at equal measured latency."""
+    points = {point.name: point for point in record.points}
+    for match in record.matches:
+        theirs, ours = points[match.baseline], points[match.searched]
+        yield [
+            match.baseline,
+            formatting.seconds(theirs.measured),
+            formatting.number(theirs.error),
+            match.searched,
+            formatting.seconds(ours.measured),
+            formatting.number(ours.error),
+            _interval(match.latents, formatting.number),
+            _interval(match.pixels, formatting.number),
+        ]
+
+
+def _interval(interval: ConfidenceInterval | None, text: Callable[[float | None], str]) -> str:
+    """Return a value with its interval."""
+    if interval is None or interval.low is None or interval.high is None:
+        return formatting.DASH if interval is None else text(interval.value)
+    return f"{text(interval.value)} ({text(interval.low)} to {text(interval.high)})"
+
+
 def _rows(record: SearchRecord) -> Iterator[tuple[str, list[str]]]:
     """Yield role, name and cells of each structure."""
     for point in record.points:
-        speedup = point.speedup
-        interval = ""
-        if speedup is not None and speedup.low is not None and speedup.high is not None:
-            interval = f" ({speedup.low:.2f} to {speedup.high:.2f})"
         yield (
             _ROLES[point.kind],
             [
                 point.name,
                 formatting.seconds(point.cost) if record.latency else formatting.DASH,
                 formatting.seconds(point.measured),
-                f"{formatting.speedup(speedup.value)}{interval}" if speedup else formatting.DASH,
+                _interval(point.speedup, formatting.speedup),
                 formatting.number(point.error),
+                _interval(point.latents, formatting.number),
+                _interval(point.psnr, formatting.decibels),
                 f"{point.parameters / 1e6:.4g} M",
             ],
         )

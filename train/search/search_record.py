@@ -11,7 +11,7 @@ from latentforge.measure.results import ConfidenceInterval
 from latentforge.measure.statistics import spearman
 from latentforge.runtime.record import Record
 
-__all__ = ["Kind", "ModelCheck", "SearchPoint", "SearchRecord"]
+__all__ = ["Kind", "Match", "ModelCheck", "SearchPoint", "SearchRecord"]
 
 
 Kind = Literal["teacher", "chosen", "searched", "baseline"]
@@ -30,6 +30,9 @@ class SearchPoint(Record, frozen=True, kw_only=True):
             different times are no comparison. None if it was not timed.
         speedup: measured in pairs with the teacher.
         parameters: of the UNet.
+        latents: squared error of final latents, relative to the teacher's, over images of equal
+            prompts and seeds. None if none were drawn.
+        psnr: of the images, in dB.
     """
 
     name: str
@@ -40,6 +43,25 @@ class SearchPoint(Record, frozen=True, kw_only=True):
     measured: float | None = None
     speedup: ConfidenceInterval | None = None
     parameters: int
+    latents: ConfidenceInterval | None = None
+    psnr: ConfidenceInterval | None = None
+
+
+class Match(Record, frozen=True, kw_only=True):
+    """Baseline beside the search's best structure within its measured latency.
+
+    Attributes:
+        baseline: name of the point.
+        searched: name of the point.
+        latents: error of the latents relative to the baseline's, over the same prompts and seeds;
+            below 1 the search is nearer to the teacher. None if no images were drawn.
+        pixels: the same of the images' pixels.
+    """
+
+    baseline: str
+    searched: str
+    latents: ConfidenceInterval | None
+    pixels: ConfidenceInterval | None
 
 
 class ModelCheck(Record, frozen=True, kw_only=True):
@@ -80,6 +102,8 @@ class SearchRecord(Record, frozen=True, kw_only=True):
         machine: where.
         states: number of states, and their rows and size in words.
         points: the teacher first, then the chosen student.
+        matches: comparisons at equal measured latency.
+        images: number of images that structures were compared on; 0 if there was no time.
         latency: check of the latency model; None if the goal needs none.
         errors: check of sums of scores.
         words: structure of the chosen student.
@@ -93,6 +117,8 @@ class SearchRecord(Record, frozen=True, kw_only=True):
     machine: Mapping[str, str]
     states: str
     points: tuple[SearchPoint, ...]
+    matches: tuple[Match, ...]
+    images: int
     latency: ModelCheck | None
     errors: ModelCheck
     words: str

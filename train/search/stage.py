@@ -30,6 +30,7 @@ from latentforge.runtime.files import check_target
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.text import duration_text
 from latentforge.train.search.clock import Clock
+from latentforge.train.search.comparison import Comparison
 from latentforge.train.search.knapsack import pareto_front
 from latentforge.train.search.latency.measure import LatencyPlan, random_structures
 from latentforge.train.search.latency.study import LatencyStudy
@@ -53,9 +54,10 @@ from latentforge.train.search.student_errors import (
     run_state,
     single_choices,
 )
+from latentforge.train.search.student_images import StudentImages
 from latentforge.train.search.student_selection import Selection
 from latentforge.train.search.teacher import Teacher
-from latentforge.train.search.variants import Variants
+from latentforge.train.search.variants import WHOLE, Variants
 from latentforge.train.search.work import SearchWork
 from latentforge.train.student.inherit import student_module
 from latentforge.train.student.writer import STUDENT, write_student
@@ -66,6 +68,7 @@ __all__ = ["search"]
 _PARTS = 8  # of the progress, and two more where latency is measured
 
 _PROMPTS = 4
+_IMAGES = 16  # that structures are compared on, at most
 _MIN_STATES = 4
 _TURNS = 5  # pairs of steps that a structure is timed with
 _HELD_OUT, _MIN_FITTED, _MAX_FITTED = 20, 10, 40  # random structures of the latency model
@@ -123,6 +126,7 @@ class _StudentSearch:
         self._progress = progress
         self._clock = Clock(request.budget)
         self._random = np.random.default_rng(request.seed)
+        self._images = 0
 
     def run(self, target: Path) -> SearchRecord:
         """Search, write the student, and return the record."""
@@ -151,17 +155,19 @@ class _StudentSearch:
             with self._progress.part("choice of the student"):
                 selection.choose(self._random, timed=request.is_timed, greedy=greedy)
             with self._progress.part("comparison with other structures"):
-                selection.compare(self._random)
+                comparison = Comparison(problem, selection, self._random)
+                variants.close()
+                self._draw(comparison, engines, errors)
         with self._progress.part("the student"):
-            record = self._record(errors.states, study, sums, selection, variants)
-            self._write(target, errors, record)
+            record = self._record(errors.states, study, sums, comparison, variants)
+            self._write(target, errors, record, comparison)
         return record
 
     # measuring
 
     def _recorded_states(self, engines: Path) -> States:
         """Return states of the teacher: all that there is time for."""
-        prompts = self._request.prompts or _default_prompts(self._teacher.checkpoint.name)
+        prompts = self._request.prompts or _default_prompts(self._teacher.checkpoint.name, _PROMPTS)
         with self._progress.part("runs of the teacher"):
             return self._work.states(
                 engines,
@@ -219,6 +225,7 @@ class _StudentSearch:
         planned = len(single_choices(teacher.sites)) + _CHECKED + _EVOLVED
 
         def decide() -> int:
+            run_state(teacher.network, teacher.plan, states.states[0])  # the first is slow
             start = self._clock.elapsed
             run_state(teacher.network, teacher.plan, states.states[0])
             seconds = self._clock.elapsed - start
@@ -273,12 +280,25 @@ class _StudentSearch:
 
     # results
 
+    def _draw(self, comparison: Comparison, engines: Path, errors: StudentErrors) -> None:
+        """Draw images of the structures that are compared, as many as there is time for."""
+        name, settings = self._teacher.checkpoint.name, self._request.settings
+        prompts = self._request.prompts or _default_prompts(name, _IMAGES, seed=1)
+        start = self._clock.elapsed
+        StudentImages(engines, errors, prompts[:1], settings)(WHOLE)
+        seconds = (self._clock.elapsed - start) * len(comparison.compared)
+        self._images = self._clock.affordable(0.9, seconds, 0, min(_IMAGES, len(prompts)))
+        if self._images:
+            comparison.draw(StudentImages(engines, errors, prompts[: self._images], settings))
+        else:
+            self._progress.note("  no time is left to compare images: give a longer --budget")
+
     def _record(
         self,
         states: States,
         study: LatencyStudy | None,
         sums: ModelCheck,
-        selection: Selection,
+        comparison: Comparison,
         variants: Variants,
     ) -> SearchRecord:
         request, checkpoint = self._request, self._teacher.checkpoint
@@ -296,14 +316,18 @@ class _StudentSearch:
             setting={**setting, **libraries},
             machine=describe_machine(),
             states=str(states),
-            points=selection.points,
+            points=comparison.points,
+            matches=comparison.matches,
+            images=self._images,
             latency=latency,
             errors=sums,
-            words=selection.chosen.words(self._teacher.sites),
+            words=comparison.compared[1].structure.words(self._teacher.sites),
             seconds=self._clock.elapsed,
         )
 
-    def _write(self, target: Path, errors: StudentErrors, record: SearchRecord) -> None:
+    def _write(
+        self, target: Path, errors: StudentErrors, record: SearchRecord, comparison: Comparison
+    ) -> None:
         """Write the student with its record and page."""
         teacher, chosen = self._teacher, SearchedStructure(choices=record.chosen.choices)
         student = student_module(teacher.network.model, chosen, errors.importance)
@@ -313,15 +337,15 @@ class _StudentSearch:
             student,
             target,
             content,
-            render_search(record),
+            render_search(record, comparison.shown),
             overwrite=self._request.overwrite,
         )
 
 
-def _default_prompts(checkpoint: str) -> tuple[str, ...]:
-    """Return typical prompts of a checkpoint: of the demo its own."""
+def _default_prompts(checkpoint: str, count: int, seed: int = 0) -> tuple[str, ...]:
+    """Return typical prompts of a checkpoint, of the demo its own; others for another seed."""
     if checkpoint != DEMO:
-        return tuple(read_prompts()[:_PROMPTS])
+        return tuple(read_prompts()[seed * _PROMPTS :][:count])
     from latentforge.export.demo import prompts
 
-    return tuple(prompts(_PROMPTS, seed=0))
+    return tuple(prompts(count, seed=seed))

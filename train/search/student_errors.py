@@ -8,9 +8,10 @@ arXiv 2404.11098); how nearly is measured on random structures.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ class StudentErrors:
                 error = self.states.error(outputs)
             self._file.add(structure, error)
         return error
+
+    @contextmanager
+    def student(self, structure: SearchedStructure) -> Iterator[Callable[[State], Array]]:
+        """Yield the function from a state to the output of a structure's denoiser."""
+        with applied(self._network.model, structure, self.importance):
+            yield partial(run_state, self._network, self._plan)
 
     def parameters(self, structure: SearchedStructure) -> int:
         """Return the parameters of a structure's UNet."""
