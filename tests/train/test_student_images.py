@@ -10,7 +10,12 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 from latentforge.export.models.searched_structure import SearchedStructure
 from latentforge.runtime.loader import load
 from latentforge.train.search.page import render_search
-from latentforge.train.search.search_record import Match, ModelCheck, SearchPoint, SearchRecord
+from latentforge.train.search.search_record import (
+    EqualLatencyPair,
+    ModelCheck,
+    SearchPoint,
+    SearchRecord,
+)
 from latentforge.train.search.states import record_states
 from latentforge.train.search.student_errors import ErrorFile, StudentErrors
 from latentforge.train.search.student_images import StudentImages, error_ratio
@@ -69,7 +74,9 @@ def test_the_page_shows_matches_and_images(tiny_engines: Path) -> None:
         states="2 states",
         points=(point, *(_renamed(point, n) for n in ("student", "uniform pruning"))),
         matches=(
-            Match(baseline="uniform pruning", searched="student", latents=ratio, pixels=None),
+            EqualLatencyPair(
+                baseline="uniform pruning", searched="student", latents=ratio, pixels=None
+            ),
         ),
         images=2,
         latency=check,

@@ -11,7 +11,7 @@ from latentforge.measure.results import ConfidenceInterval
 from latentforge.measure.statistics import spearman
 from latentforge.runtime.record import Record
 
-__all__ = ["Kind", "Match", "ModelCheck", "SearchPoint", "SearchRecord"]
+__all__ = ["Kind", "EqualLatencyPair", "ModelCheck", "SearchPoint", "SearchRecord"]
 
 
 Kind = Literal["teacher", "chosen", "searched", "baseline"]
@@ -47,7 +47,7 @@ class SearchPoint(Record, frozen=True, kw_only=True):
     psnr: ConfidenceInterval | None = None
 
 
-class Match(Record, frozen=True, kw_only=True):
+class EqualLatencyPair(Record, frozen=True, kw_only=True):
     """Baseline beside the search's best structure within its measured latency.
 
     Attributes:
@@ -117,7 +117,7 @@ class SearchRecord(Record, frozen=True, kw_only=True):
     machine: Mapping[str, str]
     states: str
     points: tuple[SearchPoint, ...]
-    matches: tuple[Match, ...]
+    matches: tuple[EqualLatencyPair, ...]
     images: int
     latency: ModelCheck | None
     errors: ModelCheck

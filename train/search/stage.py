@@ -7,7 +7,7 @@
 4. A knapsack gives the whole Pareto front of sums (knapsack.py); an evolution by true errors
    repairs what does not add up (evolution.py).
 5. The best are timed; the student is the one of the least error whose measured latency is within
-   the limit. It is compared with other structures (comparison.py), and a page shows all (page.py).
+   the limit. It is compared with others (structure_comparison.py), and a page shows all (page.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from latentforge.runtime.files import check_target
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.text import duration_text
 from latentforge.train.search.clock import Clock
-from latentforge.train.search.comparison import Comparison
 from latentforge.train.search.knapsack import pareto_front
 from latentforge.train.search.latency.measure import LatencyPlan, random_structures
 from latentforge.train.search.latency.study import LatencyStudy
@@ -46,6 +45,7 @@ from latentforge.train.search.problem import (
 from latentforge.train.search.request import StructureRequest
 from latentforge.train.search.search_record import ModelCheck, SearchRecord
 from latentforge.train.search.states import States
+from latentforge.train.search.structure_comparison import StructureComparison
 from latentforge.train.search.student_errors import (
     ChoiceScores,
     ErrorFile,
@@ -155,7 +155,7 @@ class _StudentSearch:
             with self._progress.part("choice of the student"):
                 selection.choose(self._random, timed=request.is_timed, greedy=greedy)
             with self._progress.part("comparison with other structures"):
-                comparison = Comparison(problem, selection, self._random)
+                comparison = StructureComparison(problem, selection, self._random)
                 variants.close()
                 self._draw(comparison, engines, errors)
         with self._progress.part("the student"):
@@ -280,7 +280,7 @@ class _StudentSearch:
 
     # results
 
-    def _draw(self, comparison: Comparison, engines: Path, errors: StudentErrors) -> None:
+    def _draw(self, comparison: StructureComparison, engines: Path, errors: StudentErrors) -> None:
         """Draw images of the structures that are compared, as many as there is time for."""
         name, settings = self._teacher.checkpoint.name, self._request.settings
         prompts = self._request.prompts or _default_prompts(name, _IMAGES, seed=1)
@@ -298,7 +298,7 @@ class _StudentSearch:
         states: States,
         study: LatencyStudy | None,
         sums: ModelCheck,
-        comparison: Comparison,
+        comparison: StructureComparison,
         variants: Variants,
     ) -> SearchRecord:
         request, checkpoint = self._request, self._teacher.checkpoint
@@ -326,7 +326,11 @@ class _StudentSearch:
         )
 
     def _write(
-        self, target: Path, errors: StudentErrors, record: SearchRecord, comparison: Comparison
+        self,
+        target: Path,
+        errors: StudentErrors,
+        record: SearchRecord,
+        comparison: StructureComparison,
     ) -> None:
         """Write the student with its record and page."""
         teacher, chosen = self._teacher, SearchedStructure(choices=record.chosen.choices)

@@ -19,12 +19,12 @@ from latentforge.train.search.baselines import (
     uniform_structure,
 )
 from latentforge.train.search.problem import Problem
-from latentforge.train.search.search_record import Kind, Match, SearchPoint
+from latentforge.train.search.search_record import EqualLatencyPair, Kind, SearchPoint
 from latentforge.train.search.student_images import ImageErrors, error_ratio
 from latentforge.train.search.student_selection import Selection
 from latentforge.train.search.variants import WHOLE
 
-__all__ = ["Comparison"]
+__all__ = ["StructureComparison"]
 
 _STUDENT = "student"
 _RANDOM = 8  # random baselines, of which the best is timed
@@ -45,7 +45,7 @@ class _Compared:
     structure: SearchedStructure
 
 
-class Comparison:
+class StructureComparison:
     """Structures beside the student of a selection, which has been chosen.
 
     Attributes:
@@ -80,10 +80,10 @@ class Comparison:
         return tuple(self._point(each) for each in self.compared)
 
     @property
-    def matches(self) -> tuple[Match, ...]:
+    def matches(self) -> tuple[EqualLatencyPair, ...]:
         """Baselines beside the search's best within their measured latency."""
         return tuple(
-            Match(
+            EqualLatencyPair(
                 baseline=baseline,
                 searched=found,
                 latents=self._ratio(baseline, found, "latents"),
