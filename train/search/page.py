@@ -174,8 +174,10 @@ def _matches(record: SearchRecord) -> Iterator[list[str]]:
 
 def _interval(interval: ConfidenceInterval | None, text: Callable[[float | None], str]) -> str:
     """Return a value with its interval."""
-    if interval is None or interval.low is None or interval.high is None:
-        return formatting.DASH if interval is None else text(interval.value)
+    if interval is None:
+        return formatting.DASH
+    if interval.low is None or interval.high is None or interval.low == interval.high:
+        return text(interval.value)
     return f"{text(interval.value)} ({text(interval.low)} to {text(interval.high)})"
 
 

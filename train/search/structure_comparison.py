@@ -63,7 +63,8 @@ class StructureComparison:
         self._found = dict.fromkeys((selection.chosen, *curve))
         timed = [b for b in baselines if b.structure in selection.latencies]
         matched = {b.name: found for b in timed if (found := self._matched(b)) is not None}
-        names = self._names([*dict.fromkeys((selection.chosen, *curve, *matched.values()))])
+        others = sorted({*curve, *matched.values()} - {selection.chosen}, key=problem.cost.total)
+        names = self._names([selection.chosen, *reversed(others)])
         self._pairs = {baseline: names[found] for baseline, found in matched.items()}
         self.compared = (
             _Compared(name="teacher", kind="teacher", structure=WHOLE),
