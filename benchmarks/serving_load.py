@@ -26,7 +26,15 @@ from typing import Any
 
 from serving_stages.client import Client
 from serving_stages.figures import Figure, as_json, as_table
-from serving_stages.load import LoadResult, ServerLoad, fairness, overhead, overload, soak
+from serving_stages.load import (
+    LoadResult,
+    ServerLoad,
+    fairness,
+    overhead,
+    overload,
+    refusals,
+    soak,
+)
 from serving_stages.server_process import latentforge_server
 from serving_stages.synthetic import StepCost, synthetic_engines
 
@@ -40,7 +48,9 @@ __all__ = ["main"]
 COST = StepCost()
 _STEPS = 10  # of engines of known cost
 _GAPS = (0.0, 0.15)
-_ALL = ("overload-synthetic", "overhead", "fairness", "overload", "soak")
+_REFUSED_RATE, _REFUSED_SECONDS, _REFUSED_STEPS = 100.0, 20.0, 30
+_FULL = StepCost(call=1_000_000)  # of engines that run one image while others are refused
+_ALL = ("refusals", "overload-synthetic", "overhead", "fairness", "overload", "soak")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,12 @@ class LoadRun:
 
     def all(self, engines: Path) -> None:
         """Make the measurements that are wanted."""
+        if self._wants("refusals"):
+            made = synthetic_engines(engines, self.work / "full", _FULL)
+            with self._serving(made, "--queue-seconds", "1", "--measure-seconds", "0") as load:
+                fields = {"num_inference_steps": _REFUSED_STEPS, "guidance_scale": 1.0}
+                work = refusals(load.asking(**fields), _REFUSED_RATE, _REFUSED_SECONDS)
+                self._measure("refusals", work)
         if self._wants("overload-synthetic"):
             made = synthetic_engines(engines, self.work, COST)
             with self._serving(made, *self._bounds) as load:

@@ -25,7 +25,15 @@ from latentforge.runtime.validation import (
     shown,
 )
 
-__all__ = ["MAX_PROMPT", "Request", "Settings", "check_incomplete", "resolve"]
+__all__ = [
+    "MAX_PROMPT",
+    "Request",
+    "Settings",
+    "check_incomplete",
+    "check_prompts",
+    "check_seeds",
+    "resolve",
+]
 
 MAX_PROMPT = 16_384
 """Longest prompt in characters. Text encoders read some 75 tokens: more is a mistake or attack."""
@@ -106,14 +114,14 @@ class Settings:
         for name in (item.name for item in fields(self) if item.name not in _TEXTS):
             object.__setattr__(self, name, plain(getattr(self, name)))
         sampling.get(self.sampler if isinstance(self.sampler, str) else shown(self.sampler))
-        _check_prompts(self.prompts, self.negative_prompts)
+        check_prompts(self.prompts, self.negative_prompts)
         check_count("steps", self.steps, MAX_STEPS)
         check_count("images_per_prompt", self.images_per_prompt, 1024)
         check_number("guidance_scale", self.guidance_scale, 0, 1000)
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("image_guidance_scale", self.image_guidance_scale, 1, 1000)
         _check_level(self.noise_level)
-        _check_seeds(self.seed, self.count)
+        check_seeds(self.seed, self.count)
         if self.seed == self.seeds[:1]:
             object.__setattr__(self, "seed", self.seeds[0])
         for name, side in (("height", self.height), ("width", self.width)):
@@ -230,7 +238,7 @@ def check_incomplete(request: Request, prompts: tuple[str, ...] = ()) -> None:
     """
     resolve(_ANY_DEFAULTS, "a prompt", request)
     if prompts:
-        _check_prompts(prompts, ())
+        check_prompts(prompts, ())
 
 
 def _normalized(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +260,12 @@ def _texts(value: str | Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
+def check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
+    """Check prompts, and negative prompts, of which there are none or one for each.
+
+    Raises:
+        SettingsError: there is no prompt, or one is too long or no text.
+    """
     if not prompts:
         raise SettingsError("no prompt: give at least one")
     if negative and len(negative) != len(prompts):
@@ -263,8 +276,7 @@ def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
     for prompt in (*prompts, *negative):
         if not isinstance(prompt, str):
             raise SettingsError(f"a prompt must be a string, not {type(prompt).__name__}")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise SettingsError(f"a prompt is not valid UTF-8: {shown(prompt)}")
+        _check_unicode(prompt)
         if len(prompt) > MAX_PROMPT:
             raise SettingsError(
                 f"a prompt has {len(prompt):,} characters, and {MAX_PROMPT:,} are allowed: "
@@ -272,7 +284,19 @@ def _check_prompts(prompts: tuple[str, ...], negative: tuple[str, ...]) -> None:
             )
 
 
-def _check_seeds(seed: int | tuple[int, ...], images: int) -> None:
+def _check_unicode(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"a prompt is not valid UTF-8: {shown(prompt)}") from error
+
+
+def check_seeds(seed: int | tuple[int, ...], images: int) -> None:
+    """Check the seed of a number of images, or the seed of each.
+
+    Raises:
+        SettingsError: one is no integer of 64 bits, or their number is wrong.
+    """
     seeds = seed if isinstance(seed, tuple) else (seed,)
     for each in seeds:
         if type(each) is not int or not -(2**63) <= each < 2**64:

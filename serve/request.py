@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from secrets import randbits
 from typing import Any
 
@@ -15,7 +15,7 @@ from latentforge.runtime.denoising.depth import DepthInput
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.request_completion import complete_request
 from latentforge.runtime.resolved_request import ResolvedRequest
-from latentforge.runtime.settings import Settings
+from latentforge.runtime.settings import Settings, check_prompts, check_seeds
 
 __all__ = ["Batch", "BatchKey", "ImageRequest", "Row", "seeds_from"]
 
@@ -52,10 +52,16 @@ class BatchKey:
 class ImageRequest:
     """Images that a client wants of one prompt, complete.
 
+    Requests of text alone that ask for the same, but for their prompts and seeds, share settings
+    that were checked once: a server with many times its load refuses most of what it completes.
+
     Attributes:
         model: name of the model.
-        settings: one prompt and one seed for each image, so that image i equals an image that is
-            requested alone with its seed.
+        shared: settings of the request without its prompts and its seeds.
+        prompt: text of all images.
+        negative: what they should not show; None is not the same as an empty one.
+        seeds: one for each image, so that image i equals an image that is requested alone with its
+            seed.
         image: pixels (h, w, 3) to start from.
         mask: light where to paint, (h, w).
         depth: depth of the image from -1 to 1, of the size of the latents (h, w).
@@ -63,7 +69,10 @@ class ImageRequest:
     """
 
     model: str
-    settings: Settings
+    shared: Settings
+    prompt: str
+    negative: str | None
+    seeds: tuple[int, ...]
     image: Pixels | None = None
     mask: Pixels | None = None
     depth: Depth | None = None
@@ -91,42 +100,51 @@ class ImageRequest:
             prompt: text of all images.
             count: number of images.
             depth_map: of the image, as for Pipeline.__call__().
-            settings: as for Pipeline.__call__(); ``seed`` is that of the first image, and None or
-                absent draws it.
+            settings: as for Pipeline.__call__(), each of a type that can be hashed; ``seed`` is
+                that of the first image, and None or absent draws it.
 
         Raises:
             SettingsError: a setting is unknown or out of range, or does not fit the model.
             ShapeError: the engines cannot make images of this size, or the mask has another size.
         """
-        seed = settings.pop("seed", None)
+        seed, negative = settings.pop("seed", None), settings.pop("negative_prompt", None)
         seeds = seeds_from(randbits(32) if seed is None else seed, count)
-        complete = complete_request(
-            manifest, (prompt,) * count, image=image, mask=mask, seed=seeds, **settings
-        )
-        resolved = ResolvedRequest.of(
-            complete, manifest, image=image, mask=mask, depth_map=depth_map
-        )
-        depth = None if resolved.init.depth is None else resolved.init.depth[0, 0]
+        check_prompts((prompt,), () if negative is None else (negative,))
+        check_seeds(seeds, count)
+        if negative is not None:
+            settings["negative_prompt"] = ""
+        if image is None and mask is None and depth_map is None:
+            shared, depth = _shared_by_texts(_ByIdentity(manifest), **settings), None
+        else:
+            resolved = _resolved(manifest, image, mask, depth_map, **settings)
+            depth = None if resolved.init.depth is None else resolved.init.depth[0, 0]
+            shared = resolved.settings
         return cls(
-            model=model, settings=complete, image=image, mask=mask, depth=depth, previews=previews
-        )
+            model=model, shared=shared, prompt=prompt, negative=negative, seeds=seeds,
+            image=image, mask=mask, depth=depth, previews=previews,
+        )  # fmt: skip
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Settings with one prompt and one seed for each image."""
+        negatives = () if self.negative is None else (self.negative,) * self.count
+        prompts = (self.prompt,) * self.count
+        return replace(self.shared, prompts=prompts, negative_prompts=negatives, seed=self.seeds)
 
     @cached_property
     def key(self) -> BatchKey:
         """Key of the batches that its images may run in."""
-        negative = ("",) if self.settings.negative_prompts else ()
-        shared = replace(self.settings, prompts=("",), negative_prompts=negative, seed=0)
-        return BatchKey(self.model, shared, self.image is not None, _digest(self.mask))
+        return BatchKey(self.model, self.shared, self.image is not None, _digest(self.mask))
 
     @property
     def count(self) -> int:
         """Number of images."""
-        return self.settings.count
+        return len(self.seeds)
 
     @property
     def cost(self) -> float:
         """Work of all images: steps of 512 x 512 pixels without guidance."""
-        return _row_cost(self.settings) * self.count
+        return self.key.row_cost * self.count
 
     @property
     def bytes(self) -> int:
@@ -136,16 +154,43 @@ class ImageRequest:
 
     def rows(self, job: str) -> tuple[Row, ...]:
         """Return the images of this request, as a job, to run in batches."""
-        settings = self.settings
-        negatives = settings.negative_prompts or (None,) * settings.count
-        texts = zip(settings.prompts, negatives, settings.seeds, strict=True)
         return tuple(
             Row(
-                job=job, index=index, prompt=prompt, negative=negative, seed=seed,
+                job=job, index=index, prompt=self.prompt, negative=self.negative, seed=seed,
                 image=self.image, depth=self.depth,
             )
-            for index, (prompt, negative, seed) in enumerate(texts)
+            for index, seed in enumerate(self.seeds)
         )  # fmt: skip
+
+
+class _ByIdentity:
+    """Manifest as a key, which is the object itself: its content cannot be hashed."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    def __hash__(self) -> int:
+        return id(self.manifest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.manifest is self.manifest
+
+
+@lru_cache(maxsize=256, typed=True)
+def _shared_by_texts(key: _ByIdentity, **settings: Any) -> Settings:
+    return _resolved(key.manifest, None, None, None, **settings).settings
+
+
+def _resolved(
+    manifest: Manifest,
+    image: Pixels | None,
+    mask: Pixels | None,
+    depth_map: DepthInput | None,
+    **settings: Any,
+) -> ResolvedRequest:
+    """Return a request of one image without its prompt and its seed, complete and checked."""
+    complete = complete_request(manifest, "", image=image, mask=mask, seed=0, **settings)
+    return ResolvedRequest.of(complete, manifest, image=image, mask=mask, depth_map=depth_map)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

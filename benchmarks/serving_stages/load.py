@@ -23,7 +23,7 @@ from serving_stages.client import (
 from serving_stages.figures import Figure
 from serving_stages.server_process import ServerProcess
 
-__all__ = ["LoadResult", "ServerLoad", "fairness", "overhead", "overload", "soak"]
+__all__ = ["LoadResult", "ServerLoad", "fairness", "overhead", "overload", "refusals", "soak"]
 
 _SETTLE = 1.0  # seconds after a load
 _PAUSE = 0.02  # seconds between runs of a pair: threads of the last one go to sleep
@@ -189,6 +189,40 @@ def _rows_of_a_batch(server: ServerProcess) -> float:
     """Return the images of an average batch so far."""
     found = server.metrics()
     return found["batch_size_sum"] / found["batch_size_count"]
+
+
+async def refusals(load: ServerLoad, rate: float, seconds: float) -> LoadResult:
+    """Send requests to a server that has no place for them, and count the processor time.
+
+    Two requests hold the place: one runs, and one waits for longer than the queue is long.
+
+    Args:
+        load: the requests, each of which runs for longer than this takes.
+        rate: requests per second.
+        seconds: of the load.
+
+    Raises:
+        RuntimeError: a request was not refused.
+    """
+    await load.image(0, num_inference_steps=1)  # so that the server knows its speed
+    holders = [asyncio.create_task(load.image(number)) for number in range(2)]
+    await asyncio.sleep(_SETTLE)
+    cpu = load.server.cpu()
+    found = await open_load(load.image, rate, seconds)
+    cpu = load.server.cpu() - cpu
+    for task in holders:
+        task.cancel()
+    await asyncio.gather(*holders, return_exceptions=True)
+    if set(found.seconds) != {"503"}:
+        raise RuntimeError(f"not all requests were refused: {sorted(found.seconds)}")
+    each, name = 1000 / len(found.times("503")), f"{load.name}: processor time of a refusal"
+    return LoadResult(
+        figures=(
+            Figure(text=f"{name}, the server's", value=cpu * each, unit=" ms"),
+            Figure(text=f"{name}, the client's", value=found.own_cpu * each, unit=" ms"),
+        ),
+        details={**found.summary(), "server_cpu_seconds": round(cpu, 2)},
+    )
 
 
 async def fairness(load: ServerLoad, rounds: int, gap: float) -> LoadResult:

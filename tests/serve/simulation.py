@@ -19,21 +19,26 @@ from latentforge.serve.turns import Turns
 PIXEL = np.zeros((1, 1, 3), np.uint8)
 
 SETTINGS = Settings(
-    prompts=("an apple",),
+    prompts=("",),
     sampler="ddim",
     steps=10,
     guidance_scale=1.0,
     guidance_rescale=0.0,
     height=512,
     width=512,
-    seed=1,
+    seed=0,
 )
 
 
 def image_request(images: int = 1, model: str = "m", **changes: object) -> ImageRequest:
     """A request of some images whose cost is 10 each unless changed."""
-    texts = {"prompts": ("an apple",) * images, "seed": tuple(range(images))}
-    return ImageRequest(model=model, settings=replace(SETTINGS, **texts, **changes))  # type: ignore[arg-type]
+    return ImageRequest(
+        model=model,
+        shared=replace(SETTINGS, **changes),  # type: ignore[arg-type]
+        prompt="an apple",
+        negative=None,
+        seeds=tuple(range(images)),
+    )
 
 
 @dataclass(frozen=True)

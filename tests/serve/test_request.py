@@ -1,9 +1,11 @@
 """Requests of clients: completed as the pipeline completes them, and cut into rows and batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -43,6 +45,8 @@ def test_an_image_gives_the_size_and_the_strength(manifest: Manifest) -> None:
         ({"strength": 0.5}, SettingsError, "give image"),
         ({"seed": "one"}, SettingsError, "seed must be a 64-bit integer"),
         ({"seed": True}, SettingsError, "seed must be a 64-bit integer"),
+        ({"steps": True}, SettingsError, "steps must be an integer"),  # although 1 was kept
+        ({"negative_prompt": "\ud800"}, SettingsError, "not valid UTF-8"),
         ({"cached_steps": (1,)}, SettingsError, "no denoiser_cached"),
         ({"unheard": 1}, SettingsError, "no setting 'unheard'"),
         ({"noise_level": 3}, SettingsError, "noise_level is for models that enlarge"),
@@ -52,6 +56,7 @@ def test_an_image_gives_the_size_and_the_strength(manifest: Manifest) -> None:
 def test_faults_are_found_without_engines(
     manifest: Manifest, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    ImageRequest.of("m", manifest, "a red apple", steps=1)
     with pytest.raises(error, match=message):
         ImageRequest.of("m", manifest, "a red apple", **settings)
 
@@ -61,6 +66,15 @@ def test_seeds_are_consecutive_and_start_again_at_the_end() -> None:
     assert seeds_from(-2, 4) == (-2, -1, 0, 1)
     assert seeds_from(2**64 - 2, 3) == (2**64 - 2, 2**64 - 1, 0)
     assert seeds_from(2**64, 2) == (2**64, 2**64 + 1)  # left for the settings to refuse
+
+
+def test_settings_are_checked_once_for_requests_of_text(manifest: Manifest) -> None:
+    one = ImageRequest.of("m", manifest, "a red", steps=7, seed=1)
+    other = ImageRequest.of("m", manifest, "an apple", steps=7, count=2)
+    assert one.shared is other.shared
+    assert (one.settings.prompts, other.settings.prompts) == (("a red",), ("an apple",) * 2)
+    same = msgspec.structs.replace(manifest)
+    assert ImageRequest.of("m", same, "a red", steps=7).shared is not one.shared
 
 
 def test_a_request_without_seed_draws_one(manifest: Manifest) -> None:
@@ -91,10 +105,10 @@ def test_the_key_has_everything_else(manifest: Manifest, change: dict[str, Any])
 
 
 def test_the_key_has_the_mask_and_the_presence_of_an_image(manifest: Manifest) -> None:
-    settings = ImageRequest.of("m", manifest, "a", seed=1).settings
+    request = ImageRequest.of("m", manifest, "a", seed=1)
     image, mask = np.zeros((32, 48, 3), np.uint8), np.zeros((32, 48), np.uint8)
     keys = {
-        ImageRequest(model="m", settings=settings, image=given, mask=part).key
+        replace(request, image=given, mask=part).key
         for given in (None, image, image + 1)
         for part in (None, mask, mask + 1, mask.reshape(48, 32))
     }

@@ -1,6 +1,7 @@
 """Scheduler: what runs next, with whom, and what is refused."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,9 +131,8 @@ def test_equal_jobs_go_one_after_the_other() -> None:
 
 def test_pictures_that_wait_are_bounded_in_memory() -> None:
     queue = scheduler(Limits(queue_bytes=1000))
-    settings = image_request(1).settings
     image = np.zeros((10, 20, 3), np.uint8)
-    with_image = ImageRequest(model="m", settings=settings, image=image)
+    with_image = replace(image_request(1), image=image)
     submit(queue, "a", with_image)
     with pytest.raises(QueueFullError, match="hold 600 bytes"):
         submit(queue, "b", with_image)
@@ -392,10 +392,8 @@ def test_progress_counts_all_images() -> None:
 @pytest.mark.parametrize(("wanted", "beside"), [(0, 3), (1, 3), (2, 2), (3, 0), (3, 9)])
 def test_a_job_gets_as_many_previews_as_it_wants(wanted: int, beside: int) -> None:
     queue = scheduler()
-    settings = image_request(1, steps=12).settings
     for name, previews in (("a", wanted), ("b", beside)):
-        request = ImageRequest(model="m", settings=settings, previews=previews)
-        submit(queue, name, request)
+        submit(queue, name, replace(image_request(1, steps=12), previews=previews))
     batch = queue.next_batch("m", 0, 0.0)
     assert batch is not None and batch.previews == max(wanted, beside)
     shown = {"a": 0, "b": 0}
