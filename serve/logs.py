@@ -7,13 +7,17 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TextIO
+
+import msgspec
 
 from latentforge.runtime.text import one_line, printable
 
 __all__ = ["JsonLines", "LogFormat", "RequestLog", "TextLines", "log_to"]
 
-_ENCODER = json.JSONEncoder(default=str)
+_ESCAPER = json.JSONEncoder(default=str)
+"""Encoder of what has other characters than those of ASCII: some control terminals."""
 
 LogFormat = Literal["json", "text"]
 
@@ -35,7 +39,8 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
-        return _ENCODER.encode(values)
+        line = msgspec.json.encode(values, enc_hook=str)
+        return line.decode() if line.isascii() else _ESCAPER.encode(values)
 
 
 class TextLines(logging.Formatter):
@@ -75,10 +80,17 @@ class RequestLog:
         level = logging.WARNING if status >= 500 else logging.INFO
         if status < 400 and route in self.quiet:
             level = logging.DEBUG
-        shown = {"route": route, "status": status, **fields}
-        logging.getLogger("latentforge.serve.requests").log(level, "request", extra={FIELDS: shown})
+        logger = logging.getLogger("latentforge.serve.requests")
+        if logger.isEnabledFor(level):  # without a search for the line of the program that logs
+            record = logging.LogRecord(logger.name, level, "", 0, "request", (), None)
+            setattr(record, FIELDS, {"route": route, "status": status, **fields})
+            logger.handle(record)
 
 
 def _moment(seconds: float) -> str:
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
+    return f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

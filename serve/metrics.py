@@ -73,6 +73,7 @@ class Metrics:
     worker_restarts: Counter
     model_loaded: Gauge
     open_streams: Gauge
+    _requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = field(default_factory=dict)
 
     @classmethod
     def create(cls) -> Metrics:
@@ -90,6 +91,16 @@ class Metrics:
     def watch(self, gauge: Gauge, read: Callable[[], float], **labels: str) -> None:
         """Let a gauge read its value when the metrics are asked for."""
         (gauge.labels(**labels) if labels else gauge).set_function(read)
+
+    def count_request(self, route: str, model: str, status: int, seconds: float) -> None:
+        """Record an HTTP request that was answered within some seconds."""
+        kept = self._requests.get((route, model, status))
+        if kept is None:  # finding a child by its labels takes longer than counting
+            counter = self.requests.labels(route=route, model=model, status=str(status))
+            kept = counter, self.request_seconds.labels(route=route)
+            self._requests[route, model, status] = kept
+        kept[0].inc()
+        kept[1].observe(seconds)
 
     def exposition(self) -> bytes:
         """Return all values in Prometheus's text format."""

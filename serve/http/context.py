@@ -193,7 +193,7 @@ class Context:
             )
         request.scope[MODEL] = images.model
         if self.options.log_prompts:
-            request.scope[TEXT] = images.settings.prompts[0]
+            request.scope[TEXT] = images.prompt
         job = await self.service.submit(
             images,
             owner=owner_of(request),
@@ -204,7 +204,7 @@ class Context:
         return job
 
     def _check_pixels(self, images: ImageRequest) -> None:
-        settings, most = images.settings, self.options.image_pixels
+        settings, most = images.shared, self.options.image_pixels
         if settings.height * settings.width > most:
             raise BadRequestError(
                 f"images of {settings.width}x{settings.height} are too large for this server, "
@@ -309,7 +309,7 @@ def _fitted(request: ImageRequest, shrink: int) -> ImageRequest:
     """
     if request.image is None:
         return request
-    height, width = request.settings.height // shrink, request.settings.width // shrink
+    height, width = request.shared.height // shrink, request.shared.width // shrink
     if request.mask is None:
         return replace(request, image=resized(request.image, height, width))
     image, mask = (resized(p, height, width) for p in (request.image, request.mask))

@@ -20,6 +20,7 @@ __all__ = [
     "ErrorDetail",
     "ErrorEnvelope",
     "Json",
+    "answer_of",
     "envelope",
     "error_response",
     "handlers",
@@ -109,6 +110,13 @@ async def _unexpected(request: Request, error: Exception) -> Response:
     _log.error("error while answering %s", request.scope["path"], exc_info=error)
     message = str(error) if known else "an error of the server, which its log explains"
     return error_response(ServeError(message))
+
+
+async def answer_of(request: Request, error: Exception) -> Response:
+    """Return the answer for any error of an endpoint."""
+    if isinstance(error, ServeError):
+        return error_response(error)
+    return await _unexpected(request, error)
 
 
 def handlers() -> Mapping[Any, Any]:

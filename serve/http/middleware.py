@@ -8,11 +8,11 @@ import functools
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import Gauge
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +36,8 @@ Authenticate = Callable[[str | None], str]
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _PORT = re.compile(r":[0-9]+$")
 _GONE = 499
+_DEFAULTS = {b"x-content-type-options": b"nosniff", b"cache-control": b"no-store"}
+"""Headers of answers that have no other."""
 
 
 def guarded(handler: Handler, authenticate: Authenticate) -> Handler:
@@ -85,7 +87,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = _first_values(scope)
         answer = _Answer(scope, send, _request_id(headers), self.metrics.open_streams)
         scope["latentforge.request_id"] = answer.request_id
         start = time.perf_counter()
@@ -101,7 +103,7 @@ class RequestMiddleware:
             answer.close()
             self._record(scope, headers, answer, time.perf_counter() - start)
 
-    def _guarded(self, scope: Scope, headers: Headers) -> ASGIApp:
+    def _guarded(self, scope: Scope, headers: Mapping[str, str]) -> ASGIApp:
         """Return the application, or the refusal of a request.
 
         There are too many connections, or another site's page makes the request.
@@ -117,12 +119,13 @@ class RequestMiddleware:
             return error_response(ForbiddenError("pages of other sites may not post here"))
         return self.app
 
-    def _record(self, scope: Scope, headers: Headers, answer: _Answer, seconds: float) -> None:
+    def _record(
+        self, scope: Scope, headers: Mapping[str, str], answer: _Answer, seconds: float
+    ) -> None:
         route = _route(scope)
         model = scope.get(MODEL, "")
         status = answer.status
-        self.metrics.requests.labels(route=route, model=model, status=str(status)).inc()
-        self.metrics.request_seconds.labels(route=route).observe(seconds)
+        self.metrics.count_request(route, model, status, seconds)
         fields = {
             "method": scope["method"],
             "seconds": round(seconds, 4),
@@ -168,15 +171,15 @@ class _Answer:
         """Send a message, with the ids of the request and its job in the headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = self.request_id
+            given = dict(message["headers"])
+            headers = [*message["headers"], (b"x-request-id", self.request_id.encode())]
+            headers += [item for item in _DEFAULTS.items() if item[0] not in given]
             if JOB in self.scope:
-                headers["x-job-id"] = self.scope[JOB]
-            headers.setdefault("x-content-type-options", "nosniff")
-            headers.setdefault("cache-control", "no-store")
-            if headers.get("content-type", "").startswith("text/event-stream"):
+                headers.append((b"x-job-id", self.scope[JOB].encode()))
+            if given.get(b"content-type", b"").startswith(b"text/event-stream"):
                 self.streaming = True
                 self.streams.inc()
+            message = {**message, "headers": headers}
         await self.forward(message)
 
     def close(self) -> None:
@@ -191,7 +194,13 @@ def _route(scope: Scope) -> str:
     return route
 
 
-def _request_id(headers: Headers) -> str:
+def _first_values(scope: Scope) -> Mapping[str, str]:
+    """Return the headers of a request, each with its first value."""
+    pairs = reversed(scope["headers"])
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
+
+
+def _request_id(headers: Mapping[str, str]) -> str:
     """Return the id that the client chose, if it can stand in a log, or a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)

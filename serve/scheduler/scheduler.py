@@ -56,6 +56,8 @@ OUT_OF_MEMORY = "out_of_memory"
 
 Changes = tuple[JobChange, ...]
 
+_NO_LIMITS = OwnerLimits()
+
 
 @dataclass(eq=False)
 class _Entry:
@@ -447,7 +449,7 @@ class Scheduler:
         return self._queues.setdefault(model, FairQueue(self.limits.aging_seconds))
 
     def _owner(self, name: str) -> OwnerLimits:
-        return self._owners.get(name, OwnerLimits())
+        return self._owners.get(name, _NO_LIMITS)
 
     def _flow(self, job: str, rows: Iterable[Row], *, alone: bool = False) -> Flow:
         entry = self._jobs[job]
