@@ -15,7 +15,7 @@ import pytest
 import serving_peers
 from serving_stages.client import Answer, Client, closed_load, open_load
 from serving_stages.figures import Figure, as_json, as_table
-from serving_stages.load import ServerLoad, fairness, overhead, overload, soak
+from serving_stages.load import ServerLoad, fairness, overhead, overload, refusals, soak
 from serving_stages.peer_servers import OURS, PeerFolders
 from serving_stages.server_process import latentforge_server
 from serving_stages.synthetic import StepCost, synthetic_engines
@@ -162,6 +162,16 @@ def test_an_overload_is_measured(synthetic: Path, tmp_path: Path) -> None:
     assert counts["503"]["count"] > counts["200"]["count"] > 0
     assert logged["503"]["p50"] < counts["503"]["p50"]  # what the server itself takes
     assert over.details["rows_of_a_batch"] == 1
+
+
+def test_the_processor_time_of_refusals_is_counted(synthetic: Path, tmp_path: Path) -> None:
+    with loaded(synthetic, tmp_path / "log", "--queue-seconds", "0.5") as requests:
+        found = asyncio.run(refusals(requests.asking(num_inference_steps=900), 100, 1.0))
+        with pytest.raises(RuntimeError, match="not all requests were refused"):
+            asyncio.run(refusals(requests.asking(num_inference_steps=1), 20, 0.5))
+    assert [figure.unit for figure in found.figures] == [" ms", " ms"]
+    assert all(0 < figure.value < 50 for figure in found.figures)
+    assert set(found.details["answers"]) == {"503"}
 
 
 def test_fairness_overhead_and_many_requests_are_measured(synthetic: Path, tmp_path: Path) -> None:
