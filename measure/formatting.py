@@ -10,6 +10,7 @@ from latentforge.runtime.text import size_text
 __all__ = [
     "DASH",
     "decibels",
+    "estimate",
     "is_number",
     "joules",
     "level",
@@ -79,6 +80,11 @@ def level(value: float) -> str:
 def number(value: float | None, unit: str = "") -> str:
     """Return any quantity with four significant digits."""
     return f"{value:.4g} {unit}".strip() if is_number(value) else DASH
+
+
+def estimate(value: float | None) -> str:
+    """Return a quantity whose interval stands beside it, with two significant digits."""
+    return f"{value:.2g}" if is_number(value) else DASH
 
 
 def timestamp(date: str) -> str:

@@ -155,7 +155,7 @@ def label_boxes(names: Sequence[str], points: Sequence[tuple[float, float]]) -> 
 
 def _candidate_boxes(width: float, x: float, y: float) -> Iterator[Box]:
     """Yield label positions: beside the point, then above and below it, ever further away."""
-    for lines in (0, -1, 1, -2, 2, -3, 3, -4, 4):
+    for lines in (0, *(line for far in range(1, 9) for line in (-far, far))):
         middle = y + lines * GAP
         for left in (x + 8, x - 8 - width, x - width / 2) if lines else (x + 8, x - 8 - width):
             yield Box(left, middle - GAP / 2, left + width, middle + GAP / 2)

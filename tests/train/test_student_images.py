@@ -86,7 +86,7 @@ def test_the_page_shows_matches_and_images(tiny_engines: Path) -> None:
     )
     page = render_search(record, {"student": images})
     assert "At equal measured latency" in page and "over 2 images" in page
-    assert "0.3333 (0.25 to 0.4286)" in page and page.count("data:image/") == 1
+    assert "0.33 (0.25 to 0.43)" in page and page.count("data:image/") == 1
 
 
 def _renamed(point: SearchPoint, name: str) -> SearchPoint:

@@ -61,7 +61,7 @@ def _front_chart(record: SearchRecord) -> Chart:
     x = Scale(low=0, high=max(seconds) * 1.08, start=LEFT, end=_RIGHT)
     y = Scale(
         low=min(errors) / 1.3,
-        high=max(errors) * 1.3,
+        high=max(errors) * 5,  # space for labels of baselines, which lie at the top
         start=HEIGHT - BOTTOM,
         end=TOP,
         logarithmic=True,
@@ -167,8 +167,8 @@ def _matches(record: SearchRecord) -> Iterator[list[str]]:
             match.searched,
             formatting.seconds(ours.measured),
             formatting.number(ours.error),
-            _interval(match.latents, formatting.number),
-            _interval(match.pixels, formatting.number),
+            _interval(match.latents, formatting.estimate),
+            _interval(match.pixels, formatting.estimate),
         ]
 
 
@@ -192,7 +192,7 @@ def _rows(record: SearchRecord) -> Iterator[tuple[str, list[str]]]:
                 formatting.seconds(point.measured),
                 _interval(point.speedup, formatting.speedup),
                 formatting.number(point.error),
-                _interval(point.latents, formatting.number),
+                _interval(point.latents, formatting.estimate),
                 _interval(point.psnr, formatting.decibels),
                 f"{point.parameters / 1e6:.4g} M",
             ],
