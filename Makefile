@@ -4,14 +4,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SUITE = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check docs rehearsal slow hostile optimum clean
+.PHONY: demo test thorough check docs rehearsal slow hostile optimum clean
 
 demo: $(VENV)/ready  ## build the demo checkpoint, run it, time it, leave a page
 	$(BIN)/latentforge demo demo-output
 
 test: $(VENV)/ready check  ## lint, types and the test suite
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	$(SUITE) --durations=25
+
+thorough: $(VENV)/ready  ## what the test suite shows, for further families, targets and processes
+	$(SUITE) -m thorough
 
 check: $(VENV)/ready
 	$(BIN)/ruff check

@@ -78,6 +78,7 @@ def test_auto_leaves_no_other_files(automatic: Path) -> None:
     assert found == files
 
 
+@pytest.mark.thorough
 def test_a_target_that_is_compiled(small_engines: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     (tmp_path / "rtx").mkdir()
@@ -220,6 +221,7 @@ def test_a_build_that_does_not_fit_is_refused_before_it_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_build_records_what_it_was_predicted_to_take(
     tiny_checkpoint: Path,
     small_engines: Path,

@@ -4,7 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,27 +65,54 @@ def workplace(quick_demo: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(900)
-def test_commands_run(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every command that needs neither a hub nor another build runs as it stands.
+def run_as_they_stand(commands: list[str], errors: Callable[[], str]) -> None:
+    """Run commands in turn, most in this process, which has imported torch.
 
-    Most run in this process, which has imported torch; each command has a test elsewhere that
-    starts a process of its own.
+    Each has a test elsewhere that starts a process of its own.
     """
-    monkeypatch.chdir(workplace)
-    ready = sorted(runnable(), key=lambda command: COMMANDS.index(command.split()[1]))
-    assert len(ready) >= 12
-    for command in ready:
+    for command in commands:
         words = shlex.split(command, comments=True)
         if words[1] in LIGHT:
             result = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
             assert result.returncode == 0, f"{command}\n{result.stderr}"
         else:
-            assert main(words[1:]) == 0, f"{command}\n{capsys.readouterr().err}"
+            assert main(words[1:]) == 0, f"{command}\n{errors()}"
+
+
+def writes_engines(command: str) -> bool:
+    """Return whether a command writes engines, or reads those that another one wrote."""
+    engines = {word for word in command.split()[2:] if word.startswith("demo-")}
+    return bool(engines - {"demo-engines"})
+
+
+def ready(*, engines: bool) -> list[str]:
+    """Return the commands that write engines or the others, each after those that it needs."""
+    chosen = [command for command in runnable() if writes_engines(command) == engines]
+    return sorted(chosen, key=lambda command: COMMANDS.index(command.split()[1]))
+
+
+@pytest.mark.timeout(900)
+def test_commands_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that needs neither a hub nor another build runs as it stands."""
+    monkeypatch.chdir(workplace)
+    commands = ready(engines=False)
+    assert len(commands) >= 8
+    run_as_they_stand(commands, lambda: capsys.readouterr().err)
     for file in ("owl.png", "report.html"):
         assert (workplace / file).stat().st_size > 1000
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_commands_that_write_engines_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    commands = ready(engines=True)
+    assert len(commands) >= 4
+    run_as_they_stand(commands, lambda: capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

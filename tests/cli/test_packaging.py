@@ -20,6 +20,8 @@ from latentforge.runtime.errors import CheckpointError
 from latentforge.runtime.kernels import compiler
 from latentforge.runtime.version import __version__
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 LIBRARY = f"latentforge/runtime/kernels/{compiler.LIBRARY.name}"
 KERNELS = {f"runtime/kernels/{path.name}" for path in compiler.FOLDER.glob("*.[ch]*")}

@@ -18,6 +18,7 @@ pytest.importorskip("diffusers", exc_type=ImportError)
 
 import torch
 from diffusers import AutoencoderKL
+from tiers import further, tiered
 from tiny import DEPTH, EDITING, INPAINTING, TINY, UPSCALING
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -153,14 +154,14 @@ def request(pipe: Pipeline, **changes: Any) -> dict[str, Any]:
     return {"steps": 16 if squeezed else 4, "seed": 5, **changes}
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", tiered(TEXT))
 def test_text_to_image(built: Built, name: str) -> None:
     pipe, eager = built(name)
     settings = pipe.settings("a red fox", **request(pipe, negative_prompt="moon"))
     check(pipe.run(settings), eager(settings))
 
 
-@pytest.mark.parametrize("name", IMAGE)
+@pytest.mark.parametrize("name", tiered(IMAGE))
 def test_image_to_image(built: Built, name: str, picture: Image.Image) -> None:
     pipe, eager = built(name)
     given = request(pipe, strength=0.6, guidance_rescale=0.0)
@@ -168,12 +169,12 @@ def test_image_to_image(built: Built, name: str, picture: Image.Image) -> None:
     check(pipe.run(settings, image=picture), eager(settings, image=picture))
 
 
-@pytest.mark.parametrize("name", INPAINT)
+@pytest.mark.parametrize("name", tiered(INPAINT))
 def test_inpainting(built: Built, name: str, picture: Image.Image, mask: Image.Image) -> None:
     inpaint(built, name, 0.6, picture, mask)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", *INPAINTING])
+@pytest.mark.parametrize("name", tiered(["sd", "sdxl", *INPAINTING]))
 def test_inpainting_from_noise(
     built: Built, name: str, picture: Image.Image, mask: Image.Image
 ) -> None:
@@ -191,14 +192,14 @@ def inpaint(
     check(ours, eager(settings, image=picture, mask=mask))
 
 
-@pytest.mark.parametrize("name", INPAINTING)
+@pytest.mark.parametrize("name", tiered(INPAINTING))
 def test_an_inpainting_model_without_an_image_makes_a_whole_one(built: Built, name: str) -> None:
     pipe, eager = built(name)
     settings = pipe.settings("a red fox", **request(pipe))
     check(pipe.run(settings), eager(settings))
 
 
-@pytest.mark.parametrize("name", EDITING)
+@pytest.mark.parametrize("name", tiered(EDITING))
 def test_editing(built: Built, name: str, picture: Image.Image) -> None:
     """Two guidance scales, and a third row for each image."""
     pipe, eager = built(name)
@@ -207,7 +208,7 @@ def test_editing(built: Built, name: str, picture: Image.Image) -> None:
     check(pipe.run(settings, image=picture), eager(settings, image=picture))
 
 
-@pytest.mark.parametrize("name", DEPTH)
+@pytest.mark.parametrize("name", tiered(DEPTH))
 def test_depth_to_image(built: Built, name: str, picture: Image.Image, mask: Image.Image) -> None:
     """The depth map is of another size and shape than the image."""
     pipe, eager = built(name)
@@ -216,7 +217,7 @@ def test_depth_to_image(built: Built, name: str, picture: Image.Image, mask: Ima
     check(pipe.run(settings, **images), eager(settings, **images))
 
 
-@pytest.mark.parametrize("name", UPSCALING)
+@pytest.mark.parametrize("name", tiered(UPSCALING))
 def test_upscaling(built: Built, name: str, picture: Image.Image) -> None:
     """The image has the size of the latents, and noise of its own schedule."""
     pipe, eager = built(name)
@@ -231,7 +232,7 @@ def test_upscaling(built: Built, name: str, picture: Image.Image) -> None:
     assert psnr(*pictures) < 60
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if not name.endswith("-turbo")])
+@pytest.mark.parametrize("name", tiered([name for name in TINY if not name.endswith("-turbo")]))
 def test_optimized(built: Built, name: str, tmp_path: Path) -> None:
     """Fused, with a UNet partitioned into parts per prompt, per schedule and per step.
 
@@ -267,16 +268,18 @@ def test_every_family_is_tested() -> None:
     ("name", "sampler", "steps", "guidance", "rescale"),
     [
         ("sd", "pndm", 50, 7.5, 0.0),
-        ("sd-2", "ddim", 50, 7.5, 0.0),
-        ("sd-turbo", "euler", 1, 0.0, 0.0),
-        ("lcm", "lcm", 4, 8.5, 0.0),
         ("sdxl", "euler", 50, 5.0, 0.0),
-        ("sdxl-turbo", "euler_ancestral", 1, 0.0, 0.0),
         ("pix2pix", "pndm", 100, 7.5, 0.0),
-        ("sdxl-pix2pix", "euler", 100, 5.0, 0.0),
         ("upscaler", "ddim", 75, 9.0, 0.0),
         ("decidiffusion-1", "ddim", 30, 7.5, 0.7),
-        ("decidiffusion-2", "squeezed_10", 16, 7.5, 0.8),
+        *further(
+            ("sd-2", "ddim", 50, 7.5, 0.0),
+            ("sd-turbo", "euler", 1, 0.0, 0.0),
+            ("lcm", "lcm", 4, 8.5, 0.0),
+            ("sdxl-turbo", "euler_ancestral", 1, 0.0, 0.0),
+            ("sdxl-pix2pix", "euler", 100, 5.0, 0.0),
+            ("decidiffusion-2", "squeezed_10", 16, 7.5, 0.8),
+        ),
     ],
 )
 def test_defaults(
@@ -287,6 +290,7 @@ def test_defaults(
     assert (defaults.guidance_scale, defaults.guidance_rescale) == (guidance, rescale)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "rows"), [("sd-2", 2), ("sd-turbo", 1), ("lcm", 1)])
 def test_distilled_models_run_one_row_per_image(
     built: Built, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -305,6 +309,7 @@ def test_distilled_models_run_one_row_per_image(
     assert seen == [rows] * 2 and len(result.timings.stages["denoiser"]) == 2
 
 
+@pytest.mark.thorough
 def test_guidance_of_a_consistency_model_is_an_input(built: Built) -> None:
     pipe, eager = built("lcm")
     assert "timestep_cond" in pipe.manifest.components["denoiser"].inputs
@@ -345,6 +350,7 @@ def test_sizes_condition_the_unet(built: Built) -> None:
     assert psnr(ours.latents, pipe("a fox", **request(pipe)).latents) < 80
 
 
+@pytest.mark.thorough
 def test_refiner_continues_from_the_base(built: Built) -> None:
     """An ensemble of two engine directories: Podell et al. (2023), section 2.5."""
     (base, eager_base), (refiner, eager_refiner) = built("sdxl"), built(REFINER)
@@ -359,6 +365,7 @@ def test_refiner_continues_from_the_base(built: Built) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_aesthetic_scores_condition_the_unet(built: Built, picture: Image.Image) -> None:
     pipe, eager = built(REFINER)
     scores = {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
@@ -486,7 +493,7 @@ def squeezed(loop: Loop, seed: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("name", ["decidiffusion-1", "decidiffusion-2"])
+@pytest.mark.parametrize("name", tiered(["decidiffusion-1", "decidiffusion-2"]))
 def test_decidiffusion_against_a_separate_loop(
     built: Built, tiny: Callable[[str], Path], name: str
 ) -> None:

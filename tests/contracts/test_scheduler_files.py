@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tiers import further
 
 import latentforge
 from latentforge.runtime.image import psnr, to_array
@@ -112,7 +113,9 @@ def pipes(demo_engines: Path, tmp_path: Path) -> Iterator[Any]:
     yield load
 
 
-@pytest.mark.parametrize(("name", "options"), FILES, ids=IDS)
+@pytest.mark.parametrize(
+    ("name", "options"), [*FILES[::2], *further(*FILES[1::2])], ids=[*IDS[::2], *IDS[1::2]]
+)
 def test_same_image(pipes: Any, eager: OwnScheduler, name: str, options: dict[str, Any]) -> None:
     config = corrected({"_class_name": name, **options})
     eager.use(config)

@@ -207,6 +207,7 @@ def test_other_sizes_match_torch(name: str, tiny_engines: Path, tiny_checkpoint:
     check_other_sizes(name, tiny_engines, tiny_checkpoint)
 
 
+@pytest.mark.thorough
 def test_other_sizes_of_a_flexible_unet_match_torch(
     tiny: Callable[[str], Path], tiny_denoiser: Callable[[str], Path]
 ) -> None:

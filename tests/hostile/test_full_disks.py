@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXT_ENCODER, Handmade
 from planted import environment
+from tiers import further
 
 pytest.importorskip("onnx")
 from hostile_disks import FILLER, PROGRAM
@@ -88,7 +89,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     ("arguments", "target"),
     [
         (("run", "ENGINES", "a", "--steps", "1", "-o", "old.png"), "old.png"),
-        (("inspect", "ENGINES", "--json", "old.json"), "old.json"),
+        *further((("inspect", "ENGINES", "--json", "old.json"), "old.json")),
     ],
 )
 def test_a_file_on_a_full_disk(

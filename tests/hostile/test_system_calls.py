@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from planted import environment
+from tiers import further
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
 CALLS = (
@@ -69,7 +70,7 @@ def test_run_writes_its_picture_alone(engines: Path, tmp_path: Path) -> None:
     check(traced(tmp_path, "run", engines, "a", *options), tmp_path, temporary=True)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", *further("openvino")])
 def test_compile_writes_its_target_alone(engines: Path, tmp_path: Path, backend: str) -> None:
     pytest.importorskip(backend)
     calls = traced(tmp_path, "compile", engines, "out", "--backend", backend)

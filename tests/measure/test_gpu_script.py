@@ -216,6 +216,7 @@ def test_a_session_without_io_binding_draws_the_same_image(demo_engines: Path) -
     np.testing.assert_array_equal(*images)
 
 
+@pytest.mark.thorough
 def test_engines_are_timed_beside_torch_and_missing_ones_are_named(
     tiny_engines: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -214,6 +214,7 @@ def test_the_probe_imports_nothing_from_the_working_directory(
     assert not (tmp_path / "hijacked").exists()
 
 
+@pytest.mark.thorough
 def test_bench_says_what_each_participant_runs_on(tiny_engines: Path) -> None:
     against = ["eager", "eager@cpu:bf16"]
     request = BenchRequest(

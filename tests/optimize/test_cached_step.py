@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiers import tiered
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -40,7 +41,7 @@ Feeds = Mapping[str, Array]
 FAMILIES = {"bk-sdm": 1, "sd": 4, "decidiffusion-2": 4}
 """Number of skip connections by family, without those of a value with itself."""
 LARGER = {"sd-2": 4, "lcm": 2, "sdxl": 4, "ssd-1b": 4, "sdxl-inpainting": 2, "decidiffusion-1": 4}
-NAMES = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)]
+NAMES = [*tiered(FAMILIES), *(pytest.param(name, marks=pytest.mark.slow) for name in LARGER)]
 
 Unet = Callable[[str], Path]
 

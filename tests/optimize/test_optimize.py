@@ -186,6 +186,7 @@ def _edit(directory: Path, name: str, change: Callable[[ir.Model], None]) -> Non
     _replace(directory, name, (directory / "changed").read_bytes())
 
 
+@pytest.mark.thorough
 def test_auto_records_candidates_and_choice(small_engines: Path, tmp_path: Path) -> None:
     manifest = optimize(small_engines, tmp_path / "out", quick(recipe="auto", repeats=1))
     options = manifest.history[-1].options
@@ -195,6 +196,7 @@ def test_auto_records_candidates_and_choice(small_engines: Path, tmp_path: Path)
     assert not list((tmp_path / "out").glob("candidate-*"))
 
 
+@pytest.mark.thorough
 def test_the_most_sensitive_layers_stay_in_float(small_engines: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "scan.toml"
     recipe.write_text(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tiers import tiered
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -38,7 +39,7 @@ from latentforge.runtime.timings import Stopwatch
 
 Array = NDArray[Any]
 
-FAMILIES = ("bk-sdm", "sdxl-inpainting")  # test_families.py optimizes all of them
+FAMILIES = tiered(("bk-sdm", "sdxl-inpainting"))  # test_families.py optimizes all of them
 LARGER = ("lcm", "sd", "sdxl", "decidiffusion-1", "sd-inpainting", "sd/2")
 TOKENS = 24
 ENOUGH = 100  # dB between latents: rounding alone
@@ -288,7 +289,7 @@ def test_fused_attention_takes_one_key_and_one_value(both: Both) -> None:
 
 
 def test_the_same_graph_gives_the_same_bytes(both: Both) -> None:
-    path = both("sdxl-inpainting")[0] / "denoiser.onnx"
+    path = both("sd")[0] / "denoiser.onnx"
     model = ir.load(path)
     before = content(model)
     first, second = hoist(model), hoist(ir.load(path))
@@ -581,6 +582,7 @@ def test_refuses_a_graph_without_a_sample() -> None:
         hoist(graph("out_sample = Mul(sample, timestep)"), step_inputs=("latents",))
 
 
+@pytest.mark.thorough
 def test_a_controlnet() -> None:
     """The conditioning image is embedded once per prompt, and all outputs are equal."""
     pytest.importorskip("diffusers", exc_type=ImportError)
@@ -660,7 +662,7 @@ def controlnet() -> Any:
 
 
 def test_each_part_runs_as_often_as_it_has_to(both: Both) -> None:
-    with load(both("sdxl-inpainting")[1], threads=1) as pipe:
+    with load(both("sd")[1], threads=1) as pipe:
         for sampler, evaluations in (("ddim", 3), ("heun", 5)):
             stages = generate(pipe, prompt=PROMPTS, sampler=sampler).timings.stages
             calls = {name: len(times) for name, times in stages.items()}
@@ -669,9 +671,9 @@ def test_each_part_runs_as_often_as_it_has_to(both: Both) -> None:
 
 
 def test_an_unplanned_timestep_is_computed_and_cached(both: Both) -> None:
-    whole, cut = both("sdxl-inpainting")
+    whole, cut = both("sd")
     rng = np.random.default_rng(0)
-    sample = rng.standard_normal((2, 9, 16, 16)).astype(np.float32)
+    sample = rng.standard_normal((2, 4, 16, 16)).astype(np.float32)
     results, watch = [], Stopwatch()
     for directory in (whole, cut):
         unet = loaded(directory)
@@ -681,7 +683,7 @@ def test_an_unplanned_timestep_is_computed_and_cached(both: Both) -> None:
             if name not in ("sample", "timestep")
         }
         rng = np.random.default_rng(0)
-        rng.standard_normal((2, 9, 16, 16))
+        rng.standard_normal((2, 4, 16, 16))
         conditioned = unet.condition(rows, [999.0, 500.0], watch)
         results.append([conditioned.predict(sample, t) for t in (999.0, 731.5, 731.5, 500.0)])
     for expected, actual in zip(*results, strict=True):
@@ -707,7 +709,7 @@ def loaded(directory: Path) -> StepEngines:
 
 
 def test_threads_may_share_the_parts(both: Both) -> None:
-    with load(both("sdxl-inpainting")[1], threads=1) as pipe:
+    with load(both("sd")[1], threads=1) as pipe:
         alone = [latents(pipe, prompt=prompt, steps=4) for prompt in PROMPTS]
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(latents, pipe, prompt=p, steps=4) for p in PROMPTS * 2]

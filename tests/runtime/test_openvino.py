@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from tiers import further
 
 from latentforge.measure.hardware import available_cores
 from latentforge.runtime import backends
@@ -517,7 +518,7 @@ def test_layer_times_are_summed_over_runs(build: Build, load: Load) -> None:
 FIXED = Sizes(height=(Range.of(64),), width=(Range.of(64),), batch=(Range.of(2),))
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), FIXED], ids=["dynamic", "static"])
+@pytest.mark.parametrize("sizes", [Sizes(), *further(FIXED)], ids=["dynamic", "static"])
 def test_the_demo_gives_the_image_of_onnxruntime(
     demo_engines: Path, tmp_path: Path, sizes: Sizes
 ) -> None:

@@ -423,6 +423,7 @@ def test_a_student_has_the_rest_of_its_teacher(
     assert student["structure"]["mid_num_resnets"] == 1
 
 
+@pytest.mark.thorough
 def test_a_student_exports_with_its_teachers_names(
     written: tuple[Path, SearchedUNet2DConditionModel], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from checkpoints import write
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
+from tiers import further
 from tiny import TINY
 
 from latentforge.export.models.searched_structure import SearchedStructure, list_sites
@@ -98,7 +99,10 @@ def teacher(
     return made
 
 
-FAMILIES = ("sd", "sdxl-inpainting", "stage")
+FAMILIES = (
+    "sd",
+    *further("sdxl-inpainting", "stage"),
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +124,7 @@ def test_random_structures_compute_what_torch_does(
         assert error < 1e-5 < change, structure
 
 
+@pytest.mark.thorough
 def test_an_empty_attention_module_leaves_the_graph(teacher: Callable[[str], Teacher]) -> None:
     own = teacher("sdxl-inpainting")
     blocks = [s.name for s in own.sites if s.name.startswith("mid_block.attentions.0.")]
@@ -132,6 +137,7 @@ def test_an_empty_attention_module_leaves_the_graph(teacher: Callable[[str], Tea
         assert any(name.startswith("mid_block.attentions.0.proj_in") for name in modules) == is_left
 
 
+@pytest.mark.thorough
 def test_sites_of_equal_layers_share_a_signature(teacher: Callable[[str], Teacher]) -> None:
     own = teacher("sd")
     texts = signatures(own.graph.graph, own.sites)

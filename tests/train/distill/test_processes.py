@@ -24,6 +24,7 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+@pytest.mark.thorough
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
