@@ -19,7 +19,7 @@ from pathlib import Path
 from latentforge.runtime.errors import SettingsError
 from latentforge.serve.http.app import create_app
 from latentforge.serve.http.context import Context, HttpOptions
-from latentforge.serve.http.server import ServerOptions, listen, run
+from latentforge.serve.http.server import ServerOptions, connection_limit, listen, run
 from latentforge.serve.keys import KeyRing
 from latentforge.serve.logs import LogFormat, log_to
 from latentforge.serve.scheduler import BatchGains
@@ -174,7 +174,9 @@ async def _serve(
         shares=None if options.shares is None else ShareStore.open(options.shares, time.time()),
     )
     keys = options.ring.owner if options.ring.keys else None
-    app = create_app(context, authenticate=keys, hosts=_hosts(options))
+    app = create_app(
+        context, authenticate=keys, hosts=_hosts(options), connections=connection_limit()
+    )
     shown = f"[{host}]" if ":" in host else host
     announce(f"http://{shown}:{port}", service)
     with _prompt_answers():

@@ -346,6 +346,24 @@ class Service:
         self._wake()
         return self.get(id)
 
+    def refusal(
+        self, request: ImageRequest, *, owner: str, deadline: float | None = None
+    ) -> ServeError | None:
+        """Return the error that submit() would raise, and count it; None if it would accept.
+
+        Args:
+            request, owner, deadline: as for submit(), of a request without an idempotency key.
+        """
+        now = self._now
+        end = None if deadline is None else now + deadline
+        try:
+            self._check(request, owner, now)
+            self.scheduler.admit(request, owner=owner, deadline=end, now=now)
+        except ServeError as error:
+            self._meter.refuse(error)
+            return error
+        return None
+
     def get(self, id: str) -> Job:
         """Return a job as it stands.
 
@@ -406,10 +424,13 @@ class Service:
     def _accepted(
         self, id: str, request: ImageRequest, owner: str, deadline: float | None, now: float
     ) -> Sequence[JobChange]:
-        self._check_available(request.model)
-        self._limiter.check(owner, request.cost, now)
+        self._check(request, owner, now)
         end = None if deadline is None else now + deadline
         return self.scheduler.submit(id, request, owner=owner, deadline=end, now=now)
+
+    def _check(self, request: ImageRequest, owner: str, now: float) -> None:
+        self._check_available(request.model)
+        self._limiter.check(owner, request.cost, now)
 
     def _check_available(self, model: str) -> None:
         """Refuse a request to a model whose processes are lost and do not come back."""

@@ -22,6 +22,7 @@ from latentforge.serve.http.middleware import Authenticate, RequestMiddleware, g
 from latentforge.serve.http.openai import OpenAIEndpoints
 from latentforge.serve.http.openapi import describe
 from latentforge.serve.http.page import page_routes
+from latentforge.serve.http.refusal import RefusingApp
 from latentforge.serve.http.sdapi import WebUIEndpoints
 from latentforge.serve.http.share import ShareEndpoints
 from latentforge.serve.http.sse import ClientGoneError
@@ -39,13 +40,15 @@ def create_app(
     *,
     authenticate: Authenticate | None = None,
     hosts: frozenset[str] | None = None,
-) -> ASGIApp:
+    connections: int = 1 << 16,
+) -> RefusingApp:
     """Return the server's application.
 
     Args:
         context: service and options.
         authenticate: checks keys; None if the server has none.
         hosts: names of the server that requests may have; None for any.
+        connections: most that may be open.
     """
     endpoints = all_endpoints(context)
     document = msgspec.json.encode(describe(endpoints, keys=authenticate is not None))
@@ -61,8 +64,19 @@ def create_app(
     )
     app.router.redirect_slashes = False
     fixed = {(e.method, e.path): r for e, r in routes.items() if "{" not in e.path}
-    log = RequestLog(quiet=_POLLED)
-    return RequestMiddleware(_FixedPaths(app, fixed), context.metrics, log, hosts, vital=_POLLED)
+    return RefusingApp(
+        app=RequestMiddleware(
+            _FixedPaths(app, fixed),
+            context.metrics,
+            RequestLog(quiet=_POLLED),
+            hosts,
+            connections=connections,
+            vital=_POLLED,
+        ),
+        context=context,
+        endpoints={e.path.encode(): e for e in endpoints if e.parse is not None},
+        authenticate=authenticate,
+    )
 
 
 @dataclass(frozen=True)

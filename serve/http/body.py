@@ -18,7 +18,15 @@ from latentforge.serve.errors import BadRequestError, BusyError, PayloadError, S
 from latentforge.serve.http.form import parse_form
 from latentforge.serve.http.sse import ClientGoneError
 
-__all__ = ["BodyLimits", "SlowBodyError", "decode", "read_form", "read_json", "read_query"]
+__all__ = [
+    "BodyLimits",
+    "SlowBodyError",
+    "check_media_type",
+    "decode",
+    "read_form",
+    "read_json",
+    "read_query",
+]
 
 Struct = TypeVar("Struct", bound=msgspec.Struct)
 
@@ -86,7 +94,7 @@ async def read_json(request: Request, type: type[Struct], limits: BodyLimits) ->
         BadRequestError: it is not JSON, or a field is wrong, unknown or missing.
         PayloadError, SlowBodyError, MediaTypeError: it is too large, too slow, or no JSON.
     """
-    _check_media_type(request, "application/json")
+    check_media_type(request.headers, "application/json")
     with _Stream(request, limits) as stream:
         return decode(type, b"".join([chunk async for chunk in stream]))
 
@@ -159,8 +167,13 @@ def _enum(schema: Mapping[str, Any]) -> list[Any]:
     return [value for part in parts for value in part.get("enum", [])]
 
 
-def _check_media_type(request: Request, expected: str) -> None:
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+def check_media_type(headers: Mapping[str, str], expected: str) -> None:
+    """Check the type of a body, by the headers of its request.
+
+    Raises:
+        MediaTypeError: it is another.
+    """
+    given = headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != expected:
         raise MediaTypeError(f"the body must be {expected}, not {given or 'without a type'}")
 
@@ -291,7 +304,7 @@ async def read_form(request: Request, limits: BodyLimits) -> dict[str, Any]:
         BadRequestError: it is no form, or has too many parts.
         PayloadError, SlowBodyError, MediaTypeError: it is too large, too slow, or no form.
     """
-    _check_media_type(request, "multipart/form-data")
+    check_media_type(request.headers, "multipart/form-data")
     with _Stream(request, limits) as stream:
         body = b"".join([chunk async for chunk in stream])
         return await asyncio.to_thread(parse_form, body, request.headers["content-type"])

@@ -7,11 +7,15 @@ import socket
 from contextlib import suppress
 from typing import Any, cast
 
+import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from latentforge.serve.errors import BadRequestError
 from latentforge.serve.http.envelope import envelope
+from latentforge.serve.http.middleware import CONNECTIONS
+from latentforge.serve.http.refusal import RefusingApp
 
 __all__ = ["BoundedConnection", "find_lost_peers"]
 
@@ -61,7 +65,9 @@ class BoundedConnection(HttpToolsProtocol):
     """Connection that is closed if a request's headers, or the reading of an answer, take long.
 
     Requests are parsed by llhttp, in a quarter of the time that a parser in Python takes: a server
-    with ten times its load does little else.
+    with ten times its load does little else. For the same reason a request that the application
+    may refuse is held until the piece of data ends in which its headers came. If all of it is
+    there, the application can answer without a cycle; otherwise the cycle begins then.
 
     Attributes:
         head_seconds: time from the first byte of a request, or from the connection, to the end of
@@ -75,23 +81,34 @@ class BoundedConnection(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
     _stalled: asyncio.TimerHandle | None = None
+    _app: RefusingApp | None = None
+    _held: bytearray | None = None  # body of a request without a cycle
+    _refused = False  # the last request, in the present data
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin: the headers must come in time."""
         super().connection_made(cast(asyncio.Transport, _Joined(transport, self.loop)))
+        app = self.config.app
+        self._app = app if isinstance(app, RefusingApp) else None
         find_lost_peers(transport.get_extra_info("socket"))
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
         """Handle a part of a request."""
+        self._refused = False
         super().data_received(data)
+        if self._held is not None:
+            self._begin_cycle()
+        if self._refused:
+            self.on_response_complete()  # the connection is at rest
         self._bound_head(len(data))
         self._expect_head()
 
     def on_message_begin(self) -> None:
         """Begin the headers of a request."""
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._refused = True, 0, False
         super().on_message_begin()
+        cast(Scope, self.scope)[CONNECTIONS] = len(self.connections)
 
     def on_headers_complete(self) -> None:
         """End the headers of a request.
@@ -103,7 +120,25 @@ class BoundedConnection(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts > 1 or (not hosts and self.parser.get_http_version() != "1.0"):
             raise ValueError("a request names one host")
-        super().on_headers_complete()
+        if self._may_refuse():
+            self._held = bytearray()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body."""
+        if self._held is None:
+            super().on_body(body)
+        else:
+            self._held += body
+
+    def on_message_complete(self) -> None:
+        """End a request: it is refused, or its cycle has all of it."""
+        if self._held is not None:
+            if self._refuse():
+                return
+            self._begin_cycle()
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -134,6 +169,35 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.write(b"\r\n".join([*head, b"", body]))
         self.transport.close()
 
+    def _may_refuse(self) -> bool:
+        """Return True for a request whose answer, sent at once, is in turn and keeps all open."""
+        if self._app is None or not self._app.may_refuse(self.url):
+            return False
+        in_turn = not self._is_answering() and self._stalled is None
+        return in_turn and not self.expect_100_continue and _is_plain_post(self.parser)
+
+    def _refuse(self) -> bool:
+        """Send the answer to the request that is held, if the application refuses it."""
+        app, held = self._app, self._held
+        assert app is not None and held is not None
+        scope = {**self.scope, "method": "POST", "path": self.url.decode("ascii")}
+        answer = app.refusal(scope, self.url, bytes(held))
+        if answer is None:
+            return False
+        headers = [*self.server_state.default_headers, *answer.raw_headers]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        body = bytes(answer.body)
+        self.transport.write(b"".join([STATUS_LINE[answer.status_code], *lines, b"\r\n", body]))
+        self._held, self._refused = None, True
+        return True
+
+    def _begin_cycle(self) -> None:
+        """Let the application answer the request that is held."""
+        held, self._held = self._held, None
+        super().on_headers_complete()
+        if held:
+            super().on_body(bytes(held))
+
     def _bound_head(self, size: int) -> None:
         """Refuse headers that are too large, once another piece of them has come."""
         if self._in_head and not self.transport.is_closing():
@@ -142,12 +206,14 @@ class BoundedConnection(HttpToolsProtocol):
                 self.send_400_response("the headers are too large: send fewer")
 
     def _expect_head(self) -> None:
-        """Bound the time until a request is being answered."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering:
+        """Bound the time until a request is being answered, or is refused."""
+        if self._is_answering() or self._refused:
             self._stop_head()
         elif self._head is None:
             self._head = self.loop.call_later(self.head_seconds, self.transport.close)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _stop_head(self) -> None:
         if self._head is not None:
@@ -158,6 +224,13 @@ class BoundedConnection(HttpToolsProtocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
+
+
+def _is_plain_post(parser: httptools.HttpRequestParser) -> bool:
+    """Return True for a POST request after which the connection is used as before."""
+    if parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
+        return False
+    return parser.should_keep_alive() and not parser.should_upgrade()
 
 
 def find_lost_peers(connection: socket.socket | None) -> None:

@@ -27,6 +27,7 @@ from latentforge.serve.errors import (
     UnknownModelError,
 )
 from latentforge.serve.http.body import BodyLimits
+from latentforge.serve.http.endpoint import TextRequest
 from latentforge.serve.http.fields import ImageFields
 from latentforge.serve.job import Job
 from latentforge.serve.keys import ANYONE
@@ -184,7 +185,6 @@ class Context:
             ServeError: it is not accepted.
         """
         self._check_pixels(images)
-        longest = self.options.deadline
         key = request.headers.get("idempotency-key")
         if key is not None and not _KEY.fullmatch(key):
             raise BadRequestError(
@@ -197,11 +197,25 @@ class Context:
         job = await self.service.submit(
             images,
             owner=owner_of(request),
-            deadline=longest if seconds is None else min(seconds, longest),
+            deadline=self._deadline(seconds),
             idempotency=None if key is None else (key, _digest(request, fields)),
         )
         request.scope[JOB] = job.id
         return job
+
+    def refusal(self, text: TextRequest, owner: str) -> ServeError | None:
+        """Return the error by which the service would refuse a request now; None if it would not.
+
+        Raises:
+            BadRequestError: its images are too large for this server.
+        """
+        self._check_pixels(text.images)
+        seconds = self._deadline(text.seconds)
+        return self.service.refusal(text.images, owner=owner, deadline=seconds)
+
+    def _deadline(self, seconds: float | None) -> float:
+        longest = self.options.deadline
+        return longest if seconds is None else min(seconds, longest)
 
     def _check_pixels(self, images: ImageRequest) -> None:
         settings, most = images.shared, self.options.image_pixels

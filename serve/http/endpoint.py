@@ -10,9 +10,24 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-__all__ = ["Endpoint", "Handler"]
+from latentforge.serve.request import ImageRequest
+
+__all__ = ["Endpoint", "Handler", "TextRequest"]
 
 Handler: TypeAlias = Callable[[Request], Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextRequest:
+    """Request for images of text alone, as a body has it.
+
+    Attributes:
+        images: the images, complete and checked.
+        seconds: until the deadline; None for the server's own.
+    """
+
+    images: ImageRequest
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +42,8 @@ class Endpoint:
         group: heading under which it is described.
         body: record of the JSON body, or of the form.
         form: True if the body is a multipart form.
+        parse: reads a body that asks for images, or raises a ServeError; None for one with
+            pictures, which take a thread to decode. None if the endpoint has no such bodies.
         query: record of the query's parameters.
         answer: type of the answer in JSON; None for other answers.
         refusal: record of an answer of status 503 that is no error.
@@ -45,6 +62,7 @@ class Endpoint:
     group: str
     body: type[msgspec.Struct] | None = None
     form: bool = False
+    parse: Callable[[bytes], TextRequest | None] | None = None
     query: type[msgspec.Struct] | None = None
     answer: Any = None
     refusal: type[msgspec.Struct] | None = None

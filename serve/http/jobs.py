@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from latentforge.runtime.record import Record
 from latentforge.serve.errors import ForbiddenError, UnknownJobError
-from latentforge.serve.http.body import read_json, read_query
+from latentforge.serve.http.body import decode, read_json, read_query
 from latentforge.serve.http.context import (
     Context,
     Output,
@@ -27,7 +27,7 @@ from latentforge.serve.http.context import (
     completed,
     settings_of,
 )
-from latentforge.serve.http.endpoint import Endpoint
+from latentforge.serve.http.endpoint import Endpoint, TextRequest
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.fields import (
     JobAnswer,
@@ -66,7 +66,6 @@ from latentforge.serve.pictures import (
     open_picture,
 )
 from latentforge.serve.request import ImageRequest
-from latentforge.serve.service import ModelCard
 
 __all__ = ["JobEndpoints", "decoded_pictures"]
 
@@ -97,7 +96,7 @@ class JobEndpoints:
             Endpoint(
                 method="POST", path="/v1/jobs", handler=self.create, group=_GROUP,
                 summary="Accept a request for images, and answer at once.",
-                body=JobBody, answer=JobAnswer, status=202, errors=REFUSALS,
+                body=JobBody, parse=self._parse, answer=JobAnswer, status=202, errors=REFUSALS,
                 idempotent=True,
             ),
             Endpoint(
@@ -124,15 +123,30 @@ class JobEndpoints:
     async def create(self, request: Request) -> ASGIApp:
         """Answer POST /v1/jobs."""
         body = await read_json(request, JobBody, self.context.options.body)
-        name, model = self.context.model(body.model)
-        require_previews(name, model, body.previews or 0, "previews")
-        limits = self.context.options.pictures
-        work = partial(_completed, name, model, body, limits)
-        pictures = any((body.image, body.mask, body.depth_map))
-        images = await completed(work, pictures=pictures)
+        images = await completed(partial(self._completed, body), pictures=_has_pictures(body))
         job = await self.context.submit(request, images, body, body.timeout)
         answer = self._answer(request, job)
         return Json(answer, 202, {"location": answer.poll_url})
+
+    def _parse(self, content: bytes) -> TextRequest | None:
+        body = decode(JobBody, content)
+        if _has_pictures(body):
+            return None
+        return TextRequest(images=self._completed(body), seconds=body.timeout)
+
+    def _completed(self, body: JobBody) -> ImageRequest:
+        name, model = self.context.model(body.model)
+        require_previews(name, model, body.previews or 0, "previews")
+        limits = self.context.options.pictures
+        return complete(
+            name,
+            model,
+            body.prompt,
+            pictures=decoded_pictures(body.image, body.mask, limits, body.depth_map),
+            count=body.n or 1,
+            previews=body.previews or 0,
+            **settings_of(body),
+        )
 
     async def read(self, request: Request) -> ASGIApp:
         """Answer GET /v1/jobs/{id}."""
@@ -241,17 +255,8 @@ def decoded_pictures(
     )
 
 
-def _completed(name: str, model: ModelCard, body: JobBody, limits: PictureLimits) -> ImageRequest:
-    pictures = decoded_pictures(body.image, body.mask, limits, body.depth_map)
-    return complete(
-        name,
-        model,
-        body.prompt,
-        pictures=pictures,
-        count=body.n or 1,
-        previews=body.previews or 0,
-        **settings_of(body),
-    )
+def _has_pictures(body: JobBody) -> bool:
+    return any((body.image, body.mask, body.depth_map))
 
 
 def _progress(event: Stepped) -> dict[str, Any]:

@@ -8,15 +8,15 @@ import functools
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import Gauge
-from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentforge.serve.errors import BusyError, ForbiddenError, KeyRequiredError
+from latentforge.serve.errors import BusyError, ForbiddenError, KeyRequiredError, ServeError
 from latentforge.serve.http.context import JOB, MODEL, OWNER, TEXT
 from latentforge.serve.http.endpoint import Handler
 from latentforge.serve.http.envelope import error_response
@@ -25,10 +25,11 @@ from latentforge.serve.logs import RequestLog
 from latentforge.serve.metrics import Metrics
 from latentforge.serve.tracing import describe_span, request_span, trace_id
 
-__all__ = ["FULL", "Authenticate", "RequestMiddleware", "guarded"]
+__all__ = ["CONNECTIONS", "Authenticate", "RequestMiddleware", "first_values", "guarded", "key_of"]
 
-FULL = "latentforge.full"
-"""Entry of a request's scope that is true where too many connections are open."""
+REQUEST_ID = "latentforge.request_id"
+CONNECTIONS = "latentforge.connections"
+"""Entry of a request's scope: the number of open connections."""
 
 Authenticate = Callable[[str | None], str]
 """Function that returns the owner of a key, or raises KeyRequiredError."""
@@ -45,14 +46,18 @@ def guarded(handler: Handler, authenticate: Authenticate) -> Handler:
 
     @functools.wraps(handler)
     async def checked(request: Request) -> ASGIApp:
-        request.scope[OWNER] = authenticate(_key(request.headers))
+        request.scope[OWNER] = authenticate(key_of(request.headers))
         return await handler(request)
 
     return checked
 
 
-def _key(headers: Headers) -> str | None:
-    """Return the key of a request: a bearer token, or the password of a client that knows none."""
+def key_of(headers: Mapping[str, str]) -> str | None:
+    """Return the key of a request: a bearer token, or the password of a client that knows none.
+
+    Raises:
+        KeyRequiredError: it cannot be read.
+    """
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -73,13 +78,16 @@ class RequestMiddleware:
         metrics: of the server.
         log: of requests.
         hosts: names of the server that requests may have; None for any.
-        vital: paths that are answered also where too many connections are open.
+        connections: most that may be open. Uvicorn's own limit answers by itself, without an
+            error's envelope and the time to try again.
+        vital: paths that are answered also where more are.
     """
 
     app: ASGIApp
     metrics: Metrics
     log: RequestLog = RequestLog()
     hosts: frozenset[str] | None = None
+    connections: int = 1 << 16
     vital: frozenset[str] = frozenset()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,9 +95,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = _first_values(scope)
-        answer = _Answer(scope, send, _request_id(headers), self.metrics.open_streams)
-        scope["latentforge.request_id"] = answer.request_id
+        headers = first_values(scope)
+        scope[REQUEST_ID] = _request_id(headers)
+        answer = _Answer(scope, send, self.metrics.open_streams)
         start = time.perf_counter()
         try:
             with request_span(scope["method"], headers) as span:
@@ -101,14 +109,37 @@ class RequestMiddleware:
             answer.status = _GONE
         finally:
             answer.close()
-            self._record(scope, headers, answer, time.perf_counter() - start)
+            self._record(scope, headers, answer.status, time.perf_counter() - start)
+
+    def admits(self, scope: Scope, headers: Mapping[str, str]) -> bool:
+        """Return True if a request reaches the endpoints, and is not refused before."""
+        return self._guarded(scope, headers) is self.app
+
+    def refuse(
+        self, scope: Scope, headers: Mapping[str, str], error: ServeError, seconds: float
+    ) -> Response:
+        """Return the answer to a request that was refused before its ASGI cycle, and record it.
+
+        Args:
+            scope: of the request, with the entries that endpoints add.
+            headers: its headers, as first_values() returns them.
+            error: the reason.
+            seconds: that it took.
+        """
+        scope[REQUEST_ID] = _request_id(headers)
+        answer = error_response(error)
+        answer.raw_headers = _with_ids(scope, answer.raw_headers)
+        with request_span(scope["method"], headers) as span:
+            describe_span(span, scope["method"], _route(scope), answer.status_code)
+        self._record(scope, headers, answer.status_code, seconds)
+        return answer
 
     def _guarded(self, scope: Scope, headers: Mapping[str, str]) -> ASGIApp:
         """Return the application, or the refusal of a request.
 
         There are too many connections, or another site's page makes the request.
         """
-        if scope.get(FULL) and scope["path"] not in self.vital:
+        if scope.get(CONNECTIONS, 0) > self.connections and scope["path"] not in self.vital:
             return _crowded()
         if self.hosts is None:
             return self.app
@@ -120,16 +151,15 @@ class RequestMiddleware:
         return self.app
 
     def _record(
-        self, scope: Scope, headers: Mapping[str, str], answer: _Answer, seconds: float
+        self, scope: Scope, headers: Mapping[str, str], status: int, seconds: float
     ) -> None:
         route = _route(scope)
         model = scope.get(MODEL, "")
-        status = answer.status
         self.metrics.count_request(route, model, status, seconds)
         fields = {
             "method": scope["method"],
             "seconds": round(seconds, 4),
-            "id": answer.request_id,
+            "id": scope[REQUEST_ID],
             "trace": trace_id(headers),
             "model": model or None,
             "job": scope.get(JOB),
@@ -154,7 +184,6 @@ class _Answer:
     Attributes:
         scope: of the request.
         forward: sends a message to the client.
-        request_id: of the request.
         streams: number of streams of events that are being sent.
         status: of the answer; 500 until it begins.
         streaming: True if it is one of these.
@@ -162,7 +191,6 @@ class _Answer:
 
     scope: Scope
     forward: Send
-    request_id: str
     streams: Gauge
     status: int = 500
     streaming: bool = False
@@ -171,15 +199,11 @@ class _Answer:
         """Send a message, with the ids of the request and its job in the headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            given = dict(message["headers"])
-            headers = [*message["headers"], (b"x-request-id", self.request_id.encode())]
-            headers += [item for item in _DEFAULTS.items() if item[0] not in given]
-            if JOB in self.scope:
-                headers.append((b"x-job-id", self.scope[JOB].encode()))
-            if given.get(b"content-type", b"").startswith(b"text/event-stream"):
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            if kind.startswith(b"text/event-stream"):
                 self.streaming = True
                 self.streams.inc()
-            message = {**message, "headers": headers}
+            message = {**message, "headers": _with_ids(self.scope, message["headers"])}
         await self.forward(message)
 
     def close(self) -> None:
@@ -188,13 +212,23 @@ class _Answer:
             self.streams.dec()
 
 
+def _with_ids(scope: Scope, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer, with the ids of the request and its job."""
+    headers = [*given, (b"x-request-id", scope[REQUEST_ID].encode())]
+    names = {name for name, _ in headers}
+    headers += [item for item in _DEFAULTS.items() if item[0] not in names]
+    if JOB in scope:
+        headers.append((b"x-job-id", scope[JOB].encode()))
+    return headers
+
+
 def _route(scope: Scope) -> str:
     """Return the path of the endpoint that answered, with its parameters in braces."""
     route: str = getattr(scope.get("route"), "path", "none")
     return route
 
 
-def _first_values(scope: Scope) -> Mapping[str, str]:
+def first_values(scope: Scope) -> Mapping[str, str]:
     """Return the headers of a request, each with its first value."""
     pairs = reversed(scope["headers"])
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}

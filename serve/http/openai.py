@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from latentforge.serve.http.context import (
     completed,
     settings_of,
 )
-from latentforge.serve.http.endpoint import Endpoint
+from latentforge.serve.http.endpoint import Endpoint, TextRequest
 from latentforge.serve.http.envelope import Json, envelope
 from latentforge.serve.http.fields import (
     EditForm,
@@ -202,6 +202,7 @@ class OpenAIEndpoints:
                 handler=self.generate,
                 summary="Generate images of a text.",
                 body=GenerationBody,
+                parse=self._parse,
                 **images,
             ),
             Endpoint(
@@ -246,19 +247,38 @@ class OpenAIEndpoints:
         return await self._images(request, body, pictures, "image_edit")
 
     async def _images(
-        self, request: Request, body: OpenAIFields, pictures: Any, event: str
+        self,
+        request: Request,
+        body: OpenAIFields,
+        pictures: Callable[[], Pictures],
+        event: str,
     ) -> ASGIApp:
-        _check(body)
-        name, model = self.context.model(body.model)
-        previews = body.partial_images or 0
-        require_previews(name, model, previews, "partial_images")
-        work = partial(_completed, name, model, body, pictures, previews)
+        work = partial(self._completed, body, pictures)
         images = await completed(work, pictures=isinstance(body, EditForm))
         job = await self.context.submit(request, images, body, body.timeout)
         run = _Run(context=self.context, request=request, job=job, fields=body, event=event)
         if body.stream:
             return EventStream(run.stream(), abandoned=run.abandon)
         return await answered(request, run.answer(), run.abandon)
+
+    def _parse(self, content: bytes) -> TextRequest:
+        body = decode(GenerationBody, content)
+        return TextRequest(images=self._completed(body, Pictures), seconds=body.timeout)
+
+    def _completed(self, body: OpenAIFields, pictures: Callable[[], Pictures]) -> ImageRequest:
+        _check(body)
+        name, model = self.context.model(body.model)
+        previews = body.partial_images or 0
+        require_previews(name, model, previews, "partial_images")
+        return complete(
+            name,
+            model,
+            body.prompt,
+            pictures=pictures(),
+            count=body.n or 1,
+            previews=previews,
+            **settings_of(body),
+        )
 
     async def models(self, request: Request) -> ASGIApp:
         """Answer GET /v1/models."""
@@ -379,17 +399,3 @@ def _edited(form: EditForm, limits: PictureLimits) -> Pictures:
         return Pictures(image=image_pixels(picture), mask=transparent_mask(marked, "mask"))
     mask = transparent_mask(picture, "image") if has_holes(picture) else None
     return Pictures(image=image_pixels(picture), mask=mask)
-
-
-def _completed(
-    name: str, model: ModelCard, body: OpenAIFields, pictures: Any, previews: int
-) -> ImageRequest:
-    return complete(
-        name,
-        model,
-        body.prompt,
-        pictures=pictures(),
-        count=body.n or 1,
-        previews=previews,
-        **settings_of(body),
-    )

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from latentforge.runtime.record import Record
 from latentforge.runtime.sampling import SAMPLERS
 from latentforge.serve.errors import BadRequestError, UnknownJobError
-from latentforge.serve.http.body import read_json, read_query
+from latentforge.serve.http.body import decode, read_json, read_query
 from latentforge.serve.http.context import (
     Context,
     Output,
@@ -32,7 +32,7 @@ from latentforge.serve.http.context import (
     completed,
     owner_of,
 )
-from latentforge.serve.http.endpoint import Endpoint
+from latentforge.serve.http.endpoint import Endpoint, TextRequest
 from latentforge.serve.http.envelope import Json
 from latentforge.serve.http.fields import MAX_IMAGES, MAX_SEED, Base64, Label, Steps, Text
 from latentforge.serve.http.jobs import decoded_pictures
@@ -41,7 +41,6 @@ from latentforge.serve.http.sse import answered
 from latentforge.serve.job import Cancelled, Job
 from latentforge.serve.pictures import encode_preview
 from latentforge.serve.request import ImageRequest
-from latentforge.serve.service import ModelCard
 
 __all__ = ["WebUIEndpoints"]
 
@@ -307,7 +306,7 @@ class WebUIEndpoints:
         return (
             Endpoint(
                 method="POST", path="/sdapi/v1/txt2img", handler=self.from_text, group=_GROUP,
-                summary="Generate images of a text.",
+                summary="Generate images of a text.", parse=self._parse,
                 body=TextBody, answer=WebImages, errors=REFUSALS, idempotent=True,
             ),
             Endpoint(
@@ -355,9 +354,7 @@ class WebUIEndpoints:
         return await self._images(request, body)
 
     async def _images(self, request: Request, body: TextBody | ImageBody) -> ASGIApp:
-        overrides = body.override_settings or Overrides()
-        name, model = self.context.model(overrides.sd_model_checkpoint)
-        work = partial(self._completed, name, model, body)
+        work = partial(self._completed, body)
         images = await completed(work, pictures=isinstance(body, ImageBody))
         job = await self.context.submit(request, images, body, None)
         if body.force_task_id is not None:
@@ -366,7 +363,12 @@ class WebUIEndpoints:
         abandoned = (lambda: None) if kept else (lambda: self.context.service.cancel(job.id))
         return await answered(request, self._answer(body, job.id), abandoned)
 
-    def _completed(self, name: str, model: ModelCard, body: TextBody | ImageBody) -> ImageRequest:
+    def _parse(self, content: bytes) -> TextRequest:
+        return TextRequest(images=self._completed(decode(TextBody, content)))
+
+    def _completed(self, body: TextBody | ImageBody) -> ImageRequest:
+        overrides = body.override_settings or Overrides()
+        name, model = self.context.model(overrides.sd_model_checkpoint)
         pictures, settings = Pictures(), _settings(body)
         if isinstance(body, ImageBody):
             limits = self.context.options.pictures

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from latentforge.runtime.errors import SettingsError
 from latentforge.serve.http.connection import BoundedConnection
-from latentforge.serve.http.middleware import FULL
 
-__all__ = ["INTERRUPTED", "ServerOptions", "limit_connections", "listen", "run"]
+__all__ = ["INTERRUPTED", "ServerOptions", "connection_limit", "listen", "run"]
 
 INTERRUPTED = 130
 """Exit status after a second signal."""
@@ -106,7 +105,6 @@ async def run(
         started: called when the service has started.
     """
     server = _Server(_configuration(app, options))
-    limit_connections(server, app, _connections())
     ending = _Ending(server, service, options)
     serving = asyncio.ensure_future(server.serve(sockets=[bound]))
     try:
@@ -137,20 +135,6 @@ async def _end(service: Runnable, serving: asyncio.Future[None]) -> None:
     await service.close()
 
 
-def limit_connections(server: uvicorn.Server, app: ASGIApp, limit: int) -> None:
-    """Serve an application that learns with each request if more connections are open than these.
-
-    Uvicorn's own limit answers by itself, without an error's envelope and the times to try again.
-    """
-    connections = server.server_state.connections
-
-    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[FULL] = len(connections) > limit
-        await app(scope, receive, send)
-
-    server.config.app = counted
-
-
 def _configuration(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -167,7 +151,7 @@ def _configuration(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
     )
 
 
-def _connections() -> int:
+def connection_limit() -> int:
     """Return the most connections, after asking the system for as many files as it allows."""
     import resource
 

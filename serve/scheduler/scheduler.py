@@ -212,7 +212,7 @@ class Scheduler:
             QueueFullError: it would wait for too long.
             QuotaError: too many jobs of the owner wait.
         """
-        self._admit(request, owner, deadline, now)
+        self.admit(request, owner=owner, deadline=deadline, now=now)
         entry = _Entry(request=request, owner=owner, arrived=now, deadline=deadline)
         self._jobs[job] = entry
         self._queue(request.model).add(self._flow(job, request.rows(job)))
@@ -230,7 +230,14 @@ class Scheduler:
         """Accept no further requests."""
         self.draining = True
 
-    def _admit(self, request: ImageRequest, owner: str, deadline: float | None, now: float) -> None:
+    def admit(
+        self, request: ImageRequest, *, owner: str, deadline: float | None, now: float
+    ) -> None:
+        """Refuse a request that submit() would not accept; nothing changes.
+
+        Raises:
+            DrainingError, QueueFullError, QuotaError: as submit().
+        """
         if self.draining:
             raise DrainingError(
                 "the server shuts down: try again in a moment",

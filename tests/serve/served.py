@@ -18,7 +18,6 @@ from latentforge.runtime.tensor import TensorSpec
 from latentforge.serve.http.app import create_app
 from latentforge.serve.http.connection import BoundedConnection
 from latentforge.serve.http.context import Context
-from latentforge.serve.http.server import limit_connections
 
 
 def complete_engines(folder: Path) -> Path:
@@ -71,7 +70,6 @@ def served(
     connection: type[BoundedConnection] = BoundedConnection,
     *,
     start: bool = True,
-    connections: int = 65_536,
     **options: Any,
 ) -> Iterator[Served]:
     """Run a server and its service while the block runs; the context is made in its thread.
@@ -90,7 +88,6 @@ def served(
             timeout_graceful_shutdown=1,
         )  # fmt: skip
         server = uvicorn.Server(config)
-        limit_connections(server, app, connections)
         task = asyncio.ensure_future(server.serve())
         while not server.started:
             await asyncio.sleep(0.005)
