@@ -8,16 +8,18 @@ the server waited for a core is. The server's log has its own times, see server_
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 __all__ = [
     "Answer",
@@ -32,13 +34,12 @@ __all__ = [
 _TIMESTAMPS = 35  # SO_TIMESTAMPNS of Linux, which the module socket does not name
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-_PIECE = 1 << 18
+_PIECE = 1 << 16  # bytes: larger buffers come from the system, page by page
 _SECONDS = 600.0  # for an answer
 _REFUSED = 0.2  # seconds until a client that was refused tries again
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """Answer to a request.
 
     Attributes:
@@ -67,7 +68,7 @@ class Client:
 
     host: str
     port: int
-    idle: list[socket.socket] = field(default_factory=list)
+    idle: list[_Connection] = field(default_factory=list)
 
     @classmethod
     def of(cls, url: str) -> Client:
@@ -77,122 +78,145 @@ class Client:
 
     async def get(self, path: str) -> Answer:
         """Send a GET request."""
-        return await self._request(self._head("GET", path))
+        return await self.send(_head(self.host, self.port, "GET", path) + b"\r\n")
 
     async def post(self, path: str, fields: Mapping[str, Any]) -> Answer:
         """Send a POST request with a JSON body."""
-        body = json.dumps(fields).encode()
-        headers = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        return await self._request(self._head("POST", path, headers) + body)
+        return await self.send(self.posting(path, json.dumps(fields).encode()))
+
+    def posting(self, path: str, body: bytes) -> bytes:
+        """Return a POST request with a JSON body."""
+        head = _head(self.host, self.port, "POST", path)
+        return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+
+    def send(self, request: bytes) -> asyncio.Future[Answer]:
+        """Send a request, and return its answer as it comes; an error is one too.
+
+        A request that is cancelled ends its connection, as it leaves an answer behind.
+        """
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_open():
+                break
+        else:
+            connection = _Connection(self)
+        return connection.send(request)
 
     def close(self) -> None:
         """Close the connections that wait."""
         while self.idle:
             self.idle.pop().close()
 
-    def _head(self, method: str, path: str, headers: str = "") -> bytes:
-        host = f"{self.host}:{self.port}"
-        return f"{method} {path} HTTP/1.1\r\nhost: {host}\r\n{headers}\r\n".encode()
 
-    async def _request(self, request: bytes) -> Answer:
-        try:
-            connection = await self._connected()
-        except OSError as error:
-            return Answer(status=type(error).__name__, seconds=0.0)
-        start = time.time()
-        try:
-            answer = await _exchanged(connection, request, start)
-        except (OSError, EOFError, ValueError) as error:
-            connection.close()
-            return Answer(status=type(error).__name__, seconds=time.time() - start)
-        except BaseException:  # a request that is cancelled leaves an answer behind
-            connection.close()
-            raise
-        self.idle.append(connection)
-        return answer
-
-    async def _connected(self) -> socket.socket:
-        """Return a connection that is open, as far as is known here."""
-        while self.idle:
-            connection = self.idle.pop()
-            with suppress(BlockingIOError):
-                connection.recv(1, socket.MSG_PEEK)  # the server has closed it
-                connection.close()
-                continue
-            return connection
-        connection = socket.socket()
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with suppress(OSError):  # another system: answers are stamped as they are read
-            connection.setsockopt(socket.SOL_SOCKET, _TIMESTAMPS, 1)
-        try:
-            await asyncio.get_running_loop().sock_connect(connection, (self.host, self.port))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+@lru_cache(maxsize=64)
+def _head(host: str, port: int, method: str, path: str) -> bytes:
+    """Return the start of a request."""
+    kind = "content-type: application/json\r\n" if method == "POST" else ""
+    return f"{method} {path} HTTP/1.1\r\nhost: {host}:{port}\r\n{kind}".encode()
 
 
-async def _exchanged(connection: socket.socket, request: bytes, start: float) -> Answer:
-    """Send a request and return its answer.
+class _Connection:
+    """Connection of a client, with at most one request on its way.
 
-    A timer ends the connection after a time: a task that is waited for would cost the cores that
-    the server has as much again.
+    It takes callbacks from the event loop, and no task for a request, nor for a piece of an answer:
+    those would cost the cores that the server has as much again.
     """
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(_SECONDS, _end, connection)
-    try:
-        await loop.sock_sendall(connection, request)
-        received, arrived = bytearray(), start
-        while (length := _missing(received)) != 0:
-            piece, arrived = await _received(loop, connection)
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.socket()
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(OSError):  # another system: answers are stamped as they are read
+            self._socket.setsockopt(socket.SOL_SOCKET, _TIMESTAMPS, 1)
+        self._socket.connect_ex((client.host, client.port))  # an error comes as it is read
+        self._loop.add_reader(self._socket, self._read)
+
+    def is_open(self) -> bool:
+        """Return True if a connection that waits is open, as far as is known in this loop."""
+        if self._loop is asyncio.get_running_loop():
+            try:
+                self._socket.recv(1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return True
+            except OSError:
+                pass
+        self.close()
+        return False
+
+    def send(self, request: bytes) -> asyncio.Future[Answer]:
+        """Send a request, and return its answer as it comes."""
+        self._answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._answer.add_done_callback(self._end)
+        self._timer = self._loop.call_later(_SECONDS, self._fail, TimeoutError())
+        self._received, self._unsent, self._start = b"", request, time.time()
+        self._write()
+        return self._answer
+
+    def close(self) -> None:
+        """Close it, if it is open."""
+        if self._socket.fileno() >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+        self._socket.close()
+
+    def _write(self) -> None:
+        try:
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except BlockingIOError:
+            self._loop.add_writer(self._socket, self._go_on_writing)
+        except OSError as error:
+            self._fail(error)
+
+    def _go_on_writing(self) -> None:
+        self._loop.remove_writer(self._socket)
+        self._write()
+
+    def _read(self) -> None:
+        try:
+            piece, notes, _, _ = self._socket.recvmsg(_PIECE, 64)
             if not piece:
-                raise EOFError(f"the connection was closed {length} bytes before the end")
-            received += piece
-    finally:
-        timer.cancel()
-    head, _, body = bytes(received).partition(_HEAD_END)
-    status = head.split(None, 2)[1].decode()
-    return Answer(status=status, seconds=arrived - start, body=body)
+                raise EOFError("the connection was closed before the end")
+            self._received += piece
+            complete = _is_complete(self._received)
+        except BlockingIOError:
+            return
+        except (OSError, EOFError, ValueError) as error:
+            self._fail(error)
+            return
+        if complete:
+            head, _, body = self._received.partition(_HEAD_END)
+            status, seconds = head.split(None, 2)[1].decode(), _stamp(notes) - self._start
+            self._answer.set_result(Answer(status, seconds, body))
+
+    def _fail(self, error: Exception) -> None:
+        """Answer by an error, and close the connection."""
+        self.close()
+        if not self._answer.done():
+            self._answer.set_result(Answer(type(error).__name__, time.time() - self._start))
+
+    def _end(self, answer: asyncio.Future[Answer]) -> None:
+        self._timer.cancel()
+        if answer.cancelled():
+            self.close()
+        elif self._socket.fileno() >= 0:
+            self._client.idle.append(self)
 
 
-def _end(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _missing(received: bytearray) -> int:
-    """Return the bytes that an answer lacks, at least.
+def _is_complete(received: bytes) -> bool:
+    """Return True if all of an answer has come.
 
     Raises:
         ValueError: the answer does not say how long it is.
     """
     end = received.find(_HEAD_END)
     if end < 0:
-        return 1
+        return False
     length = _LENGTH.search(received, 0, end)
     if length is None:
         raise ValueError("the answer has no content-length")
-    return max(0, end + len(_HEAD_END) + int(length[1]) - len(received))
-
-
-async def _received(
-    loop: asyncio.AbstractEventLoop, connection: socket.socket
-) -> tuple[bytes, float]:
-    """Return what has arrived, and when."""
-    readable = loop.create_future()
-    loop.add_reader(connection, _set, readable)
-    try:
-        await readable
-    finally:
-        loop.remove_reader(connection)
-    piece, notes, _, _ = connection.recvmsg(_PIECE, 64)
-    return piece, _stamp(notes)
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    return len(received) >= end + len(_HEAD_END) + int(length[1])
 
 
 def _stamp(notes: Iterable[tuple[int, int, bytes]]) -> float:
@@ -258,8 +282,8 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-Send = Callable[[int], Any]
-"""Function that sends the request of a number, as a coroutine that returns an Answer."""
+Send = Callable[[int], Awaitable[Answer]]
+"""Function that sends the request of a number, and returns its answer as it comes."""
 
 
 async def closed_load(send: Send, clients: int, seconds: float) -> Outcomes:
@@ -289,19 +313,57 @@ async def open_load(send: Send, rate: float, seconds: float) -> Outcomes:
     They come whether earlier ones were answered or not (Poisson): clients that wait for answers
     would hide the queue (coordinated omission).
     """
-    found, tasks, draw = Outcomes(), [], random.Random(0)
-    cpu, start, due = time.process_time(), time.perf_counter(), draw.expovariate(rate)
-
-    async def one(number: int) -> None:
-        found.add(await send(number))
-
-    while due < seconds:
-        await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
-        found.lag.append(max(0.0, time.perf_counter() - start - due))
-        tasks.append(asyncio.create_task(one(len(tasks))))
-        due += draw.expovariate(rate)
+    arrivals = _Arrivals(send, rate, seconds)
+    cpu, start = time.process_time(), time.perf_counter()
+    await arrivals.ended
     await asyncio.sleep(max(0.0, start + seconds - time.perf_counter()))
+    found = arrivals.found
     found.elapsed, found.own_cpu = time.perf_counter() - start, time.process_time() - cpu
     found.in_time = len(found.times("200"))
-    await asyncio.gather(*tasks)
+    await asyncio.gather(*arrivals.waiting)
+    await asyncio.sleep(0)  # until the last of them is counted
     return found
+
+
+class _Arrivals:
+    """Requests at random times, sent by callbacks of the event loop.
+
+    Args:
+        send: sends the request of a number.
+        rate: requests per second.
+        seconds: for which they come.
+
+    Attributes:
+        found: their answers.
+        waiting: those that have not come.
+        ended: done once all requests are sent.
+    """
+
+    def __init__(self, send: Send, rate: float, seconds: float) -> None:
+        self.found = Outcomes()
+        self.waiting: set[asyncio.Future[Answer]] = set()
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._send, self._rate, self._numbers = send, rate, itertools.count()
+        self._draw = random.Random(0)
+        self._due = self._loop.time()
+        self._end = self._due + seconds
+        self._wait()
+
+    def _wait(self) -> None:
+        self._due += self._draw.expovariate(self._rate)
+        if self._due < self._end:
+            self._loop.call_at(self._due, self._arrive)
+        else:
+            self.ended.set_result(None)
+
+    def _arrive(self) -> None:
+        self.found.lag.append(max(0.0, self._loop.time() - self._due))
+        answer = asyncio.ensure_future(self._send(next(self._numbers)))
+        self.waiting.add(answer)
+        answer.add_done_callback(self._count)
+        self._wait()
+
+    def _count(self, answer: asyncio.Future[Answer]) -> None:
+        self.waiting.discard(answer)
+        self.found.add(answer.result())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from latentforge.measure.statistics import median_interval
@@ -60,10 +62,15 @@ class ServerLoad:
         """Return the same with further fields in each request."""
         return replace(self, fields={**self.fields, **fields})
 
-    async def image(self, number: int, **changes: Any) -> Answer:
+    def image(self, number: int, **changes: Any) -> asyncio.Future[Answer]:
         """Ask for an image."""
-        body = {**self.fields, "prompt": f"{number} red apples", "seed": number, **changes}
-        return await self.client.post("/v1/images/generations", body)
+        fields = json.dumps({**self.fields, **changes}).encode() if changes else self._fields
+        body = b'{"prompt": "%d red apples", "seed": %d, %b' % (number, number, fields[1:])
+        return self.client.send(self.client.posting("/v1/images/generations", body))
+
+    @cached_property
+    def _fields(self) -> bytes:
+        return json.dumps(self.fields).encode()
 
     def idle(self) -> Figure:
         """Return what the server counts although there is nothing to do."""
@@ -205,7 +212,7 @@ async def refusals(load: ServerLoad, rate: float, seconds: float) -> LoadResult:
         RuntimeError: a request was not refused.
     """
     await load.image(0, num_inference_steps=1)  # so that the server knows its speed
-    holders = [asyncio.create_task(load.image(number)) for number in range(2)]
+    holders = [asyncio.ensure_future(load.image(number)) for number in range(2)]
     await asyncio.sleep(_SETTLE)
     cpu = load.server.cpu()
     found = await open_load(load.image, rate, seconds)
@@ -238,7 +245,7 @@ async def fairness(load: ServerLoad, rounds: int, gap: float) -> LoadResult:
     for number in range(rounds):
         alone += await _small(load, gap)
         huge = {"n": _HUGE_IMAGES, "num_inference_steps": _HUGE_STEPS}
-        task = asyncio.create_task(load.image(number, **huge))
+        task = asyncio.ensure_future(load.image(number, **huge))
         await asyncio.sleep(_SETTLE)
         beside += await _small(load, gap)
         if task.done():

@@ -68,6 +68,27 @@ def test_sigterm_lets_accepted_requests_end(null_engines: Path) -> None:
     assert "red apple" not in log
 
 
+def test_sigterm_while_requests_are_refused(null_engines: Path) -> None:
+    path = "/v1/images/generations"
+    with serving(null_engines, "--queue-seconds", "0") as (process, client):
+
+        def refusal() -> str:
+            return str(client.post(path, json=LONG).json()["error"]["code"])
+
+        short = {"prompt": "a", "num_inference_steps": 1}
+        client.post(path, json=short).raise_for_status()  # so that the speed is known
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(client.post, path, json={**LONG, "n": 4})
+            wait_for_job(client)
+            assert [refusal() for _ in range(3)] == ["queue_full"] * 3
+            process.send_signal(signal.SIGTERM)
+            while (code := refusal()) == "queue_full":  # until the signal has arrived
+                pass
+            assert code == "draining"
+            assert len(answer.result().raise_for_status().json()["data"]) == 4
+        assert process.wait(20) == 0
+
+
 def test_the_time_for_accepted_requests_ends(null_engines: Path) -> None:
     with serving(null_engines, "--drain-timeout", "0.3") as (process, client):
         with ThreadPoolExecutor() as pool:
