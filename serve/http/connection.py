@@ -189,6 +189,7 @@ class BoundedConnection(HttpToolsProtocol):
         body = bytes(answer.body)
         self.transport.write(b"".join([STATUS_LINE[answer.status_code], *lines, b"\r\n", body]))
         self._held, self._refused = None, True
+        self._stop_head()  # the next one has its own time
         return True
 
     def _begin_cycle(self) -> None:
