@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,16 @@ from latentforge.export.models.searched_structure import (
 )
 from latentforge.runtime.errors import CheckpointError
 from latentforge.train.search.baselines import (
+    list_baselines,
     published_structures,
     random_structure,
     uniform_structure,
 )
-from latentforge.train.search.evolution import EvolutionSettings, evolve
+from latentforge.train.search.evolution import EvolutionSettings, best_within, evolve
 from latentforge.train.search.greedy import greedy_path
 from latentforge.train.search.knapsack import pareto_front
 from latentforge.train.search.problem import Cost, Problem
+from latentforge.train.search.variants import WHOLE
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 SITES = (
@@ -125,31 +128,67 @@ def test_a_choice_that_saves_nothing_is_not_taken() -> None:
     assert all(point.structure.choice("mid_block.resnets.0") == "keep" for point in front)
 
 
+def best(problem: Problem) -> SearchedStructure:
+    """Return the structure of the least sum that fits."""
+    front = pareto_front(problem.sites, problem.cost.saved, problem.score)
+    return min((p for p in front if problem.fits(p.structure)), key=lambda p: p.error).structure
+
+
+def with_interaction(structure: SearchedStructure, sums: Error) -> Error:
+    """Return errors that are higher where two of a structure's dropped sites are dropped both."""
+    pair = [name for name, choice in structure.choices.items() if choice == "drop"][:2]
+
+    def error(other: SearchedStructure) -> float:
+        return sums(other) * (3 if all(other.choice(name) == "drop" for name in pair) else 1)
+
+    return error
+
+
+SMALL = EvolutionSettings(population=8, generations=4, others=2)
+
+
 def test_evolution_repairs_what_does_not_add_up() -> None:
-    sites = list_sites(unet_config())
-    problem, sums = made_up(sites)
-    front = pareto_front(sites, problem.cost.saved, problem.score)
-    best = min((p for p in front if problem.fits(p.structure)), key=lambda p: p.error).structure
-    pair = [name for name, choice in best.choices.items() if choice == "drop"][:2]
+    problem, sums = made_up(list_sites(unet_config()))
+    first = best(problem)
+    error = with_interaction(first, sums)
+    random = np.random.default_rng(0)
+    judged = evolve(problem, {first: error(first)}, error, random, SMALL)
+    assert 1 < len(judged) <= 1 + SMALL.evaluations
+    found = best_within(problem, judged)
+    assert judged[found[0]] < 0.75 * error(first)
+    assert set(found) == set(judged) and judged[found[0]] == min(judged.values())
 
-    def error(structure: SearchedStructure) -> float:
-        both = all(structure.choice(name) == "drop" for name in pair)
-        return sums(structure) * (3 if both else 1)
 
-    random, settings = np.random.default_rng(0), EvolutionSettings(population=8, generations=4)
-    judged = evolve(problem, [best], error, random, settings)
-    assert len(judged) <= 1 + settings.evaluations
-    assert next(iter(judged.values())) == min(judged.values()) < 0.75 * error(best)
-    assert all(problem.fits(structure) for structure in judged)
+@pytest.mark.parametrize("ratio", [2.0, 2.5])
+def test_evolution_repairs_the_front_beyond_the_limit(ratio: float) -> None:
+    problem, sums = made_up(list_sites(unet_config()))
+    other = replace(problem, limit=problem.cost.whole / ratio)
+    first = [best(problem), best(other)]
+    error = with_interaction(first[1], sums)
+    settings = EvolutionSettings(population=16, generations=6)
+    random = np.random.default_rng(1)
+    judged = evolve(problem, {s: error(s) for s in first}, error, random, settings)
+    assert judged[best_within(other, judged)[0]] < 0.9 * error(first[1])
 
 
 def test_evolution_ends_when_time_is_up() -> None:
     problem, error = made_up(list_sites(unet_config()))
-    first = uniform_structure(problem)
-    assert first is not None
-    random = np.random.default_rng(0)
-    judged = evolve(problem, [first], error, random, EvolutionSettings(), lambda: False)
-    assert list(judged) == [first]
+    first, random = {WHOLE: 0.0}, np.random.default_rng(0)
+    assert evolve(problem, first, error, random, EvolutionSettings(), lambda: False) == first
+
+
+def test_baselines_are_different_and_the_best_of_random_ones() -> None:
+    problem, error = made_up(list_sites(unet_config()))
+    judged: dict[SearchedStructure, float] = {}
+
+    def recorded(structure: SearchedStructure) -> float:
+        return judged.setdefault(structure, error(structure))
+
+    baselines = list_baselines(problem, recorded, np.random.default_rng(0))
+    *_, uniform, random = baselines
+    assert (uniform.name, random.name) == ("uniform pruning", "best of 8 random")
+    assert len(judged) == 8 and judged[random.structure] == min(judged.values())
+    assert len({baseline.structure for baseline in baselines}) == len(baselines)
 
 
 def test_greedy_removal_ends_where_it_fits() -> None:

@@ -10,7 +10,13 @@ from numpy.random import Generator
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
 from latentforge.train.search.problem import Problem
 
-__all__ = ["Baseline", "published_structures", "random_structure", "uniform_structure"]
+__all__ = [
+    "Baseline",
+    "list_baselines",
+    "published_structures",
+    "random_structure",
+    "uniform_structure",
+]
 
 _RESNETS = {"down_blocks": (2, 2, 1), "up_blocks": (3, 3, 2)}
 _ATTENTIONS = {
@@ -18,6 +24,8 @@ _ATTENTIONS = {
     "2.0": {"down_blocks": (0, 1, 3), "up_blocks": (0, 3, 5)},
 }
 """Counts of DeciDiffusion's UNets by level, from the outermost."""
+
+_RANDOM = 8  # random structures, of which the best is a baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,26 @@ def random_structure(problem: Problem, random: Generator) -> SearchedStructure |
         if problem.fits(structure):
             return structure
     return None
+
+
+def list_baselines(
+    problem: Problem, error: Callable[[SearchedStructure], float], random: Generator
+) -> tuple[Baseline, ...]:
+    """Return published structures, and uniform and random pruning to the limit.
+
+    Args:
+        problem: the limit, and the sites.
+        error: true error of a structure, by which the best random one is taken.
+        random: source of the random ones.
+    """
+    found = [*published_structures(problem.sites)]
+    if (uniform := uniform_structure(problem)) is not None:
+        found.append(Baseline(name="uniform pruning", structure=uniform))
+    draws = (random_structure(problem, random) for _ in range(_RANDOM))
+    if drawn := [structure for structure in draws if structure is not None]:
+        name = f"best of {len(drawn)} random"
+        found.append(Baseline(name=name, structure=min(drawn, key=error)))
+    return tuple(found)
 
 
 def _spread(index: int) -> float:

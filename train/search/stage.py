@@ -29,6 +29,7 @@ from latentforge.runtime.errors import SettingsError
 from latentforge.runtime.files import check_target
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.text import duration_text
+from latentforge.train.search.baselines import list_baselines
 from latentforge.train.search.clock import Clock
 from latentforge.train.search.knapsack import pareto_front
 from latentforge.train.search.latency.measure import LatencyPlan, random_structures
@@ -153,9 +154,12 @@ class _StudentSearch:
             selection = Selection(problem, errors, variants, self._progress, self._clock)
             greedy = not sums.spearman >= _MIN_SPEARMAN
             with self._progress.part("choice of the student"):
+                baselines = list_baselines(problem, errors, self._random)
+                for each in baselines:
+                    errors(each.structure)  # they take part in the search
                 selection.choose(self._random, timed=request.is_timed, greedy=greedy)
             with self._progress.part("comparison with other structures"):
-                comparison = StructureComparison(problem, selection, self._random)
+                comparison = StructureComparison(problem, selection, baselines)
                 variants.close()
                 self._draw(comparison, engines, errors)
         with self._progress.part("the student"):

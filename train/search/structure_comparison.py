@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from numpy.random import Generator
 from PIL import Image
 
 from latentforge.export.models.searched_structure import SearchedStructure
 from latentforge.measure.quality.intervals import mean
 from latentforge.measure.quality.metrics import decibels
 from latentforge.measure.results import ConfidenceInterval
-from latentforge.train.search.baselines import (
-    Baseline,
-    published_structures,
-    random_structure,
-    uniform_structure,
-)
+from latentforge.train.search.baselines import Baseline
+from latentforge.train.search.evolution import CURVE
 from latentforge.train.search.problem import Problem
 from latentforge.train.search.search_record import EqualLatencyPair, Kind, SearchPoint
 from latentforge.train.search.student_images import ImageErrors, error_ratio
@@ -27,11 +22,6 @@ from latentforge.train.search.variants import WHOLE
 __all__ = ["StructureComparison"]
 
 _STUDENT = "student"
-_RANDOM = 8  # random baselines, of which the best is timed
-_CURVE = (1.25, 1.5, 2.0, 3.0, 4.0)
-"""Ratios of the cost at which other structures of the search are shown."""
-
-_JUDGED = 4  # structures of the front whose true error is measured for a latency
 _TRIES = 3  # structures that are timed to find one within a baseline's latency
 _MARGIN = 0.985  # of a baseline's latency, that the first of them is predicted to have
 
@@ -53,16 +43,17 @@ class StructureComparison:
         images: by name, once draw() has run.
     """
 
-    def __init__(self, problem: Problem, selection: Selection, random: Generator) -> None:
+    def __init__(
+        self, problem: Problem, selection: Selection, baselines: Sequence[Baseline]
+    ) -> None:
         """Time the baselines, and a structure of the search for each, while there is time."""
         self._problem, self._selection = problem, selection
         self.images: dict[str, ImageErrors] = {}
-        baselines, curve = [*self._baselines(random)], [*self._curve()]
+        curve = [*self._curve()]
         structures = [*(b.structure for b in baselines), *curve]
         selection.time(structures, "latencies", optional=True)
-        self._found = dict.fromkeys((selection.chosen, *curve))
         timed = [b for b in baselines if b.structure in selection.latencies]
-        matched = {b.name: found for b in timed if (found := self._matched(b)) is not None}
+        matched = {b.name: self._matched(b) for b in timed}
         others = sorted({*curve, *matched.values()} - {selection.chosen}, key=problem.cost.total)
         names = self._names([selection.chosen, *reversed(others)])
         self._pairs = {baseline: names[found] for baseline, found in matched.items()}
@@ -104,8 +95,11 @@ class StructureComparison:
     def draw(self, images: Callable[[SearchedStructure], ImageErrors]) -> None:
         """Draw images of every structure that was timed."""
         timed = [c for c in self.compared if c.structure in (*self._selection.latencies, WHOLE)]
+        drawn: dict[SearchedStructure, ImageErrors] = {}
         for index, each in enumerate(timed):
-            self.images[each.name] = images(each.structure)
+            if each.structure not in drawn:
+                drawn[each.structure] = images(each.structure)
+            self.images[each.name] = drawn[each.structure]
             self._selection.progress.within("images", index + 1, len(timed))
 
     def _names(self, found: Sequence[SearchedStructure]) -> dict[SearchedStructure, str]:
@@ -125,44 +119,29 @@ class StructureComparison:
 
     def _curve(self) -> Iterator[SearchedStructure]:
         """Yield structures of the front at other ratios of the cost."""
-        for ratio in _CURVE:
-            best = next(self._best(self._problem.cost.whole / ratio), None)
+        for ratio in CURVE:
+            best = next(iter(self._selection.within(self._problem.cost.whole / ratio)), None)
             if best is not None and best not in (self._selection.chosen, WHOLE):
                 yield best
 
-    def _best(self, limit: float) -> Iterator[SearchedStructure]:
-        """Yield structures of the search within a cost, by rising true error."""
-        problem, errors = replace(self._problem, limit=limit), self._selection.errors
-        within = [p for p in self._selection.front if problem.fits(p.structure)]
-        nearest = sorted(within, key=lambda point: point.error)[:_JUDGED]
-        yield from sorted((p.structure for p in nearest), key=errors)
+    def _matched(self, baseline: Baseline) -> SearchedStructure:
+        """Return the structure of the least error within a baseline's measured latency.
 
-    def _baselines(self, random: Generator) -> Iterator[Baseline]:
-        """Yield published structures, and uniform and random pruning to the limit."""
-        yield from published_structures(self._problem.sites)
-        if (uniform := uniform_structure(self._problem)) is not None:
-            yield Baseline(name="uniform pruning", structure=uniform)
-        drawn = (random_structure(self._problem, random) for _ in range(_RANDOM))
-        if found := [structure for structure in drawn if structure is not None]:
-            best = min(found, key=self._selection.errors)
-            yield Baseline(name=f"best of {len(found)} random", structure=best)
-
-    def _matched(self, baseline: Baseline) -> SearchedStructure | None:
-        """Return the search's structure of the least error within a baseline's measured latency."""
+        It is the baseline itself if nothing that was timed is better.
+        """
         selection = self._selection
         ratio = selection.latencies[baseline.structure].ratio.value
         limit = ratio * self._problem.cost.whole * _MARGIN
         for _ in range(_TRIES):
-            if (best := next(self._best(limit), None)) is None or best == WHOLE:
+            best = next(iter(selection.within(limit)), WHOLE)
+            if best == WHOLE:
                 break
             selection.time([best], "latencies at equal speed", optional=True)
-            self._found[best] = None
             if best not in selection.latencies or selection.latencies[best].ratio.value <= ratio:
                 break
             limit *= min(0.97, ratio / selection.latencies[best].ratio.value)
-        timed = [s for s in self._found if s in selection.latencies]
-        within = [s for s in timed if selection.latencies[s].ratio.value <= ratio]
-        return min(within, key=selection.errors, default=None)
+        within = (s for s, latency in selection.latencies.items() if latency.ratio.value <= ratio)
+        return min(within, key=selection.errors)
 
     def _ratio(self, baseline: str, found: str, field: str) -> ConfidenceInterval | None:
         """Return the search's error of an image relative to a baseline's."""

@@ -76,6 +76,7 @@ class StudentErrors:
     Attributes:
         importance: parts of halved sites that are kept.
         states: to compare on.
+        measured: errors of the structures that were asked for.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class StudentErrors:
             file: of the same teacher, importance and states.
         """
         self.importance, self.states = importance, states
+        self.measured: dict[SearchedStructure, float] = {}
         self._plan, self._network, self._file = plan, network, file
 
     def __call__(self, structure: SearchedStructure) -> float:
@@ -106,6 +108,7 @@ class StudentErrors:
                 outputs = (run_state(self._network, self._plan, s) for s in self.states.states)
                 error = self.states.error(outputs)
             self._file.add(structure, error)
+        self.measured[structure] = error
         return error
 
     @contextmanager

@@ -14,7 +14,7 @@ from latentforge.export.models.searched_structure import SearchedStructure
 from latentforge.runtime.errors import GateError
 from latentforge.runtime.progress import Progress
 from latentforge.train.search.clock import Clock
-from latentforge.train.search.evolution import EvolutionSettings, evolve
+from latentforge.train.search.evolution import EvolutionSettings, best_within, evolve
 from latentforge.train.search.greedy import greedy_path
 from latentforge.train.search.knapsack import FrontPoint, pareto_front
 from latentforge.train.search.latency.records import Latency
@@ -26,7 +26,8 @@ __all__ = ["Selection"]
 
 _TURNS = 7  # pairs of steps that a structure is timed with: an interval of 98 %
 _STARTS = 8  # structures of the front that an evolution starts from
-_TIMED = 4  # of its best
+_JUDGED = 4  # structures of the front whose true error is measured for a latency
+_TIMED = 4  # of the best by true error
 _EVOLUTION = 0.5  # of the time left, at most
 _ROUNDS = 10  # of evolution and timing, each with a stricter limit
 _STRICTER = 0.97  # than the last one, at least
@@ -96,15 +97,24 @@ class Selection:
 
     # choosing
 
+    def within(self, limit: float) -> list[SearchedStructure]:
+        """Return structures within a cost, best first: all whose true error is measured.
+
+        They include those of the front with the least sums.
+        """
+        problem = replace(self._problem, limit=limit)
+        for structure in self._nearest(problem, _JUDGED):
+            self.errors(structure)
+        return best_within(problem, self.errors.measured)
+
     def _best(
         self, problem: Problem, random: Generator, *, greedy: bool
     ) -> list[SearchedStructure]:
         """Return the structures of the least true error, best first; none if none fits."""
-        go_on, starts = self._clock.during(_EVOLUTION), self._starts(problem, random)
+        go_on = self._clock.during(_EVOLUTION)
         if greedy:
-            path = greedy_path(problem, self.errors, self._clock.during(_EVOLUTION / 2))
-            starts += [path[-1]] if problem.fits(path[-1]) else []
-        settings, done = EvolutionSettings(), 0
+            greedy_path(problem, self.errors, self._clock.during(_EVOLUTION / 2))
+        starts, settings, done = self._starts(problem, random), EvolutionSettings(), 0
 
         def error(structure: SearchedStructure) -> float:
             nonlocal done
@@ -113,14 +123,23 @@ class Selection:
             self.progress.within("errors of the evolution", done, max(done, total))
             return self.errors(structure)
 
-        return list(evolve(problem, starts, error, random, settings, go_on)) if starts else []
+        for structure in starts:
+            if not done or go_on():
+                error(structure)
+        evolve(problem, self.errors.measured, error, random, settings, go_on)
+        return best_within(problem, self.errors.measured)
 
     def _starts(self, problem: Problem, random: Generator) -> list[SearchedStructure]:
-        """Return structures of the front within the limit, those of the least sums."""
+        """Return structures of the front: those of the least sums within the limit, then others."""
+        nearest = self._nearest(problem, _STARTS)
+        repaired = (problem.repaired(s.choices, random) for s in nearest[:2])
+        others = self.front[:: max(1, len(self.front) // _STARTS)]
+        return [*dict.fromkeys([*nearest, *filter(None, repaired), *(p.structure for p in others)])]
+
+    def _nearest(self, problem: Problem, count: int) -> list[SearchedStructure]:
+        """Return the structures of the front with the least sums within the limit."""
         within = [p for p in self.front if problem.fits(p.structure)]
-        nearest = sorted(within, key=lambda point: point.error)[:_STARTS]
-        repaired = (problem.repaired(p.structure.choices, random) for p in nearest[:2])
-        return list(dict.fromkeys([*(p.structure for p in nearest), *filter(None, repaired)]))
+        return [p.structure for p in sorted(within, key=lambda p: p.error)[:count]]
 
     def _measured(self, structure: SearchedStructure) -> float:
         """Return a measured latency relative to the limit."""
