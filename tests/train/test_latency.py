@@ -14,12 +14,18 @@ import pytest
 
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site, list_sites
 from latentforge.measure.results import ConfidenceInterval
+from latentforge.measure.statistics import spearman
 from latentforge.optimize.graph import open_session
 from latentforge.optimize.graph_io import DENOISER, load_graph
 from latentforge.runtime.errors import ManifestError, ResultsError, SettingsError, TargetError
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.progress import Progress
-from latentforge.train.search.latency.measure import LatencyPlan, measure_plan, random_structures
+from latentforge.train.search.latency.measure import (
+    LatencyPlan,
+    count_costs,
+    measure_plan,
+    random_structures,
+)
 from latentforge.train.search.latency.model import LatencyModel, fit_latency
 from latentforge.train.search.latency.records import Latency, StepSetting
 from latentforge.train.search.latency.table import LatencyTable
@@ -40,8 +46,10 @@ SETTING = StepSetting(
 )
 
 
-def latency(ratio: float) -> Latency:
-    return Latency(seconds=ratio, whole=1.0, ratio=ConfidenceInterval(value=ratio))
+def latency(ratio: float, deviation: float = 0.0) -> Latency:
+    low, high = ratio * (1 - 2 * deviation), ratio * (1 + 2 * deviation)
+    interval = ConfidenceInterval(value=ratio, low=low, high=high, level=0.95)
+    return Latency(seconds=ratio, whole=1.0, ratio=interval)
 
 
 def config(checkpoint: Path) -> dict[str, object]:
@@ -205,23 +213,21 @@ def fitted(engines: Simulated, path: Path, plan: LatencyPlan | None = None) -> L
     return fit_latency(engines.table(path / "t", plan), plan, engines.sites, engines.signatures)
 
 
-def test_latencies_that_add_up_are_predicted_exactly(
-    tmp_path: Path, sites: tuple[Site, ...]
-) -> None:
+def test_latencies_that_add_up_are_predicted(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     engines = simulated(sites)
     model = fitted(engines, tmp_path)
-    assert model.mean_error < 1e-6 and model.spearman > 0.999 and model.errors.is_good
+    assert model.mean_error < 0.01 and model.errors.is_good
     for structure in random_structures(sites, 10, seed=7):
-        assert model.seconds(structure) == pytest.approx(engines.ratio(structure))
-    assert model.seconds(WHOLE) == pytest.approx(model.whole)
-    assert model.saved(sites[0].name, "keep") == pytest.approx(0.0, abs=1e-9)
+        assert model.seconds(structure) == pytest.approx(engines.ratio(structure), rel=0.04)
+    assert model.seconds(WHOLE) == pytest.approx(model.whole, rel=1e-3)
+    assert model.saved(sites[0].name, "keep") == pytest.approx(0.0, abs=1e-4)
 
 
 def test_savings_add_up_where_nothing_crowds(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     model = fitted(simulated(sites), tmp_path)
     for structure in random_structures(sites, 10, seed=7):
         parts = sum(model.saved(*item) for item in structure.choices.items())
-        assert model.seconds(structure) == pytest.approx(model.whole - parts)
+        assert model.seconds(structure) == pytest.approx(model.whole - parts, rel=1e-3)
 
 
 def test_parts_that_are_faster_with_less_beside_them_are_predicted(
@@ -229,9 +235,10 @@ def test_parts_that_are_faster_with_less_beside_them_are_predicted(
 ) -> None:
     engines = simulated(sites, crowding=0.3)
     model = fitted(engines, tmp_path)
-    assert model.crowding == pytest.approx(0.3) and model.mean_error < 1e-6
-    order = sorted(random_structures(sites, 10, seed=7), key=engines.ratio)
-    assert order == sorted(order, key=model.seconds)
+    assert 0.2 <= model.crowding <= 0.3 and model.mean_error < 0.015
+    others = random_structures(sites, 40, seed=7)
+    measured, predicted = map(engines.ratio, others), map(model.seconds, others)
+    assert spearman([*measured], [*predicted]) > 0.99
 
 
 def test_noise_is_not_explained(tmp_path: Path, sites: tuple[Site, ...]) -> None:
@@ -243,14 +250,30 @@ def test_noise_is_not_explained(tmp_path: Path, sites: tuple[Site, ...]) -> None
     assert min(model.costs.values()) >= 0.0
 
 
-def test_single_measurements_alone_predict(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+def test_a_measurement_counts_by_its_precision(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    engines, plan = simulated(sites), simulated(sites).plan()
+    table = engines.table(tmp_path / "t", plan)
+    errors = []
+    for deviation in (0.0, 0.2):
+        for structure in plan.fitted[::4]:  # disturbed by other load
+            table.add(structure, latency(1.4 * engines.ratio(structure), deviation))
+        errors.append(fit_latency(table, plan, sites, engines.signatures).mean_error)
+    assert errors[1] < 0.02 < 0.5 * errors[0]
+
+
+def test_as_many_structures_as_costs_predict(tmp_path: Path, sites: tuple[Site, ...]) -> None:
+    engines = simulated(sites, noise=0.01)
+    costs = count_costs(engines)  # type: ignore[arg-type]
+    assert costs == sum(len(site.choices) - 1 for site in sites)
+    plan = LatencyPlan.of(engines, fitted=costs, held_out=20)  # type: ignore[arg-type]
+    assert fitted(engines, tmp_path, plan).errors.is_good
+
+
+def test_a_model_of_nothing_is_not_good(tmp_path: Path, sites: tuple[Site, ...]) -> None:
     engines = simulated(sites)
-    plan = LatencyPlan.of(engines, fitted=0, held_out=0)  # type: ignore[arg-type]
-    assert plan.structures == plan.single
+    plan = LatencyPlan.of(engines, fitted=4, held_out=0)  # type: ignore[arg-type]
     model = fitted(engines, tmp_path, plan)
     assert not model.crowding and not model.errors.is_good
-    [structure] = random_structures(sites, 1, seed=5)
-    assert model.seconds(structure) == pytest.approx(engines.ratio(structure))
 
 
 def test_a_unet_of_few_structures_has_no_more(tmp_path: Path, sites: tuple[Site, ...]) -> None:
@@ -273,7 +296,8 @@ def test_a_module_without_transformer_blocks_saves_its_projections(
     name = "mid_block.attentions.0.transformer_blocks.0"
     both = {name: "drop", name[:-1] + "1": "drop"}
     seconds = model.seconds(SearchedStructure.of(both, deep))
-    assert sum(model.saved(*item) for item in both.items()) == pytest.approx(model.whole - seconds)
+    saved = sum(model.saved(*item) for item in both.items())
+    assert saved == pytest.approx(model.whole - seconds, rel=1e-3)
 
 
 @pytest.fixture
@@ -302,7 +326,7 @@ def test_deployed_engines_compute_what_the_graph_does(
 def test_measuring_resumes_with_what_the_table_lacks(variants: Variants, tmp_path: Path) -> None:
     names = [site.name for site in variants.sites]
     structures = [SearchedStructure(choices={name: "half"}) for name in names[:2]]
-    plan = LatencyPlan(single=tuple(structures), fitted=(), held_out=())
+    plan = LatencyPlan(fitted=tuple(structures), held_out=())
     table = LatencyTable(tmp_path / "latency.json", variants.setting)
     table.add(structures[0], latency(0.9))
     with variants, Progress(2) as progress:

@@ -32,7 +32,11 @@ from latentforge.runtime.text import duration_text
 from latentforge.train.search.baselines import list_baselines
 from latentforge.train.search.clock import Clock
 from latentforge.train.search.knapsack import pareto_front
-from latentforge.train.search.latency.measure import LatencyPlan, random_structures
+from latentforge.train.search.latency.measure import (
+    LatencyPlan,
+    count_costs,
+    random_structures,
+)
 from latentforge.train.search.latency.study import LatencyStudy
 from latentforge.train.search.latency.table import LatencyTable
 from latentforge.train.search.page import render_search
@@ -72,7 +76,8 @@ _PROMPTS = 4
 _IMAGES = 16  # that structures are compared on, at most
 _MIN_STATES = 4
 _TURNS = 5  # pairs of steps that a structure is timed with
-_HELD_OUT, _MIN_FITTED, _MAX_FITTED = 20, 10, 40  # random structures of the latency model
+_HELD_OUT = 20  # random structures that the latency model is judged by
+_MORE_FITTED = 40  # random structures that it is fitted to, at most, beyond the number of costs
 _FRONT = (0.7, 0.85, 0.95, 1.0, 1.05, 1.2, 1.5)  # of the limit: structures that join the fit
 _REFITS = 2
 _CHECKED = 20  # random structures that sums of scores are checked on
@@ -184,14 +189,16 @@ class _StudentSearch:
     def _latency_study(self, variants: Variants) -> LatencyStudy:
         """Measure latencies as many as there is time for, and fit a model to them."""
         table = LatencyTable(self._work.latencies(), variants.setting)
-        with self._progress.part("latency of choices"):
+        with self._progress.part("latency of structures"):
             seconds = 0.0
-            for first in LatencyPlan.of(variants, fitted=1, held_out=1).single[:2]:
+            for first in LatencyPlan.of(variants, fitted=1, held_out=1).structures:
                 start = self._clock.elapsed  # of the second, as the first loads the whole engine
                 if first not in table:
                     variants.measure([first], repeats=_TURNS, report=table.add)
                 seconds = self._clock.elapsed - start
-            fitted = self._work.decided("fitted", lambda: self._affordable_fits(variants, seconds))
+            fitted = self._work.decided(
+                "structures", lambda: self._affordable_fits(variants, seconds)
+            )
             plan = LatencyPlan.of(variants, fitted=fitted, held_out=_HELD_OUT)
             study = LatencyStudy(variants, table, repeats=_TURNS)
             study.measure(plan, self._progress.inner(study.missing(plan)))
@@ -219,9 +226,10 @@ class _StudentSearch:
         return latency_cost(study.model)
 
     def _affordable_fits(self, variants: Variants, seconds: float) -> int:
-        fixed = len(LatencyPlan.of(variants, fitted=1, held_out=1).single) + _HELD_OUT
-        low, high = fixed + _MIN_FITTED, fixed + _MAX_FITTED
-        return self._clock.affordable(0.4, seconds, low, high) - fixed
+        """Return the number of structures to fit to: one for each cost at least."""
+        costs = count_costs(variants)
+        low, high = _HELD_OUT + costs, _HELD_OUT + costs + _MORE_FITTED
+        return self._clock.affordable(0.4, seconds, low, high) - _HELD_OUT
 
     def _student_errors(self, states: States) -> StudentErrors:
         """Load the teacher in torch, and decide on how many states students are compared."""

@@ -1,20 +1,22 @@
 """Structures whose latency is measured, and their measurement.
 
-A choice costs what the engine takes less without it, in place among all others: T(whole) minus
-T(with that choice alone). Sites whose layers have equal shapes share one measurement. Random
-structures correct for what does not add up, and others are held out to check the prediction.
+They are random. Each tells something about every part that it leaves out, and of measurements of
+equal noise those of many parts at once tell most (weighing designs: Hotelling 1944, Some
+improvements in weighing and other experimental techniques). One part alone would save hardly more
+time than two measurements of the same engine differ by. Others are held out to check the
+prediction.
 """
 
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
+from latentforge.export.models.searched_structure import SearchedStructure, Site
 from latentforge.runtime.progress import Progress
 from latentforge.train.search.latency.table import LatencyTable
 from latentforge.train.search.variants import Variants
 
-__all__ = ["LatencyPlan", "measure_plan", "random_structures"]
+__all__ = ["LatencyPlan", "count_costs", "measure_plan", "random_structures"]
 
 _ATTEMPTS = 20
 
@@ -24,12 +26,10 @@ class LatencyPlan:
     """Structures to measure.
 
     Attributes:
-        single: with one choice other than "keep", one for each class of equal sites and choice.
         fitted: random ones that the model is fitted to.
         held_out: random ones that it is judged by.
     """
 
-    single: tuple[SearchedStructure, ...]
     fitted: tuple[SearchedStructure, ...]
     held_out: tuple[SearchedStructure, ...]
 
@@ -40,7 +40,6 @@ class LatencyPlan:
         """Plan the measurement of a UNet with so many random structures."""
         structures = random_structures(variants.sites, fitted + held_out, seed)
         return cls(
-            single=tuple(_single_structures(variants)),
             fitted=structures[held_out:],
             held_out=structures[:held_out],
         )
@@ -53,8 +52,8 @@ class LatencyPlan:
 
     @property
     def structures(self) -> tuple[SearchedStructure, ...]:
-        """All of them, the most useful ones first."""
-        return (*self.single, *self.held_out, *self.fitted)
+        """All of them."""
+        return (*self.held_out, *self.fitted)
 
 
 def measure_plan(
@@ -80,15 +79,10 @@ def measure_plan(
                 variants.measure([structure], repeats=repeats, report=table.add)
 
 
-def _single_structures(variants: Variants) -> list[SearchedStructure]:
-    """Return a structure for each class of sites and choice, without those check() refuses."""
-    found: dict[tuple[str, Choice], SearchedStructure] = {}
-    for site in variants.sites:
-        for choice in site.choices[1:]:
-            structure = SearchedStructure.of({site.name: choice}, variants.sites)
-            if structure.is_valid(variants.sites):
-                found.setdefault((variants.signatures[site.name], choice), structure)
-    return list(found.values())
+def count_costs(variants: Variants) -> int:
+    """Return the number of choices whose costs differ: sites of equal layers share theirs."""
+    signatures = variants.signatures
+    return len({(signatures[s.name], choice) for s in variants.sites for choice in s.choices[1:]})
 
 
 def random_structures(

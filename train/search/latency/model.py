@@ -8,16 +8,19 @@ figure says how much faster it gets with less beside it:
     seconds(structure) = seconds(whole) * load * (1 - crowding * (1 - load))
 
 Costs are the non-negative least squares of relative errors over all measured structures (Lawson &
-Hanson, Solving Least Squares Problems, 1974, chapter 23); the crowding is the one that predicts
-structures best which are left out of the fit in turn. Held-out ones only judge. As seconds rise
-with the load, a structure that is best for a load is best for its seconds.
+Hanson, Solving Least Squares Problems, 1974, chapter 23), each weighted by how precisely it was
+measured. There are hardly more structures than costs, so costs are also held small (ridge
+regression: Hoerl & Kennard 1970), by as much as equal shares of the whole would be likely. The
+crowding is the one that predicts structures best which are left out of the fit in turn. Held-out
+ones only judge. As seconds rise with the load, a structure that is best for a load is best for its
+seconds.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import nan
+from math import hypot, nan
 from statistics import mean, median
 from typing import TypeVar
 
@@ -28,6 +31,7 @@ from scipy.optimize import nnls
 from latentforge.export.models.searched_structure import Choice, SearchedStructure, Site
 from latentforge.measure.statistics import spearman
 from latentforge.train.search.latency.measure import LatencyPlan
+from latentforge.train.search.latency.records import Latency
 from latentforge.train.search.latency.table import LatencyTable
 
 __all__ = ["MAX_ERROR", "MIN_SPEARMAN", "LatencyModel", "PredictionErrors", "fit_latency"]
@@ -44,7 +48,8 @@ MIN_SPEARMAN = 0.95
 _CROWDINGS = tuple(step / 20 for step in range(17))
 _FOLDS = 5
 _LEAST = 0.01  # of the whole latency: what a prediction may not fall below
-_EXACT = 10.0  # weight of the whole UNet, whose ratio is 1 by definition
+_MISFIT = 0.01  # standard deviation of a ratio from a sum of costs, however well it is measured
+_EXACT = 0.0001  # that of the whole UNet, whose ratio is 1 by definition
 
 _FIXED = "fixed"
 _WHOLE = SearchedStructure(choices={})
@@ -211,16 +216,16 @@ def fit_latency(
     """Fit a model to a table that has the latencies of a plan.
 
     Args:
-        table: of measured latencies.
-        plan: structures that were measured, and those of them that the model is judged by.
+        table: of measured latencies, those of other searches too.
+        plan: structures that the table has, and those of them that the model is judged by.
         sites: of the UNet.
         signatures: texts by name of the site, equal for sites of equal layers.
     """
     parts = _UNetParts(sites=sites, signatures=signatures)
     ratios = {structure: table[structure].ratio.value for structure in plan.structures}
     whole = median(table[structure].whole for structure in plan.structures)
-    fit = _Fit.of({s: ratios[s] for s in (*plan.single, *plan.fitted)}, parts)
-    crowding = fit.best_crowding(len(plan.single))
+    fit = _Fit.of({s: table[s] for s in table if s not in plan.held_out}, parts)
+    crowding = fit.best_crowding()
     model = LatencyModel(
         whole=whole,
         costs=fit.costs(crowding),
@@ -240,47 +245,65 @@ class _Fit:
         names: of the parts.
         counts: (n, parts) of each that a structure leaves; the whole UNet is the first.
         shares: (n,) of the whole UNet's time.
+        deviations: (n,) of the shares, relative to them.
     """
 
     names: Sequence[str]
     counts: Array
     shares: Array
+    deviations: Array
 
     @classmethod
-    def of(cls, ratios: Mapping[SearchedStructure, float], parts: _UNetParts) -> "_Fit":
+    def of(cls, latencies: Mapping[SearchedStructure, Latency], parts: _UNetParts) -> "_Fit":
         """Return the least squares of measured ratios to the whole UNet's time."""
-        left = [parts.left(structure) for structure in (_WHOLE, *ratios)]
+        left = [parts.left(structure) for structure in (_WHOLE, *latencies)]
         names = sorted(left[0].keys() | {name for each in left for name in each})
         counts = np.array([[float(each[name]) for name in names] for each in left])
-        return cls(names=names, counts=counts, shares=np.array([1.0, *ratios.values()]))
+        measured = latencies.values()
+        return cls(
+            names=names,
+            counts=counts,
+            shares=np.array([1.0, *(latency.ratio.value for latency in measured)]),
+            deviations=np.array([_EXACT, *(hypot(_MISFIT, each.deviation) for each in measured)]),
+        )
 
     def costs(self, crowding: float) -> dict[str, float]:
         """Return the cost of each part."""
         solution = self._solution(crowding, np.ones(len(self.shares), bool))
         return dict(zip(self.names, solution.tolist(), strict=True))
 
-    def best_crowding(self, singles: int) -> float:
-        """Return the crowding that predicts best what is left out, behind so many first ones."""
-        index = np.arange(len(self.shares)) - 1 - singles
-        if len(self.shares) - 1 - singles < _FOLDS:
+    def best_crowding(self) -> float:
+        """Return the smallest crowding that predicts what is left out as well as the best does.
+
+        As well is within the standard error of the best one's mean error (Breiman et al.,
+        Classification and Regression Trees, 1984, section 3.4.3).
+        """
+        if len(self.shares) <= _FOLDS:
             return 0.0
+        errors = {crowding: self._left_out_errors(crowding) for crowding in _CROWDINGS}
+        best = min(errors.values(), key=np.mean)
+        enough = best.mean() + best.std() / len(best) ** 0.5
+        return next(crowding for crowding, each in errors.items() if each.mean() <= enough)
 
-        def error(crowding: float) -> float:
-            total = 0.0
-            for fold in range(_FOLDS):
-                out = (index >= 0) & (index % _FOLDS == fold)
-                loads = self.counts[out] @ self._solution(crowding, ~out)
-                total += float(np.sum(np.square(_crowded(loads, crowding) / self.shares[out] - 1)))
-            return total
-
-        return min(_CROWDINGS, key=error)
+    def _left_out_errors(self, crowding: float) -> Array:
+        """Return the squared errors of all structures, (n - 1,), each by a fit without it."""
+        index = np.arange(len(self.shares)) - 1
+        errors = np.zeros(len(self.shares))
+        for fold in range(_FOLDS):
+            out = (index >= 0) & (index % _FOLDS == fold)
+            loads = self.counts[out] @ self._solution(crowding, ~out)
+            errors[out] = (_crowded(loads, crowding) / self.shares[out] - 1) / self.deviations[out]
+        return np.square(errors[1:])
 
     def _solution(self, crowding: float, chosen: NDArray[np.bool_]) -> Array:
         """Return the costs of the parts, (parts,), from the chosen structures."""
         loads = _load_of(self.shares, crowding)
         slopes = 1 - crowding * (1 - 2 * loads)  # of the time by the load
-        weights = slopes / self.shares
-        weights[0] *= _EXACT
+        weights = slopes / self.shares / self.deviations
         rows, target = self.counts * weights[:, None], loads * weights
-        solution, _ = nnls(rows[chosen], target[chosen])
+        ridge = np.eye(len(self.names)) * self.counts[0].sum()  # 1 / the deviation of a cost
+        solution, _ = nnls(
+            np.concatenate([rows[chosen], ridge]),
+            np.concatenate([target[chosen], np.zeros(len(ridge))]),
+        )
         return np.asarray(solution)

@@ -55,6 +55,11 @@ class Latency(Record, frozen=True, kw_only=True):
         """True if the ratio's interval is so narrow that further turns would hardly help."""
         return _half_width(self.ratio) <= PRECISION
 
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the ratio, relative to it: a quarter of its interval's width."""
+        return min(_half_width(self.ratio), 1.0) / 2
+
 
 def _half_width(interval: ConfidenceInterval) -> float:
     """Return half the width of an interval, relative to its value."""

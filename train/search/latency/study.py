@@ -25,7 +25,7 @@ class LatencyStudy:
             repeats: turns of each structure; see Variants.measure().
         """
         self._variants, self._table, self._repeats = variants, table, repeats
-        self._plan = LatencyPlan(single=(), fitted=(), held_out=())
+        self._plan = LatencyPlan(fitted=(), held_out=())
 
     @cached_property
     def model(self) -> LatencyModel:
