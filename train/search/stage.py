@@ -190,11 +190,10 @@ class _StudentSearch:
         """Measure latencies as many as there is time for, and fit a model to them."""
         table = LatencyTable(self._work.latencies(), variants.setting)
         with self._progress.part("latency of structures"):
-            seconds = 0.0
-            for first in LatencyPlan.of(variants, fitted=1, held_out=1).structures:
+            seconds, plan = 0.0, LatencyPlan.of(variants, fitted=_MORE_FITTED, held_out=_HELD_OUT)
+            for first in [s for s in plan.structures if s not in table][:2]:
                 start = self._clock.elapsed  # of the second, as the first loads the whole engine
-                if first not in table:
-                    variants.measure([first], repeats=_TURNS, report=table.add)
+                variants.measure([first], repeats=_TURNS, report=table.add)
                 seconds = self._clock.elapsed - start
             fitted = self._work.decided(
                 "structures", lambda: self._affordable_fits(variants, seconds)
