@@ -3,12 +3,37 @@
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from onnx.reference.op_run import OpRun
 
-__all__ = ["OPERATORS", "attention", "convolution", "gelu", "group_scale", "product", "silu"]
+__all__ = [
+    "OPERATORS",
+    "attention",
+    "convolution",
+    "gelu",
+    "group_scale",
+    "product",
+    "rounded",
+    "silu",
+]
 
 Array = np.ndarray[Any, Any]
+
+
+def rounded(x: Array) -> Array:
+    """Return numbers as bfloat16 rounds them, in float64."""
+    return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def unpacked(weight: Array, inputs: int) -> Array:
+    """Return packed weights as (height, width, in, out), in float64."""
+    blocks = weight.astype(np.float64)
+    if weight.dtype == ml_dtypes.bfloat16:
+        pairs = blocks.reshape(*blocks.shape[:4], -1, 2).transpose(1, 2, 3, 5, 0, 4)
+        return pairs.reshape(*weight.shape[1:3], -1, len(weight) * 16)[:, :, :inputs]
+    kernel = blocks.transpose(2, 3, 1, 0, 4)
+    return kernel.reshape(*kernel.shape[:3], -1)
 
 
 def silu(x: Array) -> Array:
@@ -38,18 +63,18 @@ def convolution(
     stride: int = 1,
     upsample: int = 1,
 ) -> Array:
-    """Return the output of Conv in float64, for packed weights."""
+    """Return the output of Conv in float64, for packed weights in any of its types."""
     x = x.astype(np.float64)
     if scale is not None and shift is not None:
         x = x * scale[:, None, None].astype(np.float64) + shift[:, None, None]
     x = silu(x) if act else x
+    x = rounded(x) if weight.dtype == ml_dtypes.bfloat16 else x
     x = x.repeat(upsample, 1).repeat(upsample, 2)
     for axis in (1, 2) if size is not None else ():
         x = x.take(np.arange(size[axis]) * x.shape[axis] // size[axis], axis)
     top, left, bottom, right = pads
     x = np.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)])
-    kernel = weight.astype(np.float64).transpose(2, 3, 1, 0, 4)
-    kernel = kernel.reshape(*kernel.shape[:3], -1)[..., :channels]  # (height, width, in, out)
+    kernel = unpacked(weight, x.shape[-1])[..., :channels]
     size = kernel.shape[:2]
     windows = np.lib.stride_tricks.sliding_window_view(x, size, (1, 2))[:, ::stride, ::stride]
     y = np.einsum("nhwcij,ijck->nhwk", windows, kernel, optimize=True)

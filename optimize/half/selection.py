@@ -14,7 +14,16 @@ import onnx_ir as ir
 from latentforge.optimize.graph import constant, matches
 from latentforge.optimize.half.float16 import fits
 
-__all__ = ["AGNOSTIC", "CONTRIB", "FLOAT", "TIME_INPUTS", "half_inputs", "half_outputs", "select"]
+__all__ = [
+    "AGNOSTIC",
+    "CONTRIB",
+    "FLOAT",
+    "TIME_INPUTS",
+    "half_inputs",
+    "half_outputs",
+    "select",
+    "time_path",
+]
 
 TIME_INPUTS = ("timestep", "timestep_cond", "time_ids", "text_embeds", "noise_level")
 """Denoiser inputs of a few numbers per image. Nodes computed from them alone stay in float32: it
@@ -106,7 +115,7 @@ def select(graph: ir.Graph, keep: Sequence[str]) -> set[ir.Node]:
         keep: fnmatch patterns of the names of nodes that stay in float32.
     """
     opset = graph.opset_imports.get("", 1)
-    time = _time_path(graph)
+    time = time_path(graph)
     fixed = {
         node
         for node in graph
@@ -136,7 +145,7 @@ def _converts_integers(node: ir.Node) -> bool:
     return source is not None and source.dtype is not None and not source.dtype.is_floating_point()
 
 
-def _time_path(graph: ir.Graph) -> set[ir.Node]:
+def time_path(graph: ir.Graph) -> set[ir.Node]:
     """Return the nodes computed from TIME_INPUTS and from nothing else but shapes."""
     values = {value for value in graph.inputs if value.name in TIME_INPUTS}
     nodes = set()

@@ -29,18 +29,18 @@ constexpr size_t kShown = 8;                        // sizes of a shape in a mes
 
 // Input of an operator, as docs/kernels.md lists it.
 struct Input {
-  enum Kind { kFloats, kWeights, kSizes };  // float; float or float16; int64
+  enum Kind { kFloats, kWeights, kSizes };  // float; float, float16 or bfloat16; int64
   const char* name;
   Kind kind;
   bool required;
 
   bool takes(int type) const {
     if (kind == kSizes) return type == ort::kInt64;
-    return type == ort::kFloat || (kind == kWeights && type == ort::kHalf);
+    return type == ort::kFloat || (kind == kWeights && (type == ort::kHalf || type == ort::kBf16));
   }
 
   const char* types() const {
-    return kind == kSizes ? "int64" : kind == kWeights ? "float or float16" : "float";
+    return kind == kSizes ? "int64" : kind == kWeights ? "float, float16 or bfloat16" : "float";
   }
 };
 

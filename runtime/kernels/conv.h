@@ -260,7 +260,8 @@ class Convolution {
     for (int64_t c = 0; c < wide; c += kWidth) {
       Vec value = load_some(x + c, wide - c);
       if (scale) value = value * load_some(scale + c, wide - c) + load_some(shift + c, wide - c);
-      store(out + c, scale && conv_.silu ? silu(value) : value);
+      if (scale && conv_.silu) value = silu(value);
+      store(out + c, conv_.weights == Weights::kBf16 ? round_to_bf16(value) : value);
     }
   }
 
@@ -308,14 +309,17 @@ class Convolution {
     const int64_t taps = conv_.kernel * conv_.kernel;
     for (int64_t lane = 0; lane < columns; lane += kLanes) {
       const int64_t panel = lane / kPanel * kPanel, wide = smaller(kPanel, columns - panel);
-      const int64_t from = ((k + lane) / kLanes * conv_.c + c) * taps * kLanes;
+      const int64_t block = (k + lane) / kLanes, from = (block * conv_.c + c) * taps * kLanes;
+      const int64_t stride = spread(depth * columns);
       float* to = out + panel * depth + (lane - panel);
-      if (conv_.half)
+      if (conv_.weights == Weights::kBf16)
+        widen_lane(block, which, c, depth, to, wide, stride);
+      else if (conv_.weights == Weights::kHalf)
         transform_lane<load_half>(static_cast<const uint16_t*>(conv_.weight) + from, which, depth,
-                                  to, wide, spread(depth * columns));
+                                  to, wide, stride);
       else
         transform_lane<load>(static_cast<const float*>(conv_.weight) + from, which, depth, to,
-                             wide, spread(depth * columns));
+                             wide, stride);
     }
   }
 
@@ -327,6 +331,20 @@ class Convolution {
       for (int64_t lane = 0; lane < kLanes; lane += kWidth)
         Scheme::weights([=](int64_t tap) { return Load(from + tap * kLanes + lane); }, which,
                         to + lane, stride);
+  }
+
+  // transform_lane() for weights in bf16, whose taps are apart and whose channels are in pairs.
+  void widen_lane(int64_t block, int64_t which, int64_t c, int64_t depth, float* to, int64_t wide,
+                  int64_t stride) const {
+    const int64_t tap_stride = round_up(conv_.c, kGroup) * kLanes;
+    const uint16_t* weight = static_cast<const uint16_t*>(conv_.weight) +
+                             block * conv_.kernel * conv_.kernel * tap_stride;
+    for (int64_t i = c; i < c + depth; ++i, to += wide)
+      for (int64_t lane = 0; lane < kLanes; lane += kWidth) {
+        const uint16_t* from = weight + i / 2 * 2 * kLanes + 2 * lane;
+        Scheme::weights([=](int64_t tap) { return load_bf16(from + tap * tap_stride, i % 2 != 0); },
+                        which, to + lane, stride);
+      }
   }
 
   void write_outputs(const Block& block, const float* products, int64_t stride, int64_t k,

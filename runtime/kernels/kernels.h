@@ -1,7 +1,12 @@
 // Interface of the kernels: their arguments, and a table that every instruction set implements.
 //
 // Activations are float32 with channels last. Weights are packed as [blocks, c, taps, 16]: output
-// channel k is lane k % 16 of block k / 16; lanes beyond the last channel are zero.
+// channel k is lane k % 16 of block k / 16; lanes beyond the last channel are zero. In bf16 they are
+// packed as [blocks, taps, pairs, 16, 2]: input channel c is number c % 2 of pair c / 2, and there are
+// pairs for whole groups of 32 channels, so that 16 pairs are a tile of AMX.
+//
+// With weights in bf16, inputs are rounded to bf16, to the nearest and to even, once they are
+// activated. Products are exact and sums are in float32, by whatever instructions.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +16,9 @@ namespace latentforge {
 
 constexpr int64_t kLanes = 16;  // output channels of a block of packed weights
 constexpr int64_t kPair = 2 * kLanes;  // channels of a left and a right block of a gated product
+constexpr int64_t kGroup = 32;  // input channels that bf16 weights are padded to
+
+enum class Weights { kFloat, kHalf, kBf16 };
 
 // Runs body(data, i) for every i below count on the threads of ONNX Runtime's session.
 struct Parallel {
@@ -32,7 +40,7 @@ struct Conv {
   int64_t seen_h, seen_w;    // the input enlarged by nearest neighbours, before padding
   int64_t kernel, stride, pad_top, pad_left;
   bool silu;                 // with scale and shift: silu(x * scale + shift), before padding
-  bool half;                 // weights are float16
+  Weights weights;           // type and layout of weight
   bool gated;                // blocks alternate left, right; y = left * gelu(right) has k / 2
                              // channels. For 1 x 1 products only, without row and residual.
   const float* x;

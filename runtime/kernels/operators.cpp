@@ -43,6 +43,17 @@ Operator* create(const OrtKernelInfo* info) {
 
 constexpr int64_t blocks_of(int64_t channels) { return (channels + kLanes - 1) / kLanes; }
 
+constexpr Weights weights_of(int type) {
+  return type == ort::kHalf ? Weights::kHalf : type == ort::kBf16 ? Weights::kBf16 : Weights::kFloat;
+}
+
+// Returns the shape of packed weights: see kernels.h.
+Shape packed_shape(const Conv& conv) {
+  const int64_t blocks = blocks_of(conv.k), pairs = (conv.c + kGroup - 1) / kGroup * (kGroup / 2);
+  if (conv.weights == Weights::kBf16) return {blocks, conv.kernel, conv.kernel, pairs, 2 * kLanes};
+  return {blocks, conv.c, conv.kernel, conv.kernel, kLanes};
+}
+
 struct ConvOperator {
   static constexpr Checks kChecks{"Conv"};
   static constexpr Input kInputs[] = {
@@ -92,13 +103,13 @@ struct ConvOperator {
     Conv conv{};
     conv.n = x.shape[0], conv.h = x.shape[1], conv.w = x.shape[2], conv.c = x.shape[3];
     conv.k = channels, conv.kernel = single ? 1 : 3, conv.stride = stride;
-    weight.expect({blocks_of(channels), conv.c, conv.kernel, conv.kernel, kLanes});
+    conv.weights = weights_of(weight.type);
+    weight.expect(packed_shape(conv));
     enlarge(conv, run.shaped(kSize, {4}));
     for (const int64_t pad : pads) kChecks.integer("pads", pad, 0, conv.kernel - 1);
     conv.pad_top = pads[0], conv.pad_left = pads[1], conv.silu = silu != 0;
     conv.out_h = outputs(x, conv.seen_h + pads[0] + pads[2], conv.kernel);
     conv.out_w = outputs(x, conv.seen_w + pads[1] + pads[3], conv.kernel);
-    conv.half = weight.type == ort::kHalf;
     conv.x = x.floats();
     conv.weight = weight.data;
     check_limits(kChecks, conv);
@@ -222,9 +233,10 @@ struct MatMulOperator {
     conv.n = conv.h = conv.seen_h = conv.out_h = conv.kernel = conv.stride = 1;
     conv.c = x.shape.back(), conv.k = channels, conv.w = 1;
     if (conv.c == 0) x.refuse("1 or more channels", x.text());
-    weight.expect({blocks_of(channels), conv.c, 1, 1, kLanes});
+    conv.weights = weights_of(weight.type);
+    weight.expect(packed_shape(conv));
     for (size_t i = 0; i + 1 < x.shape.size(); ++i) conv.w *= x.shape[i];
-    conv.out_w = conv.seen_w = conv.w, conv.half = weight.type == ort::kHalf, conv.gated = gated != 0;
+    conv.out_w = conv.seen_w = conv.w, conv.gated = gated != 0;
     conv.x = x.floats(), conv.weight = weight.data;
     check_limits(kChecks, conv);
     return conv;

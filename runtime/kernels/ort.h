@@ -58,7 +58,7 @@ namespace latentforge::ort {
 
 constexpr uint32_t kVersion = 18;  // the first with all functions used here
 
-enum ElementType { kAny = 0, kFloat = 1, kInt64 = 7, kHalf = 10 };
+enum ElementType { kAny = 0, kFloat = 1, kInt64 = 7, kHalf = 10, kBf16 = 16 };
 enum Characteristic { kRequired = 0, kOptional = 1 };
 enum MemoryType { kDefault = 0 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };

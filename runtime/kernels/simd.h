@@ -26,6 +26,7 @@ constexpr int kWidth = 4, kRows = 4, kBlocks = 1;
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kWidth * 4)));
 typedef float Anywhere __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 
 template <typename T>
@@ -77,6 +78,20 @@ inline Vec load_half(const uint16_t* p) {
   for (int i = 0; i < kWidth; ++i) v[i] = from_half(p[i]);
   return v;
 #endif
+}
+
+// Loads one number of each of the pairs of bf16 from p on: the first, or the second.
+inline Vec load_bf16(const uint16_t* p, bool second) {
+  typedef uint32_t Pairs __attribute__((vector_size(kWidth * 4), aligned(2), may_alias));
+  const UintVec pairs = *reinterpret_cast<const Pairs*>(p);
+  return Vec(second ? pairs & 0xffff0000 : pairs << 16);
+}
+
+// Rounds to bf16, to the nearest and to even; NaN stays NaN, and is quiet.
+inline Vec round_to_bf16(Vec v) {
+  const UintVec bits = UintVec(v);
+  const UintVec nearest = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
+  return Vec((v != v ? quiet : nearest) & 0xffff0000);
 }
 
 // a > b ? a : b, which is b if either is NaN.

@@ -16,8 +16,9 @@ import pytest
 from conftest import Handmade
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_operators import attention, convolution, gelu, group_scale, product, silu
+from native_operators import attention, convolution, gelu, group_scale, product, rounded, silu
 
+from latentforge.optimize.half.bfloat16 import pack_bf16
 from latentforge.optimize.partition.hoist import GraphPartition
 from latentforge.optimize.passes.native.conv import pack
 from latentforge.optimize.stage.component import save_part
@@ -30,6 +31,8 @@ from latentforge.runtime.manifest import Manifest
 Array = np.ndarray[Any, Any]
 
 TOLERANCE = 5e-5  # of the output's range
+ROUNDED = 2e-3  # the same, where a last digit of an activation may round to the other bfloat16
+TYPES = ("float32", "float16", "bfloat16")
 
 built = pytest.mark.skipif(library() is None, reason="the library was not compiled here")
 
@@ -64,10 +67,15 @@ def ran(op_type: str, inputs: list[Array | None], outputs: int = 1, **attributes
     return values[0] if outputs == 1 else values
 
 
-def close(got: Array, wanted: Array) -> None:
+def in_type(packed: Array, name: str) -> Array:
+    """Return packed weights in a type that the operators take, and in its layout."""
+    return pack_bf16(packed) if name == "bfloat16" else packed.astype(name)
+
+
+def close(got: Array, wanted: Array, tolerance: float = TOLERANCE) -> None:
     assert got.dtype == np.float32 and got.shape == wanted.shape
     error = np.abs(got - wanted).max()
-    assert error <= TOLERANCE * max(np.ptp(wanted), np.abs(wanted).max()), error
+    assert error <= tolerance * max(np.ptp(wanted), np.abs(wanted).max()), error
 
 
 def check_conv(
@@ -83,7 +91,7 @@ def check_conv(
     act: bool = False,
     row: int = 0,
     residual: bool = False,
-    half: bool = False,
+    weights: str = "float32",
     grow: tuple[int, int] | None = None,
 ) -> None:
     """Compare Conv with its definition."""
@@ -93,7 +101,7 @@ def check_conv(
     given = {"channels": channels, "pads": pads, "stride": stride, "upsample": upsample}
     inputs = [
         some(*shape),
-        weight.astype(np.float16) if half else weight,
+        in_type(weight, weights),
         some(channels, seed=2) if bias else None,
         1 + some(n, c, seed=3) / 2 if norm else None,
         some(n, c, seed=4) if norm else None,
@@ -104,7 +112,9 @@ def check_conv(
     wanted = convolution(*inputs, None, size, act=act, **given)  # type: ignore[arg-type]
     added = some(*wanted.shape, seed=6) if residual else None
     got = ran("Conv", [*inputs, added, size], silu=int(act), **given)
-    close(got, wanted if added is None else wanted + added)
+    exact = weights != "bfloat16" or not norm
+    wanted = wanted if added is None else wanted + added
+    close(got, wanted, TOLERANCE if exact else ROUNDED)
 
 
 FUSIONS: dict[str, dict[str, Any]] = {
@@ -116,7 +126,12 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "row for all": {"row": 1},
     "residual": {"residual": True},
     "all": {"norm": True, "act": True, "row": 2, "residual": True},
-    "all in half": {"norm": True, "act": True, "row": 1, "residual": True, "half": True},
+    "all in half": {"norm": True, "act": True, "row": 1, "residual": True, "weights": "float16"},
+    "in bf16": {"weights": "bfloat16"},
+    "all in bf16": {"norm": True, "act": True, "row": 1, "residual": True, "weights": "bfloat16"},
+    "enlarged in bf16": {"upsample": 2, "weights": "bfloat16"},
+    "to a size in bf16": {"grow": (1, 0), "weights": "bfloat16"},
+    "stride in bf16": {"stride": 2, "residual": True, "weights": "bfloat16"},
     "enlarged": {"upsample": 2},
     "enlarged, all": {"upsample": 2, "norm": True, "act": True, "row": 2, "residual": True},
     "to a size": {"grow": (1, 0)},
@@ -130,7 +145,9 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "1x1": {"kernel": 1},
     "1x1, all": {"kernel": 1, "norm": True, "act": True, "row": 2, "residual": True},
     "1x1, stride": {"kernel": 1, "stride": 2},
-    "1x1 in half": {"kernel": 1, "half": True},
+    "1x1 in half": {"kernel": 1, "weights": "float16"},
+    "1x1 in bf16": {"kernel": 1, "weights": "bfloat16"},
+    "1x1 in bf16, stride": {"kernel": 1, "stride": 2, "weights": "bfloat16"},
 }
 SIZES = {
     "tiny": ((2, 3, 4, 3), 5),
@@ -161,8 +178,9 @@ def test_convolves(size: str, fusion: str) -> None:
     upsample=st.sampled_from([1, 2]),
     pads=st.tuples(*[st.integers(0, 1)] * 4),
     switches=st.fixed_dictionaries(
-        {name: st.booleans() for name in ("bias", "norm", "act", "residual", "half")}
+        {name: st.booleans() for name in ("bias", "norm", "act", "residual")}
     ),
+    weights=st.sampled_from(TYPES),
     row=st.integers(0, 2),
 )
 def test_convolves_any_configuration(
@@ -173,6 +191,7 @@ def test_convolves_any_configuration(
     upsample: int,
     pads: tuple[int, int, int, int],
     switches: dict[str, bool],
+    weights: str,
     row: int,
 ) -> None:
     n, height, width, c = shape
@@ -192,6 +211,7 @@ def test_convolves_any_configuration(
         stride=stride,
         upsample=upsample,
         pads=pads,
+        weights=weights,
         **given,
     )
 
@@ -227,16 +247,16 @@ def test_normalizes(shape: tuple[int, int, int, int], groups: int) -> None:
 
 
 @built
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("weights", TYPES)
 @pytest.mark.parametrize("added", ["nothing", "bias", "residual", "both"])
 @pytest.mark.parametrize(
     "shape, channels", [((1, 3), 5), ((2, 7, 20), 33), ((3, 77, 64), 48), ((2, 300, 96), 128)]
 )
-def test_multiplies(shape: tuple[int, ...], channels: int, added: str, half: bool) -> None:
+def test_multiplies(shape: tuple[int, ...], channels: int, added: str, weights: str) -> None:
     weight = pack(some(channels, shape[-1], 1, 1, seed=1) / shape[-1] ** 0.5)
     inputs = [
         some(*shape),
-        weight.astype(np.float16) if half else weight,
+        in_type(weight, weights),
         some(channels, seed=2) if added in ("bias", "both") else None,
         some(*shape[:-1], channels, seed=3) if added in ("residual", "both") else None,
     ]
@@ -244,28 +264,43 @@ def test_multiplies(shape: tuple[int, ...], channels: int, added: str, half: boo
     close(ran("MatMul", inputs, channels=channels), wanted)
 
 
+@built
+def test_inputs_round_to_bfloat16() -> None:
+    """To the nearest and to even, each by itself: the weights are the identity."""
+    ties = np.array([0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0xC2FF_7FFF], np.uint32)
+    others = [np.inf, -np.inf, np.nan, 3.4e38, 65504.1, 1e-30, -0.0, 3.3e38]
+    numbers = np.array([*ties.view(np.float32), *others, *some(20)], np.float32)
+    weight = in_type(pack(np.eye(32, dtype=np.float32)[:, :, None, None]), "bfloat16")
+    got = ran("MatMul", [np.diag(numbers), weight, None], channels=32)
+    np.testing.assert_array_equal(np.diag(got), rounded(numbers))
+    others = got[~np.eye(32, dtype=bool)].reshape(32, 31)
+    finite = np.isfinite(rounded(numbers))
+    assert np.isnan(others[~finite]).all() and not others[finite].any()  # zero times infinity
+
+
 def check_gated(
-    x: Array, half: int, scale: float = 1.0, *, bias: bool = True, float16: bool = False
+    x: Array, half: int, scale: float = 1.0, *, bias: bool = True, weights: str = "float32"
 ) -> None:
     """Compare a gated MatMul with its definition."""
     weight = scale * some(2 * half, x.shape[-1], seed=1) / x.shape[-1] ** 0.5
-    weight = weight.astype(np.float16 if float16 else np.float32)
+    weight = weight.astype(weights).astype(np.float32)
     added = some(2 * half, seed=2) if bias else None
-    y = x.astype(np.float64) @ weight.T.astype(np.float64) + (0 if added is None else added)
+    multiplied = rounded(x) if weights == "bfloat16" else x.astype(np.float64)
+    y = multiplied @ weight.T.astype(np.float64) + (0 if added is None else added)
     turns = np.arange(2 * half).reshape(2, -1, 16).swapaxes(0, 1).reshape(-1)
-    packed = pack(weight[turns][:, :, None, None])
+    packed = in_type(pack(weight[turns][:, :, None, None]), weights)
     inputs = [x, packed, None if added is None else added[turns]]
     got = ran("MatMul", inputs, channels=2 * half, gated=1)
     close(got, y[..., :half] * gelu(y[..., half:]))
 
 
 @built
-@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("weights", TYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("half", [16, 48, 320])
 @pytest.mark.parametrize("shape", [(1, 3), (7, 20), (1, 77, 64), (2, 300, 33)])
-def test_multiplies_gated(shape: tuple[int, ...], half: int, bias: bool, float16: bool) -> None:
-    check_gated(some(*shape), half, bias=bias, float16=float16)
+def test_multiplies_gated(shape: tuple[int, ...], half: int, bias: bool, weights: str) -> None:
+    check_gated(some(*shape), half, bias=bias, weights=weights)
 
 
 @built
@@ -315,10 +350,10 @@ def refused(message: str, op_type: str, inputs: list[Array | None], **attributes
 @built
 def test_convolution_refuses_what_it_cannot_compute() -> None:
     x, weight = some(1, 8, 8, 32), pack(some(16, 32, 3, 3))
-    found = "input weight: expected float or float16[1, 32, 3, 3, 16], found "
+    found = "input weight: expected float, float16 or bfloat16[1, 32, 3, 3, 16], found "
     refused(f"{found}float[1, 16, 3, 3, 16]", "Conv", [x, weight[:, :16], None], **CONV)
     refused(
-        "input weight: expected float or float16, found double",
+        "input weight: expected float, float16 or bfloat16, found double",
         "Conv",
         [x, weight.astype(np.float64), None],
         **CONV,

@@ -10,8 +10,9 @@ The operators, version 1, take float32 of shape (batch, height, width, channels)
   input becomes act(x * scale + shift), is repeated ``upsample`` times in both directions, or
   enlarged by nearest neighbours to ``size``, the four sizes as int64, padded with zeros and
   convolved; row and residual are added. ``weight`` is (blocks of 16 output channels,
-  input channels, height, width, 16), in float32 or float16; ``scale`` and ``shift`` are (batch,
-  channels), ``row`` is (batch or 1, output channels). With ``silu``, act is SiLU.
+  input channels, height, width, 16), in float32 or float16, or in bfloat16 as
+  ``half/bfloat16.py`` packs it; ``scale`` and ``shift`` are (batch, channels), ``row`` is
+  (batch or 1, output channels). With ``silu``, act is SiLU.
 * ``GroupScale(x, gamma, beta)``: scale and shift of a group normalization, (batch, channels).
 * ``GroupNorm(x, gamma, beta)``: the normalization itself, followed by SiLU with ``silu``.
 """
