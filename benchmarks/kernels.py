@@ -21,6 +21,7 @@ import onnxruntime as ort
 
 from latentforge.optimize.passes.native.conv import pack
 from latentforge.runtime.kernels import DOMAIN, required_library
+from latentforge.runtime.kernels.compiler import INSTRUCTION_SETS
 
 Array = np.ndarray[Any, Any]
 
@@ -116,7 +117,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--kernels", choices=["portable", "avx2", "avx512"])
+    parser.add_argument("--kernels", choices=["portable", *INSTRUCTION_SETS])
     options = parser.parse_args()
     if options.kernels:
         os.environ["LATENTFORGE_KERNELS"] = options.kernels

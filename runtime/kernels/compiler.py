@@ -11,9 +11,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["LIBRARY", "build", "compiler"]
+__all__ = ["INSTRUCTION_SETS", "LIBRARY", "build", "compiler", "compilable_instructions"]
+
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "liblatentforge.so"
@@ -25,12 +28,18 @@ _FLAGS = (
 )
 _FAST = ("-O3",)  # at -O2 the code is smaller by a fifth, and attention on AVX2 slower
 _SMALL = ("-Os",)  # for all but the kernels, and for portable ones that newer processors pass over
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 _INSTRUCTIONS = {
-    "_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "kernels_avx2": _AVX2,
+    "kernels_avx512": _AVX512,
+    "kernels_avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "kernels_amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
 }
-"""Compiler flags of the files for one instruction set, by the end of their names. kernels.cpp
-selects the instruction set when the library is loaded."""
+"""Compiler flags of the files for one instruction set of x86, by the file's name. An older compiler
+that lacks one leaves it out. kernels.cpp selects the instruction set when the library is loaded."""
+INSTRUCTION_SETS = tuple(name.removeprefix("kernels_") for name in _INSTRUCTIONS)
+"""Names of the instruction sets of x86 that there are kernels for, beside portable ones."""
 _SANITIZERS = (
     *("-O1", "-g", "-fno-omit-frame-pointer", "-DLATENTFORGE_EXACT"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
@@ -79,22 +88,38 @@ def build(target: Path = LIBRARY, *, sanitize: bool = False) -> str | None:
 
 def _compile(command: list[str], folder: Path, extra: tuple[str, ...]) -> Path:
     """Compile each file with extra flags, link them, and return the library in the folder."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    objects = []
+    sets, objects = compilable_instructions(command), []
+    linked_sets = [f"-DLATENTFORGE_{name.removeprefix('kernels_').upper()}" for name in sets]
     for source in sorted(FOLDER.glob("*.cpp")):
-        ends = [end for end in _INSTRUCTIONS if source.name.endswith(end)]
-        instructions = _INSTRUCTIONS[ends[0]] if ends else ()
-        if instructions and not x86:
+        if source.stem in _INSTRUCTIONS and source.stem not in sets:
             continue
-        fast = source.name.startswith("kernels_") and (instructions or not x86)
-        flags = [*_FLAGS, *(_FAST if fast else _SMALL), *extra]
-        flags += [*instructions, *([] if x86 else ["-DLATENTFORGE_PORTABLE"])]
+        fast = source.stem in sets or (source.stem.startswith("kernels_") and not _X86)
+        flags = [*_FLAGS, *(_FAST if fast else _SMALL), *extra, *sets.get(source.stem, linked_sets)]
         objects.append(str(folder / f"{source.stem}.o"))
         _run([*command, *flags, "-c", str(source), "-o", objects[-1]])
     linked = folder / LIBRARY.name
     strip = () if extra or sys.platform != "linux" else ("-s",)
     _run([*command, "-shared", "-pthread", *strip, *extra, *objects, "-o", str(linked)])
     return linked
+
+
+def compilable_instructions(command: list[str]) -> Mapping[str, tuple[str, ...]]:
+    """Return the files for instruction sets of x86 that a compiler knows, with their flags.
+
+    Args:
+        command: of the compiler.
+
+    Returns:
+        Nothing on another architecture.
+    """
+    sets = _INSTRUCTIONS if _X86 else {}
+    return {name: flags for name, flags in sets.items() if _knows(command, flags)}
+
+
+def _knows(command: list[str], flags: tuple[str, ...]) -> bool:
+    """Return True if a compiler knows the instructions of some flags."""
+    trial = [*command, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(trial, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

@@ -9,6 +9,7 @@
 // weights stay in the cache.
 #pragma once
 
+#include "fusion.h"
 #include "kernels.h"
 #include "product.h"
 #include "scratch.h"
@@ -257,12 +258,9 @@ class Convolution {
   }
 
   void activate(const float* x, const float* scale, const float* shift, float* out, int64_t wide) const {
-    for (int64_t c = 0; c < wide; c += kWidth) {
-      Vec value = load_some(x + c, wide - c);
-      if (scale) value = value * load_some(scale + c, wide - c) + load_some(shift + c, wide - c);
-      if (scale && conv_.silu) value = silu(value);
-      store(out + c, conv_.weights == Weights::kBf16 ? round_to_bf16(value) : value);
-    }
+    for (int64_t c = 0; c < wide; c += kWidth)
+      store(out + c, activated(conv_, x + c, scale ? scale + c : nullptr,
+                               shift ? shift + c : nullptr, wide - c));
   }
 
   // Divides output channels into a number of groups that keeps all threads busy to the end; a left
@@ -349,7 +347,11 @@ class Convolution {
 
   void write_outputs(const Block& block, const float* products, int64_t stride, int64_t k,
                      int64_t columns) const {
-    if (conv_.gated) return write_gated(block, products, k, columns);
+    if (conv_.gated) {  // then a tile is one pixel
+      for (int64_t tile = 0; tile < block.count; ++tile)
+        write_gated(conv_, block.first + tile, k, products + tile * columns, columns);
+      return;
+    }
     for (int64_t tile = 0; tile < block.count; ++tile) {
       const int64_t place = block.first + tile, image = place / (across_ * rows_);
       const int64_t y = place / across_ % rows_ * Scheme::kTile;
@@ -362,33 +364,12 @@ class Convolution {
     }
   }
 
-  // For tiles of one pixel; k and columns are multiples of kPair.
-  void write_gated(const Block& block, const float* products, int64_t k, int64_t columns) const {
-    for (int64_t tile = 0; tile < block.count; ++tile, products += columns) {
-      float* y = conv_.y + ((block.first + tile) * conv_.k + k) / 2;
-      for (int64_t pair = 0; pair < columns; pair += kPair)
-        for (int64_t j = pair; j < pair + kLanes; j += kWidth, y += kWidth) {
-          Vec left = load(products + j), right = load(products + j + kLanes);
-          if (conv_.bias) {
-            left += load(conv_.bias + k + j);
-            right += load(conv_.bias + k + j + kLanes);
-          }
-          store(y, left * gelu(right));
-        }
-    }
-  }
-
   void write_tile(const Vec* values, int64_t image, int64_t y, int64_t x, int64_t k) const {
-    const int64_t count = conv_.k - k;
-    Vec more = conv_.bias ? load_some(conv_.bias + k, count) : Vec{};
-    if (conv_.row) more += load_some(conv_.row + image * conv_.row_stride + k, count);
+    const Vec more = summand(conv_, image, k);
     for (int64_t i = 0; i < smaller<int64_t>(Scheme::kTile, conv_.out_h - y); ++i)
       for (int64_t j = 0; j < smaller<int64_t>(Scheme::kTile, conv_.out_w - x); ++j) {
         const int64_t pixel = (image * conv_.out_h + y + i) * conv_.out_w + x + j;
-        const int64_t place = pixel * conv_.k + k;
-        Vec value = values[i * Scheme::kTile + j] + more;
-        if (conv_.residual) value += load_some(conv_.residual + place, count);
-        store_some(conv_.y + place, value, count);
+        write_channels(conv_, pixel, k, values[i * Scheme::kTile + j] + more);
       }
   }
 };
@@ -423,11 +404,13 @@ void run(const Conv& conv, const Parallel& parallel) {
   Convolution<Scheme>(conv, parallel).run();
 }
 
-void convolve(const Conv& conv, const Parallel& parallel) {
-  struct Candidate {
-    int64_t work;
-    void (*run)(const Conv&, const Parallel&);
-  };
+// Way to compute a convolution, and its work.
+struct Candidate {
+  int64_t work;
+  void (*run)(const Conv&, const Parallel&);
+};
+
+Candidate best_way(const Conv& conv) {
   Candidate best{work<Plain>(conv), run<Plain>};
   const auto consider = [&](Candidate other) { best = other.work < best.work ? other : best; };
   if (conv.kernel == 3 && conv.stride == 1) {
@@ -437,8 +420,12 @@ void convolve(const Conv& conv, const Parallel& parallel) {
     if (doubled && conv.pad_top == 1 && conv.pad_left == 1)
       consider({work<Raised>(conv), run<Raised>});
   }
-  best.run(conv, parallel);
+  return best;
 }
+
+int64_t least_work(const Conv& conv) { return best_way(conv).work; }
+
+void convolve(const Conv& conv, const Parallel& parallel) { best_way(conv).run(conv, parallel); }
 
 }  // namespace
 }  // namespace latentforge

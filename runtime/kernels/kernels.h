@@ -76,24 +76,42 @@ struct Attention {
   float* y;                  // same shape as query
 };
 
+// Convolution by instructions that multiply bf16.
+struct Bf16Kernels {
+  int64_t (*work)(const Conv&);  // in multiply-adds of float32
+  void (*conv)(const Conv&, const Parallel&);
+};
+
 struct Kernels {
   const char* name;
+  int64_t (*work)(const Conv&);  // in multiply-adds
   void (*conv)(const Conv&, const Parallel&);
   void (*attention)(const Attention&, const Parallel&);
   void (*group_scale)(const GroupNorm&, const Parallel&);
   void (*group_norm)(const GroupNorm&, const Parallel&);
   double (*peak)();     // multiply-adds per second of one thread on registers alone
   double (*product)();  // multiply-adds per second of the matrix product inside conv
+  const Bf16Kernels* bf16 = nullptr;  // for weights in bf16, where it is less work than conv
 };
 
-extern const Kernels kPortable;
-#ifndef LATENTFORGE_PORTABLE
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
-#endif
+// Tables of the instruction sets; compiler.py says which are linked.
+extern const Kernels kPortable, kAvx2, kAvx512;
+extern const Bf16Kernels kAvx512Bf16, kAmx;
 
 // Returns the fastest table that this processor supports, or the one that LATENTFORGE_KERNELS names;
 // throws std::invalid_argument if it names none of them.
 const Kernels& kernels();
+
+// Return the names of the tables of this library, or of those that this processor runs, the fastest
+// first, with a space between two.
+const char* compiled_kernels();
+const char* supported_kernels();
+
+// Computes a convolution by the faster of a table's ways.
+inline void run_conv(const Kernels& table, const Conv& conv, const Parallel& parallel) {
+  const bool bf16 = table.bf16 != nullptr && conv.weights == Weights::kBf16 &&
+                    table.bf16->work(conv) <= table.work(conv);
+  (bf16 ? table.bf16->conv : table.conv)(conv, parallel);
+}
 
 }  // namespace latentforge

@@ -6,7 +6,6 @@
 namespace latentforge {
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", convolve, attend, group_scale, group_norm,
-                         peak, product};
+const Kernels kAvx2 = {"avx2", least_work, convolve, attend, group_scale, group_norm, peak, product};
 
 }  // namespace latentforge

@@ -6,7 +6,6 @@
 namespace latentforge {
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", convolve, attend, group_scale, group_norm,
-                         peak, product};
+const Kernels kAvx512 = {"avx512", least_work, convolve, attend, group_scale, group_norm, peak, product};
 
 }  // namespace latentforge

@@ -6,7 +6,6 @@
 namespace latentforge {
 
 extern const Kernels kPortable;
-const Kernels kPortable = {"portable", convolve, attend, group_scale, group_norm,
-                         peak, product};
+const Kernels kPortable = {"portable", least_work, convolve, attend, group_scale, group_norm, peak, product};
 
 }  // namespace latentforge

@@ -94,7 +94,7 @@ struct ConvOperator {
     conv.row_stride = row && row.shape[0] > 1 ? conv.k : 0;
     conv.residual = residual.floats();
     conv.y = run.output(0, shape);
-    if (conv.n > 0) kernels().conv(conv, run.parallel());
+    if (conv.n > 0) run_conv(kernels(), conv, run.parallel());
   }
 
   Conv describe(const Run& run) const {
@@ -225,7 +225,7 @@ struct MatMulOperator {
     if (gated && residual) residual.refuse("none, since the product is gated", residual.text());
     conv.bias = bias.floats(), conv.residual = residual.floats();
     conv.y = run.output(0, shape);
-    if (conv.w > 0) kernels().conv(conv, run.parallel());
+    if (conv.w > 0) run_conv(kernels(), conv, run.parallel());
   }
 
   Conv describe(const Tensor& x, const Tensor& weight) const {
@@ -347,9 +347,20 @@ LATENTFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
   return lf::guarded([&] { lf::register_operators(options); });
 }
 
-// Returns the instruction set that the operators use here: avx512, avx2 or portable; for programs
-// that set LATENTFORGE_KERNELS to one of them, or not at all.
-LATENTFORGE_EXPORT const char* latentforge_kernels() { return latentforge::kernels().name; }
+// Returns the instruction set that the operators use here, such as avx512; null if
+// LATENTFORGE_KERNELS names none of those that this processor runs.
+LATENTFORGE_EXPORT const char* latentforge_kernels() {
+  try {
+    return latentforge::kernels().name;
+  } catch (const std::invalid_argument&) {
+    return nullptr;
+  }
+}
+
+// Return the instruction sets that this library was compiled for, and those of them that this
+// processor runs, the fastest first, with a space between two.
+LATENTFORGE_EXPORT const char* latentforge_compiled() { return latentforge::compiled_kernels(); }
+LATENTFORGE_EXPORT const char* latentforge_supported() { return latentforge::supported_kernels(); }
 
 // Return multiply-adds per second of one thread: on registers alone, and of the matrix product
 // inside Conv.

@@ -7,6 +7,7 @@ import pytest
 from conftest import Handmade
 
 from latentforge.commands.describe import describe, stage_lines
+from latentforge.runtime.kernels import InstructionSets
 from latentforge.runtime.manifest import (
     AccelerationPlan,
     Component,
@@ -59,6 +60,24 @@ def test_a_description_has_the_plan_and_every_component_and_stage(handmade: Hand
     assert "export: 61 s with torch 2.9" in text and "  denoiser/gelu: 3" in text
     for name in ("text_encoder", "denoiser", "vae_decoder"):
         assert f"\n{name}: " in text and f"\n{name:<18}null" in text
+
+
+def test_a_description_has_the_instruction_sets_of_own_operators(
+    handmade: Handmade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.read(handmade())
+    assert "kernels" not in describe(manifest)
+    denoiser = msgspec.structs.replace(manifest.components["denoiser"], custom_ops=True)
+    manifest = msgspec.structs.replace(manifest, components={"denoiser": denoiser})
+    sets = InstructionSets(
+        used="avx2", supported=("avx2", "portable"), compiled=("avx512", "avx2", "portable")
+    )
+    monkeypatch.setattr("latentforge.commands.describe.instruction_sets", lambda: sets)
+    text = describe(manifest)
+    assert "\nkernels     avx2, of avx2, portable on this processor\n" in text
+    assert "\n            compiled without avx512_bf16, amx, which the C++ compiler lacked" in text
+    monkeypatch.setattr("latentforge.commands.describe.instruction_sets", lambda: None)
+    assert "\nkernels     not compiled here" in describe(manifest)
 
 
 def test_a_description_has_the_quality_of_previews(handmade: Handmade) -> None:

@@ -24,8 +24,14 @@ from latentforge.optimize.passes.native.conv import pack
 from latentforge.optimize.stage.component import save_part
 from latentforge.runtime.backends import get
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.kernels import DOMAIN, library
-from latentforge.runtime.kernels.compiler import LIBRARY, build, compiler
+from latentforge.runtime.kernels import DOMAIN, instruction_sets, library
+from latentforge.runtime.kernels.compiler import (
+    INSTRUCTION_SETS,
+    LIBRARY,
+    build,
+    compilable_instructions,
+    compiler,
+)
 from latentforge.runtime.manifest import Manifest
 
 Array = np.ndarray[Any, Any]
@@ -438,9 +444,13 @@ def test_empty_batches_are_legal() -> None:
 
 
 @built
-@pytest.mark.parametrize("kernels", ["portable", "avx2"])
+@pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512_bf16"])
 def test_other_instruction_sets_agree(kernels: str) -> None:
     """Kernels of smaller instruction sets, those that this processor runs."""
+    sets = instruction_sets()
+    assert sets is not None
+    if kernels not in sets.supported:
+        pytest.skip(f"this processor does not run {kernels}")
     numbers = Path(__file__).parent / "test_kernels.py"
     run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(numbers)]
     only = "test_convolves or test_multiplies or test_attends or test_normalizes"
@@ -452,8 +462,6 @@ def test_other_instruction_sets_agree(kernels: str) -> None:
         env={**os.environ, "LATENTFORGE_KERNELS": kernels},
         cwd=Path(__file__).parents[2],
     )
-    if "those that this processor runs" in done.stdout:
-        pytest.skip(f"this processor does not run {kernels}")
     assert done.returncode == 0, done.stdout[-2000:]
 
 
@@ -479,6 +487,17 @@ def test_an_unknown_instruction_set_is_refused(handmade: Handmade) -> None:
     assert last.startswith("latentforge.runtime.errors.BackendError: onnxruntime refuses ")
     assert "LATENTFORGE_KERNELS is 'avx9': unset it, or choose from" in last
     assert last.endswith("portable")
+
+
+@built
+def test_the_library_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = instruction_sets()
+    assert sets is not None
+    assert set(sets.supported) <= set(sets.compiled) <= {*INSTRUCTION_SETS, "portable"}
+    assert sets.supported[-1] == sets.compiled[-1] == "portable" and sets.used in sets.supported
+    monkeypatch.setattr("latentforge.runtime.kernels.LIBRARY", Path(np.__file__))
+    with pytest.raises(BackendError, match="cannot be used: .*; run python -m latentforge.runtime"):
+        instruction_sets()
 
 
 @built
@@ -556,6 +575,16 @@ def test_a_failed_compilation_keeps_the_library(monkeypatch: pytest.MonkeyPatch)
     assert build() == f"{sys.executable} failed with status 3"
     assert before == (LIBRARY.stat().st_mtime_ns if LIBRARY.exists() else None)
     assert not list(LIBRARY.parent.glob(".build-*"))
+
+
+def test_a_compiler_that_lacks_instructions_leaves_them_out(tmp_path: Path) -> None:
+    """A script in the place of the compiler, which refuses flags as an older one does."""
+    command = tmp_path / "older"
+    command.write_text('#!/bin/sh\ncase "$*" in *amx*|*bf16*) exit 1;; esac\nexec c++ "$@"\n')
+    command.chmod(0o755)
+    if not compilable_instructions(["c++"]):
+        pytest.skip("no compiler, or another architecture")
+    assert compilable_instructions([str(command)]).keys() == {"kernels_avx2", "kernels_avx512"}
 
 
 def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

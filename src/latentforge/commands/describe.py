@@ -7,6 +7,8 @@ from typing import Any
 
 from latentforge.measure.equivalence import required_psnr
 from latentforge.measure.formatting import level
+from latentforge.runtime.kernels import instruction_sets
+from latentforge.runtime.kernels.compiler import INSTRUCTION_SETS
 from latentforge.runtime.manifest import (
     AccelerationPlan,
     Component,
@@ -119,6 +121,8 @@ def _acceleration_lines(plan: AccelerationPlan) -> Iterator[str]:
 
 def _component_lines(manifest: Manifest) -> Iterator[str]:
     reference = "against input" if len(manifest.history) > 1 else "against torch"
+    if any(component.custom_ops for component in manifest.components.values()):
+        yield from (*_kernel_lines(), "")
     yield f"{'component':<{_NAME}}{'backend':<14}{'precision':<13}{'size':>11}  {reference}"
     for name, component in manifest.components.items():
         yield _component_row(name, component, manifest.quality.get(name, {}))
@@ -129,6 +133,20 @@ def _component_lines(manifest: Manifest) -> Iterator[str]:
     shown = any(s.name == "export" and "image" in s.measured for s in manifest.history[-1:])
     if "image" in manifest.quality and not shown:  # the lines of the export have it
         yield f"image {reference}: {_figures(manifest.quality['image'])}"
+
+
+def _kernel_lines() -> Iterator[str]:
+    """Yield the instruction sets that latentforge's own operators use here, and those they lack."""
+    if (sets := instruction_sets()) is None:
+        yield "kernels     not compiled here, so these engines do not run: docs/kernels.md"
+        return
+    yield f"kernels     {sets.used or 'none'}, of {', '.join(sets.supported)} on this processor"
+    lacking = [name for name in INSTRUCTION_SETS if name not in sets.compiled]
+    if lacking and sets.compiled != ("portable",):
+        yield (
+            f"{'':<12}compiled without {', '.join(lacking)}, which the C++ compiler lacked: with "
+            "a newer one, run python -m latentforge.runtime.kernels"
+        )
 
 
 def _component_row(name: str, component: Component, quality: Mapping[str, float]) -> str:
