@@ -7,7 +7,7 @@ from typing import Any
 from latentforge.runtime.image import SAME_IMAGE_PSNR
 from latentforge.runtime.manifest import Manifest
 
-__all__ = ["required_psnr", "same_trajectory"]
+__all__ = ["engine_psnr", "required_psnr", "same_trajectory"]
 
 
 def same_trajectory(manifest: Manifest) -> bool:
@@ -33,6 +33,18 @@ def required_psnr(settings: Mapping[str, Any]) -> float:
     if _prunes(settings) or not precisions <= SAME_IMAGE_PSNR.keys():
         return math.inf
     return min(SAME_IMAGE_PSNR[precision] for precision in precisions)
+
+
+def engine_psnr(precisions: str) -> float:
+    """Return the PSNR in dB from which images that engines compute are class A.
+
+    Args:
+        precisions: of the engines, with commas between them, such as ``bf16, fp16``. Where one of
+            them is unknown, that of fp32 is required.
+    """
+    names = precisions.split(", ")
+    known = all(name in SAME_IMAGE_PSNR for name in names)
+    return min(SAME_IMAGE_PSNR[name] for name in (names if known else ["fp32"]))
 
 
 def _prunes(settings: Any) -> bool:

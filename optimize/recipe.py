@@ -23,9 +23,12 @@ from latentforge.runtime.record import Record
 from latentforge.runtime.text import near_miss
 from latentforge.runtime.validation import check_count, checked_path
 
-__all__ = ["MAX_PROMPTS", "CalibrationSettings", "Precision", "Recipe", "read_recipe"]
+__all__ = ["FLOATS", "MAX_PROMPTS", "CalibrationSettings", "Precision", "Recipe", "read_recipe"]
 
-Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-weights", "int4-weights"]
+
+FLOATS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+"""Precisions without quantization."""
 
 MAX_PROMPTS = 10_000
 """Most prompts to calibrate with."""
@@ -118,9 +121,14 @@ class Recipe(Record, frozen=True, kw_only=True):
         """True if the sensitivity of the denoiser's layers is measured."""
         return self.sensitivity is not None and self.precision_of("denoiser") == "int8"
 
+    @property
+    def computes_bf16(self) -> bool:
+        """True if a component multiplies in bfloat16."""
+        return "bf16" in self.precision.values()
+
     def quantizes(self, component: str) -> bool:
         """Return True if a component's weights are stored in 8 or 4 bits."""
-        return self.precision_of(component) not in ("fp32", "fp16")
+        return self.precision_of(component) not in FLOATS
 
     def precision_of(self, component: str) -> Precision:
         """Return the precision of a component."""

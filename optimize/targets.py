@@ -29,6 +29,7 @@ class Target:
             partitioned, unless layers of it were quantized.
         wide_int8: True if sums of 8-bit products never saturate, on any device of the backend.
         half: True if the backend computes in half precision.
+        bf16: True if the backend's products compute in bfloat16 with sums in float32.
         form: how quantized layers are written for the backend.
         backend: name of the backend. Most of them compile the graphs first.
     """
@@ -39,6 +40,7 @@ class Target:
     backend: str
     post_partition_passes: tuple[str, ...] = ()
     wide_int8: bool = False
+    bf16: bool = False
 
     def int8_settings(self, settings: Int8Settings) -> Int8Settings:
         """Return a recipe's settings with 8-bit weights where the backend sums them safely."""
@@ -88,6 +90,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             form="onnxruntime",
             backend="onnxruntime",
             post_partition_passes=_NATIVE_CPU if library() is not None else (),
+            bf16=library() is not None,
         ),
         "cuda": Target(
             passes=tuple(name for name in PASSES if name not in NATIVE),

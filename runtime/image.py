@@ -36,7 +36,7 @@ __all__ = [
 MAX_PSNR = 200.0
 """PSNR of equal arrays: finite, as JSON requires, and beyond that of any float32 difference."""
 
-SAME_IMAGE_PSNR: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0}
+SAME_IMAGE_PSNR: Mapping[str, float] = {"fp32": 40.0, "fp16": 30.0, "bf16": 30.0}
 """PSNR in dB from which an image counts as equal to the reference (class A), by precision."""
 
 

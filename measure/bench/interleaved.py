@@ -13,11 +13,12 @@ from latentforge.measure.bench import REPEATS
 from latentforge.measure.bench.participant_process import MissingError, ParticipantProcess
 from latentforge.measure.bench.protocol import BenchJob, Participant
 from latentforge.measure.energy import energy_meters
+from latentforge.measure.equivalence import engine_psnr
 from latentforge.measure.results import BenchResult, TimedRun
 from latentforge.measure.statistics import medians, paired_speedups
 from latentforge.runtime.cleanups import temporary_folder
 from latentforge.runtime.errors import BackendError
-from latentforge.runtime.image import SAME_IMAGE_PSNR, psnr
+from latentforge.runtime.image import psnr
 from latentforge.runtime.progress import Progress
 from latentforge.runtime.settings import Settings
 
@@ -213,9 +214,7 @@ class _Runner:
         if distance is None:
             return None
         precisions = (runner.facts.get("precision", "") for runner in (self, reference))
-        single = SAME_IMAGE_PSNR["fp32"]
-        required = min(SAME_IMAGE_PSNR.get(precision, single) for precision in precisions)
-        return "A" if distance >= required else "B"
+        return "A" if distance >= min(map(engine_psnr, precisions)) else "B"
 
     def _failure_fields(self, failure: BackendError) -> dict[str, Any]:
         if isinstance(failure, MissingError):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentforge.optimize.half.selection import time_path
 from latentforge.runtime.kernels import DOMAIN
 
-__all__ = ["GROUP", "compute_bf16", "pack_bf16"]
+__all__ = ["GROUP", "compute_bf16", "pack_bf16", "stored_precision"]
 
 GROUP = 32
 """Input channels that packed weights in bfloat16 are padded to."""
@@ -41,6 +41,15 @@ def compute_bf16(model: ir.Model) -> int:
     for value in weights:
         _convert(graph, value)
     return len(weights)
+
+
+def stored_precision(model: ir.Model, precision: str) -> str:
+    """Return a recipe's precision, or fp16 for bf16 where no product of a graph is in bfloat16.
+
+    That is so for the parts that run once for each timestep, whose weights ``store_half`` stores.
+    """
+    dtypes = {value.dtype for value in model.graph.initializers.values()}
+    return "fp16" if precision == "bf16" and _DTYPE not in dtypes else precision
 
 
 def _convertible(value: ir.Value, spared: set[ir.Node]) -> bool:

@@ -10,7 +10,7 @@ import msgspec
 import onnx_ir as ir
 
 from latentforge.optimize.graph_io import DENOISER, save_graph
-from latentforge.optimize.half import compute_half, store_half
+from latentforge.optimize.half import compute_bf16, compute_half, store_half, stored_precision
 from latentforge.optimize.partition.hoist import GraphPartition, hoist
 from latentforge.optimize.passes import PASSES
 from latentforge.optimize.passes.runner import optimize
@@ -19,7 +19,7 @@ from latentforge.optimize.prune.sparsity import sparsify
 from latentforge.optimize.quantize.nodes import check_float
 from latentforge.optimize.quantize.qdq import quantize
 from latentforge.optimize.quantize.weights import quantize_weights
-from latentforge.optimize.recipe import Precision, Recipe
+from latentforge.optimize.recipe import FLOATS, Precision, Recipe
 from latentforge.optimize.targets import Target
 from latentforge.runtime.kernels import DOMAIN
 from latentforge.runtime.manifest import Component, FileEntry
@@ -89,7 +89,7 @@ class Rewriter:
         unfit = set(self.recipe.skip)
         if not half:
             unfit.add("pack-attention")  # its kernels are fp16 only
-        if precision not in ("fp32", "fp16"):
+        if precision not in FLOATS:
             unfit.add("nhwc-conv")  # it does not support quantized weights
         return optimize(model, {name: PASSES[name] for name in passes if name not in unfit})
 
@@ -123,7 +123,7 @@ class Rewriter:
 
     def _run_post_partition(self, model: ir.Model, precision: Precision) -> Counter[str]:
         """Run the passes after partitioning, whose analysis does not know their operators."""
-        if precision not in ("fp32", "fp16"):  # quantized graphs keep their layout
+        if precision not in FLOATS:  # quantized graphs keep their layout
             return Counter()
         names = [name for name in self.target.post_partition_passes if name not in self.recipe.skip]
         return optimize(model, {name: PASSES[name] for name in names})
@@ -131,10 +131,12 @@ class Rewriter:
     def _convert_to_half(
         self, model: ir.Model, precision: Precision, component: Component
     ) -> Counter[str]:
-        """Convert to fp16 arithmetic where supported, and weights to fp16 storage."""
+        """Convert to half precision where supported, and other weights to fp16 storage."""
         counts = Counter[str]()
         if self._computes_half(precision, component):
             counts["compute-half"] = compute_half(model)
+        if precision == "bf16":
+            counts["compute-bf16"] = compute_bf16(model)
         if precision != "fp32":
             counts["store-half"] = store_half(model)
         return counts
@@ -151,6 +153,7 @@ def save_part(name: str, part: GraphPartition, component: Component, folder: Pat
         file=main.file,
         sha256=main.sha256,
         bytes=main.bytes,
+        precision=stored_precision(part.model, component.precision),
         data=(FileEntry.of(data, folder),) if data.exists() else (),
         inputs=part.inputs,
         outputs=part.outputs,

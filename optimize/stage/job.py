@@ -17,8 +17,9 @@ from latentforge.optimize.passes import PASSES
 from latentforge.optimize.quantize.nodes import check_float
 from latentforge.optimize.recipe import Recipe, read_recipe
 from latentforge.optimize.stage.request import OptimizeRequest
-from latentforge.optimize.targets import Target
+from latentforge.optimize.targets import TARGETS, Target
 from latentforge.runtime.errors import ManifestError, SettingsError
+from latentforge.runtime.kernels import instruction_sets
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.settings import Request, resolve
 from latentforge.runtime.text import near_miss
@@ -155,7 +156,9 @@ def _check_source(source: Path, manifest: Manifest) -> None:
 def recipes_of(request: OptimizeRequest) -> dict[str, Recipe]:
     """Return the recipe, or its candidates, with the request's changes to gate and calibration."""
     recipe = read_recipe(request.recipe)
-    recipes = {n: read_recipe(n) for n in recipe.candidates} or {request.recipe: recipe}
+    recipes = {name: read_recipe(name) for name in recipe.candidates}
+    recipes = {name: each for name, each in recipes.items() if _is_worthwhile(each, request)}
+    recipes = recipes or {request.recipe: recipe}
     changed = {}
     for key, each in recipes.items():
         calibration = each.calibration
@@ -171,6 +174,14 @@ def recipes_of(request: OptimizeRequest) -> dict[str, Recipe]:
             sensitivity=sensitivity,
         )
     return changed
+
+
+def _is_worthwhile(candidate: Recipe, request: OptimizeRequest) -> bool:
+    """Return False for a candidate in bfloat16 where nothing multiplies it faster than float32."""
+    if not candidate.computes_bf16:
+        return True
+    sets = instruction_sets() if request.target_entry.bf16 else None
+    return sets is not None and sets.multiplies_bf16
 
 
 def _check_target(request: OptimizeRequest, recipes: Mapping[str, Recipe]) -> None:
@@ -203,11 +214,24 @@ def _check_recipe(name: str, recipe: Recipe, target: str) -> None:
             f"recipe {name}: {wrong[0]} cannot be int8, since only the denoiser is calibrated: "
             "int8-weights makes its file equally small"
         )
+    _check_bf16(name, recipe, target)
     if target == "cuda" and recipe.precision_of(DENOISER) == "int8":
         raise SettingsError(
             "ONNX Runtime's CUDA provider has no 8-bit convolutions and would run them on the CPU: "
             "take --target tensorrt for int8, or the recipe fp16"
         )
+
+
+def _check_bf16(name: str, recipe: Recipe, target: str) -> None:
+    if not recipe.computes_bf16 or TARGETS[target].bf16:
+        return
+    remedies = {
+        "cpu": "install a C++ compiler and run python -m latentforge.runtime.kernels, for it is "
+        "latentforge's own kernels that compute in it, or take fp32",
+        "openvino": "take fp32, and let the engines compute in bf16 by --option precision=bf16",
+    }
+    remedy = remedies.get(target, "take fp16")
+    raise SettingsError(f"recipe {name}: bf16 is not built for {target} here: {remedy}")
 
 
 def _check_graphs(source: Path, manifest: Manifest, recipes: Iterable[Recipe]) -> None:

@@ -36,6 +36,11 @@ class InstructionSets:
     supported: tuple[str, ...]
     compiled: tuple[str, ...]
 
+    @property
+    def multiplies_bf16(self) -> bool:
+        """True if those used multiply bfloat16 faster than float32."""
+        return self.used in ("amx", "avx512_bf16")
+
 
 def instruction_sets() -> InstructionSets | None:
     """Return the instruction sets of the library, or None if it was not compiled.

@@ -18,6 +18,7 @@ from latentforge.optimize.targets import TARGETS
 from latentforge.runtime.compile.verify import verify
 from latentforge.runtime.errors import BackendError, GateError, ManifestError, SettingsError
 from latentforge.runtime.image import psnr
+from latentforge.runtime.kernels import instruction_sets
 from latentforge.runtime.manifest import FileEntry, Manifest
 
 Copy = Callable[[Path], Path]
@@ -92,7 +93,7 @@ def test_optimized_engines_are_not_optimized_again(fused: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "int8", "int8-weights", "small", "sparse"])
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "int8", "int8-weights", "small", "sparse"])
 def test_recipe(recipe: str, tiny_engines: Path, tmp_path: Path) -> None:
     """Weights are random, so the image only has to vary, and the files have to shrink."""
     path = tmp_path / "out"
@@ -190,7 +191,9 @@ def _edit(directory: Path, name: str, change: Callable[[ir.Model], None]) -> Non
 def test_auto_records_candidates_and_choice(small_engines: Path, tmp_path: Path) -> None:
     manifest = optimize(small_engines, tmp_path / "out", quick(recipe="auto", repeats=1))
     options = manifest.history[-1].options
-    assert set(options["candidates"]) == {"fp32", "fp16", "int8"}
+    sets = instruction_sets()
+    faster = {"bf16"} if sets is not None and sets.multiplies_bf16 else set[str]()
+    assert set(options["candidates"]) == {"fp32", "fp16", "int8"} | faster
     assert options["chosen"] in options["candidates"]
     assert all("speedup" in each or "failures" in each for each in options["candidates"].values())
     assert not list((tmp_path / "out").glob("candidate-*"))

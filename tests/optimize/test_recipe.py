@@ -21,7 +21,9 @@ def test_shipped_recipes_are_valid(name: str) -> None:
 
 
 def test_all_documented_recipes_ship() -> None:
-    assert set(names()) == {"fp32", "fp16", "int8", "int8-weights", "small", "sparse", "auto"}
+    assert set(names()) == {
+        *("fp32", "fp16", "bf16", "int8", "int8-weights", "small", "sparse", "auto")
+    }
 
 
 def test_reading_a_recipe_loads_no_graph_code() -> None:

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     arguments.add_option(parser)
     parser.add_argument(
         "--precision",
-        choices=["fp32", "fp16", "int8", "auto"],
+        choices=["fp32", "fp16", "bf16", "int8", "auto"],
         help="use the recipe of this name; auto takes the fastest on this machine that passes its "
         "gate (default: fp32)",
     )
