@@ -10,6 +10,7 @@ from typing import Any
 
 from latentforge.runtime.machine import (
     available_memory,
+    cpu_instructions,
     cpu_name,
     default_threads,
     total_memory,
@@ -48,6 +49,8 @@ def describe_machine() -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+    if instructions := cpu_instructions():
+        properties["instructions"] = ", ".join(instructions)
     if total := total_memory():
         properties["memory"] = f"{total / 2**30:.0f} GB"
     if names := [name for _, name in gpus()]:

@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from mmap import PAGESIZE
 from pathlib import Path
@@ -13,8 +14,11 @@ from latentforge.runtime.errors import SettingsError
 __all__ = [
     "MAX_THREADS",
     "THREADS_VARIABLE",
+    "CPU_INSTRUCTIONS",
     "MemoryMeter",
     "available_memory",
+    "cpu_flags",
+    "cpu_instructions",
     "cpu_name",
     "data_memory",
     "default_threads",
@@ -27,6 +31,13 @@ THREADS_VARIABLE = "LATENTFORGE_THREADS"
 """Environment variable with the threads of engines that are given no number of their own."""
 
 MAX_THREADS = 256
+
+CPU_INSTRUCTIONS: Mapping[str, str] = {
+    **{"amx_bf16": "AMX-BF16", "amx_int8": "AMX-INT8", "avx512_bf16": "AVX512-BF16"},
+    **{"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx2": "AVX2"},
+    **{"sve": "SVE", "bf16": "BF16", "i8mm": "I8MM", "asimd": "NEON"},
+}
+"""Instruction sets that decide how fast a model runs, by the flag that Linux lists."""
 
 _METER_SECONDS = 0.2
 
@@ -41,6 +52,21 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the features of the first processor, as Linux names them; none on another system."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cpu_instructions() -> tuple[str, ...]:
+    """Return the CPU_INSTRUCTIONS of this processor, the most powerful first."""
+    flags = cpu_flags()
+    return tuple(name for flag, name in CPU_INSTRUCTIONS.items() if flag in flags)
 
 
 def default_threads() -> int:

@@ -13,7 +13,8 @@ Options:
     device: CPU, GPU, NPU or AUTO, where OpenVINO finds one.
     hint: ``latency`` gives one run all threads; ``throughput`` lets several run side by side.
     precision: of the computation, f32 by default, or f16 or bf16. OpenVINO's own default depends
-        on the processor, and so would the image. A processor that lacks f16 computes in f32.
+        on the processor, and so would the image. A processor that lacks it computes in f32, which
+        a warning says.
     dynamic_quantization: let layers of 8-bit weights round their inputs to 8 bits, in groups of
         32. This is less exact and meant to be faster; OpenVINO's own default is on.
     cache: keep the compiled graphs, without weights, in a folder beside the engine. This halves
@@ -42,6 +43,7 @@ from latentforge.runtime.backends.signature import Signature, check_signature
 from latentforge.runtime.disk import naming_full_disk
 from latentforge.runtime.errors import BackendError, DeviceError, LatentforgeError
 from latentforge.runtime.files import hash_file
+from latentforge.runtime.loggers import escaping_logger
 from latentforge.runtime.machine import default_threads
 from latentforge.runtime.manifest import Component
 from latentforge.runtime.memory_limit import limited_memory, load_memory
@@ -63,6 +65,8 @@ _DTYPES = {ov.Type(np.dtype(name)).get_type_name(): name for name in DTYPES}
 
 _QUANTIZATION_GROUP = 32
 _UNBOUNDED = 1 << 20  # larger sizes come from ANY: OpenVINO would allocate for such a bound
+
+_log = escaping_logger(__name__)
 
 _UNSUPPORTED = re.compile(r"No conversion rule found for operations: (.+)")
 _NOISE = re.compile(
@@ -91,6 +95,10 @@ class OpenVinoSession(CheckedSession):
         except Exception as error:  # the library's errors share no base class
             raise BackendError(f"openvino refuses {path}: {_reason(error)}") from error
         self._recording = bool(options.get("profile"))
+        asked = options.get("precision", "f32")
+        for graph in self._engine if self._on_cpu else ():
+            if (computed := graph.precision()) != asked:
+                _warn_of_precision(asked, computed)
 
     def layers(self) -> list[LayerTime]:
         """Return the time of each layer: see Session.layers()."""
@@ -145,6 +153,10 @@ class _Graph:
             self._runs += 1
         return {name: values[self._outputs[name]] for name in names}
 
+    def precision(self) -> str:
+        """Return the precision that OpenVINO computes in, by its own name."""
+        return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+
     def layers(self) -> list[LayerTime]:
         """Return layer times; OpenVINO reports means over all runs, the same for every request."""
         with self._lock:
@@ -167,6 +179,12 @@ class _Graph:
         finally:
             with self._lock:
                 self._idle.append(request)
+
+
+@functools.cache
+def _warn_of_precision(asked: str, computed: str) -> None:
+    """Warn once that engines compute in another precision than they were compiled for."""
+    _log.warning("openvino computes in %s here: this processor lacks %s", computed, asked)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from latentforge.runtime import backends
 from latentforge.runtime.annotations import check_fields, checked_arguments
 from latentforge.runtime.backends import BACKENDS, ONLY_AT_LOAD
 from latentforge.runtime.errors import ManifestError, SettingsError, ShapeError
+from latentforge.runtime.image import SAME_IMAGE_PSNR
 from latentforge.runtime.machine import available_memory
 from latentforge.runtime.manifest import Component, Latent, Manifest, RequestDefaults
 from latentforge.runtime.shapes import Range, Sizes, format_shapes
@@ -36,6 +37,7 @@ STAGE = "compile"
 
 _TIME_ROWS = Range(1, 20, 64)  # timesteps per run of denoiser_time; more take several runs
 _MAX_SHAPES = 32
+_PRECISIONS = {"f16": "fp16", "bf16": "bf16"}  # by the option that asks OpenVINO for them
 _BASE_MEMORY = 500e6  # bytes of the libraries themselves, and of the kernels that they generate
 
 _CUSTOM_OPERATORS = {"cpu": ("onnxruntime", "onnxruntime-cuda"), "cuda": ("onnxruntime-cuda",)}
@@ -267,14 +269,22 @@ def _task(
     rows = None if any_size else _TIME_ROWS
     shapes = component_sizes.shapes(source.free_dimensions, manifest.latent.downscale, rows)
     types = backends.get(backend).OPTIONS
+    own = {key: value for key, value in options.items() if key in types}
     component = msgspec.structs.replace(
         source.specialize(shapes),
         backend=backend,
-        options={key: value for key, value in options.items() if key in types},
+        options=own,
+        precision=_computed_precision(source, own),
     )
     if not any_size:
         backends.check_ranges(component)
     return CompileTask(name=name, source=source, component=component)
+
+
+def _computed_precision(source: Component, options: Mapping[str, Any]) -> str:
+    """Return what an engine computes in: that of an option, unless the graph is quantized."""
+    asked = _PRECISIONS.get(options.get("precision", ""))
+    return asked if asked and source.precision in SAME_IMAGE_PSNR else source.precision
 
 
 def _component_sizes(name: str, any_size: bool, manifest: Manifest, sizes: Sizes) -> Sizes:

@@ -290,6 +290,14 @@ def test_memory_of_another_process() -> None:
     assert {"cpu", "cores", "system", "memory"} <= hardware.describe_machine().keys()
 
 
+def test_the_instruction_sets_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = frozenset({"avx2", "fma", "amx_tile", "amx_bf16", "avx512f"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    assert hardware.describe_machine()["instructions"] == "AMX-BF16, AVX-512, AVX2"
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    assert "instructions" not in hardware.describe_machine()
+
+
 @pytest.mark.parametrize(("variable", "threads"), [("3", 3), ("", hardware.available_cores())])
 def test_threads_where_none_are_given(
     monkeypatch: pytest.MonkeyPatch, variable: str, threads: int

@@ -81,7 +81,7 @@ def test_a_backend_for_one_component(tiny_engines: Path, tmp_path: Path) -> None
         CompileRequest(
             backend="onnxruntime",
             component_backends={"denoiser": "openvino"},
-            options=("hint=latency",),
+            options=("hint=latency", "precision=bf16"),
         ),
     )
     manifest = Manifest.read(target)
@@ -91,7 +91,12 @@ def test_a_backend_for_one_component(tiny_engines: Path, tmp_path: Path) -> None
         "vae_encoder",
     }
     assert manifest.components["denoiser"].backend == "openvino"
-    assert dict(manifest.components["denoiser"].options) == {"hint": "latency"}
+    assert dict(manifest.components["denoiser"].options) == {
+        "hint": "latency",
+        "precision": "bf16",
+    }
+    precisions = {name: component.precision for name, component in manifest.components.items()}
+    assert precisions.pop("denoiser") == "bf16" and set(precisions.values()) == {"fp32"}
     assert not manifest.components["text_encoder"].options
     assert manifest.components["denoiser"].data
     with load(target, threads=1, spin=False) as pipeline:

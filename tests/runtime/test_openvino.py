@@ -28,7 +28,8 @@ from latentforge.runtime.manifest import Component
 from latentforge.runtime.shapes import Range, Sizes
 from latentforge.runtime.tensor import TensorSpec
 
-pytest.importorskip("openvino", exc_type=ImportError)
+ov = pytest.importorskip("openvino", exc_type=ImportError)
+openvino = backends.get("openvino")
 
 Build = Callable[..., tuple[Path, Component]]
 Load = Callable[..., backends.Session]
@@ -248,6 +249,19 @@ def test_takes_options(build: Build, load: Load, tmp_path: Path, options: dict[s
     given = feeds()
     found = load(*build(), **options).run(given)
     assert worst(found, reference(tmp_path / "m.onnx", given)) < 0.05  # in bf16, 8 bits
+
+
+def test_a_precision_that_the_processor_lacks_is_named(
+    build: Build, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    openvino._warn_of_precision.cache_clear()  # it says so once
+    able = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    load(*build(), precision="bf16")
+    said = "openvino computes in f32 here: this processor lacks bf16" in caplog.text
+    assert said != able
+    caplog.clear()
+    load(*build())
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
