@@ -34,6 +34,7 @@ __all__ = [
     "copy_files",
     "hash_file",
     "link_files",
+    "locked_directory",
     "open_regular",
     "read_file",
     "restore",
@@ -301,6 +302,31 @@ def staged_file(target: Path) -> Iterator[Path]:
 def _sibling(target: Path) -> Path:
     """Return a new name beside target, which _remove_leftovers() recognizes."""
     return target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of a directory inside of the block.
+
+    The lock ends with this process, however that ends. File systems without locks, and Windows,
+    keep nobody out.
+
+    Raises:
+        TargetError: another process has the lock, or the directory cannot be opened.
+    """
+    try:
+        lock = _lock(directory)
+    except BlockingIOError as error:
+        raise TargetError(
+            f"{directory} is in use by another run: wait until it ends, or name another folder"
+        ) from error
+    except OSError as error:
+        raise TargetError(f"cannot open {directory}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(directory: Path) -> int | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from latentforge.export.onnx import Dimensions
 from latentforge.export.stage import ExportRequest, export
 from latentforge.runtime.disk import naming_full_disk
 from latentforge.runtime.errors import LatentforgeError, TargetError, WorkInterrupt
-from latentforge.runtime.files import staged_file
+from latentforge.runtime.files import locked_directory, staged_file
 from latentforge.runtime.manifest import Manifest
 from latentforge.runtime.version import __version__
 from latentforge.train.search.states import States, record_states
@@ -32,18 +32,22 @@ __all__ = ["TeacherWork", "work_folder"]
 
 
 @contextmanager
-def work_folder(target: Path, work: Path | None, kind: str) -> Iterator[Path]:
+def work_folder(
+    target: Path, work: Path | None, kind: str, *, locks: bool = True
+) -> Iterator[Path]:
     """Make the folder of a search or training, and delete it afterwards unless it was given.
 
-    It stays after an error or an interrupt, for the next try.
+    It stays after an error or an interrupt, for the next try. Nobody else can use it meanwhile:
+    states and losses of two runs would be mixed.
 
     Args:
         target: of the result.
         work: the folder; None: a hidden sibling of the target.
         kind: ending of the sibling's name.
+        locks: keep others out; False in processes that work beside the one that does.
 
     Raises:
-        TargetError: it cannot be made or written, or is inside the target.
+        TargetError: it cannot be made or written, is inside the target, or is in use.
         WorkInterrupt: the block was interrupted.
     """
     folder = work or target.with_name(f".{target.name}.{kind}")
@@ -53,6 +57,12 @@ def work_folder(target: Path, work: Path | None, kind: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TargetError(f"cannot write {folder}: {error.strerror}") from error
+    with locked_directory(folder) if locks else nullcontext():
+        yield from _used(folder, delete=work is None)
+
+
+def _used(folder: Path, *, delete: bool) -> Iterator[Path]:
+    """Yield a work folder, name it in interrupts, and delete it at the end if wanted."""
     try:
         with naming_full_disk(folder):
             yield folder
@@ -61,10 +71,10 @@ def work_folder(target: Path, work: Path | None, kind: str) -> Iterator[Path]:
             raise
         raise WorkInterrupt(folder, interrupt) from interrupt
     finally:
-        if work is None:
+        if delete:
             with suppress(OSError):  # there is something in it
                 folder.rmdir()
-    if work is None:
+    if delete:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -46,3 +46,16 @@ def test_a_folder_inside_the_target_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(TargetError, match="inside"), work_folder(target, target / "work", "search"):
         pass
+
+
+def test_a_folder_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "out", tmp_path / "work", "distill") as folder:
+        with (
+            pytest.raises(TargetError, match=r"work is in use by another run: wait until it ends"),
+            work_folder(tmp_path / "other", folder, "search"),
+        ):
+            pass
+        with work_folder(tmp_path / "out", folder, "distill", locks=False) as same:
+            assert same == folder
+    with work_folder(tmp_path / "other", folder, "search"):
+        pass

@@ -73,9 +73,10 @@ def distill(teacher: str, student: str, target: Path, request: DistillRequest) -
     data, seed = request.data, request.seed
     pictures = None if data is None else CaptionedPictures.open(data, seed)
     accelerator = make_accelerator(request)
-    quiet = request.quiet or not accelerator.is_main_process
+    main = accelerator.is_main_process  # which locks the folder for all
+    quiet = request.quiet or not main
     with (
-        work_folder(target, request.work, "distill") as folder,
+        work_folder(target, request.work, "distill", locks=main) as folder,
         Progress(_PARTS - (pictures is not None), quiet=quiet) as progress,
     ):
         run = _Training(pair, request, accelerator, folder, progress)
