@@ -111,6 +111,7 @@ class Objective(Protocol):
         source: of the batches.
         terms: default weights and functions of the loss terms, by name.
         frozen: beginnings of the names of weights that stay as they are.
+        compared: paths of the UNets' modules whose outputs are compared.
     """
 
     @property
@@ -121,6 +122,9 @@ class Objective(Protocol):
 
     @property
     def frozen(self) -> tuple[str, ...]: ...
+
+    @property
+    def compared(self) -> tuple[str, ...]: ...
 
     def compare(self, batch: TrainingBatch, student: Network, teacher: Network) -> Comparison:
         """Return the outputs for a batch: of the student with gradients, of the teacher without."""

@@ -38,6 +38,7 @@ class GuidanceObjective:
 
     terms: ClassVar[Terms] = GUIDANCE_TERMS
     frozen: ClassVar[tuple[str, ...]] = ()
+    compared: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, source: FewerSteps) -> None:
         self.source = source

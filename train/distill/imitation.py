@@ -32,6 +32,7 @@ class Imitation:
     Attributes:
         source: of the batches, with targets of the task loss if they are of pictures.
         terms: see Objective.
+        compared: see Objective.
         frozen: input and output convolutions and the embeddings of timestep and size, which are the
             teacher's, and which every block was made for.
     """
@@ -59,6 +60,7 @@ class Imitation:
         self._noise, self._min_snr = noise, min_snr
         teacher, student = (network.model for network in networks)
         paths = compared_paths(teacher, student)
+        self.compared = paths
         self._features = Features(student, paths), Features(teacher, paths)
 
     def compare(self, batch: TrainingBatch, student: Network, teacher: Network) -> Comparison:

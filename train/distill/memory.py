@@ -1,13 +1,15 @@
 """Memory of a training, predicted before it starts.
 
 Weights, gradients and moments are counted; activations are those that a forward pass on the meta
-device would save for the backward pass, which computes shapes alone.
+device would save for the backward pass, which computes shapes alone. Outputs that are compared are
+kept as the teacher's, as differences, their squares and gradients; and the backward pass has the
+gradients of the widest layer's input and output at once.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,8 @@ from latentforge.runtime.text import size_text
 __all__ = ["TrainingMemory", "check_memory", "predict_memory"]
 
 _FLOAT = 4  # bytes
+_LIBRARIES = 20_000_000  # bytes of reordered weights and scratch space, measured on the demo
+_COPIES = 5  # of an output that is compared: teacher, difference, square, and gradients of two
 _PARTS = (BasicTransformerBlock, ResnetBlock2D)
 """Parts of a UNet whose activations diffusers checkpoints."""
 
@@ -36,22 +40,26 @@ class TrainingMemory:
         gradients: of the parameters that are trained.
         moments: of AdamW, two for each.
         average: moving average of all weights.
-        activations: of student and teacher in a forward pass.
+        activations: that the student's forward pass saves.
+        buffers: outputs that are compared, the widest layer's gradients, and those of libraries.
     """
 
     gradients: int
     moments: int
     average: int
     activations: int
+    buffers: int
 
     @property
     def total(self) -> int:
         """Sum of all."""
-        return self.gradients + self.moments + self.average + self.activations
+        parts = self.gradients, self.moments, self.average, self.activations, self.buffers
+        return sum(parts)
 
     def __str__(self) -> str:
         parts = {"gradients and moments": self.gradients + self.moments}
         parts |= {"average of the weights": self.average, "activations": self.activations}
+        parts |= {"buffers": self.buffers}
         return ", ".join(f"{size_text(count)} of {name}" for name, count in parts.items())
 
 
@@ -60,6 +68,7 @@ def predict_memory(
     trained: int,
     feeds: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
+    compared: Sequence[str] = (),
 ) -> TrainingMemory:
     """Return what a training takes.
 
@@ -68,6 +77,7 @@ def predict_memory(
         trained: parameters that are trained.
         feeds: inputs of a forward pass.
         dtype: of activations; of 16 bits, the weights are kept in these as well.
+        compared: paths of the UNet's modules whose outputs are compared with the teacher's.
     """
     weights = sum(parameter.numel() for parameter in student.parameters())
     copies = 0 if dtype == torch.float32 else dtype.itemsize * weights
@@ -76,6 +86,7 @@ def predict_memory(
         moments=2 * _FLOAT * trained,
         average=_FLOAT * weights,
         activations=_activations(student, feeds, dtype) + copies,
+        buffers=_buffers(student, feeds, dtype, compared) + _LIBRARIES,
     )
 
 
@@ -109,6 +120,45 @@ def _activations(student: nn.Module, feeds: Mapping[str, Tensor], dtype: torch.d
         return total
     model.model.disable_gradient_checkpointing()
     return total + _saved(model, placed).largest
+
+
+def _buffers(
+    student: nn.Module, feeds: Mapping[str, Tensor], dtype: torch.dtype, compared: Sequence[str]
+) -> int:
+    """Return the bytes of what is compared and of the gradients at the widest layer."""
+    model: Any = _on_meta(student).to(dtype)
+    outputs, layers = _Sizes(), _Sizes()
+    for path in compared:
+        model.model.get_submodule(path).register_forward_hook(outputs.add)
+    for layer in (module for module in model.modules() if not [*module.children()]):
+        layer.register_forward_hook(layers.add)
+    with torch.no_grad():
+        model(**{name: _placed(name, value, dtype) for name, value in feeds.items()})
+    # Checkpointing does not save the student's own.
+    copies = _COPIES + bool(getattr(model.model, "is_gradient_checkpointing", False))
+    return copies * sum(outputs.put_out) + max(layers.both)
+
+
+class _Sizes:
+    """Bytes of the tensors that modules take and put out, one entry for each run of a module.
+
+    Attributes:
+        put_out: of the first output.
+        both: of it and of the inputs.
+    """
+
+    def __init__(self) -> None:
+        self.put_out: list[int] = []
+        self.both: list[int] = []
+
+    def add(self, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        self.put_out.append(_bytes(first))
+        self.both.append(_bytes(first) + sum(map(_bytes, given)))
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 class _SavedBytes:

@@ -165,7 +165,9 @@ class StudentTrainer:
         late = self._set_phase(first=False)
         batch = self.objective.source.draw(self.request.batch, self._generator("memory", 0))
         dtype = _DTYPES[self.request.precision]
-        check_memory(predict_memory(student, late, batch.feeds, dtype), self._accelerator.device)
+        compared = self.objective.compared
+        memory = predict_memory(student, late, batch.feeds, dtype, compared)
+        check_memory(memory, self._accelerator.device)
         parameters = list(self._unet.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=self.request.rate, weight_decay=0.0)
         # Processes exchange the gradients of what is trained at this moment.

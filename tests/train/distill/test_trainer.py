@@ -288,7 +288,7 @@ def test_checkpointed_activations_give_the_same_losses(tmp_path: Path) -> None:
 
 
 def test_memory_that_there_is_not_is_refused() -> None:
-    huge = TrainingMemory(gradients=1, moments=2, average=3, activations=1 << 60)
+    huge = TrainingMemory(gradients=1, moments=2, average=3, activations=1 << 60, buffers=4)
     with pytest.raises(SettingsError, match="lower --batch"):
         check_memory(huge, torch.device("cpu"))
 
