@@ -95,10 +95,10 @@ class OpenVinoSession(CheckedSession):
         except Exception as error:  # the library's errors share no base class
             raise BackendError(f"openvino refuses {path}: {_reason(error)}") from error
         self._recording = bool(options.get("profile"))
-        asked = options.get("precision", "f32")
+        requested = options.get("precision", "f32")
         for graph in self._engine if self._on_cpu else ():
-            if (computed := graph.precision()) != asked:
-                _warn_of_precision(asked, computed)
+            if (computed := graph.precision()) != requested:
+                _warn_of_precision(requested, computed)
 
     def layers(self) -> list[LayerTime]:
         """Return the time of each layer: see Session.layers()."""
@@ -182,9 +182,9 @@ class _Graph:
 
 
 @functools.cache
-def _warn_of_precision(asked: str, computed: str) -> None:
+def _warn_of_precision(requested: str, computed: str) -> None:
     """Warn once that engines compute in another precision than they were compiled for."""
-    _log.warning("openvino computes in %s here: this processor lacks %s", computed, asked)
+    _log.warning("openvino computes in %s here: this processor lacks %s", computed, requested)
 
 
 @functools.cache
