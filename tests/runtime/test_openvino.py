@@ -31,6 +31,8 @@ from latentforge.runtime.tensor import TensorSpec
 ov = pytest.importorskip("openvino", exc_type=ImportError)
 openvino = backends.get("openvino")
 
+TESTS = [str(folder) for folder in Path(__file__).parents[:2]]
+
 Build = Callable[..., tuple[Path, Component]]
 Load = Callable[..., backends.Session]
 Arrays = dict[str, NDArray[Any]]
@@ -322,7 +324,7 @@ def test_files_that_are_not_graphs(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_a_full_disk(build: Build, tmp_path: Path) -> None:
     program = f"""if True:
         import resource, sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}]
+        sys.path[:0] = {TESTS!r}
         from pathlib import Path
         from test_openvino import backends, component, no_report
         resource.setrlimit(resource.RLIMIT_FSIZE, (99_999, 99_999))
@@ -344,7 +346,7 @@ def test_a_full_disk(build: Build, tmp_path: Path) -> None:
 def test_out_of_memory(tmp_path: Path) -> None:
     program = f"""if True:
         import resource, sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}]
+        sys.path[:0] = {TESTS!r}
         from pathlib import Path
         import numpy as np
         from test_openvino import *
